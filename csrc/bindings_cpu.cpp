@@ -1,0 +1,148 @@
+// The Python module trainops._cpu: turns Python objects into tables and scalars, calls the kernels in cpu/ without
+// the interpreter lock, and returns numbers. What the arguments mean is documented in trainops/backends/cpu.py.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cmath>
+#include <tuple>
+
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "tensor_table_from_python.h"
+
+namespace py = pybind11;
+using namespace trainops;
+
+namespace {
+
+TensorReader reader;
+
+// The tables of this module are in host memory and cut for the CPU.
+class Table {
+ public:
+  Table(const py::list& columns, const py::object& scalars)
+      : built_(table_from_python(reader, columns, scalars, {dlpack::kCPU, dlpack::kPinned})) {
+    built_.table.cut(cpu::kChunkNumel);
+  }
+  const std::vector<int64_t>& irregular() const { return built_.irregular; }
+  bool has_float64() const { return built_.has_float64; }
+  const TensorTable& get() const {
+    if (!built_.irregular.empty()) throw std::logic_error("this table has rows that kernels cannot take");
+    return built_.table;
+  }
+
+ private:
+  TableFromPython built_;
+};
+
+Cell read_cell(const py::object& tensor) {
+  if (tensor.is_none()) return {};
+  Description description;
+  if (!reader.read(tensor.ptr(), description)) throw py::type_error("not a plain floating-point tensor");
+  return description.cell;
+}
+
+void write(const std::vector<double>& values, const Cell& to) {
+  for (size_t i = 0; i < values.size(); ++i) {
+    if (to.dtype == DType::float64) {
+      static_cast<double*>(to.address)[i] = values[i];
+    } else {
+      static_cast<float*>(to.address)[i] = static_cast<float>(values[i]);
+    }
+  }
+}
+
+double norms(const Table& table, const std::string& kind, const py::object& out) {
+  const Norm norm = kind == "l1" ? Norm::l1 : kind == "l2" ? Norm::l2 : Norm::inf;
+  const Cell to = read_cell(out);
+  py::gil_scoped_release release;
+  const cpu::Norms result = cpu::norms(table.get(), 0, norm);
+  write(result.rows, to);
+  return result.total;
+}
+
+void scale(const Table& table, double coefficient) {
+  py::gil_scoped_release release;
+  cpu::scale(table.get(), 0, coefficient);
+}
+
+void clamp(const Table& table, double bound) {
+  py::gil_scoped_release release;
+  cpu::clamp(table.get(), 0, bound);
+}
+
+void ema(const Table& table, double decay) {
+  py::gil_scoped_release release;
+  cpu::ema(table.get(), 0, 1, decay);
+}
+
+using Group = std::tuple<int64_t, double, double, double, double, double, bool>;
+
+// Returns the norm (of the unscaled gradients, NaN where none was asked for) and whether the step was skipped.
+std::tuple<double, bool> adamw_step(const Table& table, const std::vector<Group>& groups,
+                                    std::optional<double> max_norm, bool skip_nonfinite, double grad_scale,
+                                    bool found_inf, std::optional<double> total_norm, double ema_decay,
+                                    const py::object& norms_out) {
+  const Cell to = read_cell(norms_out);
+  std::vector<cpu::AdamWGroup> settings;
+  for (const auto& [rows, lr, beta1, beta2, eps, weight_decay, maximize] : groups) {
+    settings.push_back({rows, {lr, beta1, beta2, eps, weight_decay, maximize}});
+  }
+  py::gil_scoped_release release;
+  double norm = total_norm.value_or(std::nan(""));
+  if (!total_norm && (max_norm || skip_nonfinite)) {
+    cpu::Norms result = cpu::norms(table.get(), cpu::kGrad, Norm::l2);
+    for (double& row : result.rows) row /= grad_scale;
+    write(result.rows, to);
+    norm = result.total / grad_scale;
+  }
+  if (found_inf || (skip_nonfinite && !std::isfinite(norm))) return {norm, true};
+  const double coefficient = max_norm ? clip_coefficient(norm, *max_norm) : 1.0;
+  cpu::adamw(table.get(), settings, coefficient / grad_scale, ema_decay);
+  return {norm, false};
+}
+
+void drop_path(const py::object& out, const py::object& residual, const py::object& branch,
+               const py::object& layer_scale, const py::object& mask, int64_t samples, int64_t sample_numel,
+               int64_t channels) {
+  const cpu::DropPath args{read_cell(out),         read_cell(residual), read_cell(branch),
+                           read_cell(layer_scale), read_cell(mask),     samples,
+                           sample_numel,           channels};
+  py::gil_scoped_release release;
+  cpu::drop_path(args);
+}
+
+std::string simd() {
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
+  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) return "AVX-512";
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "AVX2";
+#endif
+  return "baseline SIMD";
+}
+
+int threads() {
+#ifdef _OPENMP
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "The compiled CPU kernels of trainops.";
+  m.def("configure", [](py::object api, py::object describe) { reader.configure(std::move(api), std::move(describe)); });
+  m.def("simd", &simd);
+  m.def("threads", &threads);
+  py::class_<Table>(m, "TensorTable")
+      .def(py::init<const py::list&, const py::object&>(), py::arg("columns"), py::arg("scalars") = py::none())
+      .def_property_readonly("irregular", &Table::irregular)
+      .def_property_readonly("has_float64", &Table::has_float64);
+  m.def("norms", &norms);
+  m.def("scale", &scale);
+  m.def("clamp", &clamp);
+  m.def("ema", &ema);
+  m.def("adamw_step", &adamw_step);
+  m.def("drop_path", &drop_path);
+}

@@ -1,0 +1,145 @@
+// Gradient norm, scaling and clamping: the formulas are in math/clip_grad_norm.h.
+// The norm reads 4 bytes per float32 element; scaling and clamping read and write them. Sums are accumulated in
+// float64 whatever the type, in an order that depends on the sizes alone: the same gradients give the same bits
+// with any number of threads and any instruction set.
+#include <cmath>
+
+#include "convert.h"
+#include "kernels.h"
+
+namespace trainops::cpu {
+namespace {
+
+// Independent sums, so that the loop has no chain of dependent additions.
+constexpr int64_t kLanes = 32;
+
+template <Norm norm, typename T>
+TRAINOPS_HOST_DEVICE double reduce(const T* values, int64_t size) {
+  double lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      lanes[lane] = accumulate<norm>(lanes[lane], static_cast<double>(values[i + lane]));
+    }
+  }
+  for (; i < size; ++i) lanes[i % kLanes] = accumulate<norm>(lanes[i % kLanes], static_cast<double>(values[i]));
+  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+    for (int64_t lane = 0; lane < width; ++lane) lanes[lane] = join<norm>(lanes[lane], lanes[lane + width]);
+  }
+  return lanes[0];
+}
+
+#define TRAINOPS_REDUCE(T)                                                                              \
+  TRAINOPS_MULTIVERSION double l1(const T* values, int64_t size) { return reduce<Norm::l1>(values, size); } \
+  TRAINOPS_MULTIVERSION double l2(const T* values, int64_t size) { return reduce<Norm::l2>(values, size); } \
+  TRAINOPS_MULTIVERSION double inf(const T* values, int64_t size) { return reduce<Norm::inf>(values, size); }
+TRAINOPS_REDUCE(float)
+TRAINOPS_REDUCE(double)
+#undef TRAINOPS_REDUCE
+
+template <Norm norm, typename T>
+double reduce_tile(const T* values, int64_t size) {
+  if (norm == Norm::l1) return l1(values, size);
+  if (norm == Norm::l2) return l2(values, size);
+  return inf(values, size);
+}
+
+template <Norm norm, typename T>
+double reduce_piece(const Cell& cell, const Piece& piece) {
+  double total = 0.0;
+  T buffer[kTileNumel];
+  for_each_tile(piece, [&](int64_t begin, int64_t size) {
+    total = join<norm>(total, reduce_tile<norm>(load(cell, begin, size, buffer), size));
+  });
+  return total;
+}
+
+template <Norm norm>
+Norms reduce_table(const TensorTable& table, int64_t column) {
+  std::vector<double> partial(table.pieces().size());
+  for_each_piece(table, [&](int64_t index, const Piece& piece) {
+    const Cell& cell = table.cell(piece.row, column);
+    partial[index] = cell.dtype == DType::float64 ? reduce_piece<norm, double>(cell, piece)
+                                                  : reduce_piece<norm, float>(cell, piece);
+  });
+  Norms result{std::vector<double>(table.rows(), 0.0), 0.0};
+  for (size_t i = 0; i < partial.size(); ++i) {
+    double& row = result.rows[table.pieces()[i].row];
+    row = join<norm>(row, partial[i]);
+  }
+  for (double& row : result.rows) {
+    result.total = join<norm>(result.total, row);
+    if (norm == Norm::l2) row = std::sqrt(row);
+  }
+  if (norm == Norm::l2) result.total = std::sqrt(result.total);
+  return result;
+}
+
+template <typename T>
+TRAINOPS_HOST_DEVICE void scale_values(T* values, int64_t size, T coefficient) {
+  for (int64_t i = 0; i < size; ++i) values[i] *= coefficient;
+}
+
+template <typename T>
+TRAINOPS_HOST_DEVICE void clamp_values(T* values, int64_t size, T bound) {
+  for (int64_t i = 0; i < size; ++i) {
+    const T at_least = values[i] < -bound ? -bound : values[i];
+    values[i] = at_least > bound ? bound : at_least;
+  }
+}
+
+#define TRAINOPS_IN_PLACE(T)                                                                                    \
+  TRAINOPS_MULTIVERSION void scale_tile(T* values, int64_t size, T coefficient) {                               \
+    scale_values(values, size, coefficient);                                                                    \
+  }                                                                                                             \
+  TRAINOPS_MULTIVERSION void clamp_tile(T* values, int64_t size, T bound) { clamp_values(values, size, bound); }
+TRAINOPS_IN_PLACE(float)
+TRAINOPS_IN_PLACE(double)
+#undef TRAINOPS_IN_PLACE
+
+// Applies tile(values, size) to every element of the column.
+template <typename T, typename Tile>
+void update_piece(const Cell& cell, const Piece& piece, Tile tile) {
+  T buffer[kTileNumel];
+  for_each_tile(piece, [&](int64_t begin, int64_t size) {
+    T* values = load(cell, begin, size, buffer);
+    tile(values, size);
+    store(cell, begin, size, values);
+  });
+}
+
+template <typename Tile>
+void update_table(const TensorTable& table, int64_t column, Tile tile) {
+  for_each_piece(table, [&](int64_t, const Piece& piece) {
+    const Cell& cell = table.cell(piece.row, column);
+    if (cell.dtype == DType::float64) {
+      update_piece<double>(cell, piece, tile);
+    } else {
+      update_piece<float>(cell, piece, tile);
+    }
+  });
+}
+
+}  // namespace
+
+Norms norms(const TensorTable& table, int64_t column, Norm norm) {
+  if (norm == Norm::l1) return reduce_table<Norm::l1>(table, column);
+  if (norm == Norm::l2) return reduce_table<Norm::l2>(table, column);
+  return reduce_table<Norm::inf>(table, column);
+}
+
+void scale(const TensorTable& table, int64_t column, double coefficient) {
+  update_table(table, column, [&](auto* values, int64_t size) {
+    using T = std::remove_pointer_t<decltype(values)>;
+    scale_tile(values, size, static_cast<T>(coefficient));
+  });
+}
+
+void clamp(const TensorTable& table, int64_t column, double bound) {
+  update_table(table, column, [&](auto* values, int64_t size) {
+    using T = std::remove_pointer_t<decltype(values)>;
+    clamp_tile(values, size, static_cast<T>(bound));
+  });
+}
+
+}  // namespace trainops::cpu

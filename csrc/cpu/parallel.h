@@ -1,0 +1,52 @@
+// Run-time SIMD selection and threads for the CPU kernels.
+#pragma once
+
+#include <cstdint>
+
+#include "../tensor_table.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+// A function marked so is compiled once per instruction set, and the loader picks the best that the machine has.
+// Floating-point contraction is off in this build, so every version gives the same bits.
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#define TRAINOPS_MULTIVERSION __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#else
+#define TRAINOPS_MULTIVERSION
+#endif
+
+namespace trainops::cpu {
+
+// Elements in a unit of parallel work: large beside the cost of handing it out, small beside a model.
+constexpr int64_t kChunkNumel = 1 << 16;
+
+// Elements that a kernel works on at a time, so that its operands stay in the first-level cache and 16-bit ones
+// can be widened and narrowed there.
+constexpr int64_t kTileNumel = 1024;
+
+// Calls body(piece index, piece) for every piece of the table, chunks in parallel. Chunks are started from the
+// last to the first: after a pass over the gradients for their norm, the last ones are still in the cache.
+template <typename Body>
+void for_each_piece(const TensorTable& table, Body body) {
+  const int64_t chunks = table.chunks();
+  const bool parallel = chunks > 1;
+  (void)parallel;
+#pragma omp parallel for schedule(dynamic) if (parallel)
+  for (int64_t i = 0; i < chunks; ++i) {
+    const int64_t chunk = chunks - 1 - i;
+    for (int64_t p = table.first_piece(chunk); p < table.last_piece(chunk); ++p) body(p, table.pieces()[p]);
+  }
+}
+
+// Calls body(begin, size) for every tile of the piece.
+template <typename Body>
+void for_each_tile(const Piece& piece, Body body) {
+  for (int64_t done = 0; done < piece.size; done += kTileNumel) {
+    const int64_t left = piece.size - done;
+    body(piece.begin + done, left < kTileNumel ? left : kTileNumel);
+  }
+}
+
+}  // namespace trainops::cpu

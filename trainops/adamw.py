@@ -1,0 +1,242 @@
+"""AdamW whose step also unscales, clips, skips and averages, in two passes over memory."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .backends import AdamWGroup, StepControl, StepResult, check, select
+from .ema import EMA
+from .tensor_table import is_plain
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+Betas = tuple[float, float] | tuple[Tensor, Tensor]
+
+
+class AdamW(torch.optim.AdamW):
+    """:class:`torch.optim.AdamW` with the rest of the training step fused into it.
+
+    Equivalent to::
+
+        norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm)    # with max_grad_norm
+        if norm.isfinite():                                             # with skip_nonfinite
+            torch.optim.AdamW.step()
+            ema.update()                                                # with ema
+
+    in one pass over the gradients for their norm and one over everything for the rest, without waiting for the
+    device. ``isinstance(opt, torch.optim.AdamW)`` holds, and a ``state_dict`` of one loads into the other.
+
+    Args:
+        params: parameters, named parameters or parameter groups, as in torch.
+        lr: learning rate, a float or a one-element tensor.
+        betas: decay of the two moments, each in [0, 1).
+        eps: added to the denominator.
+        weight_decay: decoupled weight decay, times the learning rate per step.
+        amsgrad: use the largest second moment so far (arXiv:1904.09237).
+        maximize: ascend.
+        foreach: accepted for compatibility.
+        capturable: keep step counts on the device, for CUDA graphs.
+        differentiable: run PyTorch's own step, with autograd.
+        fused: accepted for compatibility.
+        max_grad_norm: clip the gradients of all groups together to this norm. They are read, not rewritten: the
+            coefficient is applied inside the update.
+        skip_nonfinite: leave everything bit for bit as it was when the norm of the gradients is infinite or NaN.
+        ema: an average to update in the same pass, instead of calling ``ema.update()`` after each step. A skipped
+            step leaves the average alone and counts as an update in its warm-up.
+        backend: see :func:`trainops.backends`; by default it follows the device.
+
+    Attributes:
+        grad_norm: norm of all gradients before clipping, divided by a GradScaler's scale; 0-dim, on the device of
+            the first parameter. None until a step measures it (``max_grad_norm`` or ``skip_nonfinite``).
+        grad_norms: the same for each parameter that had a gradient, 1-D, in group order.
+        skipped_steps: how many steps were skipped; 0-dim int64, on the device of the first parameter.
+
+    Raises:
+        ValueError: an argument is out of range, or there is no such backend.
+        RuntimeError: the backend is not available; in ``step()``, a gradient is sparse. Nothing has been changed.
+    """
+
+    # A GradScaler leaves unscaling and skipping to step(), by way of the attributes grad_scale and found_inf.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        ema: EMA | None = None,
+        backend: str | None = None,
+    ) -> None:
+        if max_grad_norm is not None and not max_grad_norm >= 0.0:
+            raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}")
+        if ema is not None and not isinstance(ema, EMA):
+            raise TypeError(f"ema must be a trainops.EMA, got {type(ema).__name__}")
+        if differentiable and (max_grad_norm is not None or skip_nonfinite or ema is not None):
+            raise ValueError("differentiable=True runs PyTorch's own step, without max_grad_norm, skip_nonfinite or ema")
+        check(backend)
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        self.max_grad_norm = max_grad_norm
+        self.skip_nonfinite = skip_nonfinite
+        self.ema = ema
+        self.backend = backend
+        self.grad_norm: Tensor | None = None
+        self.grad_norms: Tensor | None = None
+        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self.param_groups[0]["params"][0].device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in _OWN_ATTRIBUTES}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Unpickling and load_state_dict both come here, the latter after its hooks and before anything is set.
+        for group in state["param_groups"]:
+            for param in group["params"]:
+                _check_state(param, state["state"].get(param), amsgrad=group.get("amsgrad", False))
+        super().__setstate__(state)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Unscale, clip, update and average: see the class.
+
+        Args:
+            closure: reevaluates the model and returns the loss, which is then returned from here.
+
+        Raises:
+            RuntimeError: a gradient is sparse.
+            ValueError: the model no longer matches its ``ema``.
+        """
+        if self.defaults["differentiable"]:
+            return _torch_step(self, closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        decay = None if self.ema is None else self.ema.plan_update()
+        averages = {} if self.ema is None or decay is None else self.ema.fusable()
+        result = self._update(self._gather(averages), decay)
+        if self.ema is not None:
+            done = {id(p) for group in self.param_groups for p in group["params"] if p.grad is not None}
+            self.ema.finish_update(decay, done & averages.keys(), result.skipped)
+        return loss
+
+    def _gather(self, averages: dict[int, Tensor]) -> dict[torch.device, list[AdamWGroup]]:
+        """The parameters that have a gradient, with their state, by device and group."""
+        trained = [[(p, p.grad) for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        if any(grad.is_sparse for group in trained for _, grad in group):
+            raise RuntimeError("AdamW does not support sparse gradients, please consider SparseAdam instead")
+        gathered: dict[torch.device, list[AdamWGroup]] = {}
+        for settings, pairs in zip(self.param_groups, trained, strict=True):
+            of_device: dict[torch.device, AdamWGroup] = {}
+            for param, grad in pairs:
+                state = self.state[param] or self._init_state(param, settings)
+                group = of_device.get(param.device)
+                if group is None:
+                    group = of_device[param.device] = _group(settings)
+                    gathered.setdefault(param.device, []).append(group)
+                group.params.append(param)
+                group.grads.append(grad)
+                group.exp_avgs.append(state["exp_avg"])
+                group.exp_avg_sqs.append(state["exp_avg_sq"])
+                group.max_exp_avg_sqs.append(state["max_exp_avg_sq"] if settings["amsgrad"] else None)
+                group.averages.append(averages.get(id(param)))
+                group.steps.append(state["step"])
+        return gathered
+
+    def _init_state(self, param: Tensor, settings: dict[str, Any]) -> dict[str, Tensor]:
+        on_device = settings["capturable"] or settings["fused"]
+        state: dict[str, Tensor] = self.state[param]
+        state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if on_device else "cpu")
+        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if settings["amsgrad"] else 2]:
+            state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        return state
+
+    def _update(self, gathered: dict[torch.device, list[AdamWGroup]], decay: float | None) -> StepResult:
+        control = StepControl(
+            self.max_grad_norm, self.skip_nonfinite, getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        )
+        plain = all(is_plain(p) for groups in gathered.values() for group in groups for p in group.params)
+        joint: StepResult | None = None
+        if control.measures and (len(gathered) > 1 or not plain):
+            joint = self._joint_norm(control)
+            control = replace(control, total_norm=joint.total_norm)
+        result = StepResult()
+        for device, groups in gathered.items():
+            torch.autograd.graph.increment_version([p for group in groups for p in group.params])
+            kernels = select(self.backend, device.type)
+            result = kernels.adamw_step(groups, control, 0.0 if decay is None else decay)
+        if joint is not None:
+            result = StepResult(joint.total_norm, joint.norms, result.skipped)
+        if control.max_norm is not None or control.skip_nonfinite:
+            self.grad_norm, self.grad_norms = result.total_norm, result.norms
+        if result.skipped is not None:
+            self.skipped_steps += result.skipped.to(self.skipped_steps.device)
+        return result
+
+    def _joint_norm(self, control: StepControl) -> StepResult:
+        """The norms over several devices, or over the shards of a DTensor."""
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms = reference.grad_norms(grads)[1]
+        norms = norms.full_tensor() if hasattr(norms, "full_tensor") else norms
+        if control.grad_scale is not None:
+            norms = norms / control.grad_scale.to(norms.device)
+        return StepResult(torch.linalg.vector_norm(norms), norms)
+
+
+_OWN_ATTRIBUTES = ("max_grad_norm", "skip_nonfinite", "ema", "backend", "grad_norm", "grad_norms", "skipped_steps")
+
+
+def _group(settings: dict[str, Any]) -> AdamWGroup:
+    lr, (beta1, beta2) = settings["lr"], settings["betas"]
+    return AdamWGroup(
+        lr=lr.squeeze() if isinstance(lr, Tensor) else lr,
+        beta1=float(beta1),
+        beta2=float(beta2),
+        eps=settings["eps"],
+        weight_decay=settings["weight_decay"],
+        maximize=settings["maximize"],
+    )
+
+
+def _check_state(param: Tensor, state: dict[str, Any] | None, *, amsgrad: bool) -> None:
+    if not state:
+        return
+    needed = ["step", "exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * amsgrad
+    if missing := [name for name in needed if name not in state]:
+        raise ValueError(f"the state of a parameter of shape {tuple(param.shape)} has no {', '.join(missing)}")
+    for name in needed[1:]:
+        if state[name].shape != param.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(state[name].shape)}, but its parameter has shape {tuple(param.shape)}"
+            )
+
+
+def _torch_step(optimizer: AdamW, closure: Callable[[], float] | None) -> float | None:
+    """PyTorch's own step, without the wrapper that runs the step hooks: they run around ours already."""
+    step: Any = torch.optim.AdamW.step
+    loss: float | None = (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer, closure)
+    return loss

@@ -1,0 +1,71 @@
+"""The backends, and the one rule by which one of them is chosen."""
+
+import importlib
+import os
+from functools import cache
+
+from ._interface import AdamWGroup, Backend, Kernels, StepControl, StepResult
+
+__all__ = ["AdamWGroup", "Backend", "Kernels", "StepControl", "StepResult", "backends", "check", "select"]
+
+NAMES = ("reference", "cpu")
+
+# What serves a type of device, best first; other devices are served by the reference.
+PREFERENCE = {"cpu": ("cpu", "reference")}
+
+
+@cache
+def _kernels(name: str) -> Kernels:
+    return importlib.import_module(f"{__name__}.{name}")  # type: ignore[return-value]
+
+
+@cache
+def _probe(name: str) -> Backend:
+    return _kernels(name).probe()
+
+
+def backends() -> dict[str, Backend]:
+    """Every backend by name: whether it is available here, and why not.
+
+    >>> trainops.backends()["reference"].available
+    True
+    """
+    return {name: _kernels(name).probe() for name in NAMES}
+
+
+def check(backend: str | None) -> None:
+    """Raise unless ``backend`` is None or can be used.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        RuntimeError: it is not available; the message says why.
+    """
+    if backend is None:
+        return
+    if backend not in NAMES:
+        raise ValueError(f"unknown backend {backend!r}; there are {', '.join(NAMES)}")
+    if not (found := _probe(backend)).available:
+        usable = ", ".join(name for name in NAMES if _probe(name).available)
+        raise RuntimeError(f"backend {backend!r} is not available: {found.reason} (available: {usable})")
+
+
+def select(backend: str | None, device_type: str) -> Kernels:
+    """The kernels for tensors on a type of device.
+
+    ``backend`` decides if given, else the environment variable ``TRAINOPS_BACKEND``, else the device.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        RuntimeError: it is not available, or does not take tensors on such a device.
+    """
+    name = backend or os.environ.get("TRAINOPS_BACKEND") or _preferred(device_type)
+    check(name)
+    kernels = _kernels(name)
+    if not kernels.serves(device_type):
+        raise RuntimeError(f"backend {name!r} does not take tensors on {device_type!r} devices")
+    return kernels
+
+
+@cache
+def _preferred(device_type: str) -> str:
+    return next(name for name in PREFERENCE.get(device_type, ("reference",)) if _probe(name).available)

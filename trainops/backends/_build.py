@@ -1,0 +1,25 @@
+"""What ``setup.py`` recorded about the compiled backends, and how they are loaded."""
+
+import importlib
+import json
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+
+def load(module: str, backend: str) -> tuple[ModuleType | None, str]:
+    """The extension ``trainops.<module>`` and what it was built with, or None and why it is missing.
+
+    A backend that was never built is silently absent; one that was built and does not load warns.
+    """
+    path = Path(__file__).parent.parent / "_build.json"
+    record = json.loads(path.read_text()).get(backend, {}) if path.exists() else {}
+    try:
+        extension = importlib.import_module(f"trainops.{module}")
+    except ImportError as error:
+        if "built_with" not in record:
+            return None, record.get("reason", "not built; run `pip install .` in trainops' source tree")
+        reason = f"it was built but does not load: {error}"
+        warnings.warn(f"trainops runs without its {backend} backend: {reason}", RuntimeWarning, stacklevel=2)
+        return None, reason
+    return extension, record.get("built_with", "built by an unknown compiler")

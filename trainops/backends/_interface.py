@@ -1,0 +1,97 @@
+"""What every backend provides, and what a fused step takes and returns."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Whether a backend can be used here, and what there is to know about it."""
+
+    available: bool
+    reason: str = ""  # why it is not available
+    details: str = ""  # what it was built with and found on this machine
+
+
+@dataclass
+class AdamWGroup:
+    """The parameters of one group that have a gradient, their state, and the group's settings."""
+
+    lr: float | Tensor  # a 0-dim tensor may stay on its device
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    maximize: bool
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    exp_avgs: list[Tensor] = field(default_factory=list)
+    exp_avg_sqs: list[Tensor] = field(default_factory=list)
+    max_exp_avg_sqs: list[Tensor | None] = field(default_factory=list)
+    averages: list[Tensor | None] = field(default_factory=list)  # shadow weights of an EMA
+    steps: list[Tensor] = field(default_factory=list)  # 0-dim float32
+
+
+@dataclass(frozen=True)
+class StepControl:
+    """What decides the coefficient of a step's gradients, and whether the step is taken."""
+
+    max_norm: float | None = None
+    skip_nonfinite: bool = False
+    grad_scale: Tensor | None = None  # gradients are this many times too large
+    found_inf: Tensor | None = None  # nonzero: skip the step
+    total_norm: Tensor | None = None  # of the unscaled gradients, where it is known already
+
+    @property
+    def measures(self) -> bool:
+        """Whether the step needs a pass over the gradients for their norm."""
+        return self.total_norm is None and (self.max_norm is not None or self.skip_nonfinite)
+
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether there is anything that could make the step be skipped."""
+        return self.skip_nonfinite or self.found_inf is not None
+
+
+class StepResult(NamedTuple):
+    """What a step found out. All on the device; None where it was not needed."""
+
+    total_norm: Tensor | None = None  # 0-dim, before clipping, of the unscaled gradients
+    norms: Tensor | None = None  # 1-D, one per parameter
+    skipped: Tensor | None = None  # 0-dim bool
+
+
+class Kernels(Protocol):
+    """The ops of a backend, with the signatures and the meaning of ``trainops.reference``."""
+
+    def probe(self) -> Backend:
+        """Whether the backend can be used on this machine."""
+
+    def serves(self, device_type: str) -> bool:
+        """Whether it takes tensors on this type of device."""
+
+    def grad_norms(self, tensors: Sequence[Tensor], norm_type: float) -> tuple[Tensor, Tensor]:
+        """The norm of all tensors as one vector, and of each."""
+
+    def scale_(self, tensors: Sequence[Tensor], coefficient: Tensor) -> None:
+        """Multiply every tensor by a coefficient."""
+
+    def clamp_(self, tensors: Sequence[Tensor], bound: float) -> None:
+        """Limit every element to ``[-bound, bound]``."""
+
+    def ema_(
+        self, averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None
+    ) -> None:
+        """Move averages towards tensors."""
+
+    def adamw_step(self, groups: Sequence[AdamWGroup], control: StepControl, ema_decay: float) -> StepResult:
+        """Norm, coefficient, AdamW and EMA for parameters on one device."""
+
+    def drop_path(
+        self, branch: Tensor, mask: Tensor, residual: Tensor | None = None, layer_scale: Tensor | None = None
+    ) -> Tensor:
+        """Stochastic depth, without autograd."""

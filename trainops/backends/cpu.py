@@ -1,0 +1,137 @@
+"""The ``cpu`` backend: C++ with OpenMP and run-time SIMD selection (``csrc/cpu``)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..tensor_table import Column, describe, is_plain, regular_table
+from ._build import load
+from ._interface import AdamWGroup, Backend, StepControl, StepResult
+
+_cpu, _reason = load("_cpu", "cpu")
+if _cpu is not None:
+    _cpu.configure(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None), describe)
+
+_NORMS = {1.0: "l1", 2.0: "l2", float("inf"): "inf"}
+
+
+def probe() -> Backend:
+    """Available where the extension was built and loads."""
+    if _cpu is None:
+        return Backend(available=False, reason=_reason)
+    return Backend(available=True, details=f"{_reason}; {_cpu.simd()}, {_cpu.threads()} threads")
+
+
+def serves(device_type: str) -> bool:
+    """CPU tensors."""
+    return device_type == "cpu"
+
+
+def _table(columns: list[Column], scalars: Column | None = None) -> Any:
+    return _cpu.TensorTable(columns, scalars)
+
+
+def grad_norms(tensors: Sequence[Tensor], norm_type: float = 2.0) -> tuple[Tensor, Tensor]:
+    """See :func:`trainops.reference.grad_norms`. Norms of other orders than 1, 2 and inf are left to it."""
+    complex_parts = norm_type != 2.0 and any(x.is_complex() for x in tensors)
+    if norm_type not in _NORMS or complex_parts:
+        return reference.grad_norms(tensors, norm_type)
+    with regular_table(_table, [list(tensors)], written=[False]) as table:
+        norms = torch.empty(len(tensors), dtype=_norm_dtype(table))
+        total = _cpu.norms(table, _NORMS[norm_type], norms)
+    return torch.tensor(total, dtype=norms.dtype), norms
+
+
+def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
+    """See :func:`trainops.reference.scale_`. A coefficient of 1 leaves the tensors unread."""
+    factor = coefficient.item()
+    if factor == 1.0:
+        return
+    with regular_table(_table, [list(tensors)], written=[True]) as table:
+        _cpu.scale(table, factor)
+
+
+def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
+    """See :func:`trainops.reference.clamp_`."""
+    with regular_table(_table, [list(tensors)], written=[True]) as table:
+        _cpu.clamp(table, bound)
+
+
+def ema_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None) -> None:
+    """See :func:`trainops.reference.ema_`."""
+    if skip is not None and skip.item():
+        return
+    with regular_table(_table, [list(averages), list(tensors)], written=[True, False]) as table:
+        _cpu.ema(table, decay)
+
+
+def adamw_step(groups: Sequence[AdamWGroup], control: StepControl, ema_decay: float) -> StepResult:
+    """See :class:`trainops.backends._interface.Kernels`. All groups are one table: one pass for the norm, one for the rest."""
+    columns: list[Column] = [
+        [x for group in groups for x in getattr(group, role)]
+        for role in ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "averages")
+    ]
+    steps = [step for group in groups for step in group.steps]
+    settings = [
+        (len(g.params), float(g.lr), g.beta1, g.beta2, g.eps, g.weight_decay, g.maximize) for g in groups
+    ]
+    written = [True, False, True, True, True, True]
+    with regular_table(_table, columns, written, steps) as table:
+        norms = torch.empty(len(steps), dtype=_norm_dtype(table)) if control.measures else None
+        total_norm, skipped = _cpu.adamw_step(
+            table,
+            settings,
+            control.max_norm,
+            control.skip_nonfinite,
+            1.0 if control.grad_scale is None else control.grad_scale.item(),
+            control.found_inf is not None and control.found_inf.item() != 0,
+            None if control.total_norm is None else control.total_norm.item(),
+            ema_decay,
+            norms,
+        )
+    return StepResult(
+        control.total_norm if norms is None else torch.tensor(total_norm, dtype=norms.dtype),
+        norms,
+        torch.tensor(skipped) if control.may_skip else None,
+    )
+
+
+def drop_path(
+    branch: Tensor, mask: Tensor, residual: Tensor | None = None, layer_scale: Tensor | None = None
+) -> Tensor:
+    """See :func:`trainops.reference.drop_path`, which also serves broadcasting and unusual layouts."""
+    if not _has_drop_path_kernel(branch, mask, residual, layer_scale):
+        return reference.drop_path(branch, mask, residual, layer_scale)
+    dtype = mask.dtype if residual is None else torch.promote_types(mask.dtype, residual.dtype)
+    out = torch.empty_like(branch, dtype=dtype)
+    samples = branch.shape[0]
+    if out.numel() > 0:
+        channels = 1 if layer_scale is None else layer_scale.numel()
+        scale = None if layer_scale is None else layer_scale.contiguous()
+        _cpu.drop_path(out, residual, branch, scale, mask, samples, branch.numel() // samples, channels)
+    return out
+
+
+def _has_drop_path_kernel(
+    branch: Tensor, mask: Tensor, residual: Tensor | None, layer_scale: Tensor | None
+) -> bool:
+    operands = [x for x in (branch, residual, layer_scale, mask) if x is not None]
+    if not all(x.is_floating_point() and is_plain(x) for x in operands):
+        return False
+    if len({x.dtype == torch.float64 for x in operands}) > 1:
+        return False
+    if layer_scale is not None and not (layer_scale.ndim == 1 and branch.is_contiguous()):
+        return False
+    if residual is not None and (residual.shape != branch.shape or residual.stride() != branch.stride()):
+        return False
+    return branch.is_contiguous() or any(
+        branch.ndim == ndim and branch.is_contiguous(memory_format=memory_format)
+        for ndim, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d))
+    )
+
+
+def _norm_dtype(table: Any) -> torch.dtype:
+    return torch.float64 if table.has_float64 else torch.float32

@@ -1,0 +1,183 @@
+"""Gradient clipping by norm and by value: the functions of :mod:`torch.nn.utils`, fused.
+
+Differences from PyTorch: the norm of 16-bit gradients is float32, sums are accumulated so that the same gradients
+give the same bits, and gradients whose coefficient is 1 are not rewritten.
+"""
+
+import math
+import types
+import warnings
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .backends import Kernels, check, select
+from .tensor_table import is_plain
+
+Tensors = Tensor | Iterable[Tensor]
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Tensors,
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Scale the gradients of ``parameters`` in place so that their norm is at most ``max_norm``.
+
+    Equivalent to::
+
+        torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite)
+
+    Args:
+        parameters: a tensor or an iterable of tensors; those without a gradient are passed over.
+        max_norm: the largest norm that is left alone, in units of the gradients.
+        norm_type: order of the norm; may be ``inf``.
+        error_if_nonfinite: raise where the norm is infinite or NaN.
+        foreach: accepted for compatibility.
+        backend: see :func:`trainops.backends`; by default it follows the device.
+
+    Returns:
+        The norm before clipping, 0-dim, on the first gradient's device.
+
+    Raises:
+        RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set; no gradient has been changed.
+    """
+    parameters = _listed(parameters, stacklevel=4)
+    grads = _grads(parameters)
+    total_norm = get_total_norm(grads, norm_type, error_if_nonfinite, foreach, backend=backend)
+    clip_grads_with_norm_(parameters, max_norm, total_norm, foreach, backend=backend)
+    return total_norm
+
+
+@torch.no_grad()
+def get_total_norm(
+    tensors: Tensors,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """The norm of all ``tensors``, taken as one vector.
+
+    Equivalent to::
+
+        torch.nn.utils.get_total_norm(tensors, norm_type, error_if_nonfinite)
+
+    Args:
+        tensors: a tensor or an iterable of tensors, on any devices.
+        norm_type: order of the norm; may be ``inf``.
+        error_if_nonfinite: raise where the norm is infinite or NaN.
+        foreach: accepted for compatibility.
+        backend: see :func:`trainops.backends`; by default it follows the device.
+
+    Returns:
+        A 0-dim tensor on the first tensor's device, float32 unless a tensor is float64. 0.0 for an empty list.
+
+    Raises:
+        RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set.
+    """
+    check(backend)
+    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    norm_type = float(norm_type)
+    if not tensors:
+        return torch.tensor(0.0)
+    if not all(is_plain(x) and x.layout is torch.strided for x in tensors):
+        return torch.nn.utils.get_total_norm(tensors, norm_type, error_if_nonfinite)
+    totals = [kernels.grad_norms(part, norm_type)[0] for kernels, part in _by_device(tensors, backend)]
+    total_norm = totals[0] if len(totals) == 1 else reference.grad_norms(totals, norm_type)[0]
+    if error_if_nonfinite and not math.isfinite(total_norm.item()):
+        raise RuntimeError(
+            f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
+            "clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
+            "`error_if_nonfinite=False`"
+        )
+    return total_norm
+
+
+@torch.no_grad()
+def clip_grads_with_norm_(
+    parameters: Tensors, max_norm: float, total_norm: Tensor, foreach: bool | None = None, *, backend: str | None = None
+) -> None:
+    """Multiply the gradients of ``parameters`` with ``min(1, max_norm / (total_norm + 1e-6))``, in place.
+
+    Equivalent to::
+
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total_norm)
+
+    Args:
+        parameters: a tensor or an iterable of tensors; those without a gradient are passed over.
+        max_norm: the largest norm that is left alone, in units of the gradients.
+        total_norm: their norm, 0-dim.
+        foreach: accepted for compatibility.
+        backend: see :func:`trainops.backends`; by default it follows the device.
+    """
+    check(backend)
+    parameters = _listed(parameters)
+    grads = _grads(parameters)
+    if not grads:
+        return
+    if not all(is_plain(x) and x.layout is torch.strided for x in grads):
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total_norm)
+        return
+    coefficient = reference.clip_coefficient(total_norm, float(max_norm))
+    torch.autograd.graph.increment_version(grads)
+    for kernels, part in _by_device(grads, backend):
+        kernels.scale_(part, coefficient)
+
+
+@torch.no_grad()
+def clip_grad_value_(
+    parameters: Tensors, clip_value: float, foreach: bool | None = None, *, backend: str | None = None
+) -> None:
+    """Limit every element of the gradients of ``parameters`` to ``[-clip_value, clip_value]``, in place.
+
+    Equivalent to::
+
+        torch.nn.utils.clip_grad_value_(parameters, clip_value)
+
+    Args:
+        parameters: a tensor or an iterable of tensors; those without a gradient are passed over.
+        clip_value: the largest magnitude that is left alone, in units of the gradients.
+        foreach: accepted for compatibility.
+        backend: see :func:`trainops.backends`; by default it follows the device.
+    """
+    check(backend)
+    parameters = _listed(parameters)
+    grads = _grads(parameters)
+    if not all(is_plain(x) and x.layout is torch.strided and x.is_floating_point() for x in grads):
+        torch.nn.utils.clip_grad_value_(parameters, clip_value)
+        return
+    torch.autograd.graph.increment_version(grads)
+    for kernels, part in _by_device(grads, backend):
+        kernels.clamp_(part, float(clip_value))
+
+
+def _listed(parameters: Tensors, stacklevel: int = 3) -> list[Tensor]:
+    if isinstance(parameters, Tensor):
+        return [parameters]
+    is_generator = isinstance(parameters, types.GeneratorType)
+    parameters = list(parameters)
+    if is_generator and not parameters:
+        warnings.warn(
+            "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=stacklevel
+        )
+    return parameters
+
+
+def _grads(parameters: Sequence[Tensor]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+def _by_device(tensors: Sequence[Tensor], backend: str | None) -> list[tuple[Kernels, list[Tensor]]]:
+    parts: dict[torch.device, list[Tensor]] = {}
+    for x in tensors:
+        parts.setdefault(x.device, []).append(x)
+    return [(select(backend, device.type), part) for device, part in parts.items()]

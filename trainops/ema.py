@@ -1,0 +1,364 @@
+"""Exponential moving average of a model's weights."""
+
+import copy
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .backends import check, select
+from .reference import write
+from .tensor_table import as_real, is_plain
+
+
+@torch.no_grad()
+def ema_update_(
+    ema_tensors: Iterable[Tensor], tensors: Iterable[Tensor], decay: float, *, backend: str | None = None
+) -> None:
+    """Move every tensor of ``ema_tensors`` towards its counterpart, in place.
+
+    Equivalent to::
+
+        torch._foreach_lerp_(ema_tensors, tensors, 1 - decay)
+
+    but the two lists may differ in dtype (a float32 average of bfloat16 weights), and the arithmetic is in the
+    average's precision, float32 at least.
+
+    Args:
+        ema_tensors: the averages.
+        tensors: what is averaged, of the same shapes and on the same devices.
+        decay: how much of the average stays, in [0, 1].
+        backend: see :func:`trainops.backends`; by default it follows the device.
+
+    Raises:
+        ValueError: ``decay`` is out of range, or two tensors differ in shape or device, or are not floating-point.
+            Nothing has been changed.
+    """
+    _check_unit_interval("decay", decay)
+    averages, tensors = list(ema_tensors), list(tensors)
+    if len(averages) != len(tensors):
+        raise ValueError(f"{len(averages)} averages for {len(tensors)} tensors")
+    for i, (average, tensor) in enumerate(zip(averages, tensors, strict=True)):
+        _check_pair(f"tensor {i}", average, tensor)
+        if _kind(average) == "other":
+            raise ValueError(f"tensor {i} is {tensor.dtype}; averages are of floating-point numbers")
+        if average.device != tensor.device:
+            raise ValueError(f"tensor {i} is on {tensor.device}, but its average on {average.device}")
+    update_averages(averages, tensors, decay, None, backend)
+
+
+def get_ema_multi_avg_fn(decay: float = 0.999) -> Callable[[Sequence[Tensor], Sequence[Tensor], Any], None]:
+    """The averaging function for :class:`torch.optim.swa_utils.AveragedModel`.
+
+    Equivalent to::
+
+        torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
+
+    Args:
+        decay: how much of the average stays at each update, in [0, 1].
+
+    Raises:
+        ValueError: ``decay`` is out of range.
+    """
+    _check_unit_interval("decay", decay)
+
+    @torch.no_grad()
+    def ema_update(ema_params: Sequence[Tensor], params: Sequence[Tensor], _: Any) -> None:
+        if ema_params and _kind(ema_params[0]) != "other":
+            ema_update_(ema_params, params, decay)
+        else:
+            for average, param in zip(ema_params, params, strict=True):
+                average.copy_(average * decay + param * (1 - decay))
+
+    return ema_update
+
+
+class EMA:
+    """A copy of ``model`` whose weights follow those of ``model`` slowly.
+
+    Equivalent to::
+
+        ema = timm.utils.ModelEmaV3(model, decay, ...)      # ema.update(model, step) after every step
+        ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+    Call :meth:`update` after every optimizer step, or give the object to ``trainops.AdamW(..., ema=ema)`` and the
+    step updates the average in the same pass over memory. The decay follows timm's ``ModelEmaV3`` and begins with
+    a copy: see :meth:`decay_at`.
+
+    Args:
+        model: the model to follow. It is kept and read at every update.
+        decay: how much of the average stays at each update, in [0, 1].
+        warmup: let the decay grow as ``1 - (1 + n / warmup_gamma) ** -warmup_power`` up to ``decay``.
+        warmup_gamma: number of updates after which the warm-up begins to bite.
+        warmup_power: exponent of the warm-up.
+        min_decay: lower limit of the decay during warm-up, in [0, 1].
+        update_after_step: number of updates during which the average is a plain copy.
+        update_every: move the average at every so many calls of :meth:`update`.
+        dtype: dtype of the average's floating-point weights; default: the model's. Use ``torch.float32`` for a
+            16-bit model: there, ``(1 - decay) * (weight - average)`` is mostly below the last place and is lost.
+        device: where the average lives; default: where the model does.
+        average_buffers: average floating-point buffers as well; otherwise they are copied. Other buffers are
+            always copied.
+        backend: see :func:`trainops.backends`; by default it follows the device.
+
+    Attributes:
+        module: the averaged model, in eval mode, without gradients.
+        step: number of calls of :meth:`update` so far.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        decay: float = 0.9999,
+        *,
+        warmup: bool = False,
+        warmup_gamma: float = 1.0,
+        warmup_power: float = 2 / 3,
+        min_decay: float = 0.0,
+        update_after_step: int = 0,
+        update_every: int = 1,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+        average_buffers: bool = True,
+        backend: str | None = None,
+    ) -> None:
+        _check_unit_interval("decay", decay)
+        _check_unit_interval("min_decay", min_decay)
+        if warmup_gamma <= 0.0:
+            raise ValueError(f"warmup_gamma must be positive, got {warmup_gamma}")
+        if update_every < 1:
+            raise ValueError(f"update_every must be at least 1, got {update_every}")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype must be a floating-point type, got {dtype}")
+        check(backend)
+        self.model = model
+        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        self.module._apply(lambda x: x.to(device=device, dtype=dtype if x.is_floating_point() else None))
+        self.decay = decay
+        self.warmup = warmup
+        self.warmup_gamma = warmup_gamma
+        self.warmup_power = warmup_power
+        self.min_decay = min_decay
+        self.update_after_step = update_after_step
+        self.update_every = update_every
+        self.average_buffers = average_buffers
+        self.backend = backend
+        self.step = 0
+        self._swapped = False
+        self._pairs: list[_Pair] = []
+
+    def decay_at(self, step: int) -> float:
+        """The decay at call number ``step`` of :meth:`update`, from 1: timm's ``ModelEmaV3.get_decay(step)``.
+
+        0 (a plain copy) up to and including call ``update_after_step + 1``; then ``decay``, approached from below
+        with ``warmup``.
+        """
+        step = max(0, step - self.update_after_step - 1)
+        if step == 0:
+            return 0.0
+        if not self.warmup:
+            return self.decay
+        warm = 1 - (1 + step / self.warmup_gamma) ** -self.warmup_power
+        return max(min(warm, self.decay), self.min_decay)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the model.
+
+        Raises:
+            ValueError: the model's weights no longer match the average's. Nothing has been changed.
+            RuntimeError: called inside :meth:`swap`.
+        """
+        self.finish_update(self.plan_update())
+
+    def plan_update(self) -> float | None:
+        """The decay of the next update; None where it is passed over (``update_every``). Changes nothing."""
+        self._check_not_swapped("update()")
+        self._match()
+        step = self.step + 1
+        return self.decay_at(step) if step % self.update_every == 0 else None
+
+    def fusable(self) -> dict[int, Tensor]:
+        """The averages that an optimizer's kernel can update, by ``id`` of the model's parameter."""
+        return {id(pair.source): pair.average for pair in self._match() if pair.fusable}
+
+    def finish_update(self, decay: float | None, done: Container[int] = (), skip: Tensor | None = None) -> None:
+        """Count the update, and move what is not ``done`` (by ``id`` of the model's tensor) unless ``skip`` is true."""
+        self.step += 1
+        if decay is None:
+            return
+        moved = []
+        for pair in self._pairs:
+            if id(pair.source) in done:
+                continue
+            if pair.averaged:
+                moved.append(pair)
+            else:
+                write(pair.average, pair.source.to(pair.average.device), skip)
+        averages, sources = [pair.average for pair in moved], [pair.source for pair in moved]
+        update_averages(averages, sources, decay, skip, self.backend)
+
+    @contextmanager
+    def swap(self) -> Iterator[None]:
+        """Within the ``with`` block, the model has the averaged weights; afterwards its own again, bit for bit.
+
+        The model's tensors stay where they are; their values are exchanged. Needs memory for one more copy of the
+        model meanwhile.
+
+        Raises:
+            RuntimeError: already swapped.
+        """
+        self._check_not_swapped("swap()")
+        pairs = self._match()
+        with torch.no_grad():
+            saved = [pair.source.clone() for pair in pairs]
+            for pair in pairs:
+                pair.source.copy_(pair.average)
+        self._swapped = True
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for pair, own in zip(pairs, saved, strict=True):
+                    pair.source.copy_(own)
+            self._swapped = False
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Copy the averaged weights and buffers into ``model``.
+
+        Raises:
+            ValueError: ``model`` has other weights than the average. Nothing has been changed.
+        """
+        for pair in _matched(self.module, model, self.average_buffers):
+            pair.source.copy_(pair.average)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averaged weights and the number of updates; the settings are the constructor's."""
+        return {"module": self.module.state_dict(), "step": self.step}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state that :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: keys are missing or unexpected, or a shape differs. Nothing has been changed.
+        """
+        if missing := {"module", "step"} - state_dict.keys():
+            raise ValueError(f"the checkpoint of an EMA has no {sorted(missing)}")
+        own, loaded = self.module.state_dict(), state_dict["module"]
+        if own.keys() != loaded.keys():
+            missing, unexpected = sorted(own.keys() - loaded.keys()), sorted(loaded.keys() - own.keys())
+            raise ValueError(f"the checkpoint does not fit the model: missing {missing}, unexpected {unexpected}")
+        for name, value in loaded.items():
+            if isinstance(value, Tensor) and value.shape != own[name].shape:
+                raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(own[name].shape)}")
+        self.module.load_state_dict(loaded)
+        self.step = int(state_dict["step"])
+
+    def _match(self) -> "list[_Pair]":
+        """Every tensor of the model with its average, as they are now: frameworks replace parameters at will."""
+        if not self._pairs or not all(pair.is_current() for pair in self._pairs):
+            self._pairs = _matched(self.module, self.model, self.average_buffers)
+        return self._pairs
+
+    def _check_not_swapped(self, what: str) -> None:
+        if self._swapped:
+            raise RuntimeError(f"{what} inside `with ema.swap()`: the model holds the averaged weights")
+
+
+def update_averages(
+    averages: Sequence[Tensor], sources: Sequence[Tensor], decay: float, skip: Tensor | None, backend: str | None
+) -> None:
+    """Move averages towards sources that may lie on other devices, unless ``skip`` is true."""
+    parts: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
+    for average, source in zip(averages, sources, strict=True):
+        if average.numel() == 0:
+            continue
+        part = parts.setdefault(average.device, ([], []))
+        part[0].append(as_real(average))
+        part[1].append(as_real(source.to(average.device)))
+    torch.autograd.graph.increment_version(averages)
+    for device, (device_averages, device_sources) in parts.items():
+        plain = all(map(is_plain, device_averages)) and all(map(is_plain, device_sources))
+        kernels = select(backend if plain else "reference", device.type)
+        kernels.ema_(device_averages, device_sources, decay, skip)
+
+
+class _Slot(NamedTuple):
+    """Where a module keeps one of its tensors."""
+
+    owner: dict[str, Tensor | None]
+    key: str
+
+    def tensor(self) -> Tensor | None:
+        return self.owner.get(self.key)
+
+
+class _Pair(NamedTuple):
+    """A tensor of the model and its average."""
+
+    average_slot: _Slot
+    source_slot: _Slot
+    average: Tensor
+    source: Tensor
+    averaged: bool  # else it is copied
+    fusable: bool
+
+    def is_current(self) -> bool:
+        return self.source_slot.tensor() is self.source and self.average_slot.tensor() is self.average
+
+
+def _slots(module: nn.Module) -> dict[str, _Slot]:
+    """The parameters and buffers of a module by name, tied ones once."""
+    slots: dict[str, _Slot] = {}
+    seen: set[int] = set()
+    for prefix, submodule in module.named_modules():
+        for owner in (submodule._parameters, submodule._buffers):
+            for key, tensor in owner.items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    slots[f"{prefix}.{key}" if prefix else key] = _Slot(owner, key)
+    return slots
+
+
+def _matched(module: nn.Module, model: nn.Module, average_buffers: bool) -> list[_Pair]:
+    """Pairs every tensor of ``model`` with that of ``module``; ValueError naming the first that does not match."""
+    averages, sources = _slots(module), _slots(model)
+    if averages.keys() != sources.keys():
+        name = min(averages.keys() ^ sources.keys())
+        raise ValueError(f"{name} is in {'the average' if name in averages else 'the model'} alone")
+    pairs = []
+    for name, slot in averages.items():
+        average, source = slot.owner[slot.key], sources[name].owner[sources[name].key]
+        assert average is not None and source is not None  # noqa: S101, PT018 - see _slots
+        _check_pair(name, average, source)
+        averaged = _kind(average) != "other" and (average_buffers or isinstance(source, nn.Parameter))
+        fusable = (
+            isinstance(source, nn.Parameter)
+            and average.device == source.device
+            and (average.dtype == torch.float64) == (source.dtype == torch.float64)
+        )
+        pairs.append(_Pair(slot, sources[name], average, source, averaged, fusable))
+    return pairs
+
+
+def _check_unit_interval(name: str, value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must be in [0, 1], got {value}")
+
+
+def _check_pair(name: str, average: Tensor, tensor: Tensor) -> None:
+    if average.shape != tensor.shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but its average has shape {tuple(average.shape)}")
+    if _kind(average) != _kind(tensor):
+        raise ValueError(f"{name} is {tensor.dtype}, but its average is {average.dtype}")
+
+
+def _kind(x: Tensor) -> str:
+    return "complex" if x.is_complex() else "real" if x.is_floating_point() else "other"

@@ -1,0 +1,120 @@
+"""The specification: every op of trainops in plain PyTorch, to be read beside the papers.
+
+The kernels are checked against these functions, and these functions serve where there is no kernel. They work on
+any device and dtype. Arithmetic is in float32 for float32 and 16-bit tensors and in float64 for float64 ones;
+what is stored is rounded once, at the end. Nothing here waits for the device.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in the dtype that arithmetic is done in: float64 for float64, else float32."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def write(target: Tensor, value: Tensor, skip: Tensor | None = None) -> None:
+    """Store ``value`` in ``target``, unless ``skip`` is true: then ``target`` keeps every bit."""
+    value = value.to(target.dtype)
+    target.copy_(value if skip is None else torch.where(skip.to(target.device), target, value))
+
+
+def grad_norms(tensors: Sequence[Tensor], norm_type: float = 2.0) -> tuple[Tensor, Tensor]:
+    """The norm of all ``tensors`` as one vector (0-dim), and the norm of each (1-D), in float32 or float64."""
+
+    def norm(x: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(wide(x), norm_type) if x.numel() else wide(x).sum().abs()
+
+    norms = torch.stack([norm(x).to(tensors[0].device) for x in tensors])
+    return torch.linalg.vector_norm(norms, norm_type), norms
+
+
+def clip_coefficient(total_norm: Tensor, max_norm: float) -> Tensor:
+    """``min(1, max_norm / (total_norm + 1e-6))``; NaN where the norm is NaN."""
+    return torch.clamp(max_norm / (total_norm + 1e-6), max=1.0)
+
+
+def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
+    """Multiply every tensor by one coefficient."""
+    for x in tensors:
+        write(x, wide(x) * coefficient.to(x.device))
+
+
+def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
+    """Limit every element to ``[-bound, bound]``."""
+    for x in tensors:
+        x.clamp_(-bound, bound)
+
+
+def bias_correction(beta: float, step: Tensor) -> Tensor | float:
+    """``1 - beta ** step``, without the cancellation."""
+    return -torch.expm1(step * math.log(beta)) if beta > 0 else 1.0
+
+
+def adamw_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    step: Tensor,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+    coefficient: Tensor | float = 1.0,
+    skip: Tensor | None = None,
+) -> None:
+    """One step of AdamW (arXiv:1711.05101, algorithm 2) for one parameter, AMSGrad with ``max_exp_avg_sq``."""
+    g = wide(grad).to(wide(param).dtype) * coefficient
+    g = -g if maximize else g
+    t = step.to(g.dtype) + 1
+    m = torch.lerp(wide(exp_avg), g, 1 - beta1)
+    v = wide(exp_avg_sq) * beta2 + (1 - beta2) * g * g
+    v_max = v if max_exp_avg_sq is None else torch.maximum(wide(max_exp_avg_sq), v)
+    denominator = (v_max / bias_correction(beta2, t)).sqrt() + eps
+    update = m / bias_correction(beta1, t) / denominator
+    write(param, wide(param) * (1 - lr * weight_decay) - lr * update, skip)
+    write(exp_avg, m, skip)
+    write(exp_avg_sq, v, skip)
+    write(step, t, skip)
+    if max_exp_avg_sq is not None:
+        write(max_exp_avg_sq, v_max, skip)
+
+
+def ema_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None) -> None:
+    """``average += (1 - decay) * (tensor - average)``; equal values stay as they are, infinities included."""
+    for average, tensor in zip(averages, tensors, strict=True):
+        old = wide(average)
+        new = tensor.to(old.dtype)
+        write(average, torch.where(old == new, old, torch.lerp(old, new, 1 - decay)), skip)
+
+
+def drop_path_mask(
+    x: Tensor, drop_prob: float, scale_by_keep: bool = True, dtype: torch.dtype | None = None
+) -> Tensor:
+    """One value per sample (dim 0) of ``x``: 0 with probability ``drop_prob``, else 1 or ``1 / keep_prob``.
+
+    Drawn from torch's generator exactly as timm draws it (timm/layers/drop.py): same seed, same mask.
+    """
+    keep_prob = 1 - drop_prob
+    mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1), dtype=dtype).bernoulli_(keep_prob)
+    return mask.div_(keep_prob) if keep_prob > 0.0 and scale_by_keep else mask
+
+
+def drop_path(
+    branch: Tensor, mask: Tensor, residual: Tensor | None = None, layer_scale: Tensor | None = None
+) -> Tensor:
+    """Stochastic depth (arXiv:1603.09382): ``residual + branch * layer_scale * mask``.
+
+    With a residual, a dropped sample is its residual, whatever its branch holds.
+    """
+    scaled = (branch if layer_scale is None else branch * layer_scale) * mask
+    return scaled if residual is None else torch.where(mask != 0, residual + scaled, residual)
