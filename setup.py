@@ -82,9 +82,18 @@ class BuildBackends(build_ext):
         answer = subprocess.run([*shlex.split(command), "--version"], capture_output=True, text=True, check=False)
         return answer.stdout.partition("\n")[0] or command
 
+    def built(self) -> list[Pybind11Extension]:
+        return [ext for ext in self.extensions if "built_with" in self.record[BACKENDS[ext.name]]]
+
     def get_outputs(self) -> list[str]:
-        # A backend that was not built leaves no file to install.
-        return [path for path in super().get_outputs() if Path(path).exists()]
+        self.extensions = self.built()  # one that was not built leaves no file to install
+        return super().get_outputs()
+
+    def copy_extensions_to_source(self) -> None:
+        for ext in self.extensions:
+            Path(ROOT, *ext.name.split(".")[:-1], Path(self.get_ext_filename(ext.name)).name).unlink(missing_ok=True)
+        self.extensions = self.built()
+        super().copy_extensions_to_source()
 
 
 ParallelCompile("MAX_JOBS", default=os.cpu_count() or 1, needs_recompile=lambda *_: True).install()

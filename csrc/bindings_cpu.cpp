@@ -15,24 +15,50 @@ using namespace trainops;
 
 namespace {
 
-TensorReader reader;
+TensorReader& reader = *new TensorReader;  // never destroyed: the interpreter is gone by then
 
-// The tables of this module are in host memory and cut for the CPU.
+// A table in host memory, cut for the CPU.
 class Table {
  public:
   Table(const py::list& columns, const py::object& scalars)
-      : built_(table_from_python(reader, columns, scalars, {dlpack::kCPU, dlpack::kPinned})) {
-    built_.table.cut(cpu::kChunkNumel);
-  }
-  const std::vector<int64_t>& irregular() const { return built_.irregular; }
-  bool has_float64() const { return built_.has_float64; }
-  const TensorTable& get() const {
-    if (!built_.irregular.empty()) throw std::logic_error("this table has rows that kernels cannot take");
-    return built_.table;
+      : builder_(reader, columns.size(), !scalars.is_none(), {dlpack::kCPU, dlpack::kPinned}),
+        irregular_(add_rows(builder_, columns, scalars)) {
+    builder_.table.cut(cpu::kChunkNumel);
   }
 
+  const std::vector<int64_t>& irregular() const { return irregular_; }
+  bool has_float64() const { return builder_.has_float64; }
+  int64_t rows() const { return builder_.table.rows(); }
+  const TensorTable& get() const {
+    if (!irregular_.empty()) throw std::logic_error("this table has rows that kernels cannot take");
+    return builder_.table;
+  }
+
+ protected:
+  explicit Table(size_t columns) : builder_(reader, columns, true, {dlpack::kCPU, dlpack::kPinned}) {}
+
+  TableBuilder builder_;
+  std::vector<int64_t> irregular_;
+};
+
+// The table of an AdamW step, straight from the optimizer's containers; `regular` is false where that cannot be.
+class AdamWTable : public Table {
+ public:
+  AdamWTable(const py::list& param_groups, const py::dict& state, const py::dict& averages)
+      : Table(size_t{cpu::kStep}), rows_(reader, builder_, averages) {
+    for (const auto group : param_groups) {
+      if (!rows_.add_group(group.cast<py::dict>(), state)) return;
+    }
+    builder_.table.cut(cpu::kChunkNumel);
+    regular_ = true;
+  }
+
+  bool regular() const { return regular_; }
+  const AdamWRows& collected() const { return rows_; }
+
  private:
-  TableFromPython built_;
+  AdamWRows rows_;
+  bool regular_ = false;
 };
 
 Cell read_cell(const py::object& tensor) {
@@ -132,13 +158,22 @@ int threads() {
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "The compiled CPU kernels of trainops.";
-  m.def("configure", [](py::object api, py::object describe) { reader.configure(std::move(api), std::move(describe)); });
+  m.def("configure", [](py::object api, py::object describe, py::tuple plain_types) {
+    reader.configure(std::move(api), std::move(describe), std::move(plain_types));
+  });
   m.def("simd", &simd);
   m.def("threads", &threads);
   py::class_<Table>(m, "TensorTable")
       .def(py::init<const py::list&, const py::object&>(), py::arg("columns"), py::arg("scalars") = py::none())
       .def_property_readonly("irregular", &Table::irregular)
-      .def_property_readonly("has_float64", &Table::has_float64);
+      .def_property_readonly("has_float64", &Table::has_float64)
+      .def_property_readonly("rows", &Table::rows);
+  py::class_<AdamWTable, Table>(m, "AdamWTable")
+      .def(py::init<const py::list&, const py::dict&, const py::dict&>())
+      .def_property_readonly("regular", &AdamWTable::regular)
+      .def_property_readonly("params", [](const AdamWTable& t) { return t.collected().params; })
+      .def_property_readonly("group_rows", [](const AdamWTable& t) { return t.collected().group_rows; })
+      .def_property_readonly("averaged", [](const AdamWTable& t) { return t.collected().averaged; });
   m.def("norms", &norms);
   m.def("scale", &scale);
   m.def("clamp", &clamp);

@@ -93,10 +93,12 @@ struct Description {
 
 class TensorReader {
  public:
-  // `api` is torch.Tensor.__dlpack_c_exchange_api__ or None; `describe` is trainops.tensor_table.describe.
-  void configure(pybind11::object api, pybind11::object describe) {
+  // `api` is torch.Tensor.__dlpack_c_exchange_api__ or None; `describe` is trainops.tensor_table.describe;
+  // `plain_types` are the classes whose tensors are memory and nothing else.
+  void configure(pybind11::object api, pybind11::object describe, pybind11::tuple plain_types) {
     api_ = nullptr;
     describe_ = std::move(describe);
+    plain_types_ = std::move(plain_types);
     if (api.is_none()) return;
     auto* table = static_cast<dlpack::ExchangeAPI*>(PyCapsule_GetPointer(api.ptr(), "dlpack_exchange_api"));
     if (table == nullptr) throw pybind11::error_already_set();
@@ -104,7 +106,15 @@ class TensorReader {
     if (table != nullptr && table->major == 1 && table->tensor_from_object != nullptr) api_ = table;
   }
 
-  // False for what kernels cannot take as it is: no memory of its own, complex, integer, lazily negated.
+  bool is_plain(PyObject* tensor) const {
+    const auto type = pybind11::handle(reinterpret_cast<PyObject*>(Py_TYPE(tensor)));
+    for (const auto plain : plain_types_) {
+      if (plain.is(type)) return true;
+    }
+    return false;
+  }
+
+  // False for what kernels cannot take as it is: no memory of its own, complex, integer.
   bool read(PyObject* object, Description& out) const {
     return api_ != nullptr ? read_dlpack(object, out) : read_python(object, out);
   }
@@ -121,7 +131,7 @@ class TensorReader {
     out.cell = {static_cast<char*>(tensor.data) + tensor.byte_offset, *dtype};
     out.device_type = tensor.device.type;
     out.set_shape(tensor.ndim, tensor.shape, tensor.strides);
-    return owns_memory(object, out);
+    return has_memory(out);
   }
 
   bool read_python(PyObject* object, Description& out) const {
@@ -140,7 +150,7 @@ class TensorReader {
       steps[i] = strides[i].cast<int64_t>();
     }
     out.set_shape(static_cast<int32_t>(shape.size()), sizes, steps);
-    return owns_memory(object, out);
+    return has_memory(out);
   }
 
   static std::optional<DType> dtype_from(uint8_t code, uint8_t bits) {
@@ -151,63 +161,151 @@ class TensorReader {
     return std::nullopt;
   }
 
-  // A lazily negated real tensor is the imaginary part of a lazily conjugated one. Its strides give it away,
-  // except where it has a single element.
-  static bool owns_memory(PyObject* object, const Description& out) {
-    if (out.numel == 0) return true;
-    if (out.cell.address == nullptr) return false;
-    return out.numel > 1 || !pybind11::handle(object).attr("is_neg")().cast<bool>();
-  }
+  static bool has_memory(const Description& d) { return d.numel == 0 || d.cell.address != nullptr; }
 
   const dlpack::ExchangeAPI* api_ = nullptr;
   pybind11::object describe_;
+  pybind11::tuple plain_types_;
 };
 
-struct TableFromPython {
-  TensorTable table;
-  std::vector<int64_t> irregular;  // rows that kernels cannot take as they are; the table must not be used then
-  bool has_float64 = false;
-};
-
-// One list of tensors per column, None where a row has no tensor in that column. The cells of a row must lie on
-// `device_types`, and have the same shape and the same dense strides; rows where that is not so are reported.
-// `scalars`, where given, becomes one more column: a float32 per row.
-inline TableFromPython table_from_python(const TensorReader& reader, pybind11::list columns,
-                                         pybind11::object scalars, const std::vector<int32_t>& device_types) {
-  const bool has_scalars = !scalars.is_none();
-  const size_t width = columns.size();
-  TableFromPython result{TensorTable(static_cast<int64_t>(width + has_scalars)), {}, false};
-  const auto rows = width == 0 ? 0 : PyList_GET_SIZE(columns[0].ptr());
-  std::vector<Cell> cells(width + has_scalars);
-  Description first, next;
-  const auto on_device = [&](const Description& d) {
-    return std::find(device_types.begin(), device_types.end(), d.device_type) != device_types.end();
-  };
-  for (Py_ssize_t row = 0; row < rows; ++row) {
-    bool regular = true, seen = false;
-    for (size_t column = 0; column < width && regular; ++column) {
-      PyObject* tensor = PyList_GET_ITEM(PyList_GET_ITEM(columns.ptr(), column), row);
-      cells[column] = Cell{};
-      if (tensor == Py_None) continue;
-      Description& description = seen ? next : first;
-      regular = reader.read(tensor, description) && on_device(description) &&
-                (seen ? next.same_order(first) : first.dense());
-      seen = true;
-      cells[column] = description.cell;
-      result.has_float64 |= description.cell.dtype == DType::float64;
-    }
-    if (has_scalars && regular) {
-      regular = reader.read(PyList_GET_ITEM(scalars.ptr(), row), next) && on_device(next) && next.numel == 1 &&
-                next.cell.dtype == DType::float32;
-      cells[width] = next.cell;
-    }
-    if (!regular) {
-      result.irregular.push_back(row);
-    } else {
-      result.table.add_row(cells.data(), seen ? first.numel : 0);
-    }
-  }
-  return result;
+// A lazily negated real tensor is the imaginary part of a lazily conjugated one. Its strides give it away, except
+// where it has a single element and hence no strides.
+inline bool maybe_negated(PyObject* tensor, const Description& d) {
+  if (d.numel != 1) return false;
+  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+  PyObject* answer = PyObject_CallMethodNoArgs(tensor, is_neg);
+  if (answer == nullptr) throw pybind11::error_already_set();
+  Py_DECREF(answer);  // True and False live on
+  return answer == Py_True;
 }
+
+// Collects rows of tensors that lie on one of `device_types` (DLPack's numbers). The cells of a row must have the
+// same shape and the same dense strides; a scalar, where there is one, must be a float32.
+class TableBuilder {
+ public:
+  TableBuilder(const TensorReader& reader, size_t columns, bool has_scalar, std::vector<int32_t> device_types)
+      : table(static_cast<int64_t>(columns + has_scalar)),
+        reader_(reader),
+        device_types_(std::move(device_types)),
+        cells_(columns + has_scalar) {}
+
+  // False, and the table as it was, for a row that kernels cannot take as it is. `tensors` may hold None.
+  bool add_row(PyObject* const* tensors, size_t columns, PyObject* scalar) {
+    bool seen = false;
+    for (size_t column = 0; column < columns; ++column) {
+      cells_[column] = Cell{};
+      if (tensors[column] == Py_None) continue;
+      Description& description = seen ? next_ : first_;
+      if (!read(tensors[column], description) || maybe_negated(tensors[column], description)) return false;
+      if (seen ? !next_.same_order(first_) : !first_.dense()) return false;
+      seen = true;
+      cells_[column] = description.cell;
+    }
+    if (scalar != nullptr) {
+      if (!read(scalar, next_) || next_.numel != 1 || next_.cell.dtype != DType::float32) return false;
+      cells_[columns] = next_.cell;
+    }
+    for (size_t column = 0; column < columns; ++column) {
+      has_float64 |= cells_[column].address != nullptr && cells_[column].dtype == DType::float64;
+    }
+    table.add_row(cells_.data(), seen ? first_.numel : 0);
+    return true;
+  }
+
+  TensorTable table;
+  bool has_float64 = false;
+
+ private:
+  bool read(PyObject* tensor, Description& description) const {
+    return reader_.read(tensor, description) &&
+           std::find(device_types_.begin(), device_types_.end(), description.device_type) != device_types_.end();
+  }
+
+  const TensorReader& reader_;
+  std::vector<int32_t> device_types_;
+  std::vector<Cell> cells_;
+  Description first_, next_;
+};
+
+// Adds a row for every index of the lists `columns`, and returns those that kernels cannot take as they are.
+inline std::vector<int64_t> add_rows(TableBuilder& builder, const pybind11::list& columns,
+                                     const pybind11::object& scalars) {
+  std::vector<int64_t> irregular;
+  std::vector<PyObject*> tensors(columns.size());
+  const Py_ssize_t rows = columns.empty() ? 0 : PyList_GET_SIZE(columns[0].ptr());
+  for (Py_ssize_t row = 0; row < rows; ++row) {
+    for (size_t i = 0; i < tensors.size(); ++i) tensors[i] = PyList_GET_ITEM(PyList_GET_ITEM(columns.ptr(), i), row);
+    PyObject* scalar = scalars.is_none() ? nullptr : PyList_GET_ITEM(scalars.ptr(), row);
+    if (!builder.add_row(tensors.data(), tensors.size(), scalar)) irregular.push_back(row);
+  }
+  return irregular;
+}
+
+// Names under which torch keeps gradients and the state of AdamW. Interned strings are the interpreter's own.
+struct StateNames {
+  PyObject* grad = PyUnicode_InternFromString("grad");
+  PyObject* exp_avg = PyUnicode_InternFromString("exp_avg");
+  PyObject* exp_avg_sq = PyUnicode_InternFromString("exp_avg_sq");
+  PyObject* max_exp_avg_sq = PyUnicode_InternFromString("max_exp_avg_sq");
+  PyObject* step = PyUnicode_InternFromString("step");
+
+  StateNames() = default;
+  StateNames(const StateNames&) = delete;
+  ~StateNames() {
+    for (PyObject* name : {grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step}) Py_DECREF(name);
+  }
+};
+
+// The rows of an AdamW step straight from an optimizer's `param_groups` and `state`: what the general path collects
+// in Python, in a fraction of the time. `averages` maps id(param) to the shadow weight of an EMA.
+class AdamWRows {
+ public:
+  AdamWRows(const TensorReader& reader, TableBuilder& builder, const pybind11::dict& averages)
+      : reader_(reader), builder_(builder), averages_(averages) {}
+
+  // False where anything is out of the ordinary: no state yet, subclasses of tensors, other devices, odd strides.
+  bool add_group(const pybind11::dict& group, const pybind11::dict& state) {
+    const pybind11::object all = group["params"];
+    if (!PyList_Check(all.ptr())) return false;
+    const bool amsgrad = pybind11::bool_(group["amsgrad"]);
+    const size_t before = params.size();
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(all.ptr()); ++i) {
+      PyObject* param = PyList_GET_ITEM(all.ptr(), i);
+      const auto grad = pybind11::reinterpret_steal<pybind11::object>(PyObject_GetAttr(param, names_.grad));
+      if (!grad) throw pybind11::error_already_set();
+      if (grad.is_none()) continue;
+      PyObject* own = PyDict_GetItemWithError(state.ptr(), param);
+      if (!reader_.is_plain(param) || own == nullptr || !PyDict_Check(own)) return false;
+      PyObject* const exp_avg = PyDict_GetItem(own, names_.exp_avg);
+      PyObject* const exp_avg_sq = PyDict_GetItem(own, names_.exp_avg_sq);
+      PyObject* const max_exp_avg_sq = amsgrad ? PyDict_GetItem(own, names_.max_exp_avg_sq) : Py_None;
+      PyObject* const step = PyDict_GetItem(own, names_.step);
+      if (exp_avg == nullptr || exp_avg_sq == nullptr || max_exp_avg_sq == nullptr || step == nullptr) return false;
+      PyObject* const tensors[] = {param, grad.ptr(), exp_avg, exp_avg_sq, max_exp_avg_sq, average_of(param)};
+      if (!builder_.add_row(tensors, 6, step)) return false;
+      params.append(pybind11::handle(param));
+    }
+    group_rows.push_back(static_cast<int64_t>(params.size() - before));
+    return true;
+  }
+
+  pybind11::list params;            // those that have a gradient
+  std::vector<int64_t> group_rows;  // how many of them each group has
+  int64_t averaged = 0;             // how many of them have an average
+
+ private:
+  PyObject* average_of(PyObject* param) {
+    if (averages_.empty()) return Py_None;
+    const auto id = pybind11::reinterpret_steal<pybind11::object>(PyLong_FromVoidPtr(param));
+    PyObject* average = PyDict_GetItem(averages_.ptr(), id.ptr());
+    averaged += average != nullptr;
+    return average == nullptr ? Py_None : average;
+  }
+
+  const TensorReader& reader_;
+  TableBuilder& builder_;
+  const pybind11::dict averages_;
+  const StateNames names_;
+};
 
 }  // namespace trainops

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import reference
 from .backends import AdamWGroup, StepControl, StepResult, check, select
 from .ema import EMA
-from .tensor_table import is_plain
+from .tensor_table import all_plain
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Betas = tuple[float, float] | tuple[Tensor, Tensor]
@@ -136,71 +136,79 @@ class AdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        decay = None if self.ema is None else self.ema.plan_update()
-        averages = {} if self.ema is None or decay is None else self.ema.fusable()
-        result = self._update(self._gather(averages), decay)
-        if self.ema is not None:
-            done = {id(p) for group in self.param_groups for p in group["params"] if p.grad is not None}
-            self.ema.finish_update(decay, done & averages.keys(), result.skipped)
+        update = None if self.ema is None else self.ema.plan_update()
+        averages = {} if update is None else update.fusable
+        params, result = self._update(averages, 0.0 if update is None or update.decay is None else update.decay)
+        if self.ema is not None and update is not None:
+            self.ema.finish_update(update, averages.keys() & set(map(id, params)), result.skipped)
         return loss
 
-    def _gather(self, averages: dict[int, Tensor]) -> dict[torch.device, list[AdamWGroup]]:
-        """The parameters that have a gradient, with their state, by device and group."""
-        trained = [[(p, p.grad) for p in group["params"] if p.grad is not None] for group in self.param_groups]
-        if any(grad.is_sparse for group in trained for _, grad in group):
-            raise RuntimeError("AdamW does not support sparse gradients, please consider SparseAdam instead")
-        gathered: dict[torch.device, list[AdamWGroup]] = {}
-        for settings, pairs in zip(self.param_groups, trained, strict=True):
-            of_device: dict[torch.device, AdamWGroup] = {}
-            for param, grad in pairs:
-                state = self.state[param] or self._init_state(param, settings)
-                group = of_device.get(param.device)
-                if group is None:
-                    group = of_device[param.device] = _group(settings)
-                    gathered.setdefault(param.device, []).append(group)
-                group.params.append(param)
-                group.grads.append(grad)
-                group.exp_avgs.append(state["exp_avg"])
-                group.exp_avg_sqs.append(state["exp_avg_sq"])
-                group.max_exp_avg_sqs.append(state["max_exp_avg_sq"] if settings["amsgrad"] else None)
-                group.averages.append(averages.get(id(param)))
-                group.steps.append(state["step"])
-        return gathered
-
-    def _init_state(self, param: Tensor, settings: dict[str, Any]) -> dict[str, Tensor]:
-        on_device = settings["capturable"] or settings["fused"]
-        state: dict[str, Tensor] = self.state[param]
-        state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if on_device else "cpu")
-        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if settings["amsgrad"] else 2]:
-            state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        return state
-
-    def _update(self, gathered: dict[torch.device, list[AdamWGroup]], decay: float | None) -> StepResult:
+    def _update(self, averages: dict[int, Tensor], ema_decay: float) -> tuple[list[Tensor], StepResult]:
+        """Norm, clipping, AdamW and the fused part of the averages; the parameters that had a gradient."""
         control = StepControl(
             self.max_grad_norm, self.skip_nonfinite, getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         )
-        plain = all(is_plain(p) for groups in gathered.values() for group in groups for p in group.params)
-        joint: StepResult | None = None
-        if control.measures and (len(gathered) > 1 or not plain):
-            joint = self._joint_norm(control)
-            control = replace(control, total_norm=joint.total_norm)
-        result = StepResult()
-        for device, groups in gathered.items():
-            torch.autograd.graph.increment_version([p for group in groups for p in group.params])
-            kernels = select(self.backend, device.type)
-            result = kernels.adamw_step(groups, control, 0.0 if decay is None else decay)
-        if joint is not None:
-            result = StepResult(joint.total_norm, joint.norms, result.skipped)
+        kernels = select(self.backend, self.param_groups[0]["params"][0].device.type)
+        table = kernels.collect(self.param_groups, self.state, averages)
+        if table is not None:
+            groups = [_group(*pair) for pair in zip(self.param_groups, table.group_rows, strict=True)]
+            params = table.params
+            torch.autograd.graph.increment_version(params)
+            result = kernels.adamw_step(groups, control, ema_decay, table)
+        else:
+            groups = self._gather(averages)
+            params = [p for group in groups for p in group.params]
+            torch.autograd.graph.increment_version(params)
+            result = self._update_groups(groups, control, ema_decay)
         if control.max_norm is not None or control.skip_nonfinite:
             self.grad_norm, self.grad_norms = result.total_norm, result.norms
         if result.skipped is not None:
             self.skipped_steps += result.skipped.to(self.skipped_steps.device)
-        return result
+        return params, result
 
-    def _joint_norm(self, control: StepControl) -> StepResult:
+    def _gather(self, averages: dict[int, Tensor]) -> list[AdamWGroup]:
+        """The parameters that have a gradient, with their state, which is made where there is none yet."""
+        selected = []
+        for settings in self.param_groups:
+            params, grads = settings["params"], [p.grad for p in settings["params"]]
+            if any(grad is None for grad in grads):
+                params = [p for p, grad in zip(params, grads, strict=True) if grad is not None]
+                grads = [grad for grad in grads if grad is not None]
+            if any(grad.is_sparse for grad in grads):
+                raise RuntimeError("AdamW does not support sparse gradients, please consider SparseAdam instead")
+            if params:
+                selected.append((settings, params, grads))
+        groups = []
+        for settings, params, grads in selected:
+            states = [self.state[p] for p in params]
+            for param, state in zip(params, states, strict=True) if not all(states) else ():
+                _init_state(state, param, settings)
+            group = _group(settings, len(params))
+            group.params, group.grads = params, grads
+            group.exp_avgs = [state["exp_avg"] for state in states]
+            group.exp_avg_sqs = [state["exp_avg_sq"] for state in states]
+            amsgrad = settings["amsgrad"]
+            group.max_exp_avg_sqs = [state["max_exp_avg_sq"] for state in states] if amsgrad else [None] * len(states)
+            group.averages = list(map(averages.get, map(id, params)))
+            group.steps = [state["step"] for state in states]
+            groups.append(group)
+        return groups
+
+    def _update_groups(self, groups: list[AdamWGroup], control: StepControl, ema_decay: float) -> StepResult:
+        """The general path: any devices, tensor subclasses, layouts."""
+        parts = _by_device(groups)
+        joint: StepResult | None = None
+        if control.measures and (len(parts) > 1 or not all(all_plain(g.params) for g in groups)):
+            joint = self._joint_norm(groups, control)
+            control = replace(control, total_norm=joint.total_norm)
+        result = StepResult()
+        for device, part in parts.items():
+            result = select(self.backend, device.type).adamw_step(part, control, ema_decay)
+        return result if joint is None else StepResult(joint.total_norm, joint.norms, result.skipped)
+
+    def _joint_norm(self, groups: list[AdamWGroup], control: StepControl) -> StepResult:
         """The norms over several devices, or over the shards of a DTensor."""
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norms = reference.grad_norms(grads)[1]
+        norms = reference.grad_norms([grad for group in groups for grad in group.grads])[1]
         norms = norms.full_tensor() if hasattr(norms, "full_tensor") else norms
         if control.grad_scale is not None:
             norms = norms / control.grad_scale.to(norms.device)
@@ -210,7 +218,7 @@ class AdamW(torch.optim.AdamW):
 _OWN_ATTRIBUTES = ("max_grad_norm", "skip_nonfinite", "ema", "backend", "grad_norm", "grad_norms", "skipped_steps")
 
 
-def _group(settings: dict[str, Any]) -> AdamWGroup:
+def _group(settings: dict[str, Any], rows: int) -> AdamWGroup:
     lr, (beta1, beta2) = settings["lr"], settings["betas"]
     return AdamWGroup(
         lr=lr.squeeze() if isinstance(lr, Tensor) else lr,
@@ -219,7 +227,30 @@ def _group(settings: dict[str, Any]) -> AdamWGroup:
         eps=settings["eps"],
         weight_decay=settings["weight_decay"],
         maximize=settings["maximize"],
+        rows=rows,
     )
+
+
+def _init_state(state: dict[str, Tensor], param: Tensor, settings: dict[str, Any]) -> None:
+    if state:
+        return
+    on_device = settings["capturable"] or settings["fused"]
+    state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if on_device else "cpu")
+    for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if settings["amsgrad"] else 2]:
+        state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+
+
+def _by_device(groups: list[AdamWGroup]) -> dict[torch.device, list[AdamWGroup]]:
+    """The groups as they are where everything is on one device; else one of each per device."""
+    devices = dict.fromkeys(p.device for group in groups for p in group.params)
+    parts: dict[torch.device, list[AdamWGroup]] = {}
+    for device in devices:
+        for group in groups:
+            rows = [row for row, param in enumerate(group.params) if param.device == device]
+            if rows:
+                columns = {name: [getattr(group, name)[row] for row in rows] for name in AdamWGroup.COLUMNS}
+                parts.setdefault(device, []).append(replace(group, rows=len(rows), **columns))
+    return parts
 
 
 def _check_state(param: Tensor, state: dict[str, Any] | None, *, amsgrad: bool) -> None:

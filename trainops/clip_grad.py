@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import reference
 from .backends import Kernels, check, select
-from .tensor_table import is_plain
+from .tensor_table import all_plain
 
 Tensors = Tensor | Iterable[Tensor]
 
@@ -89,7 +89,7 @@ def get_total_norm(
     norm_type = float(norm_type)
     if not tensors:
         return torch.tensor(0.0)
-    if not all(is_plain(x) and x.layout is torch.strided for x in tensors):
+    if not _all_dense(tensors):
         return torch.nn.utils.get_total_norm(tensors, norm_type, error_if_nonfinite)
     totals = [kernels.grad_norms(part, norm_type)[0] for kernels, part in _by_device(tensors, backend)]
     total_norm = totals[0] if len(totals) == 1 else reference.grad_norms(totals, norm_type)[0]
@@ -124,7 +124,7 @@ def clip_grads_with_norm_(
     grads = _grads(parameters)
     if not grads:
         return
-    if not all(is_plain(x) and x.layout is torch.strided for x in grads):
+    if not _all_dense(grads):
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total_norm)
         return
     coefficient = reference.clip_coefficient(total_norm, float(max_norm))
@@ -152,7 +152,7 @@ def clip_grad_value_(
     check(backend)
     parameters = _listed(parameters)
     grads = _grads(parameters)
-    if not all(is_plain(x) and x.layout is torch.strided and x.is_floating_point() for x in grads):
+    if not _all_dense(grads) or any(x.is_complex() for x in grads):
         torch.nn.utils.clip_grad_value_(parameters, clip_value)
         return
     torch.autograd.graph.increment_version(grads)
@@ -174,6 +174,10 @@ def _listed(parameters: Tensors, stacklevel: int = 3) -> list[Tensor]:
 
 def _grads(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [p.grad for p in parameters if p.grad is not None]
+
+
+def _all_dense(tensors: Sequence[Tensor]) -> bool:
+    return all_plain(tensors) and not any(x.is_sparse for x in tensors)
 
 
 def _by_device(tensors: Sequence[Tensor], backend: str | None) -> list[tuple[Kernels, list[Tensor]]]:

@@ -1,16 +1,17 @@
 """Exponential moving average of a model's weights."""
 
 import copy
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from .backends import check, select
 from .reference import write
-from .tensor_table import as_real, is_plain
+from .tensor_table import all_plain, as_real
 
 
 @torch.no_grad()
@@ -150,7 +151,7 @@ class EMA:
         self.backend = backend
         self.step = 0
         self._swapped = False
-        self._pairs: list[_Pair] = []
+        self._matched: _Matched | None = None
 
     def decay_at(self, step: int) -> float:
         """The decay at call number ``step`` of :meth:`update`, from 1: timm's ``ModelEmaV3.get_decay(step)``.
@@ -176,29 +177,27 @@ class EMA:
         """
         self.finish_update(self.plan_update())
 
-    def plan_update(self) -> float | None:
-        """The decay of the next update; None where it is passed over (``update_every``). Changes nothing."""
+    def plan_update(self) -> "Update":
+        """What the next update does, for an optimizer that takes part in it. Changes nothing.
+
+        Raises:
+            ValueError: the model's weights no longer match the average's.
+            RuntimeError: called inside :meth:`swap`.
+        """
         self._check_not_swapped("update()")
-        self._match()
-        step = self.step + 1
-        return self.decay_at(step) if step % self.update_every == 0 else None
+        matched, step = self._match(), self.step + 1
+        return Update(matched, self.decay_at(step) if step % self.update_every == 0 else None)
 
-    def fusable(self) -> dict[int, Tensor]:
-        """The averages that an optimizer's kernel can update, by ``id`` of the model's parameter."""
-        return {id(pair.source): pair.average for pair in self._match() if pair.fusable}
-
-    def finish_update(self, decay: float | None, done: Container[int] = (), skip: Tensor | None = None) -> None:
+    def finish_update(self, update: "Update", done: Collection[int] = (), skip: Tensor | None = None) -> None:
         """Count the update, and move what is not ``done`` (by ``id`` of the model's tensor) unless ``skip`` is true."""
         self.step += 1
-        if decay is None:
+        pairs, decay = update.matched.pairs, update.decay
+        if decay is None or len(done) == len(pairs):
             return
-        moved = []
-        for pair in self._pairs:
-            if id(pair.source) in done:
-                continue
-            if pair.averaged:
-                moved.append(pair)
-            else:
+        left = [pair for pair in pairs if id(pair.source) not in done]
+        moved = [pair for pair in left if pair.averaged]
+        for pair in left:
+            if not pair.averaged:
                 write(pair.average, pair.source.to(pair.average.device), skip)
         averages, sources = [pair.average for pair in moved], [pair.source for pair in moved]
         update_averages(averages, sources, decay, skip, self.backend)
@@ -214,7 +213,7 @@ class EMA:
             RuntimeError: already swapped.
         """
         self._check_not_swapped("swap()")
-        pairs = self._match()
+        pairs = self._match().pairs
         with torch.no_grad():
             saved = [pair.source.clone() for pair in pairs]
             for pair in pairs:
@@ -235,7 +234,7 @@ class EMA:
         Raises:
             ValueError: ``model`` has other weights than the average. Nothing has been changed.
         """
-        for pair in _matched(self.module, model, self.average_buffers):
+        for pair in _match(self.module, model, self.average_buffers).pairs:
             pair.source.copy_(pair.average)
 
     def state_dict(self) -> dict[str, Any]:
@@ -261,11 +260,11 @@ class EMA:
         self.module.load_state_dict(loaded)
         self.step = int(state_dict["step"])
 
-    def _match(self) -> "list[_Pair]":
+    def _match(self) -> "_Matched":
         """Every tensor of the model with its average, as they are now: frameworks replace parameters at will."""
-        if not self._pairs or not all(pair.is_current() for pair in self._pairs):
-            self._pairs = _matched(self.module, self.model, self.average_buffers)
-        return self._pairs
+        if self._matched is None or not self._matched.is_current():
+            self._matched = _match(self.module, self.model, self.average_buffers)
+        return self._matched
 
     def _check_not_swapped(self, what: str) -> None:
         if self._swapped:
@@ -285,7 +284,7 @@ def update_averages(
         part[1].append(as_real(source.to(average.device)))
     torch.autograd.graph.increment_version(averages)
     for device, (device_averages, device_sources) in parts.items():
-        plain = all(map(is_plain, device_averages)) and all(map(is_plain, device_sources))
+        plain = all_plain(device_averages) and all_plain(device_sources)
         kernels = select(backend if plain else "reference", device.type)
         kernels.ema_(device_averages, device_sources, decay, skip)
 
@@ -296,22 +295,45 @@ class _Slot(NamedTuple):
     owner: dict[str, Tensor | None]
     key: str
 
-    def tensor(self) -> Tensor | None:
-        return self.owner.get(self.key)
-
 
 class _Pair(NamedTuple):
     """A tensor of the model and its average."""
 
-    average_slot: _Slot
-    source_slot: _Slot
     average: Tensor
     source: Tensor
     averaged: bool  # else it is copied
-    fusable: bool
+
+
+class _Matched:
+    """All pairs of a model and its average, and where they were found."""
+
+    def __init__(self, pairs: list[_Pair], slots: list[_Slot]) -> None:
+        self.pairs = pairs
+        self.fusable = {id(pair.source): pair.average for pair in pairs if _is_fusable(pair)}
+        self._tensors = [tensor for pair in pairs for tensor in (pair.average, pair.source)]
+        self._owners = [slot.owner for slot in slots]
+        self._keys = [slot.key for slot in slots]
 
     def is_current(self) -> bool:
-        return self.source_slot.tensor() is self.source and self.average_slot.tensor() is self.average
+        return all(map(operator.is_, map(dict.get, self._owners, self._keys), self._tensors))
+
+
+class Update(NamedTuple):
+    """An update of an average that is about to happen."""
+
+    matched: _Matched
+    decay: float | None  # None: this one is passed over
+
+    @property
+    def fusable(self) -> dict[int, Tensor]:
+        """The averages that an optimizer's kernel can update, by ``id`` of the model's parameter."""
+        return {} if self.decay is None else self.matched.fusable
+
+
+def _is_fusable(pair: _Pair) -> bool:
+    same_device = pair.average.device == pair.source.device
+    same_arithmetic = (pair.average.dtype == torch.float64) == (pair.source.dtype == torch.float64)
+    return isinstance(pair.source, nn.Parameter) and same_device and same_arithmetic
 
 
 def _slots(module: nn.Module) -> dict[str, _Slot]:
@@ -327,25 +349,21 @@ def _slots(module: nn.Module) -> dict[str, _Slot]:
     return slots
 
 
-def _matched(module: nn.Module, model: nn.Module, average_buffers: bool) -> list[_Pair]:
+def _match(module: nn.Module, model: nn.Module, average_buffers: bool) -> _Matched:
     """Pairs every tensor of ``model`` with that of ``module``; ValueError naming the first that does not match."""
     averages, sources = _slots(module), _slots(model)
     if averages.keys() != sources.keys():
         name = min(averages.keys() ^ sources.keys())
         raise ValueError(f"{name} is in {'the average' if name in averages else 'the model'} alone")
-    pairs = []
-    for name, slot in averages.items():
-        average, source = slot.owner[slot.key], sources[name].owner[sources[name].key]
-        assert average is not None and source is not None  # noqa: S101, PT018 - see _slots
+    pairs, slots = [], []
+    for name, average_slot in averages.items():
+        source_slot = sources[name]
+        average, source = cast(Tensor, average_slot.owner[average_slot.key]), cast(Tensor, source_slot.owner[source_slot.key])
         _check_pair(name, average, source)
         averaged = _kind(average) != "other" and (average_buffers or isinstance(source, nn.Parameter))
-        fusable = (
-            isinstance(source, nn.Parameter)
-            and average.device == source.device
-            and (average.dtype == torch.float64) == (source.dtype == torch.float64)
-        )
-        pairs.append(_Pair(slot, sources[name], average, source, averaged, fusable))
-    return pairs
+        pairs.append(_Pair(average, source, averaged))
+        slots += [average_slot, source_slot]
+    return _Matched(pairs, slots)
 
 
 def _check_unit_interval(name: str, value: float) -> None:

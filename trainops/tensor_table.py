@@ -7,7 +7,7 @@ that kernels cannot take as they are, such as complex numbers, gradients with ot
 slices with gaps, and the local shards of a DTensor.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
@@ -38,9 +38,9 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if hasattr(x, "to_local") else x
 
 
-def is_plain(x: Tensor) -> bool:
-    """Whether ``x`` is no subclass that gives operations another meaning."""
-    return type(x) is Tensor or type(x) is torch.nn.Parameter
+def all_plain(tensors: Iterable[Tensor]) -> bool:
+    """Whether none is of a subclass that gives operations another meaning."""
+    return set(map(type, tensors)) <= {Tensor, torch.nn.Parameter}
 
 
 class Table(Protocol):

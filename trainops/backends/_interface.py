@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -20,12 +20,16 @@ class Backend:
 class AdamWGroup:
     """The parameters of one group that have a gradient, their state, and the group's settings."""
 
+    # The lists with one tensor per parameter, in the order of the kernels' columns.
+    COLUMNS: ClassVar = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "averages", "steps")
+
     lr: float | Tensor  # a 0-dim tensor may stay on its device
     beta1: float
     beta2: float
     eps: float
     weight_decay: float
     maximize: bool
+    rows: int  # how many parameters
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     exp_avgs: list[Tensor] = field(default_factory=list)
@@ -65,6 +69,18 @@ class StepResult(NamedTuple):
     skipped: Tensor | None = None  # 0-dim bool
 
 
+class Collected(Protocol):
+    """The rows of a step, collected by a backend straight from an optimizer's containers."""
+
+    @property
+    def params(self) -> list[Tensor]:
+        """The parameters that have a gradient."""
+
+    @property
+    def group_rows(self) -> list[int]:
+        """How many of them each group has."""
+
+
 class Kernels(Protocol):
     """The ops of a backend, with the signatures and the meaning of ``trainops.reference``."""
 
@@ -88,8 +104,18 @@ class Kernels(Protocol):
     ) -> None:
         """Move averages towards tensors."""
 
-    def adamw_step(self, groups: Sequence[AdamWGroup], control: StepControl, ema_decay: float) -> StepResult:
-        """Norm, coefficient, AdamW and EMA for parameters on one device."""
+    def collect(
+        self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any], averages: dict[int, Tensor]
+    ) -> Collected | None:
+        """The rows of a step, where every one is as kernels like it; None where the general path must be taken."""
+
+    def adamw_step(
+        self, groups: Sequence[AdamWGroup], control: StepControl, ema_decay: float, collected: Collected | None = None
+    ) -> StepResult:
+        """Norm, coefficient, AdamW and EMA for parameters on one device.
+
+        The tensors are those of ``collected`` if given, else those in the groups' lists.
+        """
 
     def drop_path(
         self, branch: Tensor, mask: Tensor, residual: Tensor | None = None, layer_scale: Tensor | None = None

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..tensor_table import Column, describe, is_plain, regular_table
+from ..tensor_table import Column, all_plain, describe, regular_table
 from ._build import load
 from ._interface import AdamWGroup, Backend, StepControl, StepResult
 
 _cpu, _reason = load("_cpu", "cpu")
 if _cpu is not None:
-    _cpu.configure(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None), describe)
+    _cpu.configure(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None), describe, (torch.Tensor, torch.nn.Parameter))
 
 _NORMS = {1.0: "l1", 2.0: "l2", float("inf"): "inf"}
 
@@ -68,30 +68,36 @@ def ema_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, sk
         _cpu.ema(table, decay)
 
 
-def adamw_step(groups: Sequence[AdamWGroup], control: StepControl, ema_decay: float) -> StepResult:
-    """See :class:`trainops.backends._interface.Kernels`. All groups are one table: one pass for the norm, one for the rest."""
-    columns: list[Column] = [
-        [x for group in groups for x in getattr(group, role)]
-        for role in ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "averages")
-    ]
-    steps = [step for group in groups for step in group.steps]
-    settings = [
-        (len(g.params), float(g.lr), g.beta1, g.beta2, g.eps, g.weight_decay, g.maximize) for g in groups
-    ]
-    written = [True, False, True, True, True, True]
-    with regular_table(_table, columns, written, steps) as table:
-        norms = torch.empty(len(steps), dtype=_norm_dtype(table)) if control.measures else None
-        total_norm, skipped = _cpu.adamw_step(
-            table,
-            settings,
-            control.max_norm,
-            control.skip_nonfinite,
-            1.0 if control.grad_scale is None else control.grad_scale.item(),
-            control.found_inf is not None and control.found_inf.item() != 0,
-            None if control.total_norm is None else control.total_norm.item(),
-            ema_decay,
-            norms,
-        )
+def collect(param_groups: list[dict[str, Any]], state: dict[Tensor, Any], averages: dict[int, Tensor]) -> Any:
+    """See :class:`trainops.backends._interface.Kernels`."""
+    table = _cpu.AdamWTable(param_groups, state, averages)
+    return table if table.regular else None
+
+
+def adamw_step(
+    groups: Sequence[AdamWGroup], control: StepControl, ema_decay: float, collected: Any = None
+) -> StepResult:
+    """See :class:`trainops.backends._interface.Kernels`. All groups are one table: two passes over memory."""
+    if collected is not None:
+        return _adamw_step(collected, groups, control, ema_decay)
+    *columns, steps = ([x for group in groups for x in getattr(group, name)] for name in AdamWGroup.COLUMNS)
+    with regular_table(_table, columns, [True, False, True, True, True, True], steps) as table:
+        return _adamw_step(table, groups, control, ema_decay)
+
+
+def _adamw_step(table: Any, groups: Sequence[AdamWGroup], control: StepControl, ema_decay: float) -> StepResult:
+    norms = torch.empty(table.rows, dtype=_norm_dtype(table)) if control.measures else None
+    total_norm, skipped = _cpu.adamw_step(
+        table,
+        [(g.rows, float(g.lr), g.beta1, g.beta2, g.eps, g.weight_decay, g.maximize) for g in groups],
+        control.max_norm,
+        control.skip_nonfinite,
+        1.0 if control.grad_scale is None else control.grad_scale.item(),
+        control.found_inf is not None and control.found_inf.item() != 0,
+        None if control.total_norm is None else control.total_norm.item(),
+        ema_decay,
+        norms,
+    )
     return StepResult(
         control.total_norm if norms is None else torch.tensor(total_norm, dtype=norms.dtype),
         norms,
@@ -119,7 +125,7 @@ def _has_drop_path_kernel(
     branch: Tensor, mask: Tensor, residual: Tensor | None, layer_scale: Tensor | None
 ) -> bool:
     operands = [x for x in (branch, residual, layer_scale, mask) if x is not None]
-    if not all(x.is_floating_point() and is_plain(x) for x in operands):
+    if not all_plain(operands) or not all(x.is_floating_point() for x in operands):
         return False
     if len({x.dtype == torch.float64 for x in operands}) > 1:
         return False

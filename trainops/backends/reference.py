@@ -1,6 +1,7 @@
 """The ``reference`` backend: the specification itself, on any device and dtype."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,9 +9,9 @@ from torch import Tensor
 from .. import reference
 from ..reference import clamp_, drop_path, ema_, grad_norms, scale_
 from ..tensor_table import as_real
-from ._interface import AdamWGroup, Backend, StepControl, StepResult
+from ._interface import AdamWGroup, Backend, Collected, StepControl, StepResult
 
-__all__ = ["adamw_step", "clamp_", "drop_path", "ema_", "grad_norms", "probe", "scale_", "serves"]
+__all__ = ["adamw_step", "clamp_", "collect", "drop_path", "ema_", "grad_norms", "probe", "scale_", "serves"]
 
 
 def probe() -> Backend:
@@ -23,7 +24,13 @@ def serves(device_type: str) -> bool:
     return True
 
 
-def adamw_step(groups: Sequence[AdamWGroup], control: StepControl, ema_decay: float) -> StepResult:
+def collect(param_groups: list[dict[str, Any]], state: dict[Tensor, Any], averages: dict[int, Tensor]) -> None:
+    """The specification takes lists of tensors."""
+
+
+def adamw_step(
+    groups: Sequence[AdamWGroup], control: StepControl, ema_decay: float, collected: Collected | None = None
+) -> StepResult:
     """See :class:`trainops.backends._interface.Kernels`."""
     total_norm, norms = control.total_norm, None
     if control.measures:
