@@ -131,9 +131,9 @@ std::tuple<double, bool> adamw_step(const Table& table, const std::vector<Group>
 void drop_path(const py::object& out, const py::object& residual, const py::object& branch,
                const py::object& layer_scale, const py::object& mask, int64_t samples, int64_t sample_numel,
                int64_t channels) {
-  const cpu::DropPath args{read_cell(out),         read_cell(residual), read_cell(branch),
-                           read_cell(layer_scale), read_cell(mask),     samples,
-                           sample_numel,           channels};
+  const cpu::DropPath args{
+      read_cell(out), read_cell(residual), read_cell(branch), read_cell(layer_scale), read_cell(mask),
+      samples,        sample_numel,        channels};
   py::gil_scoped_release release;
   cpu::drop_path(args);
 }

@@ -86,7 +86,9 @@ class AdamW(torch.optim.AdamW):
         if ema is not None and not isinstance(ema, EMA):
             raise TypeError(f"ema must be a trainops.EMA, got {type(ema).__name__}")
         if differentiable and (max_grad_norm is not None or skip_nonfinite or ema is not None):
-            raise ValueError("differentiable=True runs PyTorch's own step, without max_grad_norm, skip_nonfinite or ema")
+            raise ValueError(
+                "differentiable=True runs PyTorch's own step, without max_grad_norm, skip_nonfinite or ema"
+            )
         check(backend)
         super().__init__(
             params,
@@ -117,7 +119,7 @@ class AdamW(torch.optim.AdamW):
         for group in state["param_groups"]:
             for param in group["params"]:
                 _check_state(param, state["state"].get(param), amsgrad=group.get("amsgrad", False))
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -146,7 +148,10 @@ class AdamW(torch.optim.AdamW):
     def _update(self, averages: dict[int, Tensor], ema_decay: float) -> tuple[list[Tensor], StepResult]:
         """Norm, clipping, AdamW and the fused part of the averages; the parameters that had a gradient."""
         control = StepControl(
-            self.max_grad_norm, self.skip_nonfinite, getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+            self.max_grad_norm,
+            self.skip_nonfinite,
+            getattr(self, "grad_scale", None),
+            getattr(self, "found_inf", None),
         )
         kernels = select(self.backend, self.param_groups[0]["params"][0].device.type)
         table = kernels.collect(self.param_groups, self.state, averages)
@@ -248,7 +253,7 @@ def _by_device(groups: list[AdamWGroup]) -> dict[torch.device, list[AdamWGroup]]
         for group in groups:
             rows = [row for row, param in enumerate(group.params) if param.device == device]
             if rows:
-                columns = {name: [getattr(group, name)[row] for row in rows] for name in AdamWGroup.COLUMNS}
+                columns: Any = {name: [getattr(group, name)[row] for row in rows] for name in AdamWGroup.COLUMNS}
                 parts.setdefault(device, []).append(replace(group, rows=len(rows), **columns))
     return parts
 

@@ -104,7 +104,12 @@ def get_total_norm(
 
 @torch.no_grad()
 def clip_grads_with_norm_(
-    parameters: Tensors, max_norm: float, total_norm: Tensor, foreach: bool | None = None, *, backend: str | None = None
+    parameters: Tensors,
+    max_norm: float,
+    total_norm: Tensor,
+    foreach: bool | None = None,
+    *,
+    backend: str | None = None,
 ) -> None:
     """Multiply the gradients of ``parameters`` with ``min(1, max_norm / (total_norm + 1e-6))``, in place.
 
@@ -166,9 +171,7 @@ def _listed(parameters: Tensors, stacklevel: int = 3) -> list[Tensor]:
     is_generator = isinstance(parameters, types.GeneratorType)
     parameters = list(parameters)
     if is_generator and not parameters:
-        warnings.warn(
-            "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=stacklevel
-        )
+        warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=stacklevel)
     return parameters
 
 

@@ -142,7 +142,7 @@ class _DropPath(torch.autograd.Function):
         ctx.save_for_backward(mask, layer_scale, branch if ctx.needs_input_grad[4] else None)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mask, layer_scale, branch = ctx.saved_tensors
         _, needs_branch, _, needs_residual, needs_layer_scale = ctx.needs_input_grad
         of_branch = of_residual = of_layer_scale = None
@@ -162,7 +162,9 @@ def _apply(
 ) -> Tensor:
     if torch.compiler.is_compiling():  # let the compiler fuse the formula with what stands around it
         return reference.drop_path(branch, mask, residual, layer_scale)
-    result: Tensor = _DropPath.apply(backend, branch, mask, residual, layer_scale)
+    result: Tensor = _DropPath.apply(  # type: ignore[no-untyped-call]
+        backend, branch, mask, residual, layer_scale
+    )
     return result
 
 
@@ -192,9 +194,15 @@ def _check_operands(residual: Tensor, branch: Tensor, layer_scale: Tensor | None
             raise ValueError(f"branch is on {branch.device}, but {name} on {other.device}")
         if other.shape == branch.shape:
             continue
-        try:
-            torch.broadcast_shapes(other.shape, branch.shape)
-        except RuntimeError:
+        if not _fits(other.shape, branch.shape, enlarges=name == "residual"):
             raise ValueError(
                 f"{name} of shape {tuple(other.shape)} does not fit a branch of shape {tuple(branch.shape)}"
-            ) from None
+            )
+
+
+def _fits(shape: torch.Size, branch: torch.Size, enlarges: bool) -> bool:
+    """Whether ``shape`` broadcasts with ``branch``, and unless it ``enlarges``, to the branch's own shape."""
+    pairs = zip(reversed(shape), reversed(branch), strict=False)
+    if enlarges:
+        return all(a == b or a == 1 or b == 1 for a, b in pairs)
+    return len(shape) <= len(branch) and all(a in (b, 1) for a, b in pairs)

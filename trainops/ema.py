@@ -139,7 +139,9 @@ class EMA:
         check(backend)
         self.model = model
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
-        self.module._apply(lambda x: x.to(device=device, dtype=dtype if x.is_floating_point() else None))
+        self.module._apply(  # type: ignore[no-untyped-call]
+            lambda x: x.to(device=device, dtype=dtype if x.is_floating_point() else None)
+        )
         self.decay = decay
         self.warmup = warmup
         self.warmup_gamma = warmup_gamma
@@ -164,7 +166,7 @@ class EMA:
             return 0.0
         if not self.warmup:
             return self.decay
-        warm = 1 - (1 + step / self.warmup_gamma) ** -self.warmup_power
+        warm: float = 1 - (1 + step / self.warmup_gamma) ** -self.warmup_power
         return max(min(warm, self.decay), self.min_decay)
 
     @torch.no_grad()
@@ -189,7 +191,7 @@ class EMA:
         return Update(matched, self.decay_at(step) if step % self.update_every == 0 else None)
 
     def finish_update(self, update: "Update", done: Collection[int] = (), skip: Tensor | None = None) -> None:
-        """Count the update, and move what is not ``done`` (by ``id`` of the model's tensor) unless ``skip`` is true."""
+        """Count the update; move what is not ``done`` (by ``id`` of the model's tensor), unless ``skip`` is true."""
         self.step += 1
         pairs, decay = update.matched.pairs, update.decay
         if decay is None or len(done) == len(pairs):
@@ -252,8 +254,8 @@ class EMA:
             raise ValueError(f"the checkpoint of an EMA has no {sorted(missing)}")
         own, loaded = self.module.state_dict(), state_dict["module"]
         if own.keys() != loaded.keys():
-            missing, unexpected = sorted(own.keys() - loaded.keys()), sorted(loaded.keys() - own.keys())
-            raise ValueError(f"the checkpoint does not fit the model: missing {missing}, unexpected {unexpected}")
+            absent, unexpected = sorted(own.keys() - loaded.keys()), sorted(loaded.keys() - own.keys())
+            raise ValueError(f"the checkpoint does not fit the model: missing {absent}, unexpected {unexpected}")
         for name, value in loaded.items():
             if isinstance(value, Tensor) and value.shape != own[name].shape:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(own[name].shape)}")
@@ -358,7 +360,8 @@ def _match(module: nn.Module, model: nn.Module, average_buffers: bool) -> _Match
     pairs, slots = [], []
     for name, average_slot in averages.items():
         source_slot = sources[name]
-        average, source = cast(Tensor, average_slot.owner[average_slot.key]), cast(Tensor, source_slot.owner[source_slot.key])
+        average = cast(Tensor, average_slot.owner[average_slot.key])
+        source = cast(Tensor, source_slot.owner[source_slot.key])
         _check_pair(name, average, source)
         averaged = _kind(average) != "other" and (average_buffers or isinstance(source, nn.Parameter))
         pairs.append(_Pair(average, source, averaged))

@@ -63,7 +63,7 @@ def adamw_(
     max_exp_avg_sq: Tensor | None,
     step: Tensor,
     *,
-    lr: float,
+    lr: float | Tensor,
     beta1: float,
     beta2: float,
     eps: float,

@@ -56,8 +56,8 @@ T = TypeVar("T", bound=Table)
 
 @contextmanager
 def regular_table(
-    build: Callable[[list[Column], Column | None], T],
-    columns: list[Column],
+    build: Callable[[Sequence[Column], Column | None], T],
+    columns: Sequence[Column],
     written: Sequence[bool],
     scalars: Column | None = None,
 ) -> Iterator[T]:
@@ -87,7 +87,7 @@ def regular_table(
             if is_written and regular is not original:
                 copies.append((original, regular))
             column[row] = regular
-        if staged_scalars is not None and (scalar := staged_scalars[row]) is not None:
+        if staged_scalars is not None and (scalar := staged_scalars[row]) is not None and layout is not None:
             staged_scalars[row] = regular = scalar.to(device=layout.device, dtype=torch.float32).reshape(())
             if regular.data_ptr() != scalar.data_ptr():
                 copies.append((scalar, regular))

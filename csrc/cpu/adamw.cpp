@@ -19,14 +19,14 @@ TRAINOPS_HOST_DEVICE void update(T* __restrict param, const T* __restrict grad, 
   }
 }
 
-#define TRAINOPS_ADAMW(T)                                                                                 \
-  TRAINOPS_MULTIVERSION void adamw_tile(T* param, const T* grad, T* exp_avg, T* exp_avg_sq, int64_t size, \
-                                        const AdamWScalars<T>& s) {                                       \
-    update<false, T>(param, grad, exp_avg, exp_avg_sq, nullptr, size, s);                                 \
-  }                                                                                                       \
-  TRAINOPS_MULTIVERSION void amsgrad_tile(T* param, const T* grad, T* exp_avg, T* exp_avg_sq,             \
-                                          T* max_exp_avg_sq, int64_t size, const AdamWScalars<T>& s) {    \
-    update<true>(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, size, s);                              \
+#define TRAINOPS_ADAMW(T)                                                                                        \
+  TRAINOPS_MULTIVERSION void adamw_tile(T* param, const T* grad, T* exp_avg, T* exp_avg_sq, int64_t size,        \
+                                        const AdamWScalars<T>& s) {                                              \
+    update<false, T>(param, grad, exp_avg, exp_avg_sq, nullptr, size, s);                                        \
+  }                                                                                                              \
+  TRAINOPS_MULTIVERSION void amsgrad_tile(T* param, const T* grad, T* exp_avg, T* exp_avg_sq, T* max_exp_avg_sq, \
+                                          int64_t size, const AdamWScalars<T>& s) {                              \
+    update<true>(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, size, s);                                     \
   }
 TRAINOPS_ADAMW(float)
 TRAINOPS_ADAMW(double)

@@ -29,7 +29,7 @@ TRAINOPS_HOST_DEVICE double reduce(const T* values, int64_t size) {
   return lanes[0];
 }
 
-#define TRAINOPS_REDUCE(T)                                                                              \
+#define TRAINOPS_REDUCE(T)                                                                                  \
   TRAINOPS_MULTIVERSION double l1(const T* values, int64_t size) { return reduce<Norm::l1>(values, size); } \
   TRAINOPS_MULTIVERSION double l2(const T* values, int64_t size) { return reduce<Norm::l2>(values, size); } \
   TRAINOPS_MULTIVERSION double inf(const T* values, int64_t size) { return reduce<Norm::inf>(values, size); }
@@ -88,10 +88,10 @@ TRAINOPS_HOST_DEVICE void clamp_values(T* values, int64_t size, T bound) {
   }
 }
 
-#define TRAINOPS_IN_PLACE(T)                                                                                    \
-  TRAINOPS_MULTIVERSION void scale_tile(T* values, int64_t size, T coefficient) {                               \
-    scale_values(values, size, coefficient);                                                                    \
-  }                                                                                                             \
+#define TRAINOPS_IN_PLACE(T)                                                      \
+  TRAINOPS_MULTIVERSION void scale_tile(T* values, int64_t size, T coefficient) { \
+    scale_values(values, size, coefficient);                                      \
+  }                                                                               \
   TRAINOPS_MULTIVERSION void clamp_tile(T* values, int64_t size, T bound) { clamp_values(values, size, bound); }
 TRAINOPS_IN_PLACE(float)
 TRAINOPS_IN_PLACE(double)

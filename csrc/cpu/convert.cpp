@@ -14,7 +14,7 @@ TRAINOPS_HOST_DEVICE void narrow_all(const From* __restrict from, To* __restrict
 }
 
 // One named function for each pair, because only those can be compiled for several instruction sets.
-#define TRAINOPS_CONVERT(From, T)                                                              \
+#define TRAINOPS_CONVERT(From, T)                                                                       \
   TRAINOPS_MULTIVERSION void read(const From* from, T* to, int64_t size) { widen_all(from, to, size); } \
   TRAINOPS_MULTIVERSION void write(const T* from, From* to, int64_t size) { narrow_all(from, to, size); }
 

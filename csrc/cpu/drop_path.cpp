@@ -31,14 +31,15 @@ template <bool has_residual, bool has_layer_scale, typename T, typename Round>
 TRAINOPS_HOST_DEVICE void add(T* __restrict out, const T* __restrict residual, const T* __restrict branch,
                               const T* __restrict layer_scale, T mask, int64_t size, Round round) {
   for (int64_t i = 0; i < size; ++i) {
-    const T term = drop_path_element<has_layer_scale>(branch[i], has_layer_scale ? layer_scale[i] : T(1), mask, round);
+    const T term =
+        drop_path_element<has_layer_scale>(branch[i], has_layer_scale ? layer_scale[i] : T(1), mask, round);
     out[i] = has_residual ? residual[i] + term : term;
   }
 }
 
 template <typename T, typename Round>
-TRAINOPS_HOST_DEVICE void add(T* out, const T* residual, const T* branch, const T* layer_scale, T mask,
-                              int64_t size, Round round) {
+TRAINOPS_HOST_DEVICE void add(T* out, const T* residual, const T* branch, const T* layer_scale, T mask, int64_t size,
+                              Round round) {
   if (residual != nullptr && layer_scale != nullptr) {
     add<true, true>(out, residual, branch, layer_scale, mask, size, round);
   } else if (residual != nullptr) {
@@ -50,10 +51,10 @@ TRAINOPS_HOST_DEVICE void add(T* out, const T* residual, const T* branch, const 
   }
 }
 
-#define TRAINOPS_ADD(name, T, Round)                                                                             \
-  TRAINOPS_MULTIVERSION void name(T* out, const T* residual, const T* branch, const T* layer_scale, T mask,      \
-                                  int64_t size) {                                                                \
-    add(out, residual, branch, layer_scale, mask, size, Round{});                                                \
+#define TRAINOPS_ADD(name, T, Round)                                                                        \
+  TRAINOPS_MULTIVERSION void name(T* out, const T* residual, const T* branch, const T* layer_scale, T mask, \
+                                  int64_t size) {                                                           \
+    add(out, residual, branch, layer_scale, mask, size, Round{});                                           \
   }
 TRAINOPS_ADD(add_exact, float, RoundNothing)
 TRAINOPS_ADD(add_exact, double, RoundNothing)

@@ -16,7 +16,8 @@ PREFERENCE = {"cpu": ("cpu", "reference")}
 
 @cache
 def _kernels(name: str) -> Kernels:
-    return importlib.import_module(f"{__name__}.{name}")  # type: ignore[return-value]
+    kernels: Kernels = importlib.import_module(f"{__name__}.{name}")
+    return kernels
 
 
 @cache
@@ -58,12 +59,17 @@ def select(backend: str | None, device_type: str) -> Kernels:
         ValueError: there is no backend of that name.
         RuntimeError: it is not available, or does not take tensors on such a device.
     """
-    name = backend or os.environ.get("TRAINOPS_BACKEND") or _preferred(device_type)
+    name = backend or serving(device_type)
     check(name)
     kernels = _kernels(name)
     if not kernels.serves(device_type):
         raise RuntimeError(f"backend {name!r} does not take tensors on {device_type!r} devices")
     return kernels
+
+
+def serving(device_type: str) -> str:
+    """The name of the backend that serves a type of device where a caller asks for none."""
+    return os.environ.get("TRAINOPS_BACKEND") or _preferred(device_type)
 
 
 @cache

@@ -4,10 +4,10 @@ import importlib
 import json
 import warnings
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 
-def load(module: str, backend: str) -> tuple[ModuleType | None, str]:
+def load(module: str, backend: str) -> tuple[Any, str]:
     """The extension ``trainops.<module>`` and what it was built with, or None and why it is missing.
 
     A backend that was never built is silently absent; one that was built and does not load warns.

@@ -54,7 +54,6 @@ class StepControl:
         """Whether the step needs a pass over the gradients for their norm."""
         return self.total_norm is None and (self.max_norm is not None or self.skip_nonfinite)
 
-
     @property
     def may_skip(self) -> bool:
         """Whether there is anything that could make the step be skipped."""

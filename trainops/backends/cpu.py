@@ -13,7 +13,9 @@ from ._interface import AdamWGroup, Backend, StepControl, StepResult
 
 _cpu, _reason = load("_cpu", "cpu")
 if _cpu is not None:
-    _cpu.configure(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None), describe, (torch.Tensor, torch.nn.Parameter))
+    _cpu.configure(
+        getattr(torch.Tensor, "__dlpack_c_exchange_api__", None), describe, (torch.Tensor, torch.nn.Parameter)
+    )
 
 _NORMS = {1.0: "l1", 2.0: "l2", float("inf"): "inf"}
 
@@ -30,7 +32,7 @@ def serves(device_type: str) -> bool:
     return device_type == "cpu"
 
 
-def _table(columns: list[Column], scalars: Column | None = None) -> Any:
+def _table(columns: Sequence[Column], scalars: Column | None = None) -> Any:
     return _cpu.TensorTable(columns, scalars)
 
 
@@ -121,9 +123,7 @@ def drop_path(
     return out
 
 
-def _has_drop_path_kernel(
-    branch: Tensor, mask: Tensor, residual: Tensor | None, layer_scale: Tensor | None
-) -> bool:
+def _has_drop_path_kernel(branch: Tensor, mask: Tensor, residual: Tensor | None, layer_scale: Tensor | None) -> bool:
     operands = [x for x in (branch, residual, layer_scale, mask) if x is not None]
     if not all_plain(operands) or not all(x.is_floating_point() for x in operands):
         return False

@@ -72,7 +72,3 @@ def _update_group(group: AdamWGroup, coefficient: Tensor | float, skipped: Tenso
         )
         if average is not None:
             ema_([as_real(average)], [as_real(param)], ema_decay, skipped)
-
-
-def as_real(x: Tensor) -> Tensor:
-    return torch.view_asas_real(x) if x.is_complex() else x

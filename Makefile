@@ -1,0 +1,59 @@
+# Two commands: `make demo` runs the main job, `make test` passes the tests. Each target sets up what it needs.
+#
+# By default everything is installed into .venv at pinned versions. `make <target> PYTHON=python3` uses that
+# interpreter's environment as it is, with no network, and only builds trainops in place.
+
+VENV := .venv
+ifdef PYTHON
+RUN := $(PYTHON)
+SETUP := $(VENV)/.built-with-$(notdir $(PYTHON))
+else
+RUN := $(VENV)/bin/python
+SETUP := $(VENV)/.built
+endif
+
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CLANG_FORMAT = $(shell $(RUN) -c "import sysconfig; print(sysconfig.get_path('scripts'))")/clang-format
+
+.PHONY: build demo test lint bench format clean
+
+build: $(SETUP)
+	$(RUN) -m trainops
+
+demo: $(SETUP)
+	$(RUN) examples/train_digits.py
+
+test: $(SETUP)
+	$(RUN) -m pytest
+
+lint: $(SETUP)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(CLANG_FORMAT) --dry-run --Werror $(CXX_SOURCES)
+
+bench: $(SETUP)
+	$(RUN) -m benchmarks.bench_step
+
+format: $(SETUP)
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	$(CLANG_FORMAT) -i $(CXX_SOURCES)
+
+clean:
+	rm -rf $(VENV) build outputs trainops/_build.json trainops/*.so *.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.requirements: requirements-dev.txt
+	python3 -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+ifndef PYTHON
+$(SETUP): $(VENV)/.requirements
+endif
+$(SETUP): $(SOURCES)
+	$(RUN) -m pip install --quiet --no-build-isolation --no-deps -e .
+	mkdir -p $(@D)
+	touch $@
