@@ -140,7 +140,6 @@ void drop_path(const py::object& out, const py::object& residual, const py::obje
 
 std::string simd() {
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
-  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) return "AVX-512";
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "AVX2";
 #endif
   return "baseline SIMD";

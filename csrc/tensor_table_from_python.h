@@ -107,9 +107,9 @@ class TensorReader {
   }
 
   bool is_plain(PyObject* tensor) const {
-    const auto type = pybind11::handle(reinterpret_cast<PyObject*>(Py_TYPE(tensor)));
-    for (const auto plain : plain_types_) {
-      if (plain.is(type)) return true;
+    PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(plain_types_.ptr()); ++i) {
+      if (PyTuple_GET_ITEM(plain_types_.ptr(), i) == type) return true;
     }
     return false;
   }
@@ -209,6 +209,10 @@ class TableBuilder {
       has_float64 |= cells_[column].address != nullptr && cells_[column].dtype == DType::float64;
     }
     table.add_row(cells_.data(), seen ? first_.numel : 0);
+    for (size_t column = 0; column < columns; ++column) {
+      kept_.push_back(pybind11::reinterpret_borrow<pybind11::object>(tensors[column]));
+    }
+    if (scalar != nullptr) kept_.push_back(pybind11::reinterpret_borrow<pybind11::object>(scalar));
     return true;
   }
 
@@ -224,6 +228,7 @@ class TableBuilder {
   const TensorReader& reader_;
   std::vector<int32_t> device_types_;
   std::vector<Cell> cells_;
+  std::vector<pybind11::object> kept_;  // the tensors of the table: kernels run without the interpreter lock
   Description first_, next_;
 };
 

@@ -1,9 +1,12 @@
 """AdamW and the fused step: numbers, state, skipping, and everything a caller may do with an optimizer."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
-from conftest import assert_contract, exact
+from conftest import assert_contract, exact, same_bits
 
 import trainops
 
@@ -29,6 +32,12 @@ class Model(torch.nn.Module):
 
 def make_model(shapes, dtype, device):
     return Model([torch.randn(shape, device=device).to(dtype) for shape in shapes])
+
+
+def twins(shapes, dtype, device):
+    ours, torchs = make_model(shapes, dtype, device), make_model(shapes, dtype, device)
+    torchs.load_state_dict(ours.state_dict())
+    return ours, torchs
 
 
 def make_grads(shapes, dtype, device, steps):
@@ -97,9 +106,7 @@ def test_matches_exact_for_all_shapes(target, dtype, shapes):
 
 def check_step(target, dtype, shapes, options, steps):
     options = {"lr": 1e-2} | options
-    ours = make_model(shapes, dtype, target.device)
-    torchs = make_model(shapes, dtype, target.device)
-    torchs.load_state_dict(ours.state_dict())
+    ours, torchs = twins(shapes, dtype, target.device)
     grads = make_grads(shapes, dtype, target.device, steps)
     true_params, true_states = exact_adamw(ours.params, grads, **options)
     our_optimizer = trainops.AdamW(ours.parameters(), backend=target.backend, **options)
@@ -107,3 +114,359 @@ def check_step(target, dtype, shapes, options, steps):
     run(our_optimizer, ours.params, grads)
     run(torch_optimizer, torchs.params, grads)
     assert_optimizers_agree(our_optimizer, torch_optimizer, ours.params, torchs.params, true_params, true_states)
+
+
+# Clipping, scaling and skipping
+
+
+@pytest.mark.parametrize("max_norm", [1e-3, 0.5, 1e9, float("inf"), 0.0])
+@pytest.mark.parametrize("steps", STEPS)
+def test_clipping_matches_exact(target, dtype, max_norm, steps):
+    shapes = [(33, 31), (127,)]
+    ours, torchs = twins(shapes, dtype, target.device)
+    grads = make_grads(shapes, dtype, target.device, steps)
+    # In float16, PyTorch loses the default eps and divides by zero: it would be no measure.
+    options = {"lr": 1e-2, "eps": 1e-4 if dtype == torch.float16 else 1e-8}
+    true_params, true_states = exact_adamw(ours.params, grads, max_norm=max_norm, **options)
+    our_optimizer = trainops.AdamW(ours.parameters(), max_grad_norm=max_norm, backend=target.backend, **options)
+    torch_optimizer = torch.optim.AdamW(torchs.parameters(), foreach=False, **options)
+    run(our_optimizer, ours.params, grads)
+    for step_grads in grads:
+        for param, grad in zip(torchs.params, step_grads, strict=True):
+            param.grad = grad.clone()
+        torch.nn.utils.clip_grad_norm_(torchs.parameters(), max_norm)
+        torch_optimizer.step()
+    assert_optimizers_agree(our_optimizer, torch_optimizer, ours.params, torchs.params, true_params, true_states)
+    norms = [np.sqrt((exact(grad) ** 2).sum()) for grad in grads[-1]]
+    np.testing.assert_allclose(our_optimizer.grad_norms.double().cpu(), np.array(norms, float), rtol=1e-6)
+    np.testing.assert_allclose(our_optimizer.grad_norm.item(), float(np.sqrt(sum(n * n for n in norms))), rtol=1e-6)
+
+
+def test_gradients_are_read_only(target, dtype):
+    model = make_model([(33, 31)], dtype, target.device)
+    (grad,) = make_grads([(33, 31)], dtype, target.device, 1)[0]
+    model.params[0].grad = grad.clone()
+    trainops.AdamW(model.parameters(), max_grad_norm=1e-3, backend=target.backend).step()
+    assert same_bits(model.params[0].grad, grad)
+
+
+def snapshot(model, optimizer, ema):
+    """Everything that a skipped step must leave as it was."""
+    states = [optimizer.state[p] for p in model.params]
+    return [
+        x.detach().clone()
+        for x in [*model.params, *(value for state in states for value in state.values()), *ema.module.params]
+    ]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("how", ["skip_nonfinite", "found_inf", "both"])
+def test_a_skipped_step_changes_no_bit(target, dtype, bad, how):
+    shapes = [(33, 31), (127,), (), (70001,)]
+    model = make_model(shapes, dtype, target.device)
+    ema = trainops.EMA(model, 0.5, backend=target.backend)
+    optimizer = trainops.AdamW(
+        model.parameters(), amsgrad=True, skip_nonfinite=how != "found_inf", ema=ema, backend=target.backend
+    )
+    good, more = make_grads(shapes, dtype, target.device, 2)
+    run(optimizer, model.params, [good])
+    before = snapshot(model, optimizer, ema)
+    more[3][-1] = bad
+    if how != "skip_nonfinite":
+        optimizer.found_inf = torch.ones((), device=target.device)
+    run(optimizer, model.params, [more])
+    assert all(map(same_bits, snapshot(model, optimizer, ema), before))
+    assert optimizer.skipped_steps == 1
+    if how != "skip_nonfinite":
+        del optimizer.found_inf
+    run(optimizer, model.params, [good])
+    assert optimizer.skipped_steps == 1
+    assert not any(map(same_bits, snapshot(model, optimizer, ema), before))
+
+
+def test_nonfinite_gradients_propagate_as_in_torch_unless_skipped(target):
+    ours, torchs = twins([(5,), (3,)], torch.float32, target.device)
+    grads = [torch.tensor([1.0, float("nan"), 2.0, 3.0, 4.0]), torch.tensor([1.0, float("inf"), 2.0])]
+    grads = [[grad.to(target.device) for grad in grads]]
+    run(trainops.AdamW(ours.parameters(), backend=target.backend), ours.params, grads)
+    run(torch.optim.AdamW(torchs.parameters()), torchs.params, grads)
+    for p, q in zip(ours.params, torchs.params, strict=True):
+        torch.testing.assert_close(p, q, equal_nan=True)
+
+
+@pytest.mark.parametrize("unscale_first", [False, True])
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.1}, {"max_grad_norm": 0.1, "skip_nonfinite": True}])
+def test_grad_scaler(target, options, unscale_first):
+    """Losses of 1, inf and 1 again: the second step is skipped, and the scale is taken out of the others."""
+    ours, torchs = twins([(33, 31), (7,)], torch.float32, target.device)
+    our_optimizer = trainops.AdamW(ours.parameters(), lr=1e-2, backend=target.backend, **options)
+    torch_optimizer = torch.optim.AdamW(torchs.parameters(), lr=1e-2)
+    scalers = [torch.amp.GradScaler(target.device, init_scale=1024.0) for _ in range(2)]
+    for factor in (1.0, float("inf"), 1.0):
+        for model, optimizer, scaler in zip((ours, torchs), (our_optimizer, torch_optimizer), scalers, strict=True):
+            optimizer.zero_grad()
+            scaler.scale(factor * sum((p * p).sum() for p in model.params)).backward()
+            if unscale_first or model is torchs:
+                scaler.unscale_(optimizer)
+            if model is torchs and "max_grad_norm" in options:
+                norm = torch.nn.utils.clip_grad_norm_(torchs.parameters(), options["max_grad_norm"])
+                if factor == 1.0:
+                    last_norm = norm
+            scaler.step(optimizer)
+            scaler.update()
+    assert scalers[0].get_scale() == scalers[1].get_scale()
+    assert our_optimizer.skipped_steps == 1
+    for p, q in zip(ours.params, torchs.params, strict=True):
+        torch.testing.assert_close(p, q)
+    if "max_grad_norm" in options:
+        torch.testing.assert_close(our_optimizer.grad_norm, last_norm)
+
+
+def test_large_gradients_do_not_overflow_the_norm(target):
+    model = make_model([(4,)], torch.float32, target.device)
+    model.params[0].grad = torch.full((4,), 1e30, device=target.device)
+    optimizer = trainops.AdamW(model.parameters(), max_grad_norm=1.0, skip_nonfinite=True, backend="cpu")
+    optimizer.step()
+    assert optimizer.grad_norm == pytest.approx(2e30)
+    assert optimizer.skipped_steps == 0
+
+
+# What callers do with optimizers
+
+
+def assert_same_params(ours, torchs, **tolerances):
+    for p, q in zip(ours.params, torchs.params, strict=True):
+        torch.testing.assert_close(p, q, **tolerances)
+
+
+def test_is_a_torch_adamw():
+    optimizer = trainops.AdamW([torch.nn.Parameter(torch.ones(2))])
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert optimizer.param_groups[0].keys() == torch.optim.AdamW([torch.ones(2)]).param_groups[0].keys()
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_state_dicts_go_both_ways_mid_run(target, dtype, options):
+    """torch, then trainops, then torch again, against torch all the way."""
+    shapes = [(33, 31), (127,), ()]
+    model, torchs = twins(shapes, dtype, target.device)
+    grads = make_grads(shapes, dtype, target.device, 9)
+    straight = torch.optim.AdamW(torchs.parameters(), **options)
+    legs = [
+        torch.optim.AdamW(model.parameters(), **options),
+        trainops.AdamW(model.parameters(), backend=target.backend, **options),
+        torch.optim.AdamW(model.parameters(), **options),
+    ]
+    for i, optimizer in enumerate(legs):
+        if i > 0:
+            optimizer.load_state_dict(legs[i - 1].state_dict())
+        run(optimizer, model.params, grads[3 * i : 3 * i + 3])
+    run(straight, torchs.params, grads)
+    eps = torch.finfo(dtype).eps
+    assert_same_params(model, torchs, rtol=9 * eps, atol=9 * eps)
+    assert legs[2].state_dict()["state"][0]["step"] == 9
+    assert legs[1].state_dict()["state"][0].keys() == straight.state_dict()["state"][0].keys()
+
+
+def test_groups_schedulers_and_late_groups(target):
+    shapes = [(33, 31), (127,), (5,)]
+    ours, torchs = twins(shapes, torch.float32, target.device)
+    grads = make_grads(shapes, torch.float32, target.device, 12)
+
+    def prepare(make, model, **options):
+        first, second, third = model.params
+        optimizer = make([{"params": [first], "lr": 3e-3, "weight_decay": 0.2}, {"params": [second]}], **options)
+        optimizer.add_param_group({"params": [third], "betas": (0.5, 0.6), "amsgrad": True, "maximize": True})
+        return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=[1e-2, 2e-2, 3e-2], total_steps=13)
+
+    for model, make, options in (
+        (ours, trainops.AdamW, {"backend": target.backend}),
+        (torchs, torch.optim.AdamW, {}),
+    ):
+        optimizer, scheduler = prepare(make, model, **options)
+        run(optimizer, model.params, grads, after=scheduler.step)
+    assert_same_params(ours, torchs)
+
+
+def test_parameters_without_gradients_are_left_alone(target):
+    model = make_model([(3,), (4,)], torch.float32, target.device)
+    optimizer = trainops.AdamW(model.parameters(), max_grad_norm=1.0, backend=target.backend)
+    before = model.params[1].detach().clone()
+    model.params[0].grad = torch.ones(3, device=target.device)
+    optimizer.step()
+    assert same_bits(model.params[1].detach(), before)
+    assert model.params[1] not in optimizer.state
+    assert optimizer.grad_norms.shape == (1,)
+    model.params[1].grad = torch.ones(4, device=target.device)
+    optimizer.step()
+    assert [optimizer.state[p]["step"].item() for p in model.params] == [2, 1]
+
+
+def test_no_gradients_at_all(target):
+    optimizer = trainops.AdamW([torch.nn.Parameter(torch.ones(2))], max_grad_norm=1.0, backend=target.backend)
+    optimizer.step()
+    assert not optimizer.state
+
+
+def test_tensor_hyperparameters(target):
+    ours, torchs = twins([(33, 31)], torch.float32, target.device)
+    grads = make_grads([(33, 31)], torch.float32, target.device, 5)
+    lr = torch.tensor(1e-2)
+    betas = (torch.tensor(0.8), torch.tensor([0.95]))
+    run(trainops.AdamW(ours.parameters(), lr=lr, betas=betas, backend=target.backend), ours.params, grads)
+    run(torch.optim.AdamW(torchs.parameters(), lr=1e-2, betas=(0.8, 0.95)), torchs.params, grads)
+    assert_same_params(ours, torchs)
+
+
+def test_closure_hooks_and_their_number(target):
+    model = make_model([(3,)], torch.float32, target.device)
+    torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])  # hooks torch's own step, which must not run ours twice
+    optimizer = trainops.AdamW(model.parameters(), backend=target.backend)
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (model.params[0] ** 2).sum()
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    assert optimizer.step(closure) < first
+    assert calls == ["pre", "post"] * 2
+
+
+def test_differentiable_runs_torchs_step():
+    calls = []
+    param = torch.nn.Parameter(torch.ones(3))
+    torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])
+    optimizer = trainops.AdamW([param.clone()], lr=0.1, differentiable=True)
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
+    optimizer.step()
+    updated = optimizer.param_groups[0]["params"][0]
+    updated.sum().backward()
+    assert param.grad is not None
+    assert calls == ["pre"]
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_and_pickles_go_on_alike(target, copy_of):
+    shapes = [(33, 31), (7,)]
+    model = make_model(shapes, torch.float32, target.device)
+    ema = trainops.EMA(model, 0.9, backend=target.backend)
+    optimizer = trainops.AdamW(
+        model.parameters(), max_grad_norm=0.1, skip_nonfinite=True, ema=ema, backend=target.backend
+    )
+    grads = make_grads(shapes, torch.float32, target.device, 4)
+    run(optimizer, model.params, grads[:2])
+    copied = copy_of(optimizer)
+    assert copied._step_supports_amp_scaling
+    for each in (optimizer, copied):
+        run(each, each.param_groups[0]["params"], grads[2:])
+    assert all(map(same_bits, optimizer.param_groups[0]["params"], copied.param_groups[0]["params"]))
+    assert all(map(same_bits, optimizer.ema.module.params, copied.ema.module.params))
+    assert same_bits(optimizer.grad_norm, copied.grad_norm)
+    assert copied.ema.step == 4
+
+
+def test_autograd_notices_the_update(target):
+    model = make_model([(3,)], torch.float32, target.device)
+    loss = (model.params[0] ** 2).sum()
+    model.params[0].grad = torch.ones(3, device=target.device)
+    trainops.AdamW(model.parameters(), backend=target.backend).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_replaced_parameters_are_followed(target):
+    """Frameworks replace the parameters of an optimizer, and what parameters hold, after it was made."""
+    model = make_model([(3,), (4,)], torch.float32, target.device)
+    optimizer = trainops.AdamW(model.parameters(), backend=target.backend)
+    run(optimizer, model.params, make_grads([(3,), (4,)], torch.float32, target.device, 1))
+    model.params[0].data = model.params[0].data.clone()
+    new = torch.nn.Parameter(torch.ones(5, device=target.device))
+    optimizer.param_groups[0]["params"] = [model.params[0], new]
+    before = [p.detach().clone() for p in (*model.params, new)]
+    run(optimizer, [model.params[0], new], make_grads([(3,), (5,)], torch.float32, target.device, 1))
+    changed = [not same_bits(p.detach(), q) for p, q in zip((*model.params, new), before, strict=True)]
+    assert changed == [True, False, True]
+
+
+@pytest.mark.parametrize("shapes", [[(5,)], [(70001,)], [(5,)] * 300, [(200_003,), (5,), (100_000,)]])
+def test_same_bits_with_any_number_of_threads(shapes):
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            torch.manual_seed(0)
+            model = make_model(shapes, torch.float32, "cpu")
+            optimizer = trainops.AdamW(model.parameters(), max_grad_norm=0.1)
+            run(optimizer, model.params, make_grads(shapes, torch.float32, "cpu", 3))
+            results.append([*model.params, optimizer.grad_norm, optimizer.grad_norms])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(same_bits, results[0], results[1]))
+    assert all(map(same_bits, results[0], results[2]))
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, "learning rate: -1.0"),
+        ({"eps": -1.0}, "epsilon value: -1.0"),
+        ({"weight_decay": -1.0}, "weight_decay value: -1.0"),
+        ({"betas": (1.0, 0.9)}, "beta parameter at index 0: 1.0"),
+        ({"betas": (0.9, -0.1)}, "beta parameter at index 1: -0.1"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm: -1.0"),
+        ({"max_grad_norm": float("nan")}, "max_grad_norm: nan"),
+        ({"backend": "gpu"}, "unknown backend 'gpu'.*reference, cpu"),
+        ({"differentiable": True, "max_grad_norm": 1.0}, "differentiable"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        trainops.AdamW([torch.nn.Parameter(torch.ones(2))], **options)
+
+
+def test_sparse_gradients_raise_and_change_nothing(target):
+    dense, sparse = (torch.nn.Parameter(torch.ones(3, 2, device=target.device)) for _ in range(2))
+    optimizer = trainops.AdamW([dense, sparse], backend=target.backend)
+    dense.grad = torch.ones(3, 2, device=target.device)
+    sparse.grad = torch.ones(3, 2, device=target.device).to_sparse()
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+        optimizer.step()
+    assert torch.equal(dense, torch.ones_like(dense))
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda state: state["exp_avg"].resize_(7), r"exp_avg has shape \(7,\).*\(3, 2\)"),
+        (lambda state: state.pop("exp_avg_sq"), r"\(3, 2\) has no exp_avg_sq"),
+        (lambda state: state.pop("step"), r"\(3, 2\) has no step"),
+    ],
+)
+def test_checkpoints_that_do_not_fit_change_nothing(damage, message):
+    def fresh():
+        model = make_model([(4,), (3, 2)], torch.float32, "cpu")
+        optimizer = trainops.AdamW(model.parameters())
+        run(optimizer, model.params, make_grads([(4,), (3, 2)], torch.float32, "cpu", 1))
+        return optimizer
+
+    optimizer, damaged = fresh(), fresh().state_dict()
+    damage(damaged["state"][1])
+    damaged["param_groups"][0]["lr"] = 123.0
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(damaged)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for i in (0, 1):
+        assert all(same_bits(after["state"][i][name], before["state"][i][name]) for name in before["state"][i])

@@ -1,6 +1,6 @@
 """AdamW whose step also unscales, clips, skips and averages, in two passes over memory."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -140,13 +140,13 @@ class AdamW(torch.optim.AdamW):
                 loss = closure()
         update = None if self.ema is None else self.ema.plan_update()
         averages = {} if update is None else update.fusable
-        params, result = self._update(averages, 0.0 if update is None or update.decay is None else update.decay)
+        averaged, result = self._update(averages, 0.0 if update is None or update.decay is None else update.decay)
         if self.ema is not None and update is not None:
-            self.ema.finish_update(update, averages.keys() & set(map(id, params)), result.skipped)
+            self.ema.finish_update(update, averaged, result.skipped)
         return loss
 
-    def _update(self, averages: dict[int, Tensor], ema_decay: float) -> tuple[list[Tensor], StepResult]:
-        """Norm, clipping, AdamW and the fused part of the averages; the parameters that had a gradient."""
+    def _update(self, averages: dict[int, Tensor], ema_decay: float) -> tuple[Collection[int], StepResult]:
+        """Norm, clipping, AdamW and the fused part of the averages, which is returned (by ``id`` of the parameter)."""
         control = StepControl(
             self.max_grad_norm,
             self.skip_nonfinite,
@@ -158,18 +158,20 @@ class AdamW(torch.optim.AdamW):
         if table is not None:
             groups = [_group(*pair) for pair in zip(self.param_groups, table.group_rows, strict=True)]
             params = table.params
+            all_averaged = table.averaged == len(averages)
             torch.autograd.graph.increment_version(params)
             result = kernels.adamw_step(groups, control, ema_decay, table)
         else:
             groups = self._gather(averages)
             params = [p for group in groups for p in group.params]
+            all_averaged = False
             torch.autograd.graph.increment_version(params)
             result = self._update_groups(groups, control, ema_decay)
         if control.max_norm is not None or control.skip_nonfinite:
             self.grad_norm, self.grad_norms = result.total_norm, result.norms
         if result.skipped is not None:
             self.skipped_steps += result.skipped.to(self.skipped_steps.device)
-        return params, result
+        return averages.keys() if all_averaged else averages.keys() & set(map(id, params)), result
 
     def _gather(self, averages: dict[int, Tensor]) -> list[AdamWGroup]:
         """The parameters that have a gradient, with their state, which is made where there is none yet."""

@@ -79,6 +79,10 @@ class Collected(Protocol):
     def group_rows(self) -> list[int]:
         """How many of them each group has."""
 
+    @property
+    def averaged(self) -> int:
+        """How many of them have an average."""
+
 
 class Kernels(Protocol):
     """The ops of a backend, with the signatures and the meaning of ``trainops.reference``."""
