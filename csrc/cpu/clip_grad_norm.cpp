@@ -10,25 +10,35 @@
 namespace trainops::cpu {
 namespace {
 
-// A run of memory is read as four streams side by side, some lines ahead: one stream alone leaves a core waiting
-// for memory. Each stream has independent sums, so that there is no chain of dependent additions.
-constexpr int64_t kStreams = 4, kWidth = 8, kLanes = kStreams * kWidth, kAhead = 256;
+// Independent sums, so that there is no chain of dependent additions.
+constexpr int64_t kLanes = 32;
+
+// A run of memory is read as several streams side by side, a block of each in turn and some lines ahead of it: one
+// stream alone leaves a core waiting for memory.
+constexpr int64_t kStreams = 4, kBlock = 128, kAhead = 256;
+
+template <Norm norm, typename T>
+TRAINOPS_HOST_DEVICE void add_whole_lanes(double* __restrict lanes, const T* __restrict values, int64_t size) {
+  for (int64_t i = 0; i < size; i += kLanes) {
+    for (int64_t byte = 0; byte < kLanes * static_cast<int64_t>(sizeof(T)); byte += 64) {
+      TRAINOPS_PREFETCH(reinterpret_cast<const char*>(values + i + kAhead) + byte);
+    }
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      lanes[lane] = accumulate<norm>(lanes[lane], static_cast<double>(values[i + lane]));
+    }
+  }
+}
 
 template <Norm norm, typename T>
 TRAINOPS_HOST_DEVICE double reduce(const T* values, int64_t size) {
   double lanes[kLanes] = {};
-  const int64_t stream_size = size / kLanes * kWidth;
-  for (int64_t i = 0; i < stream_size; i += kWidth) {
-    for (int64_t stream = 0; stream < kStreams; ++stream) {
-      const T* at = values + stream * stream_size + i;
-      TRAINOPS_PREFETCH(at + kAhead);
-      for (int64_t lane = 0; lane < kWidth; ++lane) {
-        double& total = lanes[stream * kWidth + lane];
-        total = accumulate<norm>(total, static_cast<double>(at[lane]));
-      }
-    }
+  const int64_t stream = size / (kStreams * kBlock) * kBlock;
+  for (int64_t i = 0; i < stream; i += kBlock) {
+    for (int64_t s = 0; s < kStreams; ++s) add_whole_lanes<norm>(lanes, values + s * stream + i, kBlock);
   }
-  for (int64_t i = kStreams * stream_size; i < size; ++i) {
+  const int64_t rest = kStreams * stream, tail = size / kLanes * kLanes;
+  add_whole_lanes<norm>(lanes, values + rest, tail - rest);
+  for (int64_t i = tail; i < size; ++i) {
     lanes[i % kLanes] = accumulate<norm>(lanes[i % kLanes], static_cast<double>(values[i]));
   }
   for (int64_t width = kLanes / 2; width > 0; width /= 2) {
