@@ -34,7 +34,7 @@ lint: $(SETUP)
 	$(CLANG_FORMAT) --dry-run --Werror $(CXX_SOURCES)
 
 bench: $(SETUP)
-	$(RUN) -m benchmarks.bench_step
+	$(RUN) -m benchmarks.bench_step --json outputs/step.json --plot outputs/step.png
 
 format: $(SETUP)
 	$(RUN) -m ruff check --fix .

@@ -1,6 +1,6 @@
 """The whole tail of a step on the CPU: clip by norm, AdamW, EMA.
 
-    python -m benchmarks.bench_step [--models ViT-Ti ViT-B] [--rounds 15] [--threads 2] [--json FILE]
+    python -m benchmarks.bench_step [--models ViT-Ti ViT-B] [--rounds 15] [--threads 2] [--json FILE] [--plot FILE]
 
 Every provider first takes steps from the same start, and all must agree with the same steps in float64; no time is
 shown for a wrong result. Then all are timed in interleaved rounds, with ``a.add_(b)`` over as many elements beside
@@ -144,6 +144,31 @@ def report(results: dict[str, dict[str, Timing]], console: Console) -> None:
     console.print(table)
 
 
+def plot(results: dict[str, dict[str, Timing]], path: Path, title: str) -> None:
+    """Bars: how many times as long as trainops' each of PyTorch's compositions takes, per model."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 0.8 + 0.6 * len(results)), layout="constrained")
+    for i, timings in enumerate(results.values()):
+        for name, offset, colour in (("torch foreach", -0.17, "#b8b8b8"), ("torch fused", 0.17, "#777777")):
+            ratio = timings[name].median / timings["trainops"].median
+            bar = axes.barh(i + offset, ratio, 0.32, color=colour, label=name if i == 0 else None)
+            axes.bar_label(bar, [f"{ratio:.2f}x"], padding=3, fontsize=9)
+    axes.axvline(1.0, color="#d1495b", linewidth=2, label="trainops")
+    axes.set_yticks(range(len(results)), list(results))
+    axes.invert_yaxis()
+    axes.set_xlabel("time of clip + AdamW + EMA, relative to trainops")
+    axes.set_title(title, fontsize=10)
+    axes.legend(frameon=False, loc="lower right")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.12)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
 def environment() -> dict[str, object]:
     """What the figures depend on."""
     commit = subprocess.run(
@@ -181,12 +206,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="default: by size of the model")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="where to save the figures")
+    parser.add_argument("--plot", type=Path, help="where to save a picture of the ratios")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     console = Console(width=200)
     console.print("  ".join(f"{key}: {value}" for key, value in environment().items()))
     results = {model: measure(MODELS[model], args.rounds) for model in args.models}
     report(results, console)
+    if args.plot:
+        plot(results, args.plot, "float32, {cpu}, {threads} threads, torch {torch}".format(**environment()))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         figures = {model: {name: t._asdict() for name, t in timings.items()} for model, timings in results.items()}

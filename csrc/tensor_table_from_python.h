@@ -206,7 +206,7 @@ class TableBuilder {
       cells_[columns] = next_.cell;
     }
     for (size_t column = 0; column < columns; ++column) {
-      has_float64 |= cells_[column].address != nullptr && cells_[column].dtype == DType::float64;
+      has_float64 |= cells_[column].dtype == DType::float64;
     }
     table.add_row(cells_.data(), seen ? first_.numel : 0);
     for (size_t column = 0; column < columns; ++column) {

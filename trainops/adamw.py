@@ -146,7 +146,7 @@ class AdamW(torch.optim.AdamW):
         return loss
 
     def _update(self, averages: dict[int, Tensor], ema_decay: float) -> tuple[Collection[int], StepResult]:
-        """Norm, clipping, AdamW and the fused part of the averages, which is returned (by ``id`` of the parameter)."""
+        """Norm, clipping, AdamW and the fused averages, which are returned by the ``id`` of their parameter."""
         control = StepControl(
             self.max_grad_norm,
             self.skip_nonfinite,
@@ -181,7 +181,7 @@ class AdamW(torch.optim.AdamW):
             if any(grad is None for grad in grads):
                 params = [p for p, grad in zip(params, grads, strict=True) if grad is not None]
                 grads = [grad for grad in grads if grad is not None]
-            if any(grad.is_sparse for grad in grads):
+            if any(grad.layout is not torch.strided for grad in grads):
                 raise RuntimeError("AdamW does not support sparse gradients, please consider SparseAdam instead")
             if params:
                 selected.append((settings, params, grads))

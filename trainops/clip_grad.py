@@ -49,7 +49,10 @@ def clip_grad_norm_(
     Raises:
         RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set; no gradient has been changed.
     """
-    parameters = _listed(parameters, stacklevel=4)
+    is_generator = isinstance(parameters, types.GeneratorType)
+    parameters = _listed(parameters)
+    if is_generator and not parameters:
+        warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=3)
     grads = _grads(parameters)
     total_norm = get_total_norm(grads, norm_type, error_if_nonfinite, foreach, backend=backend)
     clip_grads_with_norm_(parameters, max_norm, total_norm, foreach, backend=backend)
@@ -85,7 +88,7 @@ def get_total_norm(
         RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set.
     """
     check(backend)
-    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    tensors = _listed(tensors)
     norm_type = float(norm_type)
     if not tensors:
         return torch.tensor(0.0)
@@ -157,7 +160,7 @@ def clip_grad_value_(
     check(backend)
     parameters = _listed(parameters)
     grads = _grads(parameters)
-    if not _all_dense(grads) or any(x.is_complex() for x in grads):
+    if math.isnan(clip_value) or not _all_dense(grads) or any(x.is_complex() for x in grads):
         torch.nn.utils.clip_grad_value_(parameters, clip_value)
         return
     torch.autograd.graph.increment_version(grads)
@@ -165,14 +168,8 @@ def clip_grad_value_(
         kernels.clamp_(part, float(clip_value))
 
 
-def _listed(parameters: Tensors, stacklevel: int = 3) -> list[Tensor]:
-    if isinstance(parameters, Tensor):
-        return [parameters]
-    is_generator = isinstance(parameters, types.GeneratorType)
-    parameters = list(parameters)
-    if is_generator and not parameters:
-        warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=stacklevel)
-    return parameters
+def _listed(parameters: Tensors) -> list[Tensor]:
+    return [parameters] if isinstance(parameters, Tensor) else list(parameters)
 
 
 def _grads(parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -180,10 +177,12 @@ def _grads(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _all_dense(tensors: Sequence[Tensor]) -> bool:
-    return all_plain(tensors) and not any(x.is_sparse for x in tensors)
+    return all_plain(tensors) and all(x.layout is torch.strided for x in tensors)
 
 
 def _by_device(tensors: Sequence[Tensor], backend: str | None) -> list[tuple[Kernels, list[Tensor]]]:
+    if len(set(map(id, tensors))) < len(tensors):
+        backend = "reference"  # kernels would work on both at the same time
     parts: dict[torch.device, list[Tensor]] = {}
     for x in tensors:
         parts.setdefault(x.device, []).append(x)

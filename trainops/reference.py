@@ -13,8 +13,8 @@ from torch import Tensor
 
 
 def wide(x: Tensor) -> Tensor:
-    """``x`` in the dtype that arithmetic is done in: float64 for float64, else float32."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+    """``x`` in the dtype that arithmetic is done in: float32 for 16 bits, else its own."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def write(target: Tensor, value: Tensor, skip: Tensor | None = None) -> None:

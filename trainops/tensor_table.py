@@ -80,7 +80,10 @@ def regular_table(
             original = column[row]
             if original is None:
                 continue
-            original = as_real(local(original))
+            source = local(original)
+            original = as_real(source)
+            if is_written and source.is_conj():  # was resolved into a copy
+                copies.append((source, torch.view_as_complex(original)))
             if layout is None:
                 layout = torch.empty_like(original)
             regular = _with_layout_of(layout, original)
@@ -95,7 +98,7 @@ def regular_table(
     if table.irregular:
         _raise_unsupported([column[table.irregular[0]] for column in columns])
     yield table
-    for original, regular in copies:
+    for original, regular in reversed(copies):
         original.copy_(regular)
 
 

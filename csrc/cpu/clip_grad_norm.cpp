@@ -75,6 +75,14 @@ double reduce_piece(const Cell& cell, const Piece& piece) {
   return total;
 }
 
+// Joins partial results pairwise, so that rounding errors do not add up with their number.
+template <Norm norm>
+double join_all(const double* partial, size_t size) {
+  if (size == 0) return 0.0;
+  if (size == 1) return partial[0];
+  return join<norm>(join_all<norm>(partial, size / 2), join_all<norm>(partial + size / 2, size - size / 2));
+}
+
 template <Norm norm>
 Norms reduce_table(const TensorTable& table, int64_t column) {
   std::vector<double> partial(table.pieces().size());
@@ -84,15 +92,16 @@ Norms reduce_table(const TensorTable& table, int64_t column) {
                                                   : reduce_piece<norm, float>(cell, piece);
   });
   Norms result{std::vector<double>(table.rows(), 0.0), 0.0};
-  for (size_t i = 0; i < partial.size(); ++i) {
-    double& row = result.rows[table.pieces()[i].row];
-    row = join<norm>(row, partial[i]);
+  for (size_t first = 0, last = 0; first < partial.size(); first = last) {
+    const int64_t row = table.pieces()[first].row;
+    while (last < partial.size() && table.pieces()[last].row == row) ++last;
+    result.rows[row] = join_all<norm>(partial.data() + first, last - first);
   }
-  for (double& row : result.rows) {
-    result.total = join<norm>(result.total, row);
-    if (norm == Norm::l2) row = std::sqrt(row);
+  result.total = join_all<norm>(result.rows.data(), result.rows.size());
+  if (norm == Norm::l2) {
+    for (double& row : result.rows) row = std::sqrt(row);
+    result.total = std::sqrt(result.total);
   }
-  if (norm == Norm::l2) result.total = std::sqrt(result.total);
   return result;
 }
 
