@@ -162,11 +162,17 @@ class AdamW(torch.optim.AdamW):
             torch.autograd.graph.increment_version(params)
             result = kernels.adamw_step(groups, control, ema_decay, table)
         else:
-            groups = self._gather(averages)
-            params = [p for group in groups for p in group.params]
-            all_averaged = False
-            torch.autograd.graph.increment_version(params)
-            result = self._update_groups(groups, control, ema_decay)
+            known = set(self.state)
+            try:
+                groups = self._gather(averages)
+                params = [p for group in groups for p in group.params]
+                all_averaged = False
+                torch.autograd.graph.increment_version(params)
+                result = self._update_groups(groups, control, ema_decay)
+            except Exception:
+                for param in self.state.keys() - known:
+                    del self.state[param]
+                raise
         if control.max_norm is not None or control.skip_nonfinite:
             self.grad_norm, self.grad_norms = result.total_norm, result.norms
         if result.skipped is not None:

@@ -153,7 +153,8 @@ class _DropPath(torch.autograd.Function):
         if needs_residual:
             of_residual = grad.sum_to_size(ctx.residual_shape).to(ctx.residual_dtype)
         if needs_layer_scale:
-            of_layer_scale = (product * mask * branch).sum_to_size(layer_scale.shape).to(layer_scale.dtype)
+            kept = torch.where(mask != 0, branch, 0)  # whatever a dropped branch holds
+            of_layer_scale = (product * mask * kept).sum_to_size(layer_scale.shape).to(layer_scale.dtype)
         return None, of_branch, None, of_residual, of_layer_scale
 
 
@@ -170,7 +171,9 @@ def _apply(
 
 def _mask(branch: Tensor, layer_scale: Tensor | None, drop_prob: float, scale_by_keep: bool) -> Tensor:
     """The mask that timm would draw for ``branch * layer_scale``, in the dtype of that product."""
-    dtype = branch.dtype if layer_scale is None else torch.promote_types(branch.dtype, layer_scale.dtype)
+    dtype = branch.dtype  # which a 0-dim tensor does not widen
+    if layer_scale is not None and layer_scale.ndim > 0:
+        dtype = torch.promote_types(dtype, layer_scale.dtype)
     return reference.drop_path_mask(branch, drop_prob, scale_by_keep, dtype)
 
 

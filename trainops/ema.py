@@ -282,7 +282,7 @@ def update_averages(
         if average.numel() == 0:
             continue
         part = parts.setdefault(average.device, ([], []))
-        part[0].append(as_real(average))
+        part[0].append(as_real(average, written=True))
         part[1].append(as_real(source.to(average.device)))
     torch.autograd.graph.increment_version(averages)
     for device, (device_averages, device_sources) in parts.items():

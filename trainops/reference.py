@@ -90,11 +90,15 @@ def adamw_(
 
 
 def ema_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None) -> None:
-    """``average += (1 - decay) * (tensor - average)``; equal values stay as they are, infinities included."""
+    """``average += (1 - decay) * (tensor - average)``.
+
+    Infinities do what one would expect: decay 0 copies, decay 1 keeps, and equal values stay.
+    """
     for average, tensor in zip(averages, tensors, strict=True):
         old = wide(average)
         new = tensor.to(old.dtype)
-        write(average, torch.where(old == new, old, torch.lerp(old, new, 1 - decay)), skip)
+        moved = new if decay == 0 else old if decay == 1 else torch.lerp(old, new, 1 - decay)
+        write(average, moved if decay == 0 else torch.where(old == new, old, moved), skip)
 
 
 def drop_path_mask(
@@ -116,5 +120,7 @@ def drop_path(
 
     With a residual, a dropped sample is its residual, whatever its branch holds.
     """
+    if residual is not None:
+        branch = torch.where(mask != 0, branch, 0)
     scaled = (branch if layer_scale is None else branch * layer_scale) * mask
-    return scaled if residual is None else torch.where(mask != 0, residual + scaled, residual)
+    return scaled if residual is None else residual + scaled

@@ -102,10 +102,12 @@ def regular_table(
         original.copy_(regular)
 
 
-def as_real(x: Tensor) -> Tensor:
-    """Complex numbers as pairs of real ones in a last dimension, in the same memory."""
+def as_real(x: Tensor, written: bool = False) -> Tensor:
+    """Complex numbers as pairs of real ones in a last dimension, in the same memory if it is to be ``written``."""
     if not x.is_complex():
         return x
+    if written and x.is_conj():
+        raise RuntimeError("a lazily conjugated tensor cannot be updated in place; call resolve_conj() first")
     return torch.view_as_real(x.resolve_conj())
 
 

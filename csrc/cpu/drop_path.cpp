@@ -1,6 +1,6 @@
 // DropPath with its residual and layer scale: the formula is in math/drop_path.h.
-// Per element of a kept sample: reads branch and residual, writes out (12 bytes in float32); a dropped sample's
-// branch is not read. Arithmetic in float32, or float64 when all operands are.
+// Per element of a kept sample: reads branch and residual, writes out (12 bytes in float32). With a residual, a
+// dropped sample's branch is not read. Arithmetic in float32, or float64 when all operands are.
 #include "../math/drop_path.h"
 
 #include <algorithm>
@@ -98,13 +98,11 @@ void run(const DropPath& args) {
     const bool has_residual = args.residual.address != nullptr;
     T* out = place(args.out, offset, out_buffer);
     const T* residual = has_residual ? load(args.residual, offset, size, residual_buffer) : nullptr;
-    if (mask != T(0)) {
+    if (mask != T(0) || !has_residual) {  // without a residual the product is taken, as timm takes it: -0.0, NaN
       const T* scale = layer_scale.empty() ? nullptr : layer_scale.data() + begin % period;
       add_tile(args.mask.dtype, out, residual, load(args.branch, offset, size, branch_buffer), scale, mask, size);
-    } else if (has_residual) {
-      std::copy(residual, residual + size, out);
     } else {
-      std::fill(out, out + size, T(0));
+      std::copy(residual, residual + size, out);
     }
     store(args.out, offset, size, out);
   };

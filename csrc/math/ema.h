@@ -1,8 +1,7 @@
 // ema <- ema + (1 - decay) * (param - ema)
 //
-// Written as torch.lerp writes it, so that both ends are exact: weight 0 keeps the average, weight 1 copies the
-// parameter. Equal values stay as they are, which also keeps an infinity (a -inf attention mask in a buffer)
-// from becoming inf - inf.
+// Written as torch.lerp writes it. Infinities do what one would expect, where inf - inf would make a NaN of them:
+// decay 0 copies the parameter, decay 1 keeps the average, and equal values stay (a -inf attention mask in a buffer).
 // Agrees with: torch._foreach_lerp_(ema, params, 1 - decay).
 #pragma once
 
@@ -22,7 +21,8 @@ template <typename T>
 TRAINOPS_HOST_DEVICE T ema_element(T average, T param, EMAWeight<T> w) {
   const T difference = param - average;
   const T moved = w.weight < T(0.5) ? average + w.weight * difference : param - w.complement * difference;
-  return param == average ? average : moved;
+  const T kept = (param == average || w.weight == T(0)) ? average : moved;
+  return w.complement == T(0) ? param : kept;
 }
 
 }  // namespace trainops

@@ -125,11 +125,13 @@ def drop_path(
 
 def _has_drop_path_kernel(branch: Tensor, mask: Tensor, residual: Tensor | None, layer_scale: Tensor | None) -> bool:
     operands = [x for x in (branch, residual, layer_scale, mask) if x is not None]
-    if not all_plain(operands) or not all(x.is_floating_point() for x in operands):
+    if not all_plain(operands) or not all(x.is_floating_point() and not x.is_neg() for x in operands):
+        return False
+    if mask.ndim != branch.ndim or mask.shape[0] != branch.shape[0]:
         return False
     if len({x.dtype == torch.float64 for x in operands}) > 1:
         return False
-    if layer_scale is not None and not (layer_scale.ndim == 1 and branch.is_contiguous()):
+    if layer_scale is not None and not (layer_scale.ndim == 1 < branch.ndim and branch.is_contiguous()):
         return False
     if residual is not None and (residual.shape != branch.shape or residual.stride() != branch.stride()):
         return False

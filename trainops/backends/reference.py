@@ -55,7 +55,7 @@ def _update_group(group: AdamWGroup, coefficient: Tensor | float, skipped: Tenso
     for row, param in enumerate(group.params):
         max_exp_avg_sq, average = group.max_exp_avg_sqs[row], group.averages[row]
         reference.adamw_(
-            as_real(param),
+            as_real(param, written=True),
             as_real(group.grads[row]),
             as_real(group.exp_avgs[row]),
             as_real(group.exp_avg_sqs[row]),
@@ -71,4 +71,4 @@ def _update_group(group: AdamWGroup, coefficient: Tensor | float, skipped: Tenso
             skip=skipped,
         )
         if average is not None:
-            ema_([as_real(average)], [as_real(param)], ema_decay, skipped)
+            ema_([as_real(average, written=True)], [as_real(param)], ema_decay, skipped)

@@ -1,0 +1,260 @@
+"""The one dispatch rule, and what happens where a backend is missing or broken."""
+
+import importlib
+import importlib.machinery
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import trainops
+from trainops.backends import check, select
+
+# `trainops.backends` is the function; the module of the same name is found here.
+dispatch = importlib.import_module("trainops.backends")
+build = importlib.import_module("trainops.backends._build")
+reference = importlib.import_module("trainops.backends.reference")
+cpu = importlib.import_module("trainops.backends.cpu")
+
+needs_cpu = pytest.mark.skipif(not cpu.probe().available, reason=f"backend cpu: {cpu.probe().reason}")
+
+
+def with_grads(device="cpu"):
+    params = [nn.Parameter(torch.ones(3, device=device)) for _ in range(2)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    return params
+
+
+def adamw_step(x, backend):
+    params = with_grads(x.device)
+    trainops.AdamW(params, backend=backend).step()
+
+
+def ema_update(x, backend):
+    model = nn.Linear(3, 3, device=x.device)
+    trainops.EMA(model, backend=backend).update()
+
+
+# Every public way to a kernel, called with a tensor that says on which device.
+OPS = {
+    "AdamW": adamw_step,
+    "EMA": ema_update,
+    "ema_update_": lambda x, backend: trainops.ema_update_([x.clone()], [x], 0.5, backend=backend),
+    "get_total_norm": lambda x, backend: trainops.get_total_norm([x], backend=backend),
+    "clip_grad_norm_": lambda x, backend: trainops.clip_grad_norm_(with_grads(x.device), 1.0, backend=backend),
+    "clip_grads_with_norm_": lambda x, backend: trainops.clip_grads_with_norm_(
+        with_grads(x.device), 1.0, torch.tensor(5.0, device=x.device), backend=backend
+    ),
+    "clip_grad_value_": lambda x, backend: trainops.clip_grad_value_(with_grads(x.device), 0.5, backend=backend),
+    "drop_path": lambda x, backend: trainops.drop_path(x, 0.5, True, backend=backend),
+    "drop_path_add": lambda x, backend: trainops.drop_path_add(x, x, 0.5, True, backend=backend),
+}
+each_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+
+
+@pytest.fixture(autouse=True)
+def _no_choice_is_remembered(monkeypatch):
+    monkeypatch.delenv("TRAINOPS_BACKEND", raising=False)
+    dispatch._preferred.cache_clear()
+    yield
+    dispatch._preferred.cache_clear()
+
+
+@pytest.fixture
+def without_cpu(monkeypatch):
+    """A machine on which the ``cpu`` backend is missing."""
+    probe = dispatch._probe
+    missing = trainops.Backend(available=False, reason="the dog ate it")
+    monkeypatch.setattr(dispatch, "_probe", lambda name: missing if name == "cpu" else probe(name))
+
+
+def test_backends_describes_every_backend():
+    found = trainops.backends()
+    assert {"reference", "cpu"} <= found.keys()
+    assert found["reference"].available
+    for backend in found.values():
+        assert isinstance(backend, trainops.Backend)
+        assert isinstance(backend.available, bool)
+        assert bool(backend.reason) != backend.available
+        assert backend.details or not backend.available
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    ("argument", "variable", "device_type", "expected"),
+    [
+        (None, None, "cpu", cpu),
+        (None, "", "cpu", cpu),
+        (None, None, "meta", reference),
+        (None, "reference", "cpu", reference),
+        (None, "cpu", "cpu", cpu),
+        ("reference", None, "cpu", reference),
+        ("reference", "cpu", "cpu", reference),
+        ("reference", "cpu", "meta", reference),
+        ("reference", "nonsense", "cpu", reference),
+        ("cpu", "reference", "cpu", cpu),
+    ],
+)
+def test_argument_then_variable_then_device(monkeypatch, argument, variable, device_type, expected):
+    if variable is not None:
+        monkeypatch.setenv("TRAINOPS_BACKEND", variable)
+    assert select(argument, device_type) is expected
+
+
+@each_op
+@pytest.mark.parametrize("by_variable", [False, True], ids=["argument", "variable"])
+def test_unknown_name(monkeypatch, op, by_variable):
+    if by_variable:
+        monkeypatch.setenv("TRAINOPS_BACKEND", "fpga")
+    with pytest.raises(ValueError, match=r"'fpga'.*reference.*cpu"):
+        op(torch.ones(4, 3), None if by_variable else "fpga")
+
+
+@each_op
+@pytest.mark.parametrize("by_variable", [False, True], ids=["argument", "variable"])
+@pytest.mark.usefixtures("without_cpu")
+def test_unavailable_backend_that_was_asked_for(monkeypatch, op, by_variable):
+    if by_variable:
+        monkeypatch.setenv("TRAINOPS_BACKEND", "cpu")
+    with pytest.raises(RuntimeError, match=r"'cpu'.*the dog ate it.*reference"):
+        op(torch.ones(4, 3), None if by_variable else "cpu")
+
+
+@pytest.mark.usefixtures("without_cpu")
+def test_unavailable_backend_that_was_not_asked_for():
+    assert select(None, "cpu") is reference
+    check(None)
+
+
+@needs_cpu
+@each_op
+@pytest.mark.parametrize("by_variable", [False, True], ids=["argument", "variable"])
+def test_backend_of_another_device(monkeypatch, op, by_variable):
+    if by_variable:
+        monkeypatch.setenv("TRAINOPS_BACKEND", "cpu")
+    with pytest.raises(RuntimeError, match=r"'cpu'.*'meta'"):
+        op(torch.ones(4, 3, device="meta"), None if by_variable else "cpu")
+
+
+@each_op
+def test_a_backend_that_was_asked_for_is_used(monkeypatch, op):
+    used = []
+    for name in ("ema_", "adamw_step", "grad_norms", "scale_", "clamp_", "drop_path"):
+        kernel = getattr(reference, name)
+        monkeypatch.setattr(reference, name, lambda *args, kernel=kernel: used.append(kernel) or kernel(*args))
+    op(torch.ones(4, 3), "reference")
+    assert used
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (None, "not built"),
+        ({}, "not built"),
+        ({"cuda": {"built_with": "nvcc"}}, "not built"),
+        ({"cpu": {"reason": "the build failed: no compiler"}}, "the build failed: no compiler"),
+    ],
+    ids=["no_record", "empty_record", "other_backends", "failed_build"],
+)
+def test_an_extension_that_was_not_built_is_silently_absent(monkeypatch, tmp_path, record, reason):
+    point_at_build(monkeypatch, tmp_path, record)
+    extension, why = build.load("_cpu", "cpu")
+    assert extension is None
+    assert reason in why
+
+
+def test_an_extension_that_was_built_but_does_not_load_warns(monkeypatch, tmp_path):
+    point_at_build(monkeypatch, tmp_path, {"cpu": {"built_with": "gcc"}})
+    with pytest.warns(RuntimeWarning, match=r"without its cpu backend.*does not load"):
+        extension, why = build.load("_cpu", "cpu")
+    assert extension is None
+    assert "does not load" in why
+
+
+def point_at_build(monkeypatch, folder, record):
+    """Let ``trainops._cpu`` be missing, and its build be recorded so."""
+    monkeypatch.setitem(sys.modules, "trainops._cpu", None)
+    monkeypatch.setattr(build, "__file__", str(folder / "backends" / "_build.py"))
+    if record is not None:
+        (folder / "_build.json").write_text(json.dumps(record))
+
+
+# Run in an interpreter of its own, in a folder with a copy of the package.
+USE_EVERYTHING = """
+import json, sys, warnings
+import torch
+
+before = set(sys.modules)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import trainops
+    imported = sorted({name.partition(".")[0] for name in set(sys.modules) - before})
+
+    def train(optimizer_class, **options):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(5, 5)
+        optimizer = optimizer_class(model.parameters(), lr=0.1, **options)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(7, 5)).square().sum().backward()
+            optimizer.step()
+        return model
+
+    ours, torchs = train(trainops.AdamW, max_grad_norm=1e9, skip_nonfinite=True), train(torch.optim.AdamW)
+    for p, q in zip(ours.parameters(), torchs.parameters()):
+        torch.testing.assert_close(p, q)
+    assert trainops.clip_grad_norm_(ours.parameters(), 1e-3) > 1e-3
+    torch.testing.assert_close(trainops.get_total_norm([p.grad for p in ours.parameters()]), torch.tensor(1e-3))
+    trainops.clip_grad_value_(ours.parameters(), 1e-5)
+    trainops.EMA(ours, decay=0.5).update()
+    x = torch.ones(64, 5)
+    assert set(trainops.drop_path_add(x, x, 0.5, True).unique().tolist()) == {1.0, 3.0}
+
+found = {name: (backend.available, backend.reason) for name, backend in trainops.backends().items()}
+warned = [(w.category.__name__, str(w.message)) for w in caught]
+print(json.dumps({"file": trainops.__file__, "imported": imported, "found": found, "warned": warned}))
+"""
+
+
+def use_everything(folder, prologue="", extension=None, record=None):
+    """What ``USE_EVERYTHING`` reports of our Python files with such an extension, and such a record of its build."""
+    suffixes = importlib.machinery.EXTENSION_SUFFIXES
+    package = folder / "trainops"
+    not_built = shutil.ignore_patterns("_build.json", "__pycache__", *(f"*{suffix}" for suffix in suffixes))
+    shutil.copytree(Path(trainops.__file__).parent, package, ignore=not_built)
+    if record is not None:
+        (package / "_build.json").write_text(json.dumps(record))
+    if extension is not None:
+        (package / f"_cpu{suffixes[0]}").write_bytes(extension)
+    command = [sys.executable, "-c", prologue + USE_EVERYTHING]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert Path(report["file"]).resolve().parent == package.resolve()
+    return report
+
+
+def test_everything_works_without_an_extension(tmp_path):
+    # A package that is installed in place may find its extension by other ways than the folder it is in.
+    report = use_everything(tmp_path, "import sys; sys.modules['trainops._cpu'] = None")
+    available, why = report["found"]["cpu"]
+    assert not available
+    assert "not built" in why
+    assert report["warned"] == []
+    assert "triton" not in report["imported"]
+
+
+def test_everything_works_with_a_broken_extension_after_one_warning(tmp_path):
+    report = use_everything(tmp_path, extension=b"not a library", record={"cpu": {"built_with": "gcc"}})
+    available, why = report["found"]["cpu"]
+    assert not available
+    assert "built but does not load" in why
+    [(category, message)] = report["warned"]
+    assert category == "RuntimeWarning"
+    assert why in message
