@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -129,11 +129,9 @@ class ViT(nn.Module):
 
 def param_groups(model: nn.Module) -> list[dict]:
     """Matrices decay; biases, norms and positions do not."""
-    parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if p.ndim == 2], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for p in parameters if p.ndim != 2], "weight_decay": 0.0},
-    ]
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim != 2]
+    return [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
 
 
 def schedule(optimizer: torch.optim.Optimizer, steps: int) -> SequentialLR:
@@ -154,11 +152,11 @@ def timed_step(run: Run, images: Tensor, labels: Tensor) -> None:
     run.optimizer.zero_grad()
     clock = [now()]
     loss = nn.functional.cross_entropy(run.model(images), labels)
-    clock.append(now())
+    clock += [now()]
     loss.backward()
-    clock.append(now())
+    clock += [now()]
     run.after_backward()
-    clock.append(now())
+    clock += [now()]
     run.losses.append(loss.item())
     run.seconds.append(tuple(end - start for start, end in pairwise(clock)))
 
@@ -167,15 +165,8 @@ def train(runs: list[Run], images: Tensor, labels: Tensor, args: argparse.Namesp
     """Train all runs in one loop, on the same batches."""
     schedulers = [schedule(run.optimizer, args.steps) for run in runs]
     generator = torch.Generator().manual_seed(args.seed)
-    columns = (
-        "training both",
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        "losses {task.fields[losses]}",
-    )
-    with Progress(*columns) as progress:
-        task = progress.add_task("", total=args.steps, losses="")
+    with Progress() as progress:
+        task = progress.add_task("", total=args.steps)
         for step in range(args.steps):
             chosen = torch.randperm(len(images), generator=generator)[:BATCH]
             noise = NOISE * torch.randn(len(chosen), 1, 8, 8, generator=generator)
@@ -185,24 +176,26 @@ def train(runs: list[Run], images: Tensor, labels: Tensor, args: argparse.Namesp
                 timed_step(run, *batch)
             for scheduler in schedulers:
                 scheduler.step()
-            progress.update(task, advance=1, losses=" ".join(f"{run.losses[-1]:.4f}" for run in runs))
+            losses = " and ".join(f"{run.losses[-1]:.4f}" for run in runs)
+            progress.update(task, advance=1, description=f"training both: losses {losses}")
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Share of the images that are classified correctly."""
+    return (model.eval()(images).argmax(dim=1) == labels).double().mean().item()
 
 
 def report(runs: list[Run], images: Tensor, labels: Tensor) -> None:
     """Print what was measured."""
-
-    @torch.no_grad()
-    def accuracy(model: nn.Module) -> str:
-        return f"{(model.eval()(images).argmax(dim=1) == labels).double().mean():.2%}"
-
-    apart = [abs(a - b) for a, b in zip(runs[0].losses, runs[1].losses, strict=True)]
-    times = [run.milliseconds() for run in runs]
     table = Table("", *(run.name for run in runs))
     table.add_row("loss, mean of the last 20 steps", *(f"{statistics.fmean(run.losses[-20:]):.5f}" for run in runs))
+    apart = [abs(a - b) for a, b in zip(runs[0].losses, runs[1].losses, strict=True)]
     table.add_row("  largest difference, first 50 steps", "", f"{max(apart[:50]):.1e}")
     table.add_row("  largest difference, all steps", "", f"{max(apart):.1e}")
-    table.add_row("test accuracy", *(accuracy(run.model) for run in runs))
-    table.add_row("test accuracy, averaged weights", *(accuracy(run.ema.module) for run in runs))
+    table.add_row("test accuracy", *(f"{accuracy(run.model, images, labels):.2%}" for run in runs))
+    table.add_row("  of the averaged weights", *(f"{accuracy(run.ema.module, images, labels):.2%}" for run in runs))
+    times = [run.milliseconds() for run in runs]
     table.add_row("forward and backward, median ms", *(f"{forward + backward:.2f}" for forward, backward, _ in times))
     table.add_row("after backward(), median ms", *(f"{after:.2f}" for *_, after in times))
     table.add_row("  times as fast", "", f"{times[0][-1] / times[1][-1]:.1f}")

@@ -159,7 +159,7 @@ class AdamW(torch.optim.AdamW):
             groups = [_group(*pair) for pair in zip(self.param_groups, table.group_rows, strict=True)]
             params = table.params
             all_averaged = table.averaged == len(averages)
-            torch.autograd.graph.increment_version(params)
+            torch.autograd.graph.increment_version([*params, *averages.values()])
             result = kernels.adamw_step(groups, control, ema_decay, table)
         else:
             known = set(self.state)
@@ -167,11 +167,13 @@ class AdamW(torch.optim.AdamW):
                 groups = self._gather(averages)
                 params = [p for group in groups for p in group.params]
                 all_averaged = False
-                torch.autograd.graph.increment_version(params)
+                torch.autograd.graph.increment_version([*params, *averages.values()])
                 result = self._update_groups(groups, control, ema_decay)
             except Exception:
                 for param in self.state.keys() - known:
                     del self.state[param]
+                if self.ema is not None:
+                    self.ema.check_model()
                 raise
         if control.max_norm is not None or control.skip_nonfinite:
             self.grad_norm, self.grad_norms = result.total_norm, result.norms

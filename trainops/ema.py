@@ -37,6 +37,7 @@ def ema_update_(
         ValueError: ``decay`` is out of range, or two tensors differ in shape or device, or are not floating-point.
             Nothing has been changed.
     """
+    check(backend)
     _check_unit_interval("decay", decay)
     averages, tensors = list(ema_tensors), list(tensors)
     if len(averages) != len(tensors):
@@ -130,7 +131,7 @@ class EMA:
     ) -> None:
         _check_unit_interval("decay", decay)
         _check_unit_interval("min_decay", min_decay)
-        if warmup_gamma <= 0.0:
+        if not warmup_gamma > 0.0:
             raise ValueError(f"warmup_gamma must be positive, got {warmup_gamma}")
         if update_every < 1:
             raise ValueError(f"update_every must be at least 1, got {update_every}")
@@ -138,10 +139,7 @@ class EMA:
             raise ValueError(f"dtype must be a floating-point type, got {dtype}")
         check(backend)
         self.model = model
-        self.module = copy.deepcopy(model).eval().requires_grad_(False)
-        self.module._apply(  # type: ignore[no-untyped-call]
-            lambda x: x.to(device=device, dtype=dtype if x.is_floating_point() else None)
-        )
+        self.module = _cast(copy.deepcopy(model).eval().requires_grad_(False), device, dtype)
         self.decay = decay
         self.warmup = warmup
         self.warmup_gamma = warmup_gamma
@@ -177,7 +175,12 @@ class EMA:
             ValueError: the model's weights no longer match the average's. Nothing has been changed.
             RuntimeError: called inside :meth:`swap`.
         """
-        self.finish_update(self.plan_update())
+        update = self.plan_update()
+        try:
+            self.finish_update(update)
+        except RuntimeError:
+            self.check_model()
+            raise
 
     def plan_update(self) -> "Update":
         """What the next update does, for an optimizer that takes part in it. Changes nothing.
@@ -192,17 +195,22 @@ class EMA:
 
     def finish_update(self, update: "Update", done: Collection[int] = (), skip: Tensor | None = None) -> None:
         """Count the update; move what is not ``done`` (by ``id`` of the model's tensor), unless ``skip`` is true."""
-        self.step += 1
         pairs, decay = update.matched.pairs, update.decay
         if decay is None or len(done) == len(pairs):
+            self.step += 1
             return
         left = [pair for pair in pairs if id(pair.source) not in done]
         moved = [pair for pair in left if pair.averaged]
+        averages, sources = [pair.average for pair in moved], [pair.source for pair in moved]
+        update_averages(averages, sources, decay, skip, self.backend)
         for pair in left:
             if not pair.averaged:
                 write(pair.average, pair.source.to(pair.average.device), skip)
-        averages, sources = [pair.average for pair in moved], [pair.source for pair in moved]
-        update_averages(averages, sources, decay, skip, self.backend)
+        self.step += 1
+
+    def check_model(self) -> None:
+        """Look at every tensor of the model anew; ValueError naming the first that its average does not match."""
+        self._matched = _match(self.module, self.model, self.average_buffers)
 
     @contextmanager
     def swap(self) -> Iterator[None]:
@@ -215,6 +223,7 @@ class EMA:
             RuntimeError: already swapped.
         """
         self._check_not_swapped("swap()")
+        self.check_model()
         pairs = self._match().pairs
         with torch.no_grad():
             saved = [pair.source.clone() for pair in pairs]
@@ -257,10 +266,17 @@ class EMA:
             absent, unexpected = sorted(own.keys() - loaded.keys()), sorted(loaded.keys() - own.keys())
             raise ValueError(f"the checkpoint does not fit the model: missing {absent}, unexpected {unexpected}")
         for name, value in loaded.items():
+            if isinstance(own[name], Tensor) and not isinstance(value, Tensor):
+                raise ValueError(f"{name} is no tensor but {value!r}")  # noqa: TRY004
             if isinstance(value, Tensor) and value.shape != own[name].shape:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(own[name].shape)}")
+        if not isinstance(state_dict["step"], int):
+            raise ValueError(f"step must be a number of updates, got {state_dict['step']!r}")  # noqa: TRY004
         self.module.load_state_dict(loaded)
-        self.step = int(state_dict["step"])
+        self.step = state_dict["step"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_matched": None}  # a copy finds its own model's tensors
 
     def _match(self) -> "_Matched":
         """Every tensor of the model with its average, as they are now: frameworks replace parameters at will."""
@@ -277,9 +293,16 @@ def update_averages(
     averages: Sequence[Tensor], sources: Sequence[Tensor], decay: float, skip: Tensor | None, backend: str | None
 ) -> None:
     """Move averages towards sources that may lie on other devices, unless ``skip`` is true."""
+    if any(average.shape != source.shape for average, source in zip(averages, sources, strict=True)):
+        raise RuntimeError("averages and their sources differ in shape")
     parts: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
     for average, source in zip(averages, sources, strict=True):
         if average.numel() == 0:
+            continue
+        if average.is_conj():
+            resolved = average.resolve_conj()
+            update_averages([resolved], [source], decay, skip, backend)
+            average.copy_(resolved)
             continue
         part = parts.setdefault(average.device, ([], []))
         part[0].append(as_real(average, written=True))
@@ -289,6 +312,18 @@ def update_averages(
         plain = all_plain(device_averages) and all_plain(device_sources)
         kernels = select(backend if plain else "reference", device.type)
         kernels.ema_(device_averages, device_sources, decay, skip)
+
+
+def _cast(module: nn.Module, device: torch.device | str | int | None, dtype: torch.dtype | None) -> nn.Module:
+    """Move a module, and its floating-point tensors to a dtype. Tied tensors stay tied."""
+    done: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def cast_once(x: Tensor) -> Tensor:
+        if id(x) not in done:
+            done[id(x)] = (x, x.to(device=device, dtype=dtype if x.is_floating_point() else None))
+        return done[id(x)][1]
+
+    return module._apply(cast_once)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class _Slot(NamedTuple):
@@ -309,15 +344,18 @@ class _Pair(NamedTuple):
 class _Matched:
     """All pairs of a model and its average, and where they were found."""
 
-    def __init__(self, pairs: list[_Pair], slots: list[_Slot]) -> None:
+    def __init__(self, pairs: list[_Pair], slots: list[_Slot], model: nn.Module) -> None:
         self.pairs = pairs
+        self._containers = [x for m in model.modules() for x in (m._parameters, m._buffers, m._modules)]
+        self._size = sum(map(len, self._containers))
         self.fusable = {id(pair.source): pair.average for pair in pairs if _is_fusable(pair)}
         self._tensors = [tensor for pair in pairs for tensor in (pair.average, pair.source)]
         self._owners = [slot.owner for slot in slots]
         self._keys = [slot.key for slot in slots]
 
     def is_current(self) -> bool:
-        return all(map(operator.is_, map(dict.get, self._owners, self._keys), self._tensors))
+        same = all(map(operator.is_, map(dict.get, self._owners, self._keys), self._tensors))
+        return same and sum(map(len, self._containers)) == self._size
 
 
 class Update(NamedTuple):
@@ -333,9 +371,7 @@ class Update(NamedTuple):
 
 
 def _is_fusable(pair: _Pair) -> bool:
-    same_device = pair.average.device == pair.source.device
-    same_arithmetic = (pair.average.dtype == torch.float64) == (pair.source.dtype == torch.float64)
-    return isinstance(pair.source, nn.Parameter) and same_device and same_arithmetic
+    return isinstance(pair.source, nn.Parameter) and pair.average.device == pair.source.device
 
 
 def _slots(module: nn.Module) -> dict[str, _Slot]:
@@ -366,7 +402,7 @@ def _match(module: nn.Module, model: nn.Module, average_buffers: bool) -> _Match
         averaged = _kind(average) != "other" and (average_buffers or isinstance(source, nn.Parameter))
         pairs.append(_Pair(average, source, averaged))
         slots += [average_slot, source_slot]
-    return _Matched(pairs, slots)
+    return _Matched(pairs, slots, model)
 
 
 def _check_unit_interval(name: str, value: float) -> None:

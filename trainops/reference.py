@@ -95,8 +95,8 @@ def ema_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, sk
     Infinities do what one would expect: decay 0 copies, decay 1 keeps, and equal values stay.
     """
     for average, tensor in zip(averages, tensors, strict=True):
-        old = wide(average)
-        new = tensor.to(old.dtype)
+        dtype = torch.promote_types(wide(average).dtype, wide(tensor).dtype)
+        old, new = average.to(dtype), tensor.to(dtype)
         moved = new if decay == 0 else old if decay == 1 else torch.lerp(old, new, 1 - decay)
         write(average, moved if decay == 0 else torch.where(old == new, old, moved), skip)
 

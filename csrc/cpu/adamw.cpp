@@ -35,7 +35,7 @@ TRAINOPS_ADAMW(double)
 // The average follows the parameter as it was stored, so that a fused step and a step followed by an update of
 // the average give the same bits.
 template <typename T>
-void adamw_piece(const TensorTable& table, const Piece& piece, const AdamWScalars<T>& scalars, EMAWeight<T> weight) {
+void adamw_piece(const TensorTable& table, const Piece& piece, const AdamWScalars<T>& scalars, double ema_decay) {
   const auto cell = [&](AdamWColumn column) -> const Cell& { return table.cell(piece.row, column); };
   const bool amsgrad = cell(kMaxExpAvgSq).address != nullptr;
   const bool average = cell(kEMA).address != nullptr;
@@ -55,11 +55,7 @@ void adamw_piece(const TensorTable& table, const Piece& piece, const AdamWScalar
     store(cell(kExpAvg), begin, size, exp_avg);
     store(cell(kExpAvgSq), begin, size, exp_avg_sq);
     store(cell(kParam), begin, size, param);
-    if (average) {
-      T* ema = read(kEMA);
-      ema_tile(ema, read(kParam), size, weight);
-      store(cell(kEMA), begin, size, ema);
-    }
+    if (average) ema_tile(cell(kEMA), cell(kParam), begin, size, ema_decay);
   });
 }
 
@@ -84,9 +80,9 @@ void adamw(const TensorTable& table, const std::vector<AdamWGroup>& groups, doub
   for_each_piece(table, [&](int64_t, const Piece& piece) {
     const AdamWScalars<double>& s = scalars[scalars_of_row[piece.row]];
     if (table.cell(piece.row, kParam).dtype == DType::float64) {
-      adamw_piece<double>(table, piece, s, EMAWeight<double>(ema_decay));
+      adamw_piece<double>(table, piece, s, ema_decay);
     } else {
-      adamw_piece<float>(table, piece, AdamWScalars<float>(s), EMAWeight<float>(ema_decay));
+      adamw_piece<float>(table, piece, AdamWScalars<float>(s), ema_decay);
     }
   });
 }

@@ -5,8 +5,8 @@
 
 namespace trainops::cpu {
 
-// One tile of the average, moved towards one tile of parameters. Also the last act of a fused AdamW step.
-void ema_tile(float* __restrict average, const float* __restrict param, int64_t size, EMAWeight<float> weight);
-void ema_tile(double* __restrict average, const double* __restrict param, int64_t size, EMAWeight<double> weight);
+// Moves `size` elements of the average, one tile at most, towards those of the parameter. The arithmetic is in
+// float64 where either is. Also the last act of a fused AdamW step.
+void ema_tile(const Cell& average, const Cell& param, int64_t begin, int64_t size, double decay);
 
 }  // namespace trainops::cpu
