@@ -66,21 +66,34 @@ class BuildBackends(build_ext):
         if name in listed("TRAINOPS_SKIP"):
             self.record[name] = {"reason": "skipped by TRAINOPS_SKIP when trainops was built"}
             return
+        compiler = self.compiler_version()
         try:
             super().build_extension(ext)
         except Exception as error:
             if name in listed("TRAINOPS_REQUIRE"):
                 raise
-            reason = f"the build failed: {error}"
+            broken = f"{compiler} failed; `pip install -v .` in the source tree shows its output"
+            reason = (
+                broken if compiler else f"there was no working C++ compiler when trainops was built ({self.cxx()})"
+            )
             self.record[name] = {"reason": reason}
-            self.warn(f"trainops is built without its {name} backend; {reason}")
+            self.warn(f"trainops is built without its {name} backend: {reason}: {error}")
         else:
-            self.record[name] = {"built_with": self.compiler_version()}
+            self.record[name] = {"built_with": compiler or self.cxx()}
+
+    def cxx(self) -> str:
+        candidates = getattr(self.compiler, "compiler_so_cxx", None) or self.compiler.compiler_so
+        return os.environ.get("CXX") or candidates[0]
 
     def compiler_version(self) -> str:
-        command = os.environ.get("CXX") or self.compiler.compiler_so[0]
-        answer = subprocess.run([*shlex.split(command), "--version"], capture_output=True, text=True, check=False)
-        return answer.stdout.partition("\n")[0] or command
+        """The first line of what the compiler says of itself; empty if there is none that works."""
+        try:
+            answer = subprocess.run(
+                [*shlex.split(self.cxx()), "--version"], capture_output=True, text=True, check=True
+            )
+        except (OSError, subprocess.CalledProcessError):
+            return ""
+        return answer.stdout.partition("\n")[0]
 
     def built(self) -> list[Pybind11Extension]:
         return [ext for ext in self.extensions if "built_with" in self.record[BACKENDS[ext.name]]]

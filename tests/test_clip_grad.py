@@ -204,7 +204,7 @@ def test_norm_is_invariant_under_splitting(target, dtype, norm_type, split):
 
 
 @over_kernels
-@over_norm_types
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, INF])  # other orders are PyTorch's
 def test_norm_has_the_same_bits_in_every_run(target, dtype, norm_type):
     grads = [randn(shape, dtype, target.device) for shape in [(3, 70001), (127,), (), (200_000,)]]
     threads = torch.get_num_threads()

@@ -1,7 +1,8 @@
 """Gradient clipping by norm and by value: the functions of :mod:`torch.nn.utils`, fused.
 
-Differences from PyTorch: the norm of 16-bit gradients is float32, sums are accumulated so that the same gradients
-give the same bits, and gradients whose coefficient is 1 are not rewritten.
+Differences from PyTorch: the norm of 16-bit gradients is float32; norms of order 1, 2 and infinity are accumulated so
+that the same gradients give the same bits, with any number of threads; and gradients whose coefficient is 1 are not
+rewritten.
 """
 
 import math

@@ -128,18 +128,20 @@ class _DropPath(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        backend: str | None, branch: Tensor, mask: Tensor, residual: Tensor | None, layer_scale: Tensor | None
+        ctx: Any,
+        backend: str | None,
+        branch: Tensor,
+        mask: Tensor,
+        residual: Tensor | None,
+        layer_scale: Tensor | None,
     ) -> Tensor:
-        return select(backend, branch.device.type).drop_path(branch, mask, residual, layer_scale)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.backend, branch, mask, residual, layer_scale = inputs
+        ctx.backend = backend
         ctx.branch_shape, ctx.branch_dtype = branch.shape, branch.dtype
         ctx.residual_shape = None if residual is None else residual.shape
         ctx.residual_dtype = None if residual is None else residual.dtype
         # The branch is needed for the derivative by layer scale alone.
         ctx.save_for_backward(mask, layer_scale, branch if ctx.needs_input_grad[4] else None)
+        return select(backend, branch.device.type).drop_path(branch, mask, residual, layer_scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -161,12 +163,15 @@ class _DropPath(torch.autograd.Function):
 def _apply(
     backend: str | None, branch: Tensor, mask: Tensor, residual: Tensor | None, layer_scale: Tensor | None
 ) -> Tensor:
-    if torch.compiler.is_compiling():  # let the compiler fuse the formula with what stands around it
+    # Compilers fuse the formula with what stands around it; function transforms take it apart.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return reference.drop_path(branch, mask, residual, layer_scale)
-    result: Tensor = _DropPath.apply(  # type: ignore[no-untyped-call]
-        backend, branch, mask, residual, layer_scale
-    )
-    return result
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (branch, residual, layer_scale)):
+        result: Tensor = _DropPath.apply(  # type: ignore[no-untyped-call]
+            backend, branch, mask, residual, layer_scale
+        )
+        return result
+    return select(backend, branch.device.type).drop_path(branch, mask, residual, layer_scale)
 
 
 def _mask(branch: Tensor, layer_scale: Tensor | None, drop_prob: float, scale_by_keep: bool) -> Tensor:
