@@ -4,7 +4,11 @@
 #include <pybind11/stl.h>
 
 #include <cmath>
+#include <optional>
+#include <stdexcept>
+#include <string>
 #include <tuple>
+#include <vector>
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
@@ -20,8 +24,8 @@ TensorReader& reader = *new TensorReader;  // never destroyed: the interpreter i
 // A table in host memory, cut for the CPU.
 class Table {
  public:
-  Table(const py::list& columns, const py::object& scalars)
-      : builder_(reader, columns.size(), !scalars.is_none(), {dlpack::kCPU, dlpack::kPinned}),
+  Table(const py::list& columns, const py::object& scalars, size_t measured)
+      : builder_(reader, columns.size(), !scalars.is_none(), measured, {dlpack::kCPU, dlpack::kPinned}),
         irregular_(add_rows(builder_, columns, scalars)) {
     builder_.table.cut(cpu::kChunkNumel);
   }
@@ -35,7 +39,7 @@ class Table {
   }
 
  protected:
-  explicit Table(size_t columns) : builder_(reader, columns, true, {dlpack::kCPU, dlpack::kPinned}) {}
+  explicit Table(size_t columns) : builder_(reader, columns, true, cpu::kGrad, {dlpack::kCPU, dlpack::kPinned}) {}
 
   TableBuilder builder_;
   std::vector<int64_t> irregular_;
@@ -64,7 +68,9 @@ class AdamWTable : public Table {
 Cell read_cell(const py::object& tensor) {
   if (tensor.is_none()) return {};
   Description description;
-  if (!reader.read(tensor.ptr(), description)) throw py::type_error("not a plain floating-point tensor");
+  if (!reader.read(tensor.ptr(), description) || description.device_type == dlpack::kCUDA) {
+    throw py::type_error("not a plain floating-point tensor in host memory");
+  }
   return description.cell;
 }
 
@@ -138,13 +144,6 @@ void drop_path(const py::object& out, const py::object& residual, const py::obje
   cpu::drop_path(args);
 }
 
-std::string simd() {
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "AVX2";
-#endif
-  return "baseline SIMD";
-}
-
 int threads() {
 #ifdef _OPENMP
   return omp_get_max_threads();
@@ -160,10 +159,11 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("configure", [](py::object api, py::object describe, py::tuple plain_types) {
     reader.configure(std::move(api), std::move(describe), std::move(plain_types));
   });
-  m.def("simd", &simd);
+  m.def("instruction_set", &cpu::instruction_set);
   m.def("threads", &threads);
   py::class_<Table>(m, "TensorTable")
-      .def(py::init<const py::list&, const py::object&>(), py::arg("columns"), py::arg("scalars") = py::none())
+      .def(py::init<const py::list&, const py::object&, size_t>(), py::arg("columns"),
+           py::arg("scalars") = py::none(), py::arg("measured") = 0)
       .def_property_readonly("irregular", &Table::irregular)
       .def_property_readonly("has_float64", &Table::has_float64)
       .def_property_readonly("rows", &Table::rows);

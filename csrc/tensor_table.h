@@ -30,7 +30,6 @@ class TensorTable {
   void add_row(const Cell* cells, int64_t numel) {
     cells_.insert(cells_.end(), cells, cells + columns_);
     numel_.push_back(numel);
-    total_numel_ += numel;
   }
 
   // Cuts the rows into pieces of at most `chunk_numel` elements, and gathers consecutive pieces into chunks of
@@ -54,9 +53,7 @@ class TensorTable {
   }
 
   int64_t rows() const { return static_cast<int64_t>(numel_.size()); }
-  int64_t columns() const { return columns_; }
   int64_t numel(int64_t row) const { return numel_[row]; }
-  int64_t total_numel() const { return total_numel_; }
   const Cell& cell(int64_t row, int64_t column) const { return cells_[row * columns_ + column]; }
 
   int64_t chunks() const { return static_cast<int64_t>(chunk_ends_.size()); }
@@ -66,7 +63,6 @@ class TensorTable {
 
  private:
   int64_t columns_;
-  int64_t total_numel_ = 0;
   std::vector<Cell> cells_;
   std::vector<int64_t> numel_;
   std::vector<Piece> pieces_;

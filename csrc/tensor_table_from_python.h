@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "tensor_table.h"
@@ -40,12 +41,12 @@ struct ExchangeAPI {
   int (*tensor_from_object)(void* object, Tensor* out);
 };
 constexpr uint8_t kFloat = 2, kBFloat = 4;
-constexpr int32_t kCPU = 1, kPinned = 3;
+constexpr int32_t kCPU = 1, kCUDA = 2, kPinned = 3;
 }  // namespace dlpack
 
 // Where a tensor lies in memory. Dimensions of size 1 are left out: they have no say in the order of elements.
 struct Description {
-  static constexpr int kMaxDims = 64;  // torch's own limit
+  static constexpr int32_t kMaxDims = 64;
 
   Cell cell;
   int32_t device_type = 0;
@@ -53,15 +54,18 @@ struct Description {
   int64_t numel = 1;
   int64_t shape[kMaxDims], strides[kMaxDims];
 
-  void set_shape(int32_t dims, const int64_t* sizes, const int64_t* steps) {
+  // False for tensors of more dimensions than anyone has.
+  bool set_shape(int32_t dims, const int64_t* sizes, const int64_t* steps) {
     numel = 1;
     ndim = 0;
     for (int32_t i = 0; i < dims; ++i) {
       if (sizes[i] == 1) continue;
+      if (ndim == kMaxDims) return false;
       numel *= sizes[i];
       shape[ndim] = sizes[i];
       strides[ndim++] = steps[i];
     }
+    return true;
   }
 
   // Whether the elements fill their memory: no gaps, no overlap.
@@ -130,8 +134,7 @@ class TensorReader {
     if (!dtype) return false;
     out.cell = {static_cast<char*>(tensor.data) + tensor.byte_offset, *dtype};
     out.device_type = tensor.device.type;
-    out.set_shape(tensor.ndim, tensor.shape, tensor.strides);
-    return has_memory(out);
+    return out.set_shape(tensor.ndim, tensor.shape, tensor.strides) && has_memory(out);
   }
 
   bool read_python(PyObject* object, Description& out) const {
@@ -144,13 +147,13 @@ class TensorReader {
     if (!dtype) return false;
     out.cell = {reinterpret_cast<void*>(address), *dtype};
     out.device_type = device_type;
+    if (shape.size() > Description::kMaxDims) return false;
     int64_t sizes[Description::kMaxDims], steps[Description::kMaxDims];
     for (size_t i = 0; i < shape.size(); ++i) {
       sizes[i] = shape[i].cast<int64_t>();
       steps[i] = strides[i].cast<int64_t>();
     }
-    out.set_shape(static_cast<int32_t>(shape.size()), sizes, steps);
-    return has_memory(out);
+    return out.set_shape(static_cast<int32_t>(shape.size()), sizes, steps) && has_memory(out);
   }
 
   static std::optional<DType> dtype_from(uint8_t code, uint8_t bits) {
@@ -168,8 +171,8 @@ class TensorReader {
   pybind11::tuple plain_types_;
 };
 
-// A lazily negated real tensor is the imaginary part of a lazily conjugated one. Its strides give it away, except
-// where it has a single element and hence no strides.
+// A lazily negated real tensor comes from the imaginary part of a lazily conjugated one. Its strides give it away,
+// except where it has a single element and hence no strides. (torch._neg_view, which is private, makes others.)
 inline bool maybe_negated(PyObject* tensor, const Description& d) {
   if (d.numel != 1) return false;
   static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
@@ -183,9 +186,12 @@ inline bool maybe_negated(PyObject* tensor, const Description& d) {
 // same shape and the same dense strides; a scalar, where there is one, must be a float32.
 class TableBuilder {
  public:
-  TableBuilder(const TensorReader& reader, size_t columns, bool has_scalar, std::vector<int32_t> device_types)
+  // Of the column `measured`, it is noted whether there is a float64 in it.
+  TableBuilder(const TensorReader& reader, size_t columns, bool has_scalar, size_t measured,
+               std::vector<int32_t> device_types)
       : table(static_cast<int64_t>(columns + has_scalar)),
         reader_(reader),
+        measured_(measured),
         device_types_(std::move(device_types)),
         cells_(columns + has_scalar) {}
 
@@ -205,9 +211,7 @@ class TableBuilder {
       if (!read(scalar, next_) || next_.numel != 1 || next_.cell.dtype != DType::float32) return false;
       cells_[columns] = next_.cell;
     }
-    for (size_t column = 0; column < columns; ++column) {
-      has_float64 |= cells_[column].dtype == DType::float64;
-    }
+    has_float64 |= cells_[measured_].dtype == DType::float64;
     table.add_row(cells_.data(), seen ? first_.numel : 0);
     for (size_t column = 0; column < columns; ++column) {
       kept_.push_back(pybind11::reinterpret_borrow<pybind11::object>(tensors[column]));
@@ -226,6 +230,7 @@ class TableBuilder {
   }
 
   const TensorReader& reader_;
+  size_t measured_;
   std::vector<int32_t> device_types_;
   std::vector<Cell> cells_;
   std::vector<pybind11::object> kept_;  // the tensors of the table: kernels run without the interpreter lock
@@ -238,6 +243,11 @@ inline std::vector<int64_t> add_rows(TableBuilder& builder, const pybind11::list
   std::vector<int64_t> irregular;
   std::vector<PyObject*> tensors(columns.size());
   const Py_ssize_t rows = columns.empty() ? 0 : PyList_GET_SIZE(columns[0].ptr());
+  for (const auto column : columns) {
+    if (!PyList_Check(column.ptr()) || PyList_GET_SIZE(column.ptr()) != rows) {
+      throw pybind11::value_error("columns are lists of one length");
+    }
+  }
   for (Py_ssize_t row = 0; row < rows; ++row) {
     for (size_t i = 0; i < tensors.size(); ++i) tensors[i] = PyList_GET_ITEM(PyList_GET_ITEM(columns.ptr(), i), row);
     PyObject* scalar = scalars.is_none() ? nullptr : PyList_GET_ITEM(scalars.ptr(), row);
@@ -276,11 +286,12 @@ class AdamWRows {
     const size_t before = params.size();
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(all.ptr()); ++i) {
       PyObject* param = PyList_GET_ITEM(all.ptr(), i);
+      if (!reader_.is_plain(param)) return false;
       const auto grad = pybind11::reinterpret_steal<pybind11::object>(PyObject_GetAttr(param, names_.grad));
       if (!grad) throw pybind11::error_already_set();
       if (grad.is_none()) continue;
       PyObject* own = PyDict_GetItemWithError(state.ptr(), param);
-      if (!reader_.is_plain(param) || own == nullptr || !PyDict_Check(own)) return false;
+      if (own == nullptr || !PyDict_Check(own)) return false;
       PyObject* const exp_avg = PyDict_GetItem(own, names_.exp_avg);
       PyObject* const exp_avg_sq = PyDict_GetItem(own, names_.exp_avg_sq);
       PyObject* const max_exp_avg_sq = amsgrad ? PyDict_GetItem(own, names_.max_exp_avg_sq) : Py_None;

@@ -470,3 +470,57 @@ def test_checkpoints_that_do_not_fit_change_nothing(damage, message):
     assert after["param_groups"] == before["param_groups"]
     for i in (0, 1):
         assert all(same_bits(after["state"][i][name], before["state"][i][name]) for name in before["state"][i])
+
+
+@pytest.mark.parametrize("empty", [0, 1, 2])
+def test_empty_groups(target, empty):
+    ours, torchs = twins([(3,), (4,)], torch.float32, target.device)
+    grads = make_grads([(3,), (4,)], torch.float32, target.device, 2)
+    options = {"backend": target.backend}
+    for model, make, options in ((ours, trainops.AdamW, options), (torchs, torch.optim.AdamW, {})):
+        groups = [{"params": [p]} for p in model.params]
+        groups.insert(empty, {"params": []})
+        run(make(groups, **options), model.params, grads)
+    assert_same_params(ours, torchs)
+
+
+def test_another_default_device_is_no_matter():
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = trainops.AdamW([param], max_grad_norm=1.0, skip_nonfinite=True)
+    param.grad = torch.ones(3)
+    with torch.device("meta"):
+        optimizer.step()
+        norm = trainops.clip_grad_norm_([param], 0.5)
+    assert norm.device.type == "cpu"
+    assert optimizer.grad_norm.device.type == "cpu"
+
+
+def test_differentiable_leaves_scaling_to_the_scaler():
+    param = torch.ones(3)
+    optimizer = trainops.AdamW([param], lr=0.1, differentiable=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.ones(()))
+    param.grad = torch.full((3,), 4.0)
+    scaler.step(optimizer)
+    assert torch.equal(param.grad, torch.ones(3))
+
+
+@pytest.mark.parametrize("damage", ["shape", "step", "overlap"])
+def test_state_that_does_not_fit_changes_nothing(target, damage):
+    model = make_model([(4,), (3,)], torch.float32, target.device)
+    optimizer = trainops.AdamW(model.parameters(), backend=target.backend)
+    grads = make_grads([(4,), (3,)], torch.float32, target.device, 2)
+    run(optimizer, model.params, grads[:1])
+    state = optimizer.state[model.params[1]]
+    if damage == "shape":
+        state["exp_avg"] = torch.zeros(5, device=target.device)
+    elif damage == "step":
+        state["step"] = 1
+    else:
+        state["exp_avg"] = torch.zeros(1, device=target.device).expand(3)
+    before = [p.detach().clone() for p in model.params]
+    with pytest.raises(RuntimeError):
+        run(optimizer, model.params, grads[1:])
+    if damage != "overlap" or target.backend != "reference":  # where PyTorch's own copy_ is what raises
+        assert all(same_bits(p.detach(), q) for p, q in zip(model.params, before, strict=True))
+        assert optimizer.state[model.params[0]]["step"] == 1

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import reference
 from .backends import AdamWGroup, StepControl, StepResult, check, select
 from .ema import EMA
-from .tensor_table import all_plain
+from .tensor_table import aligned, all_plain
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Betas = tuple[float, float] | tuple[Tensor, Tensor]
@@ -42,10 +42,13 @@ class AdamW(torch.optim.AdamW):
         differentiable: run PyTorch's own step, with autograd.
         fused: accepted for compatibility.
         max_grad_norm: clip the gradients of all groups together to this norm. They are read, not rewritten: the
-            coefficient is applied inside the update.
+            coefficient is applied inside the update. The norm is that of the gradients this optimizer holds: the
+            global one under DDP and FSDP2, but a rank's own under ZeroRedundancyOptimizer and FSDP1.
         skip_nonfinite: leave everything bit for bit as it was when the norm of the gradients is infinite or NaN.
         ema: an average to update in the same pass, instead of calling ``ema.update()`` after each step. A skipped
-            step leaves the average alone and counts as an update in its warm-up.
+            step leaves the average alone and counts as an update in its warm-up. Every call of ``step()`` is an
+            update, also those of tools that call it to make the state (``torch.distributed.checkpoint``): load the
+            average after the optimizer.
         backend: see :func:`trainops.backends`; by default it follows the device.
 
     Attributes:
@@ -58,9 +61,6 @@ class AdamW(torch.optim.AdamW):
         ValueError: an argument is out of range, or there is no such backend.
         RuntimeError: the backend is not available; in ``step()``, a gradient is sparse. Nothing has been changed.
     """
-
-    # A GradScaler leaves unscaling and skipping to step(), by way of the attributes grad_scale and found_inf.
-    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -109,7 +109,8 @@ class AdamW(torch.optim.AdamW):
         self.backend = backend
         self.grad_norm: Tensor | None = None
         self.grad_norms: Tensor | None = None
-        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self.param_groups[0]["params"][0].device)
+        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self._device())
+        self._accept_amp_scaling()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: getattr(self, name) for name in _OWN_ATTRIBUTES}}
@@ -120,6 +121,15 @@ class AdamW(torch.optim.AdamW):
             for param in group["params"]:
                 _check_state(param, state["state"].get(param), amsgrad=group.get("amsgrad", False))
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._accept_amp_scaling()
+
+    def _accept_amp_scaling(self) -> None:
+        """A GradScaler then leaves unscaling and skipping to step(), by the attributes grad_scale and found_inf."""
+        self._step_supports_amp_scaling = not self.defaults["differentiable"]
+
+    def _device(self) -> torch.device:
+        """Where the first parameter is; a group may be empty."""
+        return next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -153,7 +163,7 @@ class AdamW(torch.optim.AdamW):
             getattr(self, "grad_scale", None),
             getattr(self, "found_inf", None),
         )
-        kernels = select(self.backend, self.param_groups[0]["params"][0].device.type)
+        kernels = select(self.backend, self._device().type)
         table = kernels.collect(self.param_groups, self.state, averages)
         if table is not None:
             groups = [_group(*pair) for pair in zip(self.param_groups, table.group_rows, strict=True)]
@@ -191,6 +201,7 @@ class AdamW(torch.optim.AdamW):
                 grads = [grad for grad in grads if grad is not None]
             if any(grad.layout is not torch.strided for grad in grads):
                 raise RuntimeError("AdamW does not support sparse gradients, please consider SparseAdam instead")
+            grads = [aligned(grad, param) for grad, param in zip(grads, params, strict=True)]
             if params:
                 selected.append((settings, params, grads))
         groups = []
@@ -206,6 +217,7 @@ class AdamW(torch.optim.AdamW):
             group.max_exp_avg_sqs = [state["max_exp_avg_sq"] for state in states] if amsgrad else [None] * len(states)
             group.averages = list(map(averages.get, map(id, params)))
             group.steps = [state["step"] for state in states]
+            _check_rows(group)
             groups.append(group)
         return groups
 
@@ -255,9 +267,25 @@ def _init_state(state: dict[str, Tensor], param: Tensor, settings: dict[str, Any
         state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
 
 
+def _check_rows(group: AdamWGroup) -> None:
+    """Raise where tensors of one parameter do not belong together, before anything is written."""
+    for row, param in enumerate(group.params):
+        for name in AdamWGroup.COLUMNS[1:-1]:
+            x = getattr(group, name)[row]
+            if x is not None and (x.shape != param.shape or x.device != param.device):
+                raise RuntimeError(
+                    f"{name.removesuffix('s')} of shape {tuple(x.shape)} on {x.device} does not fit a parameter of "
+                    f"shape {tuple(param.shape)} on {param.device}"
+                )
+        if not isinstance(group.steps[row], Tensor):
+            raise RuntimeError(f"the state's step must be a one-element tensor, got {group.steps[row]!r}")  # noqa: TRY004
+
+
 def _by_device(groups: list[AdamWGroup]) -> dict[torch.device, list[AdamWGroup]]:
     """The groups as they are where everything is on one device; else one of each per device."""
-    devices = dict.fromkeys(p.device for group in groups for p in group.params)
+    devices = list(dict.fromkeys(p.device for group in groups for p in group.params))
+    if len(devices) == 1:
+        return {devices[0]: groups}
     parts: dict[torch.device, list[AdamWGroup]] = {}
     for device in devices:
         for group in groups:

@@ -182,8 +182,9 @@ def _all_dense(tensors: Sequence[Tensor]) -> bool:
 
 
 def _by_device(tensors: Sequence[Tensor], backend: str | None) -> list[tuple[Kernels, list[Tensor]]]:
-    if len(set(map(id, tensors))) < len(tensors):
-        backend = "reference"  # kernels would work on both at the same time
+    addresses = [x.data_ptr() for x in tensors if x.numel() > 0]
+    if len(set(addresses)) < len(addresses):
+        backend = "reference"  # kernels would work on the same memory at the same time
     parts: dict[torch.device, list[Tensor]] = {}
     for x in tensors:
         parts.setdefault(x.device, []).append(x)

@@ -83,7 +83,9 @@ class EMA:
     Equivalent to::
 
         ema = timm.utils.ModelEmaV3(model, decay, ...)      # ema.update(model, step) after every step
-        ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        ema = torch.optim.swa_utils.AveragedModel(
+            model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
+        )
 
     Call :meth:`update` after every optimizer step, or give the object to ``trainops.AdamW(..., ema=ema)`` and the
     step updates the average in the same pass over memory. The decay follows timm's ``ModelEmaV3`` and begins with
@@ -225,12 +227,12 @@ class EMA:
         self._check_not_swapped("swap()")
         self.check_model()
         pairs = self._match().pairs
-        with torch.no_grad():
-            saved = [pair.source.clone() for pair in pairs]
-            for pair in pairs:
-                pair.source.copy_(pair.average)
+        saved = [pair.source.detach().clone() for pair in pairs]
         self._swapped = True
         try:
+            with torch.no_grad():
+                for pair in pairs:
+                    pair.source.copy_(pair.average)
             yield
         finally:
             with torch.no_grad():

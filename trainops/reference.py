@@ -2,7 +2,7 @@
 
 The kernels are checked against these functions, and these functions serve where there is no kernel. They work on
 any device and dtype. Arithmetic is in float32 for float32 and 16-bit tensors and in float64 for float64 ones;
-what is stored is rounded once, at the end. Nothing here waits for the device.
+what is stored is rounded once, at the end.
 """
 
 import math

@@ -38,6 +38,14 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if hasattr(x, "to_local") else x
 
 
+def aligned(x: Tensor, param: Tensor) -> Tensor:
+    """``x`` placed on the mesh as ``param`` is, where both are DTensors: their local parts then belong together."""
+    if not hasattr(x, "redistribute") or x.placements == getattr(param, "placements", x.placements):
+        return x
+    redistributed: Tensor = x.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
+    return redistributed
+
+
 def all_plain(tensors: Iterable[Tensor]) -> bool:
     """Whether none is of a subclass that gives operations another meaning."""
     return set(map(type, tensors)) <= {Tensor, torch.nn.Parameter}
@@ -87,6 +95,8 @@ def regular_table(
             if layout is None:
                 layout = torch.empty_like(original)
             regular = _with_layout_of(layout, original)
+            if is_written and regular is not original and torch._debug_has_internal_overlap(original) == 1:
+                raise RuntimeError("a tensor whose elements share memory cannot be updated in place")
             if is_written and regular is not original:
                 copies.append((original, regular))
             column[row] = regular

@@ -3,6 +3,7 @@
 // float64 whatever the type, in an order that depends on the sizes alone: the same gradients give the same bits
 // with any number of threads and any instruction set.
 #include <cmath>
+#include <type_traits>
 
 #include "convert.h"
 #include "kernels.h"
@@ -21,7 +22,7 @@ template <Norm norm, typename T>
 TRAINOPS_HOST_DEVICE void add_whole_lanes(double* __restrict lanes, const T* __restrict values, int64_t size) {
   for (int64_t i = 0; i < size; i += kLanes) {
     for (int64_t byte = 0; byte < kLanes * static_cast<int64_t>(sizeof(T)); byte += 64) {
-      TRAINOPS_PREFETCH(reinterpret_cast<const char*>(values + i + kAhead) + byte);
+      TRAINOPS_PREFETCH(reinterpret_cast<uintptr_t>(values + i) + kAhead * sizeof(T) + byte);
     }
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       lanes[lane] = accumulate<norm>(lanes[lane], static_cast<double>(values[i + lane]));

@@ -1,5 +1,7 @@
 #include "convert.h"
 
+#include "kernels.h"
+
 namespace trainops::cpu {
 namespace {
 
@@ -48,6 +50,14 @@ struct Other<float> {
 };
 
 }  // namespace
+
+const char* instruction_set() {
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+  if (__builtin_cpu_supports("avx512f")) return "AVX-512";
+  if (__builtin_cpu_supports("avx2")) return "AVX2";
+#endif
+  return "baseline SIMD";
+}
 
 template <typename T>
 T* load(const Cell& cell, int64_t begin, int64_t size, T* buffer) {

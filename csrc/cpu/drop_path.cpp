@@ -4,6 +4,7 @@
 #include "../math/drop_path.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "convert.h"
 #include "kernels.h"

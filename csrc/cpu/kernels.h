@@ -10,6 +10,9 @@
 
 namespace trainops::cpu {
 
+// The instruction set of the kernels, by the loader's rule (parallel.h).
+const char* instruction_set();
+
 // The norm of each row of `column`, and of all of them together as one vector.
 struct Norms {
   std::vector<double> rows;

@@ -10,17 +10,17 @@
 #endif
 
 // A function marked so is compiled once per instruction set, and the loader picks the best that the machine has.
-// No AVX-512: the work is bound by memory, and the change of clock that it brings costs small models more.
+// The names are those of features: by the name of a processor, the loader would look for that very model.
 // Floating-point contraction is off in this build, so every version gives the same bits.
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
-#define TRAINOPS_MULTIVERSION __attribute__((target_clones("arch=haswell", "default")))
+#define TRAINOPS_MULTIVERSION __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define TRAINOPS_MULTIVERSION
 #endif
 
 // Asks for the memory at an address, which need not exist.
 #if defined(__GNUC__)
-#define TRAINOPS_PREFETCH(address) __builtin_prefetch(address)
+#define TRAINOPS_PREFETCH(address) __builtin_prefetch(reinterpret_cast<const void*>(address))
 #else
 #define TRAINOPS_PREFETCH(address)
 #endif

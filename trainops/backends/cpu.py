@@ -24,7 +24,7 @@ def probe() -> Backend:
     """Available where the extension was built and loads."""
     if _cpu is None:
         return Backend(available=False, reason=_reason)
-    return Backend(available=True, details=f"{_reason}; {_cpu.simd()}, {_cpu.threads()} threads")
+    return Backend(available=True, details=f"{_reason}; {_cpu.instruction_set()}, {_cpu.threads()} threads")
 
 
 def serves(device_type: str) -> bool:
@@ -33,7 +33,8 @@ def serves(device_type: str) -> bool:
 
 
 def _table(columns: Sequence[Column], scalars: Column | None = None) -> Any:
-    return _cpu.TensorTable(columns, scalars)
+    measured = 0 if scalars is None else AdamWGroup.COLUMNS.index("grads")
+    return _cpu.TensorTable(columns, scalars, measured)
 
 
 def grad_norms(tensors: Sequence[Tensor], norm_type: float = 2.0) -> tuple[Tensor, Tensor]:
@@ -42,9 +43,9 @@ def grad_norms(tensors: Sequence[Tensor], norm_type: float = 2.0) -> tuple[Tenso
     if norm_type not in _NORMS or complex_parts:
         return reference.grad_norms(tensors, norm_type)
     with regular_table(_table, [list(tensors)], written=[False]) as table:
-        norms = torch.empty(len(tensors), dtype=_norm_dtype(table))
+        norms = torch.empty(len(tensors), dtype=_norm_dtype(table), device="cpu")
         total = _cpu.norms(table, _NORMS[norm_type], norms)
-    return torch.tensor(total, dtype=norms.dtype), norms
+    return torch.tensor(total, dtype=norms.dtype, device="cpu"), norms
 
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
@@ -88,7 +89,7 @@ def adamw_step(
 
 
 def _adamw_step(table: Any, groups: Sequence[AdamWGroup], control: StepControl, ema_decay: float) -> StepResult:
-    norms = torch.empty(table.rows, dtype=_norm_dtype(table)) if control.measures else None
+    norms = torch.empty(table.rows, dtype=_norm_dtype(table), device="cpu") if control.measures else None
     total_norm, skipped = _cpu.adamw_step(
         table,
         [(g.rows, float(g.lr), g.beta1, g.beta2, g.eps, g.weight_decay, g.maximize) for g in groups],
@@ -101,9 +102,9 @@ def _adamw_step(table: Any, groups: Sequence[AdamWGroup], control: StepControl, 
         norms,
     )
     return StepResult(
-        control.total_norm if norms is None else torch.tensor(total_norm, dtype=norms.dtype),
+        control.total_norm if norms is None else torch.tensor(total_norm, dtype=norms.dtype, device="cpu"),
         norms,
-        torch.tensor(skipped) if control.may_skip else None,
+        torch.tensor(skipped, device="cpu") if control.may_skip else None,
     )
 
 
