@@ -1,6 +1,6 @@
 """The whole tail of a step on the CPU: clip by norm, AdamW, EMA.
 
-    python -m benchmarks.bench_step [--models ViT-Ti ViT-B] [--rounds 15] [--threads 2] [--json FILE] [--plot FILE]
+    python -m benchmarks.bench_step [--models ViT-Ti ViT-B] [--rounds 15] [--calls 1] [--threads 2] [--json FILE] [--plot FILE]
 
 Every provider first takes steps from the same start, and all must agree with the same steps in float64; no time is
 shown for a wrong result. Then all are timed in interleaved rounds, with ``a.add_(b)`` over as many elements beside
@@ -25,7 +25,7 @@ from .models import MODELS, Shapes
 from .runner import Timing, interleave
 
 LR, MAX_NORM, DECAY = 1e-3, 1.0, 0.999
-ROUNDS = {10**6: 200, 10**7: 60, 10**8: 12}  # up to so many parameters: so many rounds
+ROUNDS = {10**6: 60, 10**7: 60, 10**8: 15}  # up to so many parameters: so many rounds
 
 # Bytes per float32 parameter. Norm: read grad. AdamW: read grad, read and write param and two moments. EMA: read
 # and write the average (the parameter is in registers). In-place add: read two, write one.
@@ -109,15 +109,16 @@ def verify(providers: dict[str, Provider], shapes: Shapes, steps: int = 3) -> No
             assert error < 4 * torch.finfo(ours.dtype).eps, f"{name} is off by {error:.1e}"
 
 
-def measure(shapes: Shapes, rounds: int | None) -> dict[str, Timing]:
+def measure(shapes: Shapes, rounds: int | None, calls: int | None) -> dict[str, Timing]:
     """Verify, then time."""
     providers = {name: Provider(shapes, make) for name, make in PROVIDERS.items()}
     verify(providers, shapes)
     numel = sum(p.numel() for p in next(iter(providers.values())).model.weights)
     a, b = torch.randn(numel), torch.randn(numel)
-    calls: dict[str, Callable[[], object]] = {name: provider.step for name, provider in providers.items()}
-    calls["a.add_(b)"] = lambda: a.add_(b)
-    return interleave(calls, rounds or next(n for limit, n in ROUNDS.items() if numel <= limit))
+    steps: dict[str, Callable[[], object]] = {name: provider.step for name, provider in providers.items()}
+    steps["a.add_(b)"] = lambda: a.add_(b)
+    rounds = rounds or next(n for limit, n in ROUNDS.items() if numel <= limit)
+    return interleave(steps, rounds, calls or (10 if numel < 10**6 else 1))
 
 
 def report(results: dict[str, dict[str, Timing]], console: Console) -> None:
@@ -204,6 +205,9 @@ def main() -> None:
         "--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME", help=", ".join(MODELS)
     )
     parser.add_argument("--rounds", type=int, help="default: by size of the model")
+    parser.add_argument(
+        "--calls", type=int, help="calls in a row per round; default: 10 under a million parameters, else 1"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="where to save the figures")
     parser.add_argument("--plot", type=Path, help="where to save a picture of the ratios")
@@ -211,7 +215,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     console = Console(width=200)
     console.print("  ".join(f"{key}: {value}" for key, value in environment().items()))
-    results = {model: measure(MODELS[model], args.rounds) for model in args.models}
+    results = {model: measure(MODELS[model], args.rounds, args.calls) for model in args.models}
     report(results, console)
     if args.plot:
         plot(results, args.plot, "float32, {cpu}, {threads} threads, torch {torch}".format(**environment()))

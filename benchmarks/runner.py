@@ -1,4 +1,8 @@
-"""How things are timed: interleaved rounds of all providers, warm-up left out, medians with p20 and p80."""
+"""How things are timed: interleaved rounds of all providers, warm-up left out, medians with p20 and p80.
+
+A round calls each provider some times in a row. With one call, what a small step finds in the cache is what the other
+providers left there; with several, it is what its own last step left.
+"""
 
 import statistics
 import time
@@ -16,16 +20,19 @@ class Timing(NamedTuple):
     p80: float
 
 
-def interleave(providers: dict[str, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[str, Timing]:
-    """Call every provider once per round, each round beginning with another one, and time every call."""
+def interleave(
+    providers: dict[str, Callable[[], object]], rounds: int, calls: int = 1, warmup: int = 3
+) -> dict[str, Timing]:
+    """Time every provider once per round, over ``calls`` calls; each round begins with another one."""
     names = list(providers)
     samples: dict[str, list[float]] = {name: [] for name in names}
     with Progress(transient=True) as progress:
         for i in progress.track(range(warmup + rounds), description="timing"):
             for name in names[i % len(names) :] + names[: i % len(names)]:
                 start = time.perf_counter()
-                providers[name]()
-                elapsed = time.perf_counter() - start
+                for _ in range(calls):
+                    providers[name]()
+                elapsed = (time.perf_counter() - start) / calls
                 if i >= warmup:
                     samples[name].append(elapsed)
     return {name: summarise(values) for name, values in samples.items()}

@@ -477,10 +477,10 @@ def test_empty_groups(target, empty):
     ours, torchs = twins([(3,), (4,)], torch.float32, target.device)
     grads = make_grads([(3,), (4,)], torch.float32, target.device, 2)
     options = {"backend": target.backend}
-    for model, make, options in ((ours, trainops.AdamW, options), (torchs, torch.optim.AdamW, {})):
+    for model, make, chosen in ((ours, trainops.AdamW, options), (torchs, torch.optim.AdamW, {})):
         groups = [{"params": [p]} for p in model.params]
         groups.insert(empty, {"params": []})
-        run(make(groups, **options), model.params, grads)
+        run(make(groups, **chosen), model.params, grads)
     assert_same_params(ours, torchs)
 
 
