@@ -1,6 +1,7 @@
 """The whole tail of a step on the CPU: clip by norm, AdamW, EMA.
 
-    python -m benchmarks.bench_step [--models ViT-Ti ViT-B] [--rounds 15] [--calls 1] [--threads 2] [--json FILE] [--plot FILE]
+    python -m benchmarks.bench_step [--models ViT-Ti ViT-B] [--rounds 15] [--calls 1] [--threads 2]
+                                    [--json FILE] [--plot FILE]
 
 Every provider first takes steps from the same start, and all must agree with the same steps in float64; no time is
 shown for a wrong result. Then all are timed in interleaved rounds, with ``a.add_(b)`` over as many elements beside
