@@ -9,7 +9,7 @@ slices with gaps, and the local shards of a DTensor.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -40,9 +40,10 @@ def local(x: Tensor) -> Tensor:
 
 def aligned(x: Tensor, param: Tensor) -> Tensor:
     """``x`` placed on the mesh as ``param`` is, where both are DTensors: their local parts then belong together."""
-    if not hasattr(x, "redistribute") or x.placements == getattr(param, "placements", x.placements):
+    placements = getattr(param, "placements", None)
+    if placements is None or getattr(x, "placements", placements) == placements:
         return x
-    redistributed: Tensor = x.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
+    redistributed: Tensor = cast(Any, x).redistribute(cast(Any, param).device_mesh, placements)
     return redistributed
 
 
