@@ -182,7 +182,7 @@ def _all_dense(tensors: Sequence[Tensor]) -> bool:
 
 
 def _by_device(tensors: Sequence[Tensor], backend: str | None) -> list[tuple[Kernels, list[Tensor]]]:
-    addresses = [x.data_ptr() for x in tensors if x.numel() > 0]
+    addresses = [address for address in map(Tensor.data_ptr, tensors) if address != 0]
     if len(set(addresses)) < len(addresses):
         backend = "reference"  # kernels would work on the same memory at the same time
     parts: dict[torch.device, list[Tensor]] = {}
