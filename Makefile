@@ -16,7 +16,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 CLANG_FORMAT = $(shell $(RUN) -c "import sysconfig; print(sysconfig.get_path('scripts'))")/clang-format
 
-.PHONY: build demo test lint bench format clean
+.PHONY: build demo test lint bench inspect format clean
 
 build: $(SETUP)
 	$(RUN) -m trainops
@@ -35,6 +35,9 @@ lint: $(SETUP)
 
 bench: $(SETUP)
 	$(RUN) -m benchmarks.bench_step --json outputs/step.json --plot outputs/step.png
+
+inspect: $(SETUP)
+	$(RUN) -m benchmarks.inspect_kernels
 
 format: $(SETUP)
 	$(RUN) -m ruff check --fix .

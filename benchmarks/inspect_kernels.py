@@ -1,0 +1,63 @@
+"""What the compiler made of the CPU kernels: the widest registers that each version of each loop computes with.
+
+    python -m benchmarks.inspect_kernels
+
+Exits with 1 where a loop was not vectorised for an instruction set that it was compiled for. Needs objdump.
+"""
+
+import re
+import subprocess
+import sys
+from collections import defaultdict
+
+from rich.console import Console
+from rich.table import Table
+
+from trainops.backends.cpu import _cpu
+
+WIDTHS = {"zmm": 64, "ymm": 32, "xmm": 16}
+LEAST = {"avx512f": 32, "avx2": 32, "default": 16}  # GCC may choose 32 bytes where it could have 64
+
+FUNCTION = re.compile(
+    r"^[0-9a-f]+ <trainops::cpu::(?:\(anonymous namespace\)::)?(.+?)\) \[clone \.(\w+?)(?:\.\d+)?\]>:"
+)
+# Packed floating-point or integer arithmetic, not scalars in the same registers.
+PACKED = re.compile(
+    r"\bv?(?:(?:add|sub|mul|div|sqrt|min|max|cmp\w*|and|or|cvt\w*)p[sd]|p(?:add|and|or|sub|s[lr]l))\w*"
+    r"\s.*%[xyz]mm"
+)
+
+
+def widest_registers(path: str) -> dict[str, dict[str, int]]:
+    """Bytes of the widest register with packed arithmetic, by loop and instruction set."""
+    listing = subprocess.run(
+        ["objdump", "-dC", "--no-show-raw-insn", path], capture_output=True, text=True, check=True
+    )
+    widest: dict[str, dict[str, int]] = defaultdict(dict)
+    versions: dict[str, int] = {}
+    for line in listing.stdout.splitlines():
+        if line.endswith(">:"):
+            match = FUNCTION.match(line)
+            versions = widest[match[1] + ")"] if match and match[2] in LEAST else {}
+            isa = match[2] if match else ""
+        elif PACKED.search(line):
+            versions[isa] = max(versions.get(isa, 0), *(WIDTHS[name] for name in re.findall("[xyz]mm", line)))
+    return {name: found for name, found in widest.items() if found}
+
+
+def main() -> int:
+    """Print the table; 1 if a loop is narrower than it should be."""
+    if _cpu is None:
+        print("the cpu backend was not built")
+        return 1
+    table = Table("loop", *LEAST, title="widest registers, bytes")
+    narrow = False
+    for name, found in sorted(widest_registers(_cpu.__file__).items()):
+        table.add_row(name, *(str(found.get(isa, "-")) for isa in LEAST))
+        narrow |= any(found.get(isa, least) < least for isa, least in LEAST.items())
+    Console(width=160).print(table)
+    return int(narrow or table.row_count == 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
