@@ -210,9 +210,10 @@ class EMA:
                 write(pair.average, pair.source.to(pair.average.device), skip)
         self.step += 1
 
-    def check_model(self) -> None:
+    def check_model(self) -> "_Matched":
         """Look at every tensor of the model anew; ValueError naming the first that its average does not match."""
         self._matched = _match(self.module, self.model, self.average_buffers)
+        return self._matched
 
     @contextmanager
     def swap(self) -> Iterator[None]:
@@ -225,8 +226,7 @@ class EMA:
             RuntimeError: already swapped.
         """
         self._check_not_swapped("swap()")
-        self.check_model()
-        pairs = self._match().pairs
+        pairs = self.check_model().pairs
         saved = [pair.source.detach().clone() for pair in pairs]
         self._swapped = True
         try:
@@ -283,7 +283,7 @@ class EMA:
     def _match(self) -> "_Matched":
         """Every tensor of the model with its average, as they are now: frameworks replace parameters at will."""
         if self._matched is None or not self._matched.is_current():
-            self._matched = _match(self.module, self.model, self.average_buffers)
+            return self.check_model()
         return self._matched
 
     def _check_not_swapped(self, what: str) -> None:

@@ -96,9 +96,9 @@ def regular_table(
             if layout is None:
                 layout = torch.empty_like(original)
             regular = _with_layout_of(layout, original)
-            if is_written and regular is not original and torch._debug_has_internal_overlap(original) == 1:
-                raise RuntimeError("a tensor whose elements share memory cannot be updated in place")
             if is_written and regular is not original:
+                if torch._debug_has_internal_overlap(original) == 1:
+                    raise RuntimeError("a tensor whose elements share memory cannot be updated in place")
                 copies.append((original, regular))
             column[row] = regular
         if staged_scalars is not None and (scalar := staged_scalars[row]) is not None and layout is not None:

@@ -2,6 +2,7 @@
 // Reads ema and param, writes ema: 12 bytes per float32 element. Arithmetic in float32, or float64 for float64.
 #include "ema.h"
 
+#include "../math/ema.h"
 #include "convert.h"
 #include "kernels.h"
 

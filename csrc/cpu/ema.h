@@ -1,6 +1,5 @@
 #pragma once
 
-#include "../math/ema.h"
 #include "parallel.h"
 
 namespace trainops::cpu {
