@@ -16,6 +16,9 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 CLANG_FORMAT = $(shell $(RUN) -c "import sysconfig; print(sysconfig.get_path('scripts'))")/clang-format
 
+# Tests run in one process per core where pytest-xdist is there to do it.
+PARALLEL = $(shell $(RUN) -c "import xdist" 2>/dev/null && echo --numprocesses=auto)
+
 .PHONY: build demo test lint bench inspect format clean
 
 build: $(SETUP)
@@ -25,7 +28,8 @@ demo: $(SETUP)
 	$(RUN) examples/train_digits.py
 
 test: $(SETUP)
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(PARALLEL)
+	$(MAKE) inspect
 
 lint: $(SETUP)
 	$(RUN) -m ruff check .
@@ -37,7 +41,8 @@ bench: $(SETUP)
 	$(RUN) -m benchmarks.bench_step --json outputs/step.json --plot outputs/step.png
 
 inspect: $(SETUP)
-	$(RUN) -m benchmarks.inspect_kernels
+	$(RUN) -m benchmarks.inspect_cpu
+	TRITON_INTERPRET=0 $(RUN) -m benchmarks.inspect_triton
 
 format: $(SETUP)
 	$(RUN) -m ruff check --fix .

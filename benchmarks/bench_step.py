@@ -1,15 +1,17 @@
-"""The whole tail of a step on the CPU: clip by norm, AdamW, EMA.
+"""The whole tail of a step: clip by norm, AdamW, EMA.
 
-    python -m benchmarks.bench_step [--models ViT-Ti ViT-B] [--rounds 15] [--calls 1] [--threads 2]
-                                    [--json FILE] [--plot FILE]
+    python -m benchmarks.bench_step [--device cuda] [--backend triton] [--models ViT-Ti ViT-B] [--rounds 15]
+                                    [--calls 1] [--threads 2] [--json FILE] [--plot FILE]
 
 Every provider first takes steps from the same start, and all must agree with the same steps in float64; no time is
-shown for a wrong result. Then all are timed in interleaved rounds, with ``a.add_(b)`` over as many elements beside
-them for the bandwidth that the memory gives, and trainops twice, to show the noise.
+shown for a wrong result. Then all are timed in interleaved rounds, host and device together, with ``a.add_(b)`` (on a
+GPU ``a.copy_(b)``) over as many elements beside them for the bandwidth that the memory gives, and trainops twice, to
+show the noise.
 """
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Callable
@@ -21,36 +23,44 @@ from rich.table import Table
 from torch import Tensor
 
 import trainops
+from trainops.backends import NAMES, serving
 
 from .models import MODELS, Shapes
 from .runner import Timing, interleave
 
+DEFAULT_MODELS = [name for name in MODELS if name != "ViT-L"]  # which is for GPUs
 LR, MAX_NORM, DECAY = 1e-3, 1.0, 0.999
-ROUNDS = {10**6: 60, 10**7: 60, 10**8: 15}  # up to so many parameters: so many rounds
+ROUNDS = {10**6: 60, 10**7: 60, 10**9: 15}  # up to so many parameters: so many rounds
 
 # Bytes per float32 parameter. Norm: read grad. AdamW: read grad, read and write param and two moments. EMA: read
-# and write the average (the parameter is in registers). In-place add: read two, write one.
-STEP_BYTES, ADD_BYTES = 4 + 28 + 8, 12
+# and write the average (the parameter is in registers).
+STEP_BYTES = 4 + 28 + 8
+
+# What shows the bandwidth of the memory, and its bytes per float32 element.
+LIMITS = {"cpu": ("a.add_(b)", 12), "cuda": ("a.copy_(b)", 8)}
 
 
 class Model(torch.nn.Module):
     """Parameters with gradients, the same for every provider."""
 
-    def __init__(self, shapes: Shapes, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, shapes: Shapes, device: str, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.weights = torch.nn.ParameterList(
-            torch.nn.Parameter((0.02 * torch.randn(shape, generator=generator)).to(dtype)) for shape in shapes
+            torch.nn.Parameter((0.02 * torch.randn(shape, generator=generator)).to(device, dtype)) for shape in shapes
         )
         for weight in self.weights:
-            weight.grad = torch.randn(weight.shape, generator=generator).to(dtype)
+            weight.grad = torch.randn(weight.shape, generator=generator).to(device, dtype)
+
+
+Maker = Callable[[Model], tuple[Callable[[], object], list[Tensor]]]
 
 
 class Provider:
     """One way to take a step: the model, its average, and the call."""
 
-    def __init__(self, shapes: Shapes, make: Callable[[Model], tuple[Callable[[], object], list[Tensor]]]) -> None:
-        self.model = Model(shapes)
+    def __init__(self, shapes: Shapes, device: str, make: Maker) -> None:
+        self.model = Model(shapes, device)
         self.step, self.averages = make(self.model)
 
     def result(self) -> list[Tensor]:
@@ -58,7 +68,7 @@ class Provider:
         return [*self.model.weights, *self.averages]
 
 
-def torch_step(**options: bool) -> Callable[[Model], tuple[Callable[[], object], list[Tensor]]]:
+def torch_step(**options: bool) -> Maker:
     """PyTorch's best composition: multi-tensor clip, AdamW with ``options``, multi-tensor lerp."""
 
     def make(model: Model) -> tuple[Callable[[], object], list[Tensor]]:
@@ -84,7 +94,7 @@ def trainops_step(model: Model) -> tuple[Callable[[], object], list[Tensor]]:
     return optimizer.step, list(ema.module.parameters())
 
 
-PROVIDERS = {
+PROVIDERS: dict[str, Maker] = {
     "torch foreach": torch_step(foreach=True),
     "torch fused": torch_step(fused=True),
     "trainops": trainops_step,
@@ -94,7 +104,8 @@ PROVIDERS = {
 
 def verify(providers: dict[str, Provider], shapes: Shapes, steps: int = 3) -> None:
     """Every provider's parameters and averages after some steps, against float64; AssertionError if one is off."""
-    true = Model(shapes, torch.float64)
+    device = next(iter(providers.values())).model.weights[0].device.type
+    true = Model(shapes, device, torch.float64)
     optimizer = torch.optim.AdamW(true.parameters(), lr=LR)
     averages = [p.detach().clone() for p in true.weights]
     for _ in range(steps):
@@ -110,27 +121,29 @@ def verify(providers: dict[str, Provider], shapes: Shapes, steps: int = 3) -> No
             assert error < 4 * torch.finfo(ours.dtype).eps, f"{name} is off by {error:.1e}"
 
 
-def measure(shapes: Shapes, rounds: int | None, calls: int | None) -> dict[str, Timing]:
+def measure(shapes: Shapes, device: str, rounds: int | None, calls: int | None) -> dict[str, Timing]:
     """Verify, then time."""
-    providers = {name: Provider(shapes, make) for name, make in PROVIDERS.items()}
+    providers = {name: Provider(shapes, device, make) for name, make in PROVIDERS.items()}
     verify(providers, shapes)
     numel = sum(p.numel() for p in next(iter(providers.values())).model.weights)
-    a, b = torch.randn(numel), torch.randn(numel)
+    a, b = (torch.randn(numel, device=device) for _ in range(2))
     steps: dict[str, Callable[[], object]] = {name: provider.step for name, provider in providers.items()}
-    steps["a.add_(b)"] = lambda: a.add_(b)
+    steps[LIMITS[device][0]] = lambda: a.add_(b) if device == "cpu" else a.copy_(b)
     rounds = rounds or next(n for limit, n in ROUNDS.items() if numel <= limit)
-    return interleave(steps, rounds, calls or (10 if numel < 10**6 else 1))
+    synchronize = (lambda: None) if device == "cpu" else torch.cuda.synchronize
+    return interleave(steps, rounds, calls or (10 if numel < 10**6 else 1), synchronize=synchronize)
 
 
-def report(results: dict[str, dict[str, Timing]], console: Console) -> None:
-    """A table: milliseconds, ratios to trainops, and the share of the bandwidth of an in-place add."""
+def report(results: dict[str, dict[str, Timing]], device: str, console: Console) -> None:
+    """A table: milliseconds, ratios to trainops, and the share of the memory's bandwidth."""
+    limit, limit_bytes = LIMITS[device]
     table = Table(title="clip + AdamW + EMA, float32: milliseconds per step, median (p20 to p80)")
-    for column in ("model", "parameters", *PROVIDERS, "PyTorch's best / trainops", "GB/s", "of a.add_(b)"):
+    for column in ("model", "parameters", *PROVIDERS, "PyTorch's best / trainops", "GB/s", f"of {limit}"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for model, timings in results.items():
         numel = sum(torch.Size(shape).numel() for shape in MODELS[model])
         ours, best = timings["trainops"].median, min(timings[name].median for name in PROVIDERS if "torch" in name)
-        bandwidth, limit = STEP_BYTES * numel / ours, ADD_BYTES * numel / timings["a.add_(b)"].median
+        bandwidth, possible = STEP_BYTES * numel / ours, limit_bytes * numel / timings[limit].median
         table.add_row(
             model,
             f"{numel / 1e6:.1f} M",
@@ -141,7 +154,7 @@ def report(results: dict[str, dict[str, Timing]], console: Console) -> None:
             ),
             f"{best / ours:.2f}",
             f"{bandwidth / 1e9:.1f}",
-            f"{bandwidth / limit:.2f}",
+            f"{bandwidth / possible:.2f}",
         )
     console.print(table)
 
@@ -171,7 +184,7 @@ def plot(results: dict[str, dict[str, Timing]], path: Path, title: str) -> None:
     figure.savefig(path, dpi=130)
 
 
-def environment() -> dict[str, object]:
+def environment(device: str) -> dict[str, object]:
     """What the figures depend on."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
@@ -183,13 +196,15 @@ def environment() -> dict[str, object]:
     cpu = next(
         (line.split(":", 1)[1].strip() for line in cpu_lines() if line.startswith("model name")), platform.processor()
     )
+    backend = serving(device)
     return {
+        "device": cpu if device == "cpu" else torch.cuda.get_device_name(),
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "trainops": trainops.__version__,
         "commit": commit.stdout.strip(),
-        "backend": trainops.backends()["cpu"].details,
+        "backend": f"{backend}: {trainops.backends()[backend].details}",
     }
 
 
@@ -203,8 +218,10 @@ def main() -> None:
     """Measure, print, and save what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME", help=", ".join(MODELS)
+        "--models", nargs="+", choices=MODELS, default=DEFAULT_MODELS, metavar="NAME", help=", ".join(MODELS)
     )
+    parser.add_argument("--device", choices=LIMITS, default="cpu")
+    parser.add_argument("--backend", choices=NAMES, help="default: what trainops chooses")
     parser.add_argument("--rounds", type=int, help="default: by size of the model")
     parser.add_argument(
         "--calls", type=int, help="calls in a row per round; default: 10 under a million parameters, else 1"
@@ -214,16 +231,19 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="where to save a picture of the ratios")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.backend:
+        os.environ["TRAINOPS_BACKEND"] = args.backend
+    found = environment(args.device)
     console = Console(width=200)
-    console.print("  ".join(f"{key}: {value}" for key, value in environment().items()))
-    results = {model: measure(MODELS[model], args.rounds, args.calls) for model in args.models}
-    report(results, console)
+    console.print("  ".join(f"{key}: {value}" for key, value in found.items()))
+    results = {model: measure(MODELS[model], args.device, args.rounds, args.calls) for model in args.models}
+    report(results, args.device, console)
     if args.plot:
-        plot(results, args.plot, "float32, {cpu}, {threads} threads, torch {torch}".format(**environment()))
+        plot(results, args.plot, "float32, {device}, {threads} threads, torch {torch}".format(**found))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         figures = {model: {name: t._asdict() for name, t in timings.items()} for model, timings in results.items()}
-        args.json.write_text(json.dumps({"environment": environment(), "seconds": figures}, indent=2) + "\n")
+        args.json.write_text(json.dumps({"environment": found, "seconds": figures}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,4 +21,5 @@ MODELS: dict[str, Shapes] = {
     "ViT-Ti": vit(192, 12),
     "ViT-S": vit(384, 12),
     "ViT-B": vit(768, 12),
+    "ViT-L": vit(1024, 24),
 }

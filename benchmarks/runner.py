@@ -21,17 +21,26 @@ class Timing(NamedTuple):
 
 
 def interleave(
-    providers: dict[str, Callable[[], object]], rounds: int, calls: int = 1, warmup: int = 3
+    providers: dict[str, Callable[[], object]],
+    rounds: int,
+    calls: int = 1,
+    warmup: int = 3,
+    synchronize: Callable[[], object] = lambda: None,
 ) -> dict[str, Timing]:
-    """Time every provider once per round, over ``calls`` calls; each round begins with another one."""
+    """Time every provider once per round, over ``calls`` calls; each round begins with another one.
+
+    ``synchronize`` waits for a device to finish what it was given, before and after the calls.
+    """
     names = list(providers)
     samples: dict[str, list[float]] = {name: [] for name in names}
     with Progress(transient=True) as progress:
         for i in progress.track(range(warmup + rounds), description="timing"):
             for name in names[i % len(names) :] + names[: i % len(names)]:
+                synchronize()
                 start = time.perf_counter()
                 for _ in range(calls):
                     providers[name]()
+                synchronize()
                 elapsed = (time.perf_counter() - start) / calls
                 if i >= warmup:
                     samples[name].append(elapsed)

@@ -4,11 +4,20 @@ The contract: measured against an evaluation in extended precision, the error of
 PyTorch's own implementation in the same dtype, plus one unit in the last place.
 """
 
+import dataclasses
+import gc
+import importlib
+import inspect
+import os
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+
+# Without a GPU, the Triton kernels are run by Triton's interpreter, which must be chosen before they are imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import trainops
 
@@ -37,7 +46,13 @@ class Target(NamedTuple):
     device: str
 
 
-TARGETS = [Target("reference", "cpu"), Target("cpu", "cpu"), Target("reference", "cuda")]
+TARGETS = [
+    Target("reference", "cpu"),
+    Target("cpu", "cpu"),
+    Target("triton", "cpu"),
+    Target("reference", "cuda"),
+    Target("triton", "cuda"),
+]
 
 
 @pytest.fixture(params=TARGETS, ids="-".join)
@@ -48,7 +63,54 @@ def target(request):
         pytest.skip("no CUDA device")
     if not (found := trainops.backends()[backend]).available:
         pytest.skip(f"backend {backend}: {found.reason}")
+    if (backend, device) == ("triton", "cpu") and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("the interpreter is off, because there is a CUDA device")
     return request.param
+
+
+def mend_interpreter():
+    """Make Triton's interpreter round to bfloat16 as GPUs do, where it truncates; and make it a lot faster."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert_float, patch_lang, patched = interpreter._convert_float, interpreter._patch_lang, set()
+
+    def convert(x, source, target, rounding_mode):
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return x.astype(np.uint32) << 16
+        if (source, target) == (tl.float32, tl.bfloat16):
+            bits = x.view(np.uint32)
+            to_nearest_even = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+            return np.where(np.isnan(x), (bits >> 16) | 0x40, to_nearest_even).astype(np.uint16)
+        return convert_float(x, source, target, rounding_mode)
+
+    def patch_once(function):
+        # It replaces the functions of the language by its own, at each call of a device function anew.
+        visible = [value for value in function.__globals__.values() if inspect.ismodule(value)]
+        seen = tuple(any(module is language for module in visible) for language in (tl, tl.core))
+        if seen not in patched:
+            patched.add(seen)
+            patch_lang(function)
+        return interpreter._LangPatchScope()
+
+    interpreter._convert_float, interpreter._patch_lang = convert, patch_once
+    interpreter.interpreter_builder.options = dataclasses.replace(
+        interpreter.interpreter_builder.options, sanitize_overflow=False
+    )
+    interpreter.GridExecutor.__call__ = np.errstate(all="ignore")(interpreter.GridExecutor.__call__)  # as on GPUs
+    kernels = importlib.import_module("trainops.triton_kernels")
+    kernels._common.block_numel = lambda *_: 4096  # its time goes with the number of blocks
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and trainops.backends()["triton"].available:
+    mend_interpreter()
+    gc.set_threshold(100_000)  # the interpreter makes thousands of small objects a step
+
+
+def spare_the_interpreter(target, unless):
+    """Skip a test of a thousand kernel programs, which the interpreter takes seconds for, where others cover it."""
+    if target == Target("triton", "cpu") and not unless:
+        pytest.skip("a thousand programs: interpreted with fewer types and options")
 
 
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -57,7 +119,9 @@ def dtype(request):
 
 
 @pytest.fixture(params=SHAPES)
-def shapes(request):
+def shapes(request, target):
+    if request.param == "many" and target == Target("triton", "cpu"):
+        return SHAPES["many"][:40]  # the interpreter takes some hundredths of a second for each
     return SHAPES[request.param]
 
 

@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import assert_contract, exact, same_bits
+from conftest import assert_contract, exact, same_bits, spare_the_interpreter
 
 import trainops
 
@@ -105,6 +105,8 @@ def test_matches_exact_for_all_shapes(target, dtype, shapes):
 
 
 def check_step(target, dtype, shapes, options, steps):
+    if steps * len(shapes) > 100:
+        spare_the_interpreter(target, unless=dtype == torch.float32 or (dtype == torch.bfloat16 and not options))
     options = {"lr": 1e-2} | options
     ours, torchs = twins(shapes, dtype, target.device)
     grads = make_grads(shapes, dtype, target.device, steps)
@@ -123,6 +125,8 @@ def check_step(target, dtype, shapes, options, steps):
 @pytest.mark.parametrize("steps", STEPS)
 def test_clipping_matches_exact(target, dtype, max_norm, steps):
     shapes = [(33, 31), (127,)]
+    if steps > 1:
+        spare_the_interpreter(target, unless=max_norm == 0.5 and dtype in (torch.float32, torch.bfloat16))
     ours, torchs = twins(shapes, dtype, target.device)
     grads = make_grads(shapes, dtype, target.device, steps)
     # In float16, PyTorch loses the default eps and divides by zero: it would be no measure.
@@ -223,11 +227,13 @@ def test_grad_scaler(target, options, unscale_first):
 
 
 def test_large_gradients_do_not_overflow_the_norm(target):
+    if target.backend == "reference":
+        pytest.skip("PyTorch's own norm overflows")
     model = make_model([(4,)], torch.float32, target.device)
     model.params[0].grad = torch.full((4,), 1e30, device=target.device)
-    optimizer = trainops.AdamW(model.parameters(), max_grad_norm=1.0, skip_nonfinite=True, backend="cpu")
+    optimizer = trainops.AdamW(model.parameters(), max_grad_norm=1.0, skip_nonfinite=True, backend=target.backend)
     optimizer.step()
-    assert optimizer.grad_norm == pytest.approx(2e30)
+    assert optimizer.grad_norm.item() == pytest.approx(2e30)
     assert optimizer.skipped_steps == 0
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.multiprocessing as mp
+from conftest import TARGETS
 
 import trainops
 
@@ -51,8 +52,6 @@ def on_each_rank(rank, path, backend):
     distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_shards_give_the_unsharded_step(backend, tmp_path):
-    if not trainops.backends()[backend].available:
-        pytest.skip(f"backend {backend}: {trainops.backends()[backend].reason}")
-    mp.spawn(on_each_rank, args=(tmp_path / "store", backend), nprocs=RANKS)
+@pytest.mark.parametrize("target", [x for x in TARGETS if x.device == "cpu"], indirect=True, ids="-".join)
+def test_shards_give_the_unsharded_step(target, tmp_path):
+    mp.spawn(on_each_rank, args=(tmp_path / "store", target.backend), nprocs=RANKS)

@@ -1,6 +1,8 @@
 """DropPath: timm's numbers from the same seed, its residual add, and what autograd and compilers make of it."""
 
 import copy
+import functools
+import importlib
 import itertools
 import math
 import pickle
@@ -12,6 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import trainops
+from trainops import reference
+from trainops.backends import select
 
 DROP_PROBS = [0.0, 0.1, 0.5, 1.0]
 RANKS = [(64,), (16, 7), (8, 5, 33), (6, 3, 9, 5), (6, 2, 3, 2, 7)]
@@ -30,6 +34,20 @@ OPERANDS = ("residual", "branch", "layer_scale")
 
 # Nothing, one element, samples of several chunks, channels that fill a tile of 1024 elements unevenly or exceed it.
 ODD_SHAPES = [(0,), (0, 5), (4, 0, 3), (1,), (1025,), (3, 70001), (5, 7), (4, 11, 300), (2, 3, 1500), (3, 1025)]
+
+# Samples of one position and of many, channels that are no power of two, more than a program takes, one and none.
+LAYER_SCALED_SHAPES = [
+    (0, 5),
+    (4, 0, 8),
+    (4, 3, 0),
+    (1, 1),
+    (3, 7, 1),
+    (700, 8),
+    (16, 50, 24),
+    (2, 9, 9, 96),
+    (5, 3, 130),
+    (2, 3, 1500),
+]
 
 # Shapes of a residual and a branch that broadcast, in either direction.
 BROADCASTS = [
@@ -244,8 +262,8 @@ def test_a_dropped_samples_branch_is_of_no_effect(target, dtype, scale_shape):
 
 
 @pytest.mark.parametrize("scale_shape", SOME_LAYER_SCALES.values(), ids=SOME_LAYER_SCALES)
-def test_a_dropped_samples_branch_is_of_no_effect_on_gradients(target, scale_shape):
-    residual, branch, layer_scale = operands(torch.float32, target.device, scale_shape)
+def test_a_dropped_samples_branch_is_of_no_effect_on_gradients(target, dtype, scale_shape):
+    residual, branch, layer_scale = operands(dtype, target.device, scale_shape)
     grad = torch.randn_like(residual)
 
     def add(*args, **kwargs):
@@ -264,27 +282,117 @@ def gradients(add, inputs, grad):
     return torch.autograd.grad(out, [x for x in inputs if x is not None], grad.to(out.dtype))
 
 
+def sum_to(x, shape):
+    """``x``, an array, summed over what was repeated to make it of an array of ``shape``."""
+    x = x.sum(axis=tuple(range(x.ndim - len(shape))))
+    return x.sum(axis=tuple(i for i, size in enumerate(shape) if size == 1), keepdims=True).reshape(shape)
+
+
 def check_gradients(target, residual, branch, layer_scale):
     product = branch if layer_scale is None else branch * layer_scale
-    mask = seeded(timm_drop_path, torch.ones_like(product), 0.5, True).double()
-    grad = torch.randn(torch.broadcast_shapes(residual.shape, branch.shape), device=target.device)
+    mask = seeded(timm_drop_path, torch.ones_like(product), 0.5, True)
+    out_dtype, out_shape = (residual + product).dtype, torch.broadcast_shapes(residual.shape, branch.shape)
+    grad = torch.randn(out_shape, device=target.device).to(out_dtype)
 
     def ours(*args, **kwargs):
         return trainops.drop_path_add(*args, **kwargs, backend=target.backend)
 
-    def true(residual, branch, *_, layer_scale):
-        return residual + (branch if layer_scale is None else branch * layer_scale) * mask
-
     inputs = (residual, branch, layer_scale)
-    results = [gradients(add, inputs, grad.to((residual + product).dtype)) for add in (ours, timm_drop_path_add)]
-    truth = gradients(true, [None if x is None else x.double() for x in inputs], grad.to((residual + product).dtype))
-    for name, our, torchs, exactly in zip(OPERANDS, *results, truth, strict=False):
-        assert_contract(our, torchs, exact(exactly), name)
+    results = [gradients(add, inputs, grad) for add in (ours, timm_drop_path_add)]
+    of_sum, kept = exact(grad), exact(grad) * exact(mask)
+    truth = [of_sum, kept] if layer_scale is None else [of_sum, kept * exact(layer_scale), kept * exact(branch)]
+    for name, our, torchs, true in zip(OPERANDS, *results, truth, strict=False):
+        assert_contract(our, torchs, sum_to(true, our.shape), name)
 
 
 @pytest.mark.parametrize("scale_shape", LAYER_SCALES.values(), ids=LAYER_SCALES)
 def test_gradients(target, dtype, scale_shape):
     check_gradients(target, *operands(dtype, target.device, scale_shape))
+
+
+@pytest.mark.parametrize("shape", LAYER_SCALED_SHAPES, ids=str)
+def test_gradients_of_layer_scale(target, dtype, shape):
+    check_gradients(target, *operands(dtype, target.device, shape[-1:], shape))
+
+
+@pytest.mark.parametrize("unaligned", [(), (0,), (1,), (2,), (0, 1, 2)], ids=str)
+def test_gradients_have_the_same_bits_again(target, dtype, unaligned):
+    inputs = operands(dtype, target.device, (24,), (6, 50, 24))
+    grad = torch.randn_like(inputs[0])
+
+    def add(*args, **kwargs):
+        return trainops.drop_path_add(*args, **kwargs, backend=target.backend)
+
+    expected = gradients(add, inputs, grad)
+    moved = [LAYOUTS["unaligned"](x) if i in unaligned else x for i, x in enumerate(inputs)]
+    for name, first, again in zip(OPERANDS, expected, gradients(add, moved, grad), strict=True):
+        assert same_bits(first, again), name
+
+
+@pytest.mark.parametrize("branch_grad", [True, False], ids=["branch", "frozen_branch"])
+@pytest.mark.parametrize("scale_shape", SOME_LAYER_SCALES.values(), ids=SOME_LAYER_SCALES)
+def test_gradients_of_an_expanded_gradient(target, scale_shape, branch_grad):
+    results = []
+    for add in (timm_drop_path_add, functools.partial(trainops.drop_path_add, backend=target.backend)):
+        torch.manual_seed(1)
+        residual, branch, layer_scale = operands(torch.float32, target.device, scale_shape)
+        inputs = [x for x in (residual, branch.requires_grad_(branch_grad), layer_scale) if x is not None]
+        inputs = [x.requires_grad_() for x in inputs if x is not branch or branch_grad]
+        out = seeded(add, residual, branch, 0.5, True, layer_scale=layer_scale)
+        results.append(torch.autograd.grad(out.sum(), inputs))
+    for our, expected in zip(*results, strict=True):
+        torch.testing.assert_close(our, expected)
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.float32,) * 3,
+        (torch.float64,) * 3,
+        (torch.bfloat16,) * 3,
+        (torch.float16,) * 3,
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.bfloat16, torch.float32),
+        (torch.float32, torch.float16, torch.bfloat16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(4, 9, 48), (5, 3, 7)], ids=str)
+def test_backward_is_the_formula(target, shape, dtypes):
+    grad, branch, layer_scale = operands(torch.float32, target.device, shape[-1:], shape)
+    grad, branch, layer_scale = (x.to(dtype) for x, dtype in zip((grad, branch, layer_scale), dtypes, strict=True))
+    mask = seeded(timm_drop_path, torch.ones_like(branch[:, :1, :1] * layer_scale[:1]), 0.3, True)
+    grad[mask.flatten() != 0] = with_specials(grad[mask.flatten() != 0])
+    kernels = select(target.backend, target.device)
+    for of, scale in ((None, None), (None, layer_scale), (branch, layer_scale)):
+        ours, of_scale = kernels.drop_path_backward(grad, of, mask, scale)
+        expected, of_scale_expected = reference.drop_path_backward(grad, of, mask, scale)
+        assert ours.dtype in (mask.dtype, branch.dtype)
+        assert same_bits_but_nan(ours, expected.to(ours.dtype))
+        assert (of_scale is None) == (of is None)
+        if of_scale is not None:
+            torch.testing.assert_close(of_scale, of_scale_expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(6, 9, 32), (5, 41, 3), (300, 2)], ids=str)
+def test_small_chunks(target, dtype, shape, monkeypatch):
+    """Chunks that lie in one sample, kept or dropped, and chunks of several samples."""
+    if target.backend != "triton":
+        pytest.skip("has no chunks to be made small")
+    kernels = importlib.import_module("trainops.triton_kernels")
+    monkeypatch.setattr(kernels._common, "CHUNK", 128)
+    monkeypatch.setattr(kernels._common, "block_numel", lambda *_: 64)
+    monkeypatch.setattr(kernels.drop_path, "PARTIALS", 9)
+    residual, branch, layer_scale = operands(dtype, target.device, shape[-1:], shape)
+    assert_is_timms(target.backend, residual, branch)
+    assert_is_timms(target.backend, residual, branch, layer_scale=layer_scale)
+    ours, torchs = (seeded(f, branch, 0.5, True) for f in (trainops.drop_path, timm_drop_path))
+    assert same_bits(ours, torchs)
+    dropped, broken = with_broken_dropped_samples(branch)
+    ours = seeded(trainops.drop_path_add, residual, broken, 0.5, True, backend=target.backend)
+    assert same_bits(ours[dropped], residual[dropped])
+    check_gradients(target, residual, branch, layer_scale)
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)

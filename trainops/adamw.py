@@ -38,7 +38,8 @@ class AdamW(torch.optim.AdamW):
         amsgrad: use the largest second moment so far (arXiv:1904.09237).
         maximize: ascend.
         foreach: accepted for compatibility.
-        capturable: keep step counts on the device, for CUDA graphs.
+        capturable: accepted for compatibility; step counts are on their parameter's device anyway, and a step can be
+            captured in a CUDA graph once it has been taken on the same tensors.
         differentiable: run PyTorch's own step, with autograd.
         fused: accepted for compatibility.
         max_grad_norm: clip the gradients of all groups together to this norm. They are read, not rewritten: the
@@ -162,6 +163,7 @@ class AdamW(torch.optim.AdamW):
             self.skip_nonfinite,
             getattr(self, "grad_scale", None),
             getattr(self, "found_inf", None),
+            skipped_steps=self.skipped_steps,
         )
         kernels = select(self.backend, self._device().type)
         table = kernels.collect(self.param_groups, self.state, averages)
@@ -187,8 +189,6 @@ class AdamW(torch.optim.AdamW):
                 raise
         if control.max_norm is not None or control.skip_nonfinite:
             self.grad_norm, self.grad_norms = result.total_norm, result.norms
-        if result.skipped is not None:
-            self.skipped_steps += result.skipped.to(self.skipped_steps.device)
         return averages.keys() if all_averaged else averages.keys() & set(map(id, params)), result
 
     def _gather(self, averages: dict[int, Tensor]) -> list[AdamWGroup]:
@@ -209,6 +209,8 @@ class AdamW(torch.optim.AdamW):
             states = [self.state[p] for p in params]
             for param, state in zip(params, states, strict=True) if not all(states) else ():
                 _init_state(state, param, settings)
+            for param, state in zip(params, states, strict=True):
+                _move_step(state, param)
             group = _group(settings, len(params))
             group.params, group.grads = params, grads
             group.exp_avgs = [state["exp_avg"] for state in states]
@@ -231,6 +233,7 @@ class AdamW(torch.optim.AdamW):
         result = StepResult()
         for device, part in parts.items():
             result = select(self.backend, device.type).adamw_step(part, control, ema_decay)
+            control = replace(control, skipped_steps=None)  # counted
         return result if joint is None else StepResult(joint.total_norm, joint.norms, result.skipped)
 
     def _joint_norm(self, groups: list[AdamWGroup], control: StepControl) -> StepResult:
@@ -261,10 +264,16 @@ def _group(settings: dict[str, Any], rows: int) -> AdamWGroup:
 def _init_state(state: dict[str, Tensor], param: Tensor, settings: dict[str, Any]) -> None:
     if state:
         return
-    on_device = settings["capturable"] or settings["fused"]
-    state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if on_device else "cpu")
+    state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
     for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if settings["amsgrad"] else 2]:
         state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+
+
+def _move_step(state: dict[str, Any], param: Tensor) -> None:
+    """Bring a step count to its parameter, where steps can be skipped without waiting for the device."""
+    step = state["step"]
+    if isinstance(step, Tensor) and step.device != param.device:
+        state["step"] = step.to(param.device)
 
 
 def _check_rows(group: AdamWGroup) -> None:

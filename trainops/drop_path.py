@@ -124,7 +124,7 @@ class DropPathAdd(DropPath):
 
 
 class _DropPath(torch.autograd.Function):
-    """The kernel with its derivative, which is made of itself and so can be differentiated again."""
+    """The kernel and the kernel of its derivative; where that is differentiated again, its formula."""
 
     @staticmethod
     def forward(
@@ -148,23 +148,20 @@ class _DropPath(torch.autograd.Function):
         mask, layer_scale, branch = ctx.saved_tensors
         _, needs_branch, _, needs_residual, needs_layer_scale = ctx.needs_input_grad
         of_branch = of_residual = of_layer_scale = None
-        product = grad.to(mask.dtype)
-        if needs_branch:
-            of_branch = _apply(ctx.backend, product, mask, None, layer_scale)
-            of_branch = of_branch.sum_to_size(ctx.branch_shape).to(ctx.branch_dtype)
+        if needs_branch or needs_layer_scale:
+            differentiable = torch.is_grad_enabled() or _is_transformed()
+            kernels = reference if differentiable else select(ctx.backend, grad.device.type)
+            of_branch, of_layer_scale = kernels.drop_path_backward(grad, branch, mask, layer_scale)
+            of_branch = of_branch.sum_to_size(ctx.branch_shape).to(ctx.branch_dtype) if needs_branch else None
         if needs_residual:
             of_residual = grad.sum_to_size(ctx.residual_shape).to(ctx.residual_dtype)
-        if needs_layer_scale:
-            kept = torch.where(mask != 0, branch, 0)  # whatever a dropped branch holds
-            of_layer_scale = (product * mask * kept).sum_to_size(layer_scale.shape).to(layer_scale.dtype)
         return None, of_branch, None, of_residual, of_layer_scale
 
 
 def _apply(
     backend: str | None, branch: Tensor, mask: Tensor, residual: Tensor | None, layer_scale: Tensor | None
 ) -> Tensor:
-    # Compilers fuse the formula with what stands around it; function transforms take it apart.
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if _is_transformed():
         return reference.drop_path(branch, mask, residual, layer_scale)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (branch, residual, layer_scale)):
         result: Tensor = _DropPath.apply(  # type: ignore[no-untyped-call]
@@ -172,6 +169,11 @@ def _apply(
         )
         return result
     return select(backend, branch.device.type).drop_path(branch, mask, residual, layer_scale)
+
+
+def _is_transformed() -> bool:
+    """Compilers fuse the formula with what stands around it; function transforms take it apart."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _mask(branch: Tensor, layer_scale: Tensor | None, drop_prob: float, scale_by_keep: bool) -> Tensor:

@@ -124,3 +124,20 @@ def drop_path(
         branch = torch.where(mask != 0, branch, 0)
     scaled = (branch if layer_scale is None else branch * layer_scale) * mask
     return scaled if residual is None else residual + scaled
+
+
+def drop_path_backward(
+    grad: Tensor, branch: Tensor | None, mask: Tensor, layer_scale: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of :func:`drop_path` by the branch, in ``grad``'s shape, and given ``branch``, by layer scale."""
+    grad = grad.to(mask.dtype)
+    of_layer_scale = None
+    if branch is not None and layer_scale is not None:
+        of_layer_scale = layer_scale_gradient(grad, branch, mask, layer_scale)
+    return drop_path(grad, mask, None, layer_scale), of_layer_scale
+
+
+def layer_scale_gradient(grad: Tensor, branch: Tensor, mask: Tensor, layer_scale: Tensor) -> Tensor:
+    """The sum of ``grad * mask * branch`` over what ``layer_scale`` was repeated for, without dropped branches."""
+    kept = torch.where(mask != 0, branch, 0)  # whatever a dropped branch holds
+    return (grad * mask * kept).sum_to_size(layer_scale.shape).to(layer_scale.dtype)

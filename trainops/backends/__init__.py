@@ -8,10 +8,10 @@ from ._interface import AdamWGroup, Backend, Kernels, StepControl, StepResult
 
 __all__ = ["AdamWGroup", "Backend", "Kernels", "StepControl", "StepResult", "backends", "check", "select"]
 
-NAMES = ("reference", "cpu")
+NAMES = ("reference", "cpu", "triton")
 
 # What serves a type of device, best first; other devices are served by the reference.
-PREFERENCE = {"cpu": ("cpu", "reference")}
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 
 
 @cache
@@ -74,4 +74,5 @@ def serving(device_type: str) -> str:
 
 @cache
 def _preferred(device_type: str) -> str:
-    return next(name for name in PREFERENCE.get(device_type, ("reference",)) if _probe(name).available)
+    candidates = PREFERENCE.get(device_type, ("reference",))
+    return next(name for name in candidates if _probe(name).available and _kernels(name).serves(device_type))

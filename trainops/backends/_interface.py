@@ -48,6 +48,7 @@ class StepControl:
     grad_scale: Tensor | None = None  # gradients are this many times too large
     found_inf: Tensor | None = None  # nonzero: skip the step
     total_norm: Tensor | None = None  # of the unscaled gradients, where it is known already
+    skipped_steps: Tensor | None = None  # 0-dim int64; is increased where the step is skipped
 
     @property
     def measures(self) -> bool:
@@ -124,3 +125,11 @@ class Kernels(Protocol):
         self, branch: Tensor, mask: Tensor, residual: Tensor | None = None, layer_scale: Tensor | None = None
     ) -> Tensor:
         """Stochastic depth, without autograd."""
+
+    def drop_path_backward(
+        self, grad: Tensor, branch: Tensor | None, mask: Tensor, layer_scale: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradients of the branch and, where ``branch`` is given, of the layer scale.
+
+        The first has the shape of ``grad``, and the dtype of the mask unless it is rounded to that of ``branch``.
+        """

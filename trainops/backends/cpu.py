@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..tensor_table import Column, all_plain, describe, regular_table
+from ..tensor_table import Column, describe, regular_table
 from ._build import load
+from ._drop_path import empty_result, has_kernel
 from ._interface import AdamWGroup, Backend, StepControl, StepResult
 
 _cpu, _reason = load("_cpu", "cpu")
@@ -101,6 +102,8 @@ def _adamw_step(table: Any, groups: Sequence[AdamWGroup], control: StepControl, 
         ema_decay,
         norms,
     )
+    if skipped and control.skipped_steps is not None:
+        control.skipped_steps.add_(1)
     return StepResult(
         control.total_norm if norms is None else torch.tensor(total_norm, dtype=norms.dtype, device="cpu"),
         norms,
@@ -112,10 +115,9 @@ def drop_path(
     branch: Tensor, mask: Tensor, residual: Tensor | None = None, layer_scale: Tensor | None = None
 ) -> Tensor:
     """See :func:`trainops.reference.drop_path`, which also serves broadcasting and unusual layouts."""
-    if not _has_drop_path_kernel(branch, mask, residual, layer_scale):
+    if not has_kernel(branch, mask, residual, layer_scale):
         return reference.drop_path(branch, mask, residual, layer_scale)
-    dtype = mask.dtype if residual is None else torch.promote_types(mask.dtype, residual.dtype)
-    out = torch.empty_like(branch, dtype=dtype)
+    out = empty_result(branch, mask, residual)
     samples = branch.shape[0]
     if out.numel() > 0:
         channels = 1 if layer_scale is None else layer_scale.numel()
@@ -124,22 +126,15 @@ def drop_path(
     return out
 
 
-def _has_drop_path_kernel(branch: Tensor, mask: Tensor, residual: Tensor | None, layer_scale: Tensor | None) -> bool:
-    operands = [x for x in (branch, residual, layer_scale, mask) if x is not None]
-    if not all_plain(operands) or not all(x.is_floating_point() and not x.is_neg() for x in operands):
-        return False
-    if mask.ndim != branch.ndim or mask.shape[0] != branch.shape[0]:
-        return False
-    if len({x.dtype == torch.float64 for x in operands}) > 1:
-        return False
-    if layer_scale is not None and not (layer_scale.ndim == 1 < branch.ndim and branch.is_contiguous()):
-        return False
-    if residual is not None and (residual.shape != branch.shape or residual.stride() != branch.stride()):
-        return False
-    return branch.is_contiguous() or any(
-        branch.ndim == ndim and branch.is_contiguous(memory_format=memory_format)
-        for ndim, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d))
-    )
+def drop_path_backward(
+    grad: Tensor, branch: Tensor | None, mask: Tensor, layer_scale: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """See :func:`trainops.reference.drop_path_backward`, which sums up the gradient of layer scale."""
+    grad = grad.to(mask.dtype)
+    of_layer_scale = None
+    if branch is not None and layer_scale is not None:
+        of_layer_scale = reference.layer_scale_gradient(grad, branch, mask, layer_scale)
+    return drop_path(grad, mask, None, layer_scale), of_layer_scale
 
 
 def _norm_dtype(table: Any) -> torch.dtype:

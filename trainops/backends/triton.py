@@ -1,0 +1,459 @@
+"""The ``triton`` backend: Triton kernels (``triton_kernels``) for NVIDIA and AMD GPUs.
+
+Under Triton's interpreter (``TRITON_INTERPRET=1`` in the environment before Python starts) it takes CPU tensors
+instead: slow, and meant for tests.
+"""
+
+import importlib
+import importlib.util
+import math
+import os
+import struct
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..device_table import DeviceTable, Groups, device_table, uploaded
+from ..tensor_table import Column, regular_table
+from ._drop_path import empty_result, has_kernel
+from ._interface import AdamWGroup, Backend, StepControl, StepResult
+
+_NORMS = {1.0: 1, 2.0: 2, float("inf"): 0}
+_GRADS = AdamWGroup.COLUMNS.index("grads")
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@cache
+def probe() -> Backend:
+    """Available where Triton is installed and there is a GPU, or Triton's interpreter is on."""
+    if importlib.util.find_spec("triton") is None:
+        return Backend(available=False, reason="Triton is not installed")
+    if not _interpreted() and not torch.cuda.is_available():
+        return Backend(available=False, reason="PyTorch finds no GPU")
+    try:
+        import triton
+
+        _kernels()
+    except Exception as error:
+        reason = f"Triton is installed but does not load: {error}"
+        warnings.warn(f"trainops runs without its triton backend: {reason}", RuntimeWarning, stacklevel=2)
+        return Backend(available=False, reason=reason)
+    where = "interpreted, on CPU tensors" if _interpreted() else torch.cuda.get_device_name()
+    return Backend(available=True, details=f"Triton {triton.__version__}; {where}")
+
+
+def serves(device_type: str) -> bool:
+    """CUDA and ROCm tensors; CPU tensors under the interpreter."""
+    return device_type == ("cpu" if _interpreted() else "cuda")
+
+
+@cache
+def _kernels() -> Any:
+    """The kernels, imported when they are first wanted."""
+    return importlib.import_module("trainops.triton_kernels")
+
+
+@cache
+def _type(dtype: torch.dtype | None) -> Any:
+    """Triton's name for a dtype."""
+    import triton.language
+
+    return None if dtype is None else getattr(triton.language, str(dtype).removeprefix("torch."))
+
+
+@cache
+def _warps(threads: int) -> int:
+    """How many warps so many threads are."""
+    if _interpreted():
+        return threads // 32
+    import triton
+
+    warp_size: int = triton.runtime.driver.active.get_current_target().warp_size
+    return max(1, threads // warp_size)
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def _launch(kernel: Any, programs: int, *args: Any, threads: int | None = None, **constants: Any) -> None:
+    """Contraction to fused multiply-add is off so that results do not depend on how a kernel was compiled."""
+    threads = threads or _kernels()._common.THREADS
+    kernel[(programs,)](*args, **constants, num_warps=_warps(threads), enable_fp_fusion=False)
+
+
+def _constants(table: DeviceTable, *dtypes: torch.dtype | None) -> dict[str, int]:
+    """What the kernels that take chunks must know of a table, and of the types of their tensors."""
+    common = _kernels()._common
+    block = common.block_numel(*(dtype.itemsize for dtype in dtypes if dtype is not None))
+    return {"WORDS": table.row_words, "CHUNK": common.CHUNK, "BLOCK": block}
+
+
+def _reduction_constants(table: DeviceTable) -> dict[str, int]:
+    common = _kernels()._common
+    return {"WORDS": table.row_words, "CHUNK": common.CHUNK, "BLOCK": common.REDUCTION_BLOCK}
+
+
+def _wide(*dtypes: torch.dtype | None) -> torch.dtype:
+    """The type of arithmetic on tensors of such types."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def _build(columns: Sequence[Column], scalars: Column | None = None, groups: Groups | None = None) -> DeviceTable:
+    return device_table(columns, scalars, _kernels()._common.CHUNK, groups)
+
+
+def grad_norms(tensors: Sequence[Tensor], norm_type: float = 2.0) -> tuple[Tensor, Tensor]:
+    """See :func:`trainops.reference.grad_norms`. Norms of other orders than 1, 2 and inf are left to it."""
+    if norm_type not in _NORMS or (norm_type != 2.0 and any(x.is_complex() for x in tensors)):
+        return reference.grad_norms(tensors, norm_type)
+    with regular_table(_build, [list(tensors)], written=[False]) as table, _on(table.device):
+        rows, chunks = table.upload()
+        total_norm, norms = _empty_norms(table, 0)
+        _launch(
+            _kernels().clip_grad_norm.finish_norms,
+            1 + table.row_count,
+            rows,
+            _partial_norms(table, rows, chunks, 0, _NORMS[norm_type]),
+            table.chunk_count,
+            total_norm,
+            norms,
+            NORM=_NORMS[norm_type],
+            **_reduction_constants(table),
+        )
+    return total_norm, norms
+
+
+def _partial_norms(table: DeviceTable, rows: Tensor, chunks: Tensor, column: int, norm: int) -> Tensor:
+    partials = torch.empty(table.chunk_count, dtype=torch.float64, device=table.device)
+    for section in table.sections:
+        dtype = section.kind.dtypes[column]
+        _launch(
+            _kernels().clip_grad_norm.partial_norms,
+            section.chunk_count,
+            rows,
+            chunks,
+            section.first_chunk,
+            partials,
+            COLUMN=column,
+            DTYPE=_type(dtype),
+            WIDE=_type(_wide(dtype)),
+            NORM=norm,
+            **_constants(table, dtype),
+        )
+    return partials
+
+
+def _empty_norms(table: DeviceTable, column: int) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if table.has_float64(column) else torch.float32
+    norms = torch.empty(table.row_count, dtype=dtype, device=table.device)
+    return torch.empty((), dtype=dtype, device=table.device), norms
+
+
+def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
+    """See :func:`trainops.reference.scale_`. A coefficient of 1 leaves the tensors unread."""
+    _update_in_place(tensors, coefficient.to(tensors[0].device), clamp=False)
+
+
+def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
+    """See :func:`trainops.reference.clamp_`."""
+    device = tensors[0].device
+    with _on(device):
+        operand = uploaded(struct.pack("d", bound), device).view(torch.float64)
+    _update_in_place(tensors, operand, clamp=True)
+
+
+def _update_in_place(tensors: Sequence[Tensor], operand: Tensor, clamp: bool) -> None:
+    with regular_table(_build, [list(tensors)], written=[True]) as table, _on(table.device):
+        rows, chunks = table.upload()
+        for section in table.sections:
+            (dtype,) = section.kind.dtypes
+            _launch(
+                _kernels().clip_grad_norm.update_in_place,
+                section.chunk_count,
+                rows,
+                chunks,
+                section.first_chunk,
+                operand,
+                DTYPE=_type(dtype),
+                WIDE=_type(_wide(dtype)),
+                CLAMP=clamp,
+                **_constants(table, dtype),
+            )
+
+
+def ema_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None) -> None:
+    """See :func:`trainops.reference.ema_`."""
+    if not averages:
+        return
+    with regular_table(_build, [list(averages), list(tensors)], [True, False]) as table, _on(table.device):
+        rows, chunks = table.upload()
+        decay_word = uploaded(struct.pack("d", decay), table.device)
+        for section in table.sections:
+            average, param = section.kind.dtypes
+            _launch(
+                _kernels().ema.ema,
+                section.chunk_count,
+                rows,
+                chunks,
+                section.first_chunk,
+                decay_word,
+                None if skip is None else skip.to(table.device),
+                AVERAGE=_type(average),
+                PARAM=_type(param),
+                WIDE=_type(_wide(average, param)),
+                **_constants(table, average, param),
+            )
+
+
+@dataclass
+class _Collected:
+    """See :class:`trainops.backends._interface.Collected`."""
+
+    table: DeviceTable
+    params: list[Tensor]
+    group_rows: list[int]
+    averaged: int
+
+
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+
+
+def collect(
+    param_groups: list[dict[str, Any]], state: dict[Tensor, Any], averages: dict[int, Tensor]
+) -> _Collected | None:
+    """See :class:`trainops.backends._interface.Kernels`."""
+    columns: list[list[Any]] = [[] for _ in AdamWGroup.COLUMNS]
+    group_rows = []
+    try:
+        for group in param_groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            states: list[Any] = list(map(state.get, params))
+            if not all(states):
+                return None
+            largest = "max_exp_avg_sq" if group["amsgrad"] else None
+            columns[0] += params
+            columns[1] += [param.grad for param in params]
+            columns[2] += [own["exp_avg"] for own in states]
+            columns[3] += [own["exp_avg_sq"] for own in states]
+            columns[4] += [own[largest] for own in states] if largest else [None] * len(params)
+            columns[5] += map(averages.get, map(id, params)) if averages else [None] * len(params)
+            columns[6] += [own["step"] for own in states]
+            group_rows.append(len(params))
+        if not columns[0] or not set().union(*(map(type, column) for column in columns)) <= _PLAIN:
+            return None
+        table = _build(columns[:-1], columns[-1], Groups(group_rows, [group["maximize"] for group in param_groups]))
+    except (AttributeError, KeyError, RuntimeError):  # what is wrong is said on the general path
+        return None
+    if table.irregular:
+        return None
+    averaged = sum(x is not None for x in columns[5]) if averages else 0
+    return _Collected(table, columns[0], group_rows, averaged)
+
+
+def adamw_step(
+    groups: Sequence[AdamWGroup], control: StepControl, ema_decay: float, collected: _Collected | None = None
+) -> StepResult:
+    """See :class:`trainops.backends._interface.Kernels`. All groups are one table, in three launches or two."""
+    if collected is not None:
+        return _adamw_step(collected.table, groups, control, ema_decay)
+    *columns, steps = ([x for group in groups for x in getattr(group, name)] for name in AdamWGroup.COLUMNS)
+    build = partial(_build, groups=Groups([g.rows for g in groups], [g.maximize for g in groups]))
+    with regular_table(build, columns, [True, False, True, True, True, True], steps) as table:
+        return _adamw_step(table, groups, control, ema_decay)
+
+
+def _adamw_step(
+    table: DeviceTable, groups: Sequence[AdamWGroup], control: StepControl, ema_decay: float
+) -> StepResult:
+    adamw, device = _kernels().adamw, table.device
+    with _on(device):
+        rows, chunks = table.upload()
+        settings = uploaded(_settings(groups, control, ema_decay, device), device)
+        scalars = torch.empty(table.row_count, adamw.SCALARS.value, dtype=torch.float64, device=device)
+        coefficient = torch.empty((), dtype=torch.float64, device=device)
+        skip = torch.empty((), dtype=torch.bool, device=device) if control.may_skip else None
+        counter = None if skip is None else _there(control.skipped_steps, device)
+        partials = _partial_norms(table, rows, chunks, _GRADS, 2) if control.measures else None
+        total_norm, norms = (None, None) if partials is None else _empty_norms(table, _GRADS)
+        _launch(
+            adamw.plan,
+            1 + table.row_count,
+            rows,
+            settings,
+            partials,
+            table.chunk_count,
+            _there(control.grad_scale, device),
+            _there(control.found_inf, device),
+            _there(control.total_norm, device),
+            total_norm,
+            norms,
+            coefficient,
+            skip,
+            counter,
+            scalars,
+            CLIP=control.max_norm is not None,
+            SKIP_NONFINITE=control.skip_nonfinite,
+            **_reduction_constants(table),
+        )
+        for section in table.sections:
+            param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, average = section.kind.dtypes
+            _launch(
+                adamw.update,
+                section.chunk_count,
+                rows,
+                chunks,
+                section.first_chunk,
+                settings,
+                scalars,
+                coefficient,
+                skip,
+                PARAM_TYPE=_type(param),
+                GRAD_TYPE=_type(grad),
+                EXP_AVG_TYPE=_type(exp_avg),
+                EXP_AVG_SQ_TYPE=_type(exp_avg_sq),
+                MAX_EXP_AVG_SQ_TYPE=_type(max_exp_avg_sq),
+                AVERAGE_TYPE=_type(average),
+                WIDE=_type(_wide(param)),
+                AVERAGE_WIDE=_type(_wide(param, average)),
+                MAXIMIZE=section.kind.flag,
+                **_constants(table, *section.kind.dtypes),
+            )
+    if counter is not None and counter is not control.skipped_steps and control.skipped_steps is not None:
+        control.skipped_steps.copy_(counter)  # it is on another device
+    return StepResult(control.total_norm if total_norm is None else total_norm, norms, skip)
+
+
+def _there(x: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if x is None else x.to(device)
+
+
+def _settings(groups: Sequence[AdamWGroup], control: StepControl, ema_decay: float, device: torch.device) -> bytes:
+    """What does not change from row to row, as ``triton_kernels/adamw.py`` reads it."""
+    words = struct.pack("2d", 0.0 if control.max_norm is None else control.max_norm, ema_decay)
+    for group in groups:
+        lr, float32, float64 = _learning_rate(group.lr, device)
+        words += struct.pack("d2q4d", lr, float32, float64, group.beta1, group.beta2, group.eps, group.weight_decay)
+    return words
+
+
+def _learning_rate(lr: float | Tensor, device: torch.device) -> tuple[float, int, int]:
+    """Its value, or its address on the device, where it stays: that of a float32, or of a float64."""
+    if not isinstance(lr, Tensor) or lr.device != device or lr.dtype not in (torch.float32, torch.float64):
+        return float(lr), 0, 0
+    return (0.0, lr.data_ptr(), 0) if lr.dtype == torch.float32 else (0.0, 0, lr.data_ptr())
+
+
+def drop_path(
+    branch: Tensor, mask: Tensor, residual: Tensor | None = None, layer_scale: Tensor | None = None
+) -> Tensor:
+    """See :func:`trainops.reference.drop_path`, which also serves broadcasting and unusual layouts."""
+    if not has_kernel(branch, mask, residual, layer_scale):
+        return reference.drop_path(branch, mask, residual, layer_scale)
+    out = empty_result(branch, mask, residual)
+    if out.numel() == 0:
+        return out
+    common = _kernels()._common
+    sample_numel, channels = out.numel() // out.shape[0], 1 if layer_scale is None else layer_scale.numel()
+    unit = _unit(sample_numel if layer_scale is None else channels)
+    with _on(out.device):
+        _launch(
+            _kernels().drop_path.drop_path,
+            -(-out.numel() // common.CHUNK),
+            out,
+            residual,
+            branch,
+            None if layer_scale is None else layer_scale.contiguous(),
+            mask,
+            out.numel() // unit,
+            sample_numel // unit,
+            channels // unit,
+            UNIT=unit,
+            INDEX=_index(sample_numel // unit),
+            PRODUCT=_type(mask.dtype),
+            WIDE=_type(_wide(mask.dtype)),
+            CHUNK=common.CHUNK,
+            BLOCK=_block(out, residual, branch),
+        )
+    return out
+
+
+def drop_path_backward(
+    grad: Tensor, branch: Tensor | None, mask: Tensor, layer_scale: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """See :func:`trainops.reference.drop_path_backward`. Both gradients in one pass over ``grad`` and ``branch``."""
+    if not has_kernel(grad, mask, branch, layer_scale):
+        return reference.drop_path_backward(grad, branch, mask, layer_scale)
+    if branch is None or layer_scale is None:
+        return drop_path(grad, mask, None, layer_scale), None
+    of_branch, of_layer_scale = torch.empty_like(branch), torch.zeros_like(layer_scale)
+    if grad.numel() == 0:
+        return of_branch, of_layer_scale
+    common, kernels = _kernels()._common, _kernels().drop_path
+    channels = layer_scale.numel()
+    rows, unit = grad.numel() // channels, _unit(channels)
+    block = _block(grad, branch)
+    columns = min(block // 8, max(8, 1 << (channels - 1).bit_length()))
+    program_rows = max(common.CHUNK // columns, -(-rows // kernels.PARTIALS))
+    programs = -(-rows // program_rows)
+    finish_rows = 8 if programs <= 8 else 64
+    partials = torch.empty(programs, channels, dtype=torch.float64, device=grad.device)
+    with _on(grad.device):
+        _launch(
+            kernels.drop_path_backward,
+            programs * -(-channels // columns),
+            of_branch,
+            partials,
+            grad,
+            branch,
+            layer_scale.contiguous(),
+            mask,
+            rows,
+            rows // grad.shape[0],
+            program_rows,
+            channels // unit,
+            UNIT=unit,
+            INDEX=_index(rows // grad.shape[0] + program_rows),
+            PRODUCT=_type(mask.dtype),
+            WIDE=_type(_wide(mask.dtype)),
+            COLUMNS=columns,
+            BLOCK=block,
+        )
+        _launch(
+            kernels.finish_layer_scale,
+            -(-channels // (common.REDUCTION_BLOCK // finish_rows)),
+            of_layer_scale,
+            partials,
+            programs,
+            channels,
+            ROWS=finish_rows,
+            BLOCK=common.REDUCTION_BLOCK,
+        )
+    return of_branch, of_layer_scale
+
+
+def _block(*tensors: Tensor | None) -> int:
+    return int(_kernels()._common.block_numel(*(x.itemsize for x in tensors if x is not None)))
+
+
+def _unit(numel: int) -> int:
+    """How many consecutive elements the DropPath kernels take as one."""
+    return math.gcd(numel, _kernels().drop_path.UNIT)
+
+
+def _index(largest: int) -> Any:
+    """The type of an index up to ``largest``, and some chunks more."""
+    return _type(torch.uint32 if largest < 2**31 else torch.uint64)

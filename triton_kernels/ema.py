@@ -1,0 +1,60 @@
+"""Exponential moving average.
+
+    ema <- ema + (1 - decay) * (param - ema)
+
+Reads both and writes the average: 12 bytes per float32 element. Arithmetic in the wider of the two types, float32 at
+least. Written as torch.lerp writes it; infinities do what one would expect: decay 0 copies, decay 1 keeps, and equal
+values stay.
+
+Agrees with: torch._foreach_lerp_(ema, params, 1 - decay).
+"""
+
+import triton
+import triton.language as tl
+
+from ._common import ADDRESSES, NUMEL, chunk_of, end_of_body, load, real, store
+
+
+@triton.jit
+def moved(average, param, decay, WIDE: tl.constexpr):
+    """The average after one update. ``decay`` is a float64 scalar."""
+    weight, complement = (1.0 - decay).to(WIDE), decay.to(WIDE)
+    difference = param - average
+    near = average + weight * difference
+    far = param - complement * difference
+    result = tl.where(weight < 0.5, near, far)
+    result = tl.where(param == average, average, result)
+    result = tl.where(weight == 0, average, result)
+    return tl.where(complement == 0, param, result)
+
+
+@triton.jit(do_not_specialize=["first_chunk"])
+def ema(
+    rows,
+    chunks,
+    first_chunk,
+    decay,
+    skip,
+    WORDS: tl.constexpr,
+    AVERAGE: tl.constexpr,
+    PARAM: tl.constexpr,
+    WIDE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Columns of the table: average, param. ``decay`` points to a word; a true ``skip`` leaves the averages alone."""
+    if skip is not None:
+        if tl.load(skip) != 0:
+            return
+    row, begin = chunk_of(chunks, first_chunk + tl.program_id(0), CHUNK)
+    words = rows + row * WORDS
+    end = tl.minimum(begin + CHUNK, tl.load(words + NUMEL))
+    average_address, param_address = tl.load(words + ADDRESSES), tl.load(words + ADDRESSES + 1)
+    body = end_of_body(begin, end, average_address | param_address, BLOCK)
+    decay_value = real(tl.load(decay))
+    for MASKED in tl.static_range(2):
+        for offset in range(body if MASKED else begin, end if MASKED else body, BLOCK):
+            average = load(average_address, offset, end, AVERAGE, WIDE, BLOCK, MASKED)
+            param = load(param_address, offset, end, PARAM, WIDE, BLOCK, MASKED)
+            result = moved(average, param, decay_value, WIDE)
+            store(average_address, offset, end, result, AVERAGE, BLOCK, MASKED)
