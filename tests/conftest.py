@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import trainops
+from trainops.backends import triton as triton_backend
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -63,7 +64,7 @@ def target(request):
         pytest.skip("no CUDA device")
     if not (found := trainops.backends()[backend]).available:
         pytest.skip(f"backend {backend}: {found.reason}")
-    if (backend, device) == ("triton", "cpu") and os.environ.get("TRITON_INTERPRET") != "1":
+    if (backend, device) == ("triton", "cpu") and not triton_backend._interpreted():
         pytest.skip("the interpreter is off, because there is a CUDA device")
     return request.param
 
@@ -102,7 +103,7 @@ def mend_interpreter():
     kernels._common.block_numel = lambda *_: 4096  # its time goes with the number of blocks
 
 
-if os.environ.get("TRITON_INTERPRET") == "1" and trainops.backends()["triton"].available:
+if triton_backend._interpreted() and trainops.backends()["triton"].available:
     mend_interpreter()
     gc.set_threshold(100_000)  # the interpreter makes thousands of small objects a step
 

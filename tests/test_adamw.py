@@ -530,3 +530,52 @@ def test_state_that_does_not_fit_changes_nothing(target, damage):
     if damage != "overlap" or target.backend != "reference":  # where PyTorch's own copy_ is what raises
         assert all(same_bits(p.detach(), q) for p, q in zip(model.params, before, strict=True))
         assert optimizer.state[model.params[0]]["step"] == 1
+
+
+# CUDA graphs
+
+
+@pytest.mark.parametrize("graphs", [1, 2])
+def test_a_captured_step_is_the_step(target, graphs):
+    """Clip, AdamW and EMA with a learning rate on the device, replayed with other gradients, some of them skipped."""
+    if target.device != "cuda" or target.backend == "reference":
+        pytest.skip("needs a CUDA device, and a backend that does not allocate")
+    shapes = [(33, 31), (127,), (), (70001,)]
+    model, twin = twins(shapes, torch.float32, target.device)
+    lr = torch.tensor(1e-2, device=target.device)
+    makers = []
+    for net in (model, twin):
+        ema = trainops.EMA(net, 0.5, update_after_step=-2, backend=target.backend)
+        options = {"lr": lr, "capturable": True, "max_grad_norm": 0.5, "skip_nonfinite": True}
+        makers.append((net, ema, trainops.AdamW(net.parameters(), ema=ema, backend=target.backend, **options)))
+    (model, ema, optimizer), (twin, twin_ema, twin_optimizer) = makers
+    grads = make_grads(shapes, torch.float32, target.device, 8)
+    grads[5][1][3] = float("nan")
+    buffers = [torch.zeros_like(p) for p in model.params]
+    stream = torch.cuda.Stream()
+
+    def run_both(step_grads, step):
+        for buffer, p, grad in zip(buffers, twin.params, step_grads, strict=True):
+            buffer.copy_(grad)
+            p.grad = grad
+        step()
+        twin_optimizer.step()
+
+    for p, buffer in zip(model.params, buffers, strict=True):
+        p.grad = buffer
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run_both(grads[0], optimizer.step)
+        run_both(grads[1], optimizer.step)
+    torch.cuda.current_stream().wait_stream(stream)
+    for first in range(2, 8, 6 // graphs):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            optimizer.step()
+        for step_grads in grads[first : first + 6 // graphs]:
+            lr.mul_(0.9)
+            run_both(step_grads, graph.replay)
+    ours, theirs = snapshot(model, optimizer, ema), snapshot(twin, twin_optimizer, twin_ema)
+    assert all(map(same_bits, ours, theirs))
+    assert optimizer.skipped_steps == twin_optimizer.skipped_steps == 1
+    assert same_bits(optimizer.grad_norms, twin_optimizer.grad_norms)

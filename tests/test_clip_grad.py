@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import DTYPES, TARGETS, assert_contract, exact, same_bits
+from conftest import DTYPES, TARGETS, Target, assert_contract, exact, same_bits
 from torch.nn import utils as torch_utils
 
 import trainops
@@ -91,8 +91,8 @@ def check_clip(target, grads, norm_type=2.0, max_norm=0.3):
     assert norm.device == grads[0].device
     assert_contract(norm, expected.to(norm), true_norm, f"norm of order {norm_type}")
     ours, theirs = ([parts(p.grad) for p in tensors] for tensors in (params, torchs))
-    if len(ours) > 10 and len({x.shape for x in ours}) == 1:
-        # Many tensors of five elements are taken as one: PyTorch's largest error in five is a matter of luck.
+    if len(ours) > 10 and target == Target("triton", "cpu"):
+        # Of few tensors of five elements, taken as one: PyTorch's largest error in five is a matter of luck.
         ours, theirs, true_grads = [torch.stack(ours)], [torch.stack(theirs)], [np.stack(true_grads)]
     for i, (x, y, true) in enumerate(zip(ours, theirs, true_grads, strict=True)):
         assert_contract(x, y, true, f"gradient {i}, norm of order {norm_type}")

@@ -145,8 +145,8 @@ def test_float64_is_found_by_column():
 
 def test_equal_sizes_share_their_chunks_and_nothing_else():
     first, second = make([[torch.ones(9)]]), make([[torch.ones(9)]])
-    assert first._chunk_words is second._chunk_words
-    assert make([[torch.ones(9).bfloat16()]])._chunk_words is first._chunk_words
+    assert first._layout is second._layout
+    assert make([[torch.ones(9).bfloat16()]])._layout.chunk_words == first._layout.chunk_words
     assert make([[torch.ones(9)]], chunk_numel=4).chunk_count == 3
 
 
@@ -215,7 +215,7 @@ SCALARS = {
     "two_elements": (torch.ones(2), False),
     "empty": (torch.ones(0), False),
     "meta": (torch.tensor(1.0).to("meta"), False),
-    "parameter": (torch.nn.Parameter(torch.tensor(1.0)), False),
+    "parameter": (torch.nn.Parameter(torch.tensor(1.0)), True),
     "none": (None, False),
 }
 
@@ -246,30 +246,25 @@ def test_irregular_rows_are_staged_and_written_back():
         assert rows[0][5] != step.data_ptr()
 
 
-# Looking tables up
-
-
-def looked_up(columns, scalars=None, chunk_numel=CHUNK, groups=None):
-    return device_table.device_table(columns, scalars, chunk_numel, groups)
+# Remembered layouts
 
 
 @pytest.fixture
-def _no_tables(monkeypatch):
-    monkeypatch.setattr(device_table, "_tables", Recent(2))
+def layouts(monkeypatch):
+    """Those that are remembered: none yet."""
+    monkeypatch.setattr(device_table, "_layouts", Recent(2))
+    return lambda: len(device_table._layouts)
 
 
-@pytest.mark.usefixtures("_no_tables")
-def test_equal_tensors_have_one_table():
+def test_equal_tensors_have_one_layout(layouts):
     x, y, step = torch.ones(2, 9), torch.ones(2, 9), torch.tensor(1.0)
-    table = looked_up([[x], [y]], [step], CHUNK, Groups([1], [False]))
+    table = DeviceTable([[x], [y]], [step], CHUNK, Groups([1], [False]))
     check_layout(table, [[x], [y]], [step])
-    assert looked_up(((x,), (y[:],)), (step.view(()),), CHUNK, Groups((1,), (False,))) is table
-    assert looked_up([[x], [y]], [step], CHUNK, Groups([0, 1], [True, False])) is not table
-    assert looked_up([[x], [y]], [step], CHUNK, Groups([1], [False])) is table
-    for _ in range(2):  # the one that was used longest ago is no longer there
-        looked_up([[x]])
-        looked_up([[y]])
-    assert looked_up([[x], [y]], [step], CHUNK, Groups([1], [False])) is not table
+    moved = [[x.clone()], [y.clone()]], [step.clone()]
+    check_layout(DeviceTable(*moved, CHUNK, Groups((1,), (False,))), *moved)
+    assert layouts() == 1
+    DeviceTable([[x], [y]], [step], CHUNK, Groups([0, 1], [True, False]))
+    assert layouts() == 2
 
 
 SQUARE = torch.ones(24, 24)
@@ -289,33 +284,30 @@ OTHERS = {
 }
 
 
-@pytest.mark.usefixtures("_no_tables")
 @pytest.mark.parametrize("column", [0, 1])
 @pytest.mark.parametrize(("tensor", "other"), OTHERS.values(), ids=OTHERS)
-def test_other_tensors_have_other_tables(tensor, other, column):
+def test_other_tensors_have_other_tables(layouts, tensor, other, column):
     """Also where they are at the same address."""
     fillers = [None, None] if other is not None else [SQUARE, SQUARE]
     first, second = ([[x], [filler]][:: 1 - 2 * column] for x, filler in zip((tensor, other), fillers, strict=True))
-    table = looked_up(first)
-    assert table.irregular == []
-    assert looked_up(second) is not table
-    assert looked_up(second).irregular == DeviceTable(second, None, CHUNK).irregular
+    assert DeviceTable(first, None, CHUNK).irregular == []
+    table, layout = DeviceTable(second, None, CHUNK), device_table.Layout(second, None, CHUNK, None)
+    assert table.irregular == layout.irregular
+    if not layout.irregular:
+        check_layout(table, second)
 
 
-@pytest.mark.usefixtures("_no_tables")
-def test_chunks_and_scalars_make_other_tables():
-    x, steps = torch.ones(9), [torch.tensor(1.0), torch.tensor(1.0)]
-    tables = [looked_up([[x]]), looked_up([[x]], None, 4), *(looked_up([[x]], [step]) for step in steps)]
-    assert len({id(table) for table in tables}) == 4
-    assert looked_up([[x], [x]]) is not looked_up([[x]], [x])  # irregular: a scalar of nine elements
+def test_chunks_and_scalars_make_other_layouts(layouts):
+    x, step = torch.ones(9), torch.tensor(1.0)
+    tables = [DeviceTable([[x]], None, CHUNK), DeviceTable([[x]], None, 4), DeviceTable([[x]], [step], CHUNK)]
+    assert len({id(table._layout) for table in tables}) == 3
+    assert DeviceTable([[x], [x]], None, CHUNK).irregular == []
+    assert DeviceTable([[x]], [x], CHUNK).irregular == [0]  # a scalar of nine elements
 
 
-@pytest.mark.usefixtures("_no_tables")
-def test_irregular_tables_are_not_kept():
-    gaps = torch.ones(8)[::2]
-    assert looked_up([[gaps]]).irregular == [0]
-    assert looked_up([[gaps]]) is not looked_up([[gaps]])
-    assert not device_table._tables
+def test_irregular_layouts_are_not_kept(layouts):
+    assert DeviceTable([[torch.ones(8)[::2]]], None, CHUNK).irregular == [0]
+    assert layouts() == 0
 
 
 # Uploads
@@ -358,15 +350,14 @@ def gpu(monkeypatch):
         fake.pinned.append(x)
         return x
 
-    def empty_like(x, pin_memory):
-        assert pin_memory
+    def pinned(count):
         assert not fake.capturing  # no pinned memory may be allocated then
-        return torch.zeros(x.shape, dtype=x.dtype)
+        return torch.zeros(count, dtype=torch.int64)
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=fake.stream))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: fake.capturing)
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
-    monkeypatch.setattr(torch, "empty_like", empty_like)
+    monkeypatch.setattr(device_table, "_pinned", pinned)
     monkeypatch.setattr(device_table, "_uploads", Recent(2))
     monkeypatch.setattr(device_table, "_spares", {})
     monkeypatch.setattr(device_table, "_captured", [])
@@ -420,13 +411,12 @@ def test_capture_copies_from_a_spare_and_remembers_nothing(gpu):
     gpu.upload(2)
     gpu.capturing = True
     first = gpu.upload(7)
-    spare, kept = device_table._captured
-    assert kept is first
+    (spare,) = device_table._captured
     assert spare.tolist() == [7]
-    assert len(device_table._spares[8]) == 1
+    assert len(device_table._spares[8]) == 3
     second = gpu.upload(7)  # the first is filled by that graph alone
     assert second is not first
-    assert device_table._captured[2] is not spare
+    assert device_table._captured[1] is not spare
     gpu.capturing = False
     assert gpu.upload(7) is not second
     assert spare.tolist() == [7]
@@ -436,15 +426,22 @@ def test_capture_copies_from_a_spare_and_remembers_nothing(gpu):
 def test_capture_without_a_spare_raises(gpu):
     gpu.upload(1)
     gpu.capturing = True
-    with pytest.raises(RuntimeError, match="before it is captured in a CUDA graph"):
+    with pytest.raises(RuntimeError, match="take a step on tensors of these sizes outside of a CUDA graph"):
         gpu.upload(1, 2)
-    gpu.upload(2)
-    with pytest.raises(RuntimeError, match="before it is captured in a CUDA graph"):
-        gpu.upload(3)
-    gpu.capturing = False
-    gpu.upload(1, 2)
+
+
+def test_many_captures_one_after_the_other(gpu):
+    for i in range(10):
+        gpu.upload(1)
+        gpu.capturing = True
+        assert gpu.upload(100 + i) is not gpu.upload(200 + i)
+        gpu.capturing = False
+    assert [x.tolist() for x in device_table._captured] == [[100 * k + i] for i in range(10) for k in (1, 2)]
     gpu.capturing = True
-    gpu.upload(3, 4)
+    for i in range(2):
+        gpu.upload(i + 3)
+    with pytest.raises(RuntimeError, match="at most 4 steps"):
+        gpu.upload(5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -67,16 +67,16 @@ def launches(monkeypatch):
 
 @pytest.fixture
 def tables(monkeypatch):
-    """The tables that were made."""
+    """The layouts of tables that were made."""
     made = []
 
-    class Recorded(device_table.DeviceTable):
+    class Recorded(device_table.Layout):
         def __init__(self, *args):
             super().__init__(*args)
             made.append(self)
 
-    monkeypatch.setattr(device_table, "DeviceTable", Recorded)
-    monkeypatch.setattr(device_table, "_tables", device_table.Recent(32))
+    monkeypatch.setattr(device_table, "Layout", Recorded)
+    monkeypatch.setattr(device_table, "_layouts", device_table.Recent(32))
     return made
 
 
@@ -602,7 +602,7 @@ def test_tables_are_found_again_when_gradients_alternate(device, tables):
         for p, grad in zip(model.params, buffers[i % 2], strict=True):
             p.grad = grad
         optimizer.step()
-    assert len(tables) == 2
+    assert len(tables) == 1  # which is the same for other addresses
 
 
 def moved(x):
@@ -657,7 +657,7 @@ def test_changes_between_steps_are_followed(device, tables, roles, change):
         for role, x in changed.items():
             assert (x.data_ptr() == left[role].data_ptr()) == (change is not moved)
         optimizer.step()
-        if backend == "triton":
+        if backend == "triton" and change is not moved:
             assert len(tables) > made
         if change is moved:
             assert all(same_bits(left[role], before[role]) for role in roles)

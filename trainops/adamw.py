@@ -38,8 +38,8 @@ class AdamW(torch.optim.AdamW):
         amsgrad: use the largest second moment so far (arXiv:1904.09237).
         maximize: ascend.
         foreach: accepted for compatibility.
-        capturable: accepted for compatibility; step counts are on their parameter's device anyway, and a step can be
-            captured in a CUDA graph once it has been taken on the same tensors.
+        capturable: accepted for compatibility; step counts are on their parameter's device anyway. Take a step on
+            tensors of the same sizes outside of a CUDA graph before each capture.
         differentiable: run PyTorch's own step, with autograd.
         fused: accepted for compatibility.
         max_grad_norm: clip the gradients of all groups together to this norm. They are read, not rewritten: the

@@ -13,6 +13,7 @@ from the addresses of the tensors as they are then, so nothing stale can be used
 """
 
 import functools
+import itertools
 import operator
 from array import array
 from collections import OrderedDict
@@ -72,6 +73,46 @@ class Groups(NamedTuple):
     flags: Sequence[bool]
 
 
+class Layout:
+    """All of a table that does not depend on addresses: what kernels can be launched, and how rows are cut.
+
+    Attributes:
+        irregular: the rows that kernels cannot take as they are.
+        sections: of the table's chunks.
+        chunk_words: row and first element of every chunk.
+    """
+
+    def __init__(
+        self, columns: Sequence[Column], scalars: Column | None, chunk_numel: int, groups: Groups | None
+    ) -> None:
+        row_counts, flags = groups or Groups([len(columns[0])], [False])
+        self.groups = [group for group, count in enumerate(row_counts) for _ in range(count)]
+        device = next(x.device for column in columns for x in column if x is not None)
+        rows = [_describe_row(row, device) for row in zip(*columns, strict=True)]
+        is_regular = [_is_scalar(x, device) for x in scalars] if scalars is not None else [True] * len(rows)
+        self.irregular = [i for i, row in enumerate(rows) if row is None or not is_regular[i]]
+        self.sections: list[Section] = []
+        self.numels = [0 if row is None else row.numel for row in rows]
+        self.first_chunks = [0] * len(rows)
+        self.chunk_count = 0
+        by_kind: dict[Kind, list[int]] = {}
+        for i, row in enumerate(rows):
+            if row is not None:
+                by_kind.setdefault(Kind(row.dtypes, flags[self.groups[i]]), []).append(i)
+        counts = [max(1, -(-numel // chunk_numel)) for numel in self.numels]
+        for kind, members in by_kind.items():
+            first = self.chunk_count
+            for i in members:
+                self.first_chunks[i] = self.chunk_count
+                self.chunk_count += counts[i]
+            self.sections.append(Section(kind, first, self.chunk_count - first))
+        order = [i for members in by_kind.values() for i in members]
+        self.chunk_words = b"" if self.irregular else _chunk_words(order, counts, chunk_numel)
+
+
+_layouts: Recent[Layout] = Recent(32)
+
+
 class DeviceTable:
     """Rows of tensors, described for kernels on their device.
 
@@ -82,7 +123,7 @@ class DeviceTable:
         groups: default: all rows are of one group, without its flag.
 
     Attributes:
-        irregular: the rows that kernels cannot take as they are; if there is one, the table is not made.
+        irregular: the rows that kernels cannot take as they are; if there is one, there is nothing to upload.
     """
 
     def __init__(
@@ -90,93 +131,59 @@ class DeviceTable:
     ) -> None:
         self.device = next(x.device for column in columns for x in column if x is not None)
         self.row_count = len(columns[0])
-        self.row_words = 3 + len(columns) + (scalars is not None)
-        described = [_describe_row(row, self.device) for row in zip(*columns, strict=True)]
-        scalar_addresses = [_scalar_address(x, self.device) for x in scalars or ()]
-        self.irregular = [
-            i for i, row in enumerate(described) if row is None or (scalar_addresses and scalar_addresses[i] is None)
-        ]
+        every = columns if scalars is None else [*columns, scalars]
+        nothing = _nothing(self.device)
+        self.row_words = 3 + len(every)
+        tensors = [[nothing if x is None else x for x in column] for column in every]
+        fingerprints = (_fingerprint(column, self.device) for column in tensors)
+        key = (self.device, chunk_numel, groups and tuple(map(tuple, groups)), len(columns), *fingerprints)
+        self._layout = _layouts.recall(key) or Layout(columns, scalars, chunk_numel, groups)
+        self.irregular = self._layout.irregular
         if self.irregular:
             return
-        rows = [row for row in described if row is not None]
-        row_counts, flags = groups or Groups([self.row_count], [False])
-        group_of_row = [group for group, count in enumerate(row_counts) for _ in range(count)]
-        by_kind: dict[Kind, list[int]] = {}
-        for i, (row, group) in enumerate(zip(rows, group_of_row, strict=True)):
-            by_kind.setdefault(Kind(row.dtypes, flags[group]), []).append(i)
-
-        counts = [max(1, -(-row.numel // chunk_numel)) for row in rows]
-        first_chunks = [0] * self.row_count
-        self.sections: list[Section] = []
-        self.chunk_count = 0
-        for kind, members in by_kind.items():
-            first = self.chunk_count
-            for i in members:
-                first_chunks[i] = self.chunk_count
-                self.chunk_count += counts[i]
-            self.sections.append(Section(kind, first, self.chunk_count - first))
-
-        words = array("q")
-        for i, row in enumerate(rows):
-            words.extend((row.numel, first_chunks[i], group_of_row[i], *row.addresses))
-            words.extend(x for x in scalar_addresses[i : i + 1] if x is not None)
-        order = tuple(i for members in by_kind.values() for i in members)
-        self._words = words.tobytes()
-        self._chunk_words = _chunk_words(order, tuple(counts), chunk_numel)
+        _layouts.remember(key, self._layout)
+        self.sections, self.chunk_count = self._layout.sections, self._layout.chunk_count
+        addresses = [map(Tensor.data_ptr, column) for column in tensors]
+        rows = zip(self._layout.numels, self._layout.first_chunks, self._layout.groups, *addresses, strict=True)
+        self._words = array("q", itertools.chain.from_iterable(rows)).tobytes()
 
     def upload(self) -> tuple[Tensor, Tensor]:
         """``rows`` and ``chunks`` in the memory of the device."""
-        return uploaded(self._words, self.device), uploaded(self._chunk_words, self.device)
+        return uploaded(self._words, self.device), uploaded(self._layout.chunk_words, self.device)
 
     def has_float64(self, column: int) -> bool:
         """Whether a tensor of the column is float64."""
         return any(section.kind.dtypes[column] is torch.float64 for section in self.sections)
 
 
-_tables: Recent[DeviceTable] = Recent(32)
+@functools.cache
+def _nothing(device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=torch.bool, device=device)  # no tensor of a table is of this type
 
 
-def device_table(
-    columns: Sequence[Column], scalars: Column | None, chunk_numel: int, groups: Groups | None = None
-) -> DeviceTable:
-    """The :class:`DeviceTable` of these tensors: one that was made before, if it would be the same."""
-    every = columns if scalars is None else [*columns, scalars]
-    device = next(x.device for column in columns for x in column if x is not None)
-    key = (device, chunk_numel, groups and tuple(map(tuple, groups)), len(columns), *map(_fingerprint, every))
-    table = _tables.recall(key)
-    if table is None:
-        table = DeviceTable(columns, scalars, chunk_numel, groups)
-        if not table.irregular:
-            _tables.remember(key, table)
-    return table
+_dtype, _device = operator.attrgetter("dtype"), operator.attrgetter("device")
 
 
-_NOTHING = torch.empty(0, dtype=torch.bool, device="cpu")  # no tensor of a table is of this type
-_dtype = operator.attrgetter("dtype")
+def _fingerprint(column: Sequence[Tensor], device: torch.device) -> tuple[object, ...]:
+    """All that a layout knows of a column, and what decides whether kernels can take it as it is.
 
-
-def _fingerprint(column: Column) -> tuple[object, ...]:
-    """All that a table knows of a column, and what decides whether kernels can take it as it is.
-
-    No two devices have the same addresses, but for that of nothing. Only with one element can a lazily negated
-    tensor look like another.
+    Only with one element can a lazily negated tensor look like another.
     """
-    tensors = [_NOTHING if x is None else x for x in column]
-    sizes = tuple(map(Tensor.numel, tensors))
+    sizes = tuple(map(Tensor.numel, column))
+    contiguous = all(map(Tensor.is_contiguous, column))
     return (
         sizes,
-        tuple(map(type, tensors)),
-        tuple(map(Tensor.data_ptr, tensors)),
-        tuple(map(_dtype, tensors)),
-        None if all(map(Tensor.is_contiguous, tensors)) else tuple(map(Tensor.stride, tensors)),
-        1 in sizes and any(map(Tensor.is_neg, tensors)),
+        tuple(map(type, column)),
+        tuple(map(_dtype, column)),
+        None if contiguous else tuple(map(Tensor.size, column)) + tuple(map(Tensor.stride, column)),
+        1 in sizes and any(map(Tensor.is_neg, column)),
+        set(map(_device, column)) <= {device},
     )
 
 
 class _Row(NamedTuple):
     numel: int
     dtypes: tuple[torch.dtype | None, ...]
-    addresses: tuple[int, ...]
 
 
 def _describe_row(row: Sequence[Tensor | None], device: torch.device) -> _Row | None:
@@ -198,7 +205,7 @@ def _describe_row(row: Sequence[Tensor | None], device: torch.device) -> _Row | 
         elif order != first[0]:
             return None
     dtypes = tuple(None if x is None else x.dtype for x in row)
-    return _Row(0 if first is None else first[1], dtypes, tuple(0 if x is None else x.data_ptr() for x in row))
+    return _Row(0 if first is None else first[1], dtypes)
 
 
 def _is_dense(order: list[tuple[int, int]]) -> bool:
@@ -210,16 +217,14 @@ def _is_dense(order: list[tuple[int, int]]) -> bool:
     return True
 
 
-def _scalar_address(x: Tensor | None, device: torch.device) -> int | None:
-    if x is None or x.device != device or x.dtype != torch.float32 or x.numel() != 1 or type(x) is not Tensor:
-        return None
-    return x.data_ptr()
+def _is_scalar(x: Tensor | None, device: torch.device) -> bool:
+    """Whether it can be the scalar of a row."""
+    return x is not None and x.device == device and x.dtype == torch.float32 and x.numel() == 1 and all_plain([x])
 
 
-@functools.lru_cache(maxsize=32)
-def _chunk_words(order: tuple[int, ...], counts: tuple[int, ...], chunk_numel: int) -> bytes:
+def _chunk_words(order: list[int], counts: list[int], chunk_numel: int) -> bytes:
     """Row and first element of every chunk."""
-    counts_in_order = torch.tensor(counts, device="cpu")[list(order)]
+    counts_in_order = torch.tensor(counts, device="cpu")[order]
     rows = torch.repeat_interleave(torch.tensor(order, device="cpu"), counts_in_order)
     first = torch.repeat_interleave(counts_in_order.cumsum(0) - counts_in_order, counts_in_order)
     begins = (torch.arange(len(rows), device="cpu") - first) * chunk_numel
@@ -233,6 +238,7 @@ _uploads: Recent[Tensor] = Recent(128)
 # captured graphs read, which may be replayed at any time.
 _spares: dict[int, list[Tensor]] = {}
 _captured: list[Tensor] = []
+_SPARES = 4  # of each size
 
 
 def uploaded(words: bytes, device: torch.device) -> Tensor:
@@ -242,23 +248,31 @@ def uploaded(words: bytes, device: torch.device) -> Tensor:
     key = (words, device, torch.cuda.current_stream(device).cuda_stream)
     found = _uploads.recall(key)
     if torch.cuda.is_current_stream_capturing():
-        found = _upload_in_capture(words, device) if found is None else found
+        if found is None:
+            return _upload_in_capture(words, device)
         _captured.append(found)
         return found
+    spares = _spares.setdefault(len(words), [])
+    while len(spares) < _SPARES:
+        spares.append(_pinned(len(words) // 8))
     if found is not None:
         return found
     host = torch.frombuffer(bytearray(words), dtype=torch.int64).pin_memory()
-    spares = _spares.setdefault(len(words), [])
-    if len(spares) < 4:
-        spares.append(torch.empty_like(host, pin_memory=True))
     return _uploads.remember(key, host.to(device, non_blocking=True))
+
+
+def _pinned(count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.int64, pin_memory=True)
 
 
 def _upload_in_capture(words: bytes, device: torch.device) -> Tensor:
     """The copy becomes part of the graph, and is made whenever it is replayed: nothing is there before."""
     spares = _spares.get(len(words))
     if not spares:
-        raise RuntimeError("take this step on the same tensors, several times, before it is captured in a CUDA graph")
+        raise RuntimeError(
+            "there is no pinned memory ready for this table: take a step on tensors of these sizes outside of a CUDA "
+            f"graph before every capture, and capture at most {_SPARES} steps at a time"
+        )
     host = spares.pop()
     host.copy_(torch.frombuffer(bytearray(words), dtype=torch.int64))
     _captured.append(host)

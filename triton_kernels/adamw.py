@@ -181,6 +181,8 @@ def update(
             exp_avg = load(exp_avg_address, offset, end, EXP_AVG_TYPE, WIDE, BLOCK, MASKED)
             exp_avg_sq = load(exp_avg_sq_address, offset, end, EXP_AVG_SQ_TYPE, WIDE, BLOCK, MASKED)
             param = load(param_address, offset, end, PARAM_TYPE, WIDE, BLOCK, MASKED)
+            if MAX_EXP_AVG_SQ_TYPE is not None:
+                largest = load(max_exp_avg_sq_address, offset, end, MAX_EXP_AVG_SQ_TYPE, WIDE, BLOCK, MASKED)
 
             difference = grad - exp_avg
             exp_avg = tl.where(weight1 < 0.5, exp_avg + weight1 * difference, grad - beta1 * difference)
@@ -189,7 +191,6 @@ def update(
             store(exp_avg_sq_address, offset, end, exp_avg_sq, EXP_AVG_SQ_TYPE, BLOCK, MASKED)
             second_moment = exp_avg_sq
             if MAX_EXP_AVG_SQ_TYPE is not None:
-                largest = load(max_exp_avg_sq_address, offset, end, MAX_EXP_AVG_SQ_TYPE, WIDE, BLOCK, MASKED)
                 second_moment = tl.maximum(largest, exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
                 store(max_exp_avg_sq_address, offset, end, second_moment, MAX_EXP_AVG_SQ_TYPE, BLOCK, MASKED)
             param = param * keep - divide(step_size * exp_avg, square_root(second_moment) + eps)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..device_table import DeviceTable, Groups, device_table, uploaded
+from ..device_table import DeviceTable, Groups, uploaded
 from ..tensor_table import Column, regular_table
 from ._drop_path import empty_result, has_kernel
 from ._interface import AdamWGroup, Backend, StepControl, StepResult
@@ -35,8 +35,8 @@ def _interpreted() -> bool:
 
 @cache
 def probe() -> Backend:
-    """Available where Triton is installed and there is a GPU, or Triton's interpreter is on."""
-    if importlib.util.find_spec("triton") is None:
+    """Available where Triton is installed and can launch on a GPU, or its interpreter is on."""
+    if not _is_installed():
         return Backend(available=False, reason="Triton is not installed")
     if not _interpreted() and not torch.cuda.is_available():
         return Backend(available=False, reason="PyTorch finds no GPU")
@@ -44,12 +44,21 @@ def probe() -> Backend:
         import triton
 
         _kernels()
+        if not _interpreted():
+            _ = triton.runtime.driver.active.utils  # is built when first wanted, for which it needs a C compiler
     except Exception as error:
-        reason = f"Triton is installed but does not load: {error}"
+        reason = f"Triton is installed but does not work: {error}"
         warnings.warn(f"trainops runs without its triton backend: {reason}", RuntimeWarning, stacklevel=2)
         return Backend(available=False, reason=reason)
     where = "interpreted, on CPU tensors" if _interpreted() else torch.cuda.get_device_name()
     return Backend(available=True, details=f"Triton {triton.__version__}; {where}")
+
+
+def _is_installed() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ValueError:  # a module without a specification stands in its place
+        return False
 
 
 def serves(device_type: str) -> bool:
@@ -113,7 +122,7 @@ def _wide(*dtypes: torch.dtype | None) -> torch.dtype:
 
 
 def _build(columns: Sequence[Column], scalars: Column | None = None, groups: Groups | None = None) -> DeviceTable:
-    return device_table(columns, scalars, _kernels()._common.CHUNK, groups)
+    return DeviceTable(columns, scalars, _kernels()._common.CHUNK, groups)
 
 
 def grad_norms(tensors: Sequence[Tensor], norm_type: float = 2.0) -> tuple[Tensor, Tensor]:
