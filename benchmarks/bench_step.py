@@ -230,6 +230,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to save the figures")
     parser.add_argument("--plot", type=Path, help="where to save a picture of the ratios")
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("PyTorch finds no GPU")
     torch.set_num_threads(args.threads)
     if args.backend:
         os.environ["TRAINOPS_BACKEND"] = args.backend

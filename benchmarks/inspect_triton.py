@@ -58,6 +58,10 @@ class Found(NamedTuple):
     narrow_stores: int | None = None
 
 
+CAPTION = (
+    "registers per thread; bytes spilled per thread; accesses of 16 bytes that the code has, and how many it must have "
+    "in its loops over whole blocks, or a multiple where they are unrolled"
+)
 TABLE = {"rows": "*i64", "chunks": "*i64", "first_chunk": "i32"}
 NORMS = {"partials": "*fp64", "chunk_count": "i32", "total_norm": "*fp32", "norms": "*fp32"}
 
@@ -307,10 +311,9 @@ def main() -> int:
         print("nothing to inspect: Triton is not installed")
         return 0
     tasks = [(variant, target) for variant in variants() for target in TARGETS]
-    table = Table(
-        "kernel", "variant", "target", "registers", "spilled", "16-byte loads (needed)", "stores (needed)", "fault"
-    )
-    faulty = 0
+    columns = "kernel", "variant", "target", "registers", "spilled", "loads", "stores", "fault"
+    table = Table(*columns, caption=CAPTION)
+    faults = []
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for variant, target, found, fault in track(
             pool.map(inspect, tasks, chunksize=4), total=len(tasks), description="compiling", transient=True
@@ -321,10 +324,11 @@ def main() -> int:
             )
             name = f"{variant.module}.{variant.kernel}"
             table.add_row(name, variant.label, target, str(found.registers), str(found.spilled), loads, stores, fault)
-            faulty += bool(fault)
+            if fault:
+                faults.append(f"{name} ({variant.label}) for {target}: {fault}")
     Console(width=160).print(table)
-    print(f"{len(tasks)} compilations, {faulty} with a fault")
-    return int(faulty > 0)
+    print(f"{len(tasks)} compilations, {len(faults)} with a fault", *faults, sep="\n")
+    return int(bool(faults))
 
 
 if __name__ == "__main__":

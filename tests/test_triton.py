@@ -1024,11 +1024,11 @@ def test_a_broken_triton_is_no_secret(monkeypatch, probe):
         raise ImportError("libtriton.so: cannot open")
 
     monkeypatch.setattr(triton, "_kernels", broken)
-    with pytest.warns(RuntimeWarning, match="without its triton backend: .*does not load: libtriton.so"):
+    with pytest.warns(RuntimeWarning, match="without its triton backend: .*does not work: libtriton.so"):
         found = probe()
     assert (found.available, found.reason) == (
         False,
-        "Triton is installed but does not load: libtriton.so: cannot open",
+        "Triton is installed but does not work: libtriton.so: cannot open",
     )
 
 

@@ -5,7 +5,7 @@ import platform
 import torch
 
 from . import __version__
-from .backends import NAMES, backends, serving
+from .backends import NAMES, backends, select, serving
 
 
 def main() -> None:
@@ -19,7 +19,15 @@ def main() -> None:
     print()
     for device_type, present in (("cpu", True), ("cuda", torch.cuda.is_available())):
         note = "" if present else "  (no such device here)"
-        print(f"  {device_type.upper()} tensors are served by: {serving(device_type)}{note}")
+        print(f"  {device_type.upper()} tensors are served by: {_served_by(device_type)}{note}")
+
+
+def _served_by(device_type: str) -> str:
+    try:
+        select(None, device_type)
+    except (RuntimeError, ValueError) as error:
+        return f"nothing: {error}"
+    return serving(device_type)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ class AdamW(torch.optim.AdamW):
         skipped_steps: how many steps were skipped; 0-dim int64, on the device of the first parameter.
 
     Raises:
-        ValueError: an argument is out of range, or there is no such backend.
+        ValueError: an argument is out of range, there is no such backend, or ``ema`` follows another model.
         RuntimeError: the backend is not available; in ``step()``, a gradient is sparse. Nothing has been changed.
     """
 
@@ -104,6 +104,9 @@ class AdamW(torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
+        own = {id(p) for group in self.param_groups for p in group["params"]}
+        if ema is not None and own and own.isdisjoint(map(id, ema.model.parameters())):
+            raise ValueError("ema follows a model that has none of these parameters")
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
         self.ema = ema

@@ -34,8 +34,8 @@ def backends() -> dict[str, Backend]:
     return {name: _kernels(name).probe() for name in NAMES}
 
 
-def check(backend: str | None) -> None:
-    """Raise unless ``backend`` is None or can be used.
+def check(backend: str | None, origin: str = "") -> None:
+    """Raise unless ``backend`` is None or can be used. ``origin`` says where the name comes from.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -44,10 +44,10 @@ def check(backend: str | None) -> None:
     if backend is None:
         return
     if backend not in NAMES:
-        raise ValueError(f"unknown backend {backend!r}; there are {', '.join(NAMES)}")
+        raise ValueError(f"unknown backend {backend!r}{origin}; there are {', '.join(NAMES)}")
     if not (found := _probe(backend)).available:
         usable = ", ".join(name for name in NAMES if _probe(name).available)
-        raise RuntimeError(f"backend {backend!r} is not available: {found.reason} (available: {usable})")
+        raise RuntimeError(f"backend {backend!r}{origin} is not available: {found.reason} (available: {usable})")
 
 
 def select(backend: str | None, device_type: str) -> Kernels:
@@ -60,7 +60,7 @@ def select(backend: str | None, device_type: str) -> Kernels:
         RuntimeError: it is not available, or does not take tensors on such a device.
     """
     name = backend or serving(device_type)
-    check(name)
+    check(name, "" if backend or not os.environ.get("TRAINOPS_BACKEND") else " (from TRAINOPS_BACKEND)")
     kernels = _kernels(name)
     if not kernels.serves(device_type):
         raise RuntimeError(f"backend {name!r} does not take tensors on {device_type!r} devices")

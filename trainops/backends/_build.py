@@ -7,6 +7,15 @@ from pathlib import Path
 from typing import Any
 
 
+def _not_built() -> str:
+    if (Path(__file__).parents[2] / "setup.py").exists():
+        return (
+            "not built in this source tree; run `pip install -e .` in it, or run Python in another folder, where an "
+            "installed trainops is found"
+        )
+    return "not built; run `pip install .` in trainops' source tree"
+
+
 def load(module: str, backend: str) -> tuple[Any, str]:
     """The extension ``trainops.<module>`` and what it was built with, or None and why it is missing.
 
@@ -18,7 +27,7 @@ def load(module: str, backend: str) -> tuple[Any, str]:
         extension = importlib.import_module(f"trainops.{module}")
     except ImportError as error:
         if "built_with" not in record:
-            return None, record.get("reason", "not built; run `pip install .` in trainops' source tree")
+            return None, record.get("reason", _not_built())
         reason = f"it was built but does not load: {error}"
         warnings.warn(f"trainops runs without its {backend} backend: {reason}", RuntimeWarning, stacklevel=2)
         return None, reason
