@@ -13,7 +13,7 @@ SETUP := $(VENV)/.built
 endif
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
-CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CXX_SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CLANG_FORMAT = $(shell $(RUN) -c "import sysconfig; print(sysconfig.get_path('scripts'))")/clang-format
 
 # Tests run in one process per core where pytest-xdist is there to do it.
@@ -42,6 +42,7 @@ bench: $(SETUP)
 
 inspect: $(SETUP)
 	$(RUN) -m benchmarks.inspect_cpu
+	$(RUN) -m benchmarks.inspect_cuda
 	TRITON_INTERPRET=0 $(RUN) -m benchmarks.inspect_triton
 
 format: $(SETUP)

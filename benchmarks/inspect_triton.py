@@ -59,8 +59,8 @@ class Found(NamedTuple):
 
 
 CAPTION = (
-    "registers per thread; bytes spilled per thread; accesses of 16 bytes that the code has, and how many it must have "
-    "in its loops over whole blocks, or a multiple where they are unrolled"
+    "registers per thread; bytes spilled per thread; accesses of 16 bytes that the code has, and how many it must "
+    "have in its loops over whole blocks, or a multiple where they are unrolled"
 )
 TABLE = {"rows": "*i64", "chunks": "*i64", "first_chunk": "i32"}
 NORMS = {"partials": "*fp64", "chunk_count": "i32", "total_norm": "*fp32", "norms": "*fp32"}
@@ -75,13 +75,13 @@ def variants() -> Iterator[Variant]:
     """Every kernel, with every type and option that its machine code depends on."""
     for dtype in DTYPES:
         for norm, order in (("l1", 1), ("l2", 2), ("inf", 0)):
-            constants = {"WORDS": 4, "COLUMN": 0, "DTYPE": f":{dtype}", "WIDE": f":{wide(dtype)}", "NORM": order}
+            constants = {"WORDS": 5, "COLUMN": 0, "DTYPE": f":{dtype}", "WIDE": f":{wide(dtype)}", "NORM": order}
             arguments = {**TABLE, "partials": "*fp64"}
             bodies = 1 if order == 0 or dtype == "float64" else 2  # once more where float32 overflows
             label = f"{norm} {dtype}"
             yield Variant("clip_grad_norm", "partial_norms", label, arguments, constants, (dtype,), bodies=bodies)
         for name, operand in (("scale", "*fp32"), ("clamp", "*fp64")):
-            constants = {"WORDS": 4, "DTYPE": f":{dtype}", "WIDE": f":{wide(dtype)}", "CLAMP": name == "clamp"}
+            constants = {"WORDS": 5, "DTYPE": f":{dtype}", "WIDE": f":{wide(dtype)}", "CLAMP": name == "clamp"}
             yield Variant(
                 "clip_grad_norm",
                 "update_in_place",
@@ -99,7 +99,7 @@ def variants() -> Iterator[Variant]:
             "total_norm": "*fp32",
             "norms": "*fp32",
         }
-        yield Variant("clip_grad_norm", "finish_norms", norm, arguments, {"WORDS": 4, "NORM": order})
+        yield Variant("clip_grad_norm", "finish_norms", norm, arguments, {"WORDS": 5, "NORM": order})
     for average, param in [*zip(DTYPES, DTYPES, strict=True), ("float32", "bfloat16"), ("float32", "float16")]:
         types = {"AVERAGE": f":{average}", "PARAM": f":{param}", "WIDE": f":{wide(average, param)}"}
         yield Variant(
@@ -107,7 +107,7 @@ def variants() -> Iterator[Variant]:
             "ema",
             f"{average} of {param}",
             {**TABLE, "decay": "*i64", "skip": "*i1"},
-            {"WORDS": 5, **types},
+            {"WORDS": 6, **types},
             (average, param),
             (average,),
         )
@@ -129,7 +129,7 @@ def adamw_variants() -> Iterator[Variant]:
             "plan",
             label,
             arguments | (NORMS if measures else {}),
-            {"WORDS": 10, "CLIP": True, "SKIP_NONFINITE": measures, **absent},
+            {"WORDS": 11, "CLIP": True, "SKIP_NONFINITE": measures, **absent},
         )
     states = [(dtype, dtype) for dtype in DTYPES] + [("bfloat16", "float32"), ("float16", "float32")]
     for param, state in states:
@@ -159,7 +159,7 @@ def update_variant(param: str, state: str, largest: str | None, average: str | N
         "update",
         ", ".join([param, *options]),
         {**TABLE, "settings": "*i64", "scalars": "*fp64", "coefficient": "*fp64", "skip": "*i1"},
-        {"WORDS": 10, "MAXIMIZE": maximize} | {k: None if v is None else f":{v}" for k, v in types.items()},
+        {"WORDS": 11, "MAXIMIZE": maximize} | {k: None if v is None else f":{v}" for k, v in types.items()},
         (param, *writes),
         writes,
     )

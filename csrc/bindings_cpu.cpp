@@ -128,9 +128,9 @@ std::tuple<double, bool> adamw_step(const Table& table, const std::vector<Group>
     write(result.rows, to);
     norm = result.total / grad_scale;
   }
-  if (found_inf || (skip_nonfinite && !std::isfinite(norm))) return {norm, true};
-  const double coefficient = max_norm ? clip_coefficient(norm, *max_norm) : 1.0;
-  cpu::adamw(table.get(), settings, coefficient / grad_scale, ema_decay);
+  if (found_inf || (skip_nonfinite && !is_finite(norm))) return {norm, true};
+  const double coefficient = step_coefficient(max_norm.has_value(), norm, max_norm.value_or(0.0), grad_scale);
+  cpu::adamw(table.get(), settings, coefficient, ema_decay);
   return {norm, false};
 }
 

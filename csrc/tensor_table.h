@@ -52,6 +52,7 @@ class TensorTable {
     if (filled > 0) chunk_ends_.push_back(static_cast<int64_t>(pieces_.size()));
   }
 
+  int64_t columns() const { return columns_; }
   int64_t rows() const { return static_cast<int64_t>(numel_.size()); }
   int64_t numel(int64_t row) const { return numel_[row]; }
   const Cell& cell(int64_t row, int64_t column) const { return cells_[row * columns_ + column]; }

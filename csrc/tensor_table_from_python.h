@@ -49,7 +49,7 @@ struct Description {
   static constexpr int32_t kMaxDims = 64;
 
   Cell cell;
-  int32_t device_type = 0;
+  int32_t device_type = 0, device_id = 0;
   int32_t ndim = 0;
   int64_t numel = 1;
   int64_t shape[kMaxDims], strides[kMaxDims];
@@ -134,6 +134,7 @@ class TensorReader {
     if (!dtype) return false;
     out.cell = {static_cast<char*>(tensor.data) + tensor.byte_offset, *dtype};
     out.device_type = tensor.device.type;
+    out.device_id = tensor.device.id;
     return out.set_shape(tensor.ndim, tensor.shape, tensor.strides) && has_memory(out);
   }
 
@@ -141,12 +142,13 @@ class TensorReader {
     namespace py = pybind11;
     const py::object described = describe_(py::handle(object));
     if (described.is_none()) return false;
-    const auto [address, code, bits, device_type, shape, strides] =
-        described.cast<std::tuple<uintptr_t, uint8_t, uint8_t, int32_t, py::tuple, py::tuple>>();
+    const auto [address, code, bits, device_type, device_id, shape, strides] =
+        described.cast<std::tuple<uintptr_t, uint8_t, uint8_t, int32_t, int32_t, py::tuple, py::tuple>>();
     const auto dtype = dtype_from(code, bits);
     if (!dtype) return false;
     out.cell = {reinterpret_cast<void*>(address), *dtype};
     out.device_type = device_type;
+    out.device_id = device_id;
     if (shape.size() > Description::kMaxDims) return false;
     int64_t sizes[Description::kMaxDims], steps[Description::kMaxDims];
     for (size_t i = 0; i < shape.size(); ++i) {
@@ -182,8 +184,9 @@ inline bool maybe_negated(PyObject* tensor, const Description& d) {
   return answer == Py_True;
 }
 
-// Collects rows of tensors that lie on one of `device_types` (DLPack's numbers). The cells of a row must have the
-// same shape and the same dense strides; a scalar, where there is one, must be a float32.
+// Collects rows of tensors that lie on one of `device_types` (DLPack's numbers), and all on one device if they are
+// CUDA's. The cells of a row must have the same shape and the same dense strides; a scalar, where there is one, must
+// be a float32.
 class TableBuilder {
  public:
   // Of the column `measured`, it is noted whether there is a float64 in it.
@@ -222,11 +225,17 @@ class TableBuilder {
 
   TensorTable table;
   bool has_float64 = false;
+  int32_t device_id = -1;  // of the CUDA device; negative until there is a tensor
 
  private:
-  bool read(PyObject* tensor, Description& description) const {
-    return reader_.read(tensor, description) &&
-           std::find(device_types_.begin(), device_types_.end(), description.device_type) != device_types_.end();
+  bool read(PyObject* tensor, Description& description) {
+    if (!reader_.read(tensor, description) ||
+        std::find(device_types_.begin(), device_types_.end(), description.device_type) == device_types_.end()) {
+      return false;
+    }
+    if (description.device_type != dlpack::kCUDA) return true;
+    if (device_id < 0) device_id = description.device_id;
+    return device_id == description.device_id;
   }
 
   const TensorReader& reader_;

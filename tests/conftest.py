@@ -9,6 +9,7 @@ import gc
 import importlib
 import inspect
 import os
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -19,8 +20,17 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import trainops
-from trainops.backends import triton as triton_backend
+import cuda_shim
+
+# Nor can the CUDA kernels run: they are compiled for the CPU, as the module that the backend finds.
+SHIM = None
+if not torch.cuda.is_available() and cuda_shim.compiler():
+    path = cuda_shim.build(*os.environ.get("TRAINOPS_SHIM_FLAGS", "").split())
+    sys.modules["trainops._cuda"] = cuda_shim.load(path)
+    SHIM = cuda_shim.Shim(path)
+
+import trainops  # noqa: E402 (finds what has been chosen)
+from trainops.backends import triton as triton_backend  # noqa: E402
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -50,8 +60,10 @@ class Target(NamedTuple):
 TARGETS = [
     Target("reference", "cpu"),
     Target("cpu", "cpu"),
+    Target("cuda", "cpu"),
     Target("triton", "cpu"),
     Target("reference", "cuda"),
+    Target("cuda", "cuda"),
     Target("triton", "cuda"),
 ]
 
@@ -64,6 +76,8 @@ def target(request):
         pytest.skip("no CUDA device")
     if not (found := trainops.backends()[backend]).available:
         pytest.skip(f"backend {backend}: {found.reason}")
+    if (backend, device) == ("cuda", "cpu") and SHIM is None:
+        pytest.skip("the CUDA kernels are not compiled for the CPU: there is a CUDA device, or no C++ compiler")
     if (backend, device) == ("triton", "cpu") and not triton_backend._interpreted():
         pytest.skip("the interpreter is off, because there is a CUDA device")
     return request.param

@@ -20,6 +20,9 @@ def upload(table):
     return rows.view(table.row_count, table.row_words).tolist(), chunks.view(-1, 2).tolist()
 
 
+CODES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # as csrc/tensor_table.h numbers them
+
+
 def check_layout(table, columns, scalars=None, chunk_numel=CHUNK, groups=None):
     """Decode what is uploaded, and hold it to the module's docstring."""
     assert table.irregular == []
@@ -28,7 +31,9 @@ def check_layout(table, columns, scalars=None, chunk_numel=CHUNK, groups=None):
     group_of_row = [group for group, count in enumerate(row_counts) for _ in range(count)]
     kinds = []
     for i, tensors in enumerate(zip(*columns, strict=True)):
-        numel, first_chunk, group, *addresses = rows[i]
+        numel, first_chunk, group, dtypes, *addresses = rows[i]
+        codes = [0 if x is None else list(CODES).index(x.dtype) for x in tensors]
+        assert dtypes == sum(code << 4 * column for column, code in enumerate(codes))
         assert numel == next((x.numel() for x in tensors if x is not None), 0)
         assert group == group_of_row[i]
         pointers = [0 if x is None else x.data_ptr() for x in tensors]
@@ -73,7 +78,7 @@ def test_the_words_of_a_row():
         [[empty, param], [None, grad], [None, None]], [torch.tensor(1.0), step], 8, Groups([1, 0, 1], [0, 1, 1])
     )
     rows, chunks = upload(table)
-    assert rows[1] == [20, 1, 2, param.data_ptr(), grad.data_ptr(), 0, step.data_ptr()]
+    assert rows[1] == [20, 1, 2, 2 << 4, param.data_ptr(), grad.data_ptr(), 0, step.data_ptr()]
     assert chunks == [[0, 0], [1, 0], [1, 8], [1, 16]]
     assert table.sections == [
         (((torch.float32, None, None), False), 0, 1),

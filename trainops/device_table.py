@@ -2,11 +2,14 @@
 
 Layout, in 64-bit words:
 
-- ``rows``: for each row its number of elements, its first chunk, its group, and an address per column (0 where the
-  row has no tensor in that role); last the address of its scalar, where the table has scalars.
+- ``rows``: for each row its number of elements, its first chunk, its group, the dtypes of its columns (four bits for
+  each, the first column's lowest), and an address per column (0 where the row has no tensor in that role); last the
+  address of its scalar, where the table has scalars.
 - ``chunks``: for each chunk its row and its first element there. A chunk is up to ``chunk_numel`` elements of one
   row; a row without elements has one empty chunk. The chunks of a row follow each other, and so do those of all rows
   of one kind (a section): a section's tensors have the same types, column by column, so that one launch serves it.
+
+CUDA's kernels take the same words (``csrc/device_table.h`` writes them), in one section: to them, dtypes are data.
 
 What is uploaded is never written again, and is found by its content: a table is made or looked up anew at every step,
 from the addresses of the tensors as they are then, so nothing stale can be used.
@@ -79,6 +82,7 @@ class Layout:
     Attributes:
         irregular: the rows that kernels cannot take as they are.
         sections: of the table's chunks.
+        leading_words: columns of the words that precede the addresses.
         chunk_words: row and first element of every chunk.
     """
 
@@ -86,26 +90,28 @@ class Layout:
         self, columns: Sequence[Column], scalars: Column | None, chunk_numel: int, groups: Groups | None
     ) -> None:
         row_counts, flags = groups or Groups([len(columns[0])], [False])
-        self.groups = [group for group, count in enumerate(row_counts) for _ in range(count)]
+        groups_of_rows = [group for group, count in enumerate(row_counts) for _ in range(count)]
         device = next(x.device for column in columns for x in column if x is not None)
         rows = [_describe_row(row, device) for row in zip(*columns, strict=True)]
         is_regular = [_is_scalar(x, device) for x in scalars] if scalars is not None else [True] * len(rows)
         self.irregular = [i for i, row in enumerate(rows) if row is None or not is_regular[i]]
         self.sections: list[Section] = []
-        self.numels = [0 if row is None else row.numel for row in rows]
-        self.first_chunks = [0] * len(rows)
+        numels = [0 if row is None else row.numel for row in rows]
+        first_chunks = [0] * len(rows)
         self.chunk_count = 0
         by_kind: dict[Kind, list[int]] = {}
         for i, row in enumerate(rows):
             if row is not None:
-                by_kind.setdefault(Kind(row.dtypes, flags[self.groups[i]]), []).append(i)
-        counts = [max(1, -(-numel // chunk_numel)) for numel in self.numels]
+                by_kind.setdefault(Kind(row.dtypes, flags[groups_of_rows[i]]), []).append(i)
+        counts = [max(1, -(-numel // chunk_numel)) for numel in numels]
         for kind, members in by_kind.items():
             first = self.chunk_count
             for i in members:
-                self.first_chunks[i] = self.chunk_count
+                first_chunks[i] = self.chunk_count
                 self.chunk_count += counts[i]
             self.sections.append(Section(kind, first, self.chunk_count - first))
+        dtype_words = [0 if row is None else _dtype_word(row.dtypes) for row in rows]
+        self.leading_words = numels, first_chunks, groups_of_rows, dtype_words
         order = [i for members in by_kind.values() for i in members]
         self.chunk_words = b"" if self.irregular else _chunk_words(order, counts, chunk_numel)
 
@@ -133,7 +139,7 @@ class DeviceTable:
         self.row_count = len(columns[0])
         every = columns if scalars is None else [*columns, scalars]
         nothing = _nothing(self.device)
-        self.row_words = 3 + len(every)
+        self.row_words = 4 + len(every)
         tensors = [[nothing if x is None else x for x in column] for column in every]
         fingerprints = (_fingerprint(column, self.device) for column in tensors)
         key = (self.device, chunk_numel, groups and tuple(map(tuple, groups)), len(columns), *fingerprints)
@@ -144,7 +150,7 @@ class DeviceTable:
         _layouts.remember(key, self._layout)
         self.sections, self.chunk_count = self._layout.sections, self._layout.chunk_count
         addresses = [map(Tensor.data_ptr, column) for column in tensors]
-        rows = zip(self._layout.numels, self._layout.first_chunks, self._layout.groups, *addresses, strict=True)
+        rows = zip(*self._layout.leading_words, *addresses, strict=True)
         self._words = array("q", itertools.chain.from_iterable(rows)).tobytes()
 
     def upload(self) -> tuple[Tensor, Tensor]:
@@ -179,6 +185,15 @@ def _fingerprint(column: Sequence[Tensor], device: torch.device) -> tuple[object
         1 in sizes and any(map(Tensor.is_neg, column)),
         set(map(_device, column)) <= {device},
     )
+
+
+# As csrc/tensor_table.h numbers them.
+_DTYPES: tuple[torch.dtype | None, ...] = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _dtype_word(dtypes: Sequence[torch.dtype | None]) -> int:
+    codes = (0 if dtype is None else _DTYPES.index(dtype) for dtype in dtypes)
+    return sum(code << (4 * column) for column, code in enumerate(codes))
 
 
 class _Row(NamedTuple):

@@ -26,11 +26,12 @@ _DTYPE_CODES = {
 _DEVICE_CODES = {"cpu": 1, "cuda": 2}
 
 
-def describe(x: Tensor) -> tuple[int, int, int, int, tuple[int, ...], tuple[int, ...]] | None:
-    """Address, dtype code, bits, device code, shape and strides; None for what no kernel takes as it is."""
+def describe(x: Tensor) -> tuple[int, int, int, int, int, tuple[int, ...], tuple[int, ...]] | None:
+    """Address, dtype code, bits, device code and index, shape, strides; None for what no kernel takes as it is."""
     if x.layout is not torch.strided or x.dtype not in _DTYPE_CODES or x.device.type not in _DEVICE_CODES:
         return None
-    return (x.data_ptr(), *_DTYPE_CODES[x.dtype], _DEVICE_CODES[x.device.type], tuple(x.shape), x.stride())
+    device = _DEVICE_CODES[x.device.type], x.device.index or 0
+    return (x.data_ptr(), *_DTYPE_CODES[x.dtype], *device, tuple(x.shape), x.stride())
 
 
 def local(x: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ def block_numel(*itemsizes: int) -> int:
     return THREADS * 16 // min(itemsizes)
 
 
-# Words of a row in front of its addresses: number of elements, first chunk, group.
-NUMEL, FIRST_CHUNK, GROUP, ADDRESSES = (tl.constexpr(i) for i in range(4))
+# Words of a row in front of its addresses: number of elements, first chunk, group, dtypes (which these kernels know).
+NUMEL, FIRST_CHUNK, GROUP, DTYPES, ADDRESSES = (tl.constexpr(i) for i in range(5))
 
 
 @triton.jit

@@ -25,10 +25,10 @@ from .ema import moved
 # Columns of the table, in the order of trainops.backends.AdamWGroup.COLUMNS.
 PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, AVERAGE, STEP = (tl.constexpr(i) for i in range(7))
 
-# Words of the settings: two for the step, then seven for each group. A learning rate that lies on the device has an
-# address, of a float32 or of a float64.
+# Words of the settings: two for the step, then eight for each group. A learning rate that lies on the device has an
+# address, of a float32 or of a float64. `maximize` is known when these kernels are compiled.
 MAX_NORM, EMA_DECAY, GROUPS = (tl.constexpr(i) for i in range(3))
-LR, LR_FLOAT32, LR_FLOAT64, BETA1, BETA2, EPS, WEIGHT_DECAY, GROUP_WORDS = (tl.constexpr(i) for i in range(8))
+LR, LR_FLOAT32, LR_FLOAT64, BETA1, BETA2, EPS, WEIGHT_DECAY, IS_MAXIMIZED, GROUP_WORDS = map(tl.constexpr, range(9))
 
 # What `plan` finds out for each row, in float64.
 KEEP, WEIGHT1, BETA1_, BETA2_, WEIGHT2, STEP_SIZE, SCALED_EPS, NEW_STEP, SCALARS = (tl.constexpr(i) for i in range(9))

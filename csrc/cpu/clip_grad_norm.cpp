@@ -113,10 +113,7 @@ TRAINOPS_HOST_DEVICE void scale_values(T* values, int64_t size, T coefficient) {
 
 template <typename T>
 TRAINOPS_HOST_DEVICE void clamp_values(T* values, int64_t size, T bound) {
-  for (int64_t i = 0; i < size; ++i) {
-    const T at_least = values[i] < -bound ? -bound : values[i];
-    values[i] = at_least > bound ? bound : at_least;
-  }
+  for (int64_t i = 0; i < size; ++i) values[i] = clamp_element(values[i], bound);
 }
 
 #define TRAINOPS_IN_PLACE(T)                                                      \

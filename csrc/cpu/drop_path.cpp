@@ -13,21 +13,6 @@
 namespace trainops::cpu {
 namespace {
 
-struct RoundNothing {
-  template <typename T>
-  TRAINOPS_HOST_DEVICE T operator()(T x) const {
-    return x;
-  }
-};
-template <typename Narrow>
-struct RoundTo {
-  TRAINOPS_HOST_DEVICE float operator()(float x) const {
-    Narrow narrowed;
-    narrow(x, narrowed);
-    return widen(narrowed);
-  }
-};
-
 template <bool has_residual, bool has_layer_scale, typename T, typename Round>
 TRAINOPS_HOST_DEVICE void add(T* __restrict out, const T* __restrict residual, const T* __restrict branch,
                               const T* __restrict layer_scale, T mask, int64_t size, Round round) {

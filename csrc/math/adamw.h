@@ -29,7 +29,9 @@ template <typename T>
 struct AdamWScalars {
   T coefficient, keep, weight1, beta1, beta2, weight2, step_size, scaled_eps;
 
-  AdamWScalars(const AdamWSettings& s, double step, double grad_coefficient) {
+  AdamWScalars() = default;
+
+  TRAINOPS_HOST_DEVICE AdamWScalars(const AdamWSettings& s, double step, double grad_coefficient) {
     const double correction1 = 1.0 - std::pow(s.beta1, step);
     const double correction2_sqrt = std::sqrt(1.0 - std::pow(s.beta2, step));
     coefficient = static_cast<T>(s.maximize ? -grad_coefficient : grad_coefficient);
@@ -43,7 +45,7 @@ struct AdamWScalars {
   }
 
   template <typename Wide>
-  explicit AdamWScalars(const AdamWScalars<Wide>& s)
+  TRAINOPS_HOST_DEVICE explicit AdamWScalars(const AdamWScalars<Wide>& s)
       : coefficient(static_cast<T>(s.coefficient)),
         keep(static_cast<T>(s.keep)),
         weight1(static_cast<T>(s.weight1)),

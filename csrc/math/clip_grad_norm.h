@@ -35,4 +35,18 @@ TRAINOPS_HOST_DEVICE double clip_coefficient(double norm, double max_norm) {
   return coefficient > 1.0 ? 1.0 : coefficient;
 }
 
+// What gradients that are `grad_scale` times too large are multiplied with. `norm` is that of the unscaled ones.
+TRAINOPS_HOST_DEVICE double step_coefficient(bool clips, double norm, double max_norm, double grad_scale) {
+  return (clips ? clip_coefficient(norm, max_norm) : 1.0) / grad_scale;
+}
+
+TRAINOPS_HOST_DEVICE bool is_finite(double x) { return x - x == 0.0; }
+
+// A NaN stays.
+template <typename T>
+TRAINOPS_HOST_DEVICE T clamp_element(T x, T bound) {
+  const T at_least = x < -bound ? -bound : x;
+  return at_least > bound ? bound : at_least;
+}
+
 }  // namespace trainops

@@ -8,9 +8,25 @@
 // residual as it is, where PyTorch makes -0.0 + 0.0 of it.) Agrees with: timm.layers.drop_path (timm/layers/drop.py).
 #pragma once
 
+#include "float16.h"
 #include "host_device.h"
 
 namespace trainops {
+
+struct RoundNothing {
+  template <typename T>
+  TRAINOPS_HOST_DEVICE T operator()(T x) const {
+    return x;
+  }
+};
+template <typename Narrow>
+struct RoundTo {
+  TRAINOPS_HOST_DEVICE float operator()(float x) const {
+    Narrow narrowed;
+    narrow(x, narrowed);
+    return widen(narrowed);
+  }
+};
 
 // The term that is added to the residual. `round` rounds to the type of the products.
 template <bool has_layer_scale, typename T, typename Round>

@@ -14,7 +14,8 @@ struct EMAWeight {
   T weight;      // 1 - decay
   T complement;  // decay
 
-  explicit EMAWeight(double decay) : weight(static_cast<T>(1.0 - decay)), complement(static_cast<T>(decay)) {}
+  TRAINOPS_HOST_DEVICE explicit EMAWeight(double decay)
+      : weight(static_cast<T>(1.0 - decay)), complement(static_cast<T>(decay)) {}
 };
 
 template <typename T>

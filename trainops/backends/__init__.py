@@ -8,10 +8,10 @@ from ._interface import AdamWGroup, Backend, Kernels, StepControl, StepResult
 
 __all__ = ["AdamWGroup", "Backend", "Kernels", "StepControl", "StepResult", "backends", "check", "select"]
 
-NAMES = ("reference", "cpu", "triton")
+NAMES = ("reference", "cpu", "cuda", "triton")
 
 # What serves a type of device, best first; other devices are served by the reference.
-PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 
 @cache

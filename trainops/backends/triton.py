@@ -22,6 +22,7 @@ from torch import Tensor
 from .. import reference
 from ..device_table import DeviceTable, Groups, uploaded
 from ..tensor_table import Column, regular_table
+from ._device_step import settings_words, there
 from ._drop_path import empty_result, has_kernel
 from ._interface import AdamWGroup, Backend, StepControl, StepResult
 
@@ -291,11 +292,11 @@ def _adamw_step(
     adamw, device = _kernels().adamw, table.device
     with _on(device):
         rows, chunks = table.upload()
-        settings = uploaded(_settings(groups, control, ema_decay, device), device)
+        settings = uploaded(settings_words(groups, control, ema_decay, device), device)
         scalars = torch.empty(table.row_count, adamw.SCALARS.value, dtype=torch.float64, device=device)
         coefficient = torch.empty((), dtype=torch.float64, device=device)
         skip = torch.empty((), dtype=torch.bool, device=device) if control.may_skip else None
-        counter = None if skip is None else _there(control.skipped_steps, device)
+        counter = None if skip is None else there(control.skipped_steps, device)
         partials = _partial_norms(table, rows, chunks, _GRADS, 2) if control.measures else None
         total_norm, norms = (None, None) if partials is None else _empty_norms(table, _GRADS)
         _launch(
@@ -305,9 +306,9 @@ def _adamw_step(
             settings,
             partials,
             table.chunk_count,
-            _there(control.grad_scale, device),
-            _there(control.found_inf, device),
-            _there(control.total_norm, device),
+            there(control.grad_scale, device),
+            there(control.found_inf, device),
+            there(control.total_norm, device),
             total_norm,
             norms,
             coefficient,
@@ -344,26 +345,6 @@ def _adamw_step(
     if counter is not None and counter is not control.skipped_steps and control.skipped_steps is not None:
         control.skipped_steps.copy_(counter)  # it is on another device
     return StepResult(control.total_norm if total_norm is None else total_norm, norms, skip)
-
-
-def _there(x: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if x is None else x.to(device)
-
-
-def _settings(groups: Sequence[AdamWGroup], control: StepControl, ema_decay: float, device: torch.device) -> bytes:
-    """What does not change from row to row, as ``triton_kernels/adamw.py`` reads it."""
-    words = struct.pack("2d", 0.0 if control.max_norm is None else control.max_norm, ema_decay)
-    for group in groups:
-        lr, float32, float64 = _learning_rate(group.lr, device)
-        words += struct.pack("d2q4d", lr, float32, float64, group.beta1, group.beta2, group.eps, group.weight_decay)
-    return words
-
-
-def _learning_rate(lr: float | Tensor, device: torch.device) -> tuple[float, int, int]:
-    """Its value, or its address on the device, where it stays: that of a float32, or of a float64."""
-    if not isinstance(lr, Tensor) or lr.device != device or lr.dtype not in (torch.float32, torch.float64):
-        return float(lr), 0, 0
-    return (0.0, lr.data_ptr(), 0) if lr.dtype == torch.float32 else (0.0, 0, lr.data_ptr())
 
 
 def drop_path(

@@ -1,0 +1,132 @@
+"""What nvcc made of the CUDA kernels, for GPUs that need not be there.
+
+    python -m benchmarks.inspect_cuda
+
+Reads the machine code in the built module: registers, stack, local and static shared memory, and the accesses to
+global memory of 16 bytes. Exits with 1 where a kernel uses stack or local memory, or where a streaming kernel lacks
+16-byte accesses. Needs cuobjdump, which the CUDA toolkit has, and Triton's wheel.
+"""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+# 16-byte reads and writes that each streaming kernel needs: for each tensor, one for every half of a pack of float32
+# and, in kernels that serve both, one for a pack of float64.
+LEAST = {
+    "norms_kernel": (2 + 1, 0),
+    "scale_kernel": (2 + 1, 2 + 1),
+    "clamp_kernel": (2 + 1, 2 + 1),
+    "ema_kernel": (2 * (2 + 1), 2 + 1),
+    "adamw_kernel": (6 * (2 + 1), 5 * (2 + 1)),
+    "drop_path_kernel<float>": (3 * 2, 2),
+    "drop_path_kernel<double>": (3, 1),
+    "backward_kernel<float, true>": (3 * 2, 2),
+    "backward_kernel<double, true>": (3, 1),
+}
+TEMPLATE_ARGUMENTS = {
+    "f": "float",
+    "d": "double",
+    "Lb0": "false",
+    "Lb1": "true",
+    "Norm0": "l1",
+    "Norm1": "l2",
+    "Norm2": "inf",
+}
+
+
+class Kernel(NamedTuple):
+    """What the machine code of a kernel shows."""
+
+    registers: int
+    stack: int  # bytes for each thread, as are local ones
+    local: int
+    shared: int
+    loads: int = 0  # instructions of 16 bytes
+    stores: int = 0
+
+
+def cuobjdump() -> str | None:
+    """The program, from the toolkit or from Triton's wheel."""
+    if found := shutil.which("cuobjdump"):
+        return found
+    triton = importlib.util.find_spec("triton")
+    if triton is None or triton.origin is None:
+        return None
+    return shutil.which(Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+
+
+def name_of(symbol: str) -> str | None:
+    """A kernel's name and template arguments; None for functions that it calls."""
+    match = re.match(r"[^$]*\d([a-z_]+_kernel)(?:I(.*?)EEv|E)", symbol)
+    if match is None:
+        return None
+    found = re.findall(r"LNS\d?_4(Norm)E(\d)|(Lb\d)|([fd])", match[2] or "")
+    arguments = [TEMPLATE_ARGUMENTS["".join(parts)] for parts in found]
+    return match[1] + (f"<{', '.join(arguments)}>" if arguments else "")
+
+
+def read(program: str, module: str) -> dict[tuple[str, str], Kernel]:
+    """Every kernel of the module, by name and architecture."""
+
+    def output(option: str) -> list[str]:
+        command = [program, option, module]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+    kernels: dict[tuple[str, str], Kernel] = {}
+    architecture = name = None
+    for line in output("-res-usage"):
+        if match := re.match(r"arch = (\w+)", line):
+            architecture = match[1]
+        elif match := re.match(r"\s*Function (\S+):", line):
+            name = name_of(match[1])
+        elif name and architecture and (found := dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", line))):
+            numbers = (int(found[key]) for key in ("REG", "STACK", "LOCAL", "SHARED"))
+            kernels[name, architecture] = Kernel(*numbers)
+    for line in output("-sass"):
+        if match := re.match(r"arch = (\w+)", line.strip()):
+            architecture = match[1]
+        elif match := re.match(r"\s*Function : (\S+)", line):
+            name = name_of(match[1])
+        elif name and architecture and (match := re.search(r"\b(LDG|STG)\.E\S*\.128", line)):
+            kernel = kernels[name, architecture]
+            field = "loads" if match[1] == "LDG" else "stores"
+            kernels[name, architecture] = kernel._replace(**{field: getattr(kernel, field) + 1})
+    return kernels
+
+
+def fault(name: str, kernel: Kernel) -> str:
+    """What is wrong with a kernel; empty if nothing is."""
+    loads, stores = LEAST.get(name, LEAST.get(name.partition("<")[0], (0, 0)))
+    faults = ["uses stack"] * (kernel.stack > 0) + ["uses local memory"] * (kernel.local > 0)
+    faults += ["narrow loads"] * (kernel.loads < loads) + ["narrow stores"] * (kernel.stores < stores)
+    return ", ".join(faults)
+
+
+def main() -> int:
+    """Print the table; 1 if a kernel is not as it should be."""
+    spec = importlib.util.find_spec("trainops._cuda")
+    program = cuobjdump()
+    if spec is None or spec.origin is None or program is None:
+        print("nothing to inspect: " + ("there is no cuobjdump" if spec else "the cuda backend was not built"))
+        return 0
+    table = Table("kernel", "target", "registers", "stack", "local", "shared", "16-byte loads", "stores", "fault")
+    kernels = read(program, spec.origin)
+    faults = {key: fault(key[0], kernel) for key, kernel in kernels.items()}
+    for key, kernel in sorted(kernels.items()):
+        table.add_row(*key, *map(str, kernel), faults[key])
+    Console(width=160).print(table)
+    missing = [name for name in LEAST if not any(key[0].startswith(name) for key in kernels)]
+    print(f"{len(kernels)} kernels, {sum(map(bool, faults.values()))} with a fault; not found: {missing or 'none'}")
+    return int(any(faults.values()) or bool(missing))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

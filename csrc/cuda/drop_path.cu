@@ -1,0 +1,113 @@
+// DropPath with its residual and layer scale: the formula is in math/drop_path.h.
+// Per element of a kept sample: reads branch and residual, writes out (12 bytes in float32). With a residual, a
+// dropped sample's branch is not read. Arithmetic in float32, or float64 when all operands are.
+#include "drop_path.cuh"
+
+namespace trainops::cuda {
+namespace {
+
+// Where an element lies in repetitions of `size` elements: one division for a chunk finds it for all of its elements.
+struct Cycle {
+  int64_t size, turn, position;
+
+  __device__ Cycle(int64_t element, int64_t period) : size(period), turn(element / period) {
+    position = element - turn * period;
+  }
+
+  // The same for the element that is `offset` further on, at most a chunk.
+  __device__ Cycle after(int64_t offset) const {
+    Cycle moved = *this;
+    moved.position += offset;
+    if (size >= kChunkNumel) {
+      if (moved.position >= size) {
+        moved.position -= size;
+        ++moved.turn;
+      }
+    } else {
+      const auto turns = static_cast<uint32_t>(moved.position) / static_cast<uint32_t>(size);
+      moved.position -= turns * size;
+      moved.turn += turns;
+    }
+    return moved;
+  }
+};
+
+template <typename T>
+__device__ void forward_pack(const DropPath& args, const Span<T>& span, int64_t tile, const Cycle& sample,
+                             const Cycle& channel) {
+  const Place place(span, tile, threadIdx.x);
+  const int64_t firsts[2] = {place.first - span.begin, place.second - span.begin};
+  const bool exist[2] = {place.has_first, place.has_second};
+  T mask[2] = {};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (exist[half]) mask[half] = load<T>(args.mask, sample.after(firsts[half]).turn);
+  }
+  Place of_scale = place, of_branch = place;
+  of_scale.first = channel.after(firsts[0]).position;
+  of_scale.second = channel.after(firsts[1]).position;
+  const bool has_residual = args.residual.address != nullptr;
+  of_branch.has_first = place.has_first && (!has_residual || mask[0] != T(0));
+  of_branch.has_second = place.has_second && (!has_residual || mask[1] != T(0));
+  const Raw raw_branch = fetch<T>(args.branch, of_branch), raw_residual = fetch<T>(args.residual, place);
+  const Raw raw_scale = fetch<T>(args.layer_scale, of_scale);
+
+  T x[kPack<T>], layer_scale[kPack<T>], residual[kPack<T>];
+  unpack(raw_branch, args.branch.dtype, x);
+  unpack(raw_scale, args.layer_scale.dtype, layer_scale);
+  unpack(raw_residual, args.residual.dtype, residual);
+  const bool has_scale = args.layer_scale.address != nullptr;
+  with_rounding<T>(args.mask.dtype, [&](auto round) {
+#pragma unroll
+    for (int j = 0; j < kPack<T>; ++j) {
+      const T value = mask[j / kHalf<T>];
+      x[j] = term(x[j], has_scale ? layer_scale[j] : T(1), value, round);
+      if (has_residual) x[j] = value == T(0) ? residual[j] : residual[j] + x[j];
+    }
+  });
+  put<T>(args.out, place, pack(x, args.out.dtype));
+}
+
+template <typename T>
+__device__ void forward_one(const DropPath& args, int64_t i, int64_t sample, int64_t channel) {
+  const bool has_residual = args.residual.address != nullptr;
+  const T mask = load<T>(args.mask, sample), residual = has_residual ? load<T>(args.residual, i) : T(0);
+  T result = residual;
+  if (!has_residual || mask != T(0)) {
+    const T layer_scale = args.layer_scale.address == nullptr ? T(1) : load<T>(args.layer_scale, channel);
+    with_rounding<T>(args.mask.dtype, [&](auto round) {
+      result = term(load<T>(args.branch, i), layer_scale, mask, round);
+      if (has_residual) result = residual + result;
+    });
+  }
+  store(args.out, i, result);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 3) drop_path_kernel(const __grid_constant__ DropPath args) {
+  const int64_t numel = args.samples * args.sample_numel;
+  const bool whole_channels = args.layer_scale.address == nullptr || args.channels % kPack<T> == 0;
+  const bool regular = args.sample_numel % kPack<T> == 0 && whole_channels;
+  for (int64_t begin = blockIdx.x * kChunkNumel; begin < numel; begin += gridDim.x * kChunkNumel) {
+    Span<T> span(begin, numel - begin < kChunkNumel ? numel : begin + kChunkNumel, kThreads);
+    for (const Cell* cell : {&args.out, &args.branch, &args.residual, &args.layer_scale}) span.add(*cell);
+    span.close(regular);
+    const Cycle sample(begin, args.sample_numel), channel(begin, args.channels);
+    for (int64_t tile = begin; tile < span.body; tile += kThreads * kPack<T>) {
+      forward_pack(args, span, tile, sample, channel);
+    }
+    for (int64_t i = span.body + threadIdx.x; i < span.end; i += kThreads) {
+      forward_one<T>(args, i, sample.after(i - begin).turn, channel.after(i - begin).position);
+    }
+  }
+}
+
+}  // namespace
+
+void drop_path(const DropPath& args, const Queue& queue) {
+  const int64_t chunks = (args.samples * args.sample_numel + kChunkNumel - 1) / kChunkNumel;
+  const auto kernel = args.branch.dtype == DType::float64 ? drop_path_kernel<double> : drop_path_kernel<float>;
+  launch(kernel, "drop_path", chunks, queue, args);
+}
+
+}  // namespace trainops::cuda

@@ -1,0 +1,25 @@
+// What DropPath and its derivative have in common: products, each rounded to the type that PyTorch gives it.
+#pragma once
+
+#include "../math/drop_path.h"
+#include "packs.cuh"
+
+namespace trainops::cuda {
+
+// Calls function(round), where round rounds to the type of the products.
+template <typename T, typename Function>
+__device__ void with_rounding(DType products, Function function) {
+  if constexpr (sizeof(T) == 4) {
+    if (products == DType::bfloat16) return function(RoundTo<BFloat16>{});
+    if (products == DType::float16) return function(RoundTo<Float16>{});
+  }
+  function(RoundNothing{});
+}
+
+// `x` is rounded first: a gradient may come in another type. Without a layer scale, that is 1.
+template <typename T, typename Round>
+__device__ T term(T x, T layer_scale, T mask, Round round) {
+  return drop_path_element<true>(round(x), layer_scale, mask, round);
+}
+
+}  // namespace trainops::cuda

@@ -1,0 +1,41 @@
+// Exponential moving average of the weights: the formula is in math/ema.h.
+// Reads ema and param, writes ema: 12 bytes per float32 element. Arithmetic in float32, or float64 for float64.
+#include "ema.cuh"
+
+namespace trainops::cuda {
+namespace {
+
+template <typename T>
+__device__ void move_chunk(const Cell& average, const Cell& param, const Chunk& chunk, double decay) {
+  Span<T> span(chunk.begin, chunk.end, kThreads);
+  span.add(average);
+  span.add(param);
+  span.close();
+  for (int64_t tile = span.begin; tile < span.body; tile += kThreads * kPack<T>) {
+    const Place place(span, tile, threadIdx.x);
+    const Raw of_average = fetch<T>(average, place), of_param = fetch<T>(param, place);
+    put<T>(average, place, ema_pack<T>(of_average, average.dtype, of_param, param.dtype, decay));
+  }
+  for (int64_t i = span.body + threadIdx.x; i < span.end; i += kThreads) ema_one(average, param, i, decay);
+}
+
+__global__ void __launch_bounds__(kThreads) ema_kernel(const DeviceTable table, double decay, const bool* skip) {
+  if (skip != nullptr && *skip) return;
+  for (int64_t index = blockIdx.x; index < table.chunk_count; index += gridDim.x) {
+    const Chunk chunk = chunk_of(table, index);
+    const Cell average = chunk.row.cell(0), param = chunk.row.cell(1);
+    if (average.dtype == DType::float64) {
+      move_chunk<double>(average, param, chunk, decay);
+    } else {
+      move_chunk<float>(average, param, chunk, decay);
+    }
+  }
+}
+
+}  // namespace
+
+void ema(const DeviceTable& table, double decay, const bool* skip, const Queue& queue) {
+  launch(ema_kernel, "ema", table.chunk_count, queue, table, decay, skip);
+}
+
+}  // namespace trainops::cuda

@@ -1,0 +1,30 @@
+// One element of an average, for ema.cu and as the last act of a fused AdamW step. The formula is in math/ema.h.
+#pragma once
+
+#include "../math/ema.h"
+#include "packs.cuh"
+
+namespace trainops::cuda {
+
+// The arithmetic is in float64 where either tensor is. The parameter is read as it was stored.
+__device__ inline void ema_one(const Cell& average, const Cell& param, int64_t i, double decay) {
+  if (average.dtype == DType::float64 || param.dtype == DType::float64) {
+    store(average, i, ema_element(load<double>(average, i), load<double>(param, i), EMAWeight<double>(decay)));
+  } else {
+    store(average, i, ema_element(load<float>(average, i), load<float>(param, i), EMAWeight<float>(decay)));
+  }
+}
+
+// A pack of each, as they lie in memory.
+template <typename T>
+__device__ Raw ema_pack(const Raw& average, DType average_dtype, const Raw& param, DType param_dtype, double decay) {
+  const EMAWeight<T> weight(decay);
+  T moved[kPack<T>], towards[kPack<T>];
+  unpack(average, average_dtype, moved);
+  unpack(param, param_dtype, towards);
+#pragma unroll
+  for (int j = 0; j < kPack<T>; ++j) moved[j] = ema_element(moved[j], towards[j], weight);
+  return pack(moved, average_dtype);
+}
+
+}  // namespace trainops::cuda

@@ -1,0 +1,107 @@
+// The CUDA kernels, as the bindings call them: each function is one launch on a stream of a device, waits for nothing
+// and throws a std::runtime_error that names the kernel where it cannot be launched. All addresses that are not said
+// to be on the host are on the device. What is null is not there.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "../math/adamw.h"
+#include "../math/clip_grad_norm.h"
+#include "../tensor_table.h"
+
+// The type of device that these kernels run on, as DLPack numbers them. (Tests run them on the CPU.)
+#ifndef TRAINOPS_DEVICE_TYPE
+#define TRAINOPS_DEVICE_TYPE 2
+#endif
+
+namespace trainops::cuda {
+
+// Elements of a chunk, the unit of a block's work. Also the unit of the partial sums of a norm.
+constexpr int64_t kChunkNumel = 8192;
+
+// The devices that there are; an error's text where they cannot be counted.
+struct Devices {
+  int count;
+  std::string error, name;  // of the first
+};
+Devices devices();
+
+// Where a kernel runs.
+struct Queue {
+  int device;
+  void* stream;
+};
+
+// A table in the device's memory: its words are described in trainops/device_table.py.
+struct DeviceTable {
+  const int64_t* rows;
+  const int64_t* chunks;
+  int64_t row_count, chunk_count, row_words;
+};
+
+// The norm of each row of a column and of all of them, divided by `grad_scale`. `counter` must be 0, and is again.
+struct NormsArgs {
+  DeviceTable table;
+  int64_t column;
+  const float* grad_scale;
+  unsigned* counter;
+  double* partials;  // one per chunk
+  double* total;
+  void* total_out;  // the same, and the rows' norms, as float or double
+  void* norms_out;
+  bool out_is_double;
+};
+void norms(const NormsArgs& args, Norm norm, const Queue& queue);
+
+// Multiplies with a float or double that lies on the device; 1 leaves the tensors unread.
+void scale(const DeviceTable& table, const Cell& coefficient, const Queue& queue);
+void clamp(const DeviceTable& table, double bound, const Queue& queue);
+
+// Columns: average, param. A true `skip` leaves the averages alone.
+void ema(const DeviceTable& table, double decay, const bool* skip, const Queue& queue);
+
+// The columns of an AdamW table. max_exp_avg_sq and ema may have no address; step is one float32.
+enum AdamWColumn : int { kParam, kGrad, kExpAvg, kExpAvgSq, kMaxExpAvgSq, kEMA, kStep };
+
+// The settings of a step: max_norm and the average's decay, then for each group its learning rate (or the address of
+// a float32, or of a float64, that holds it), beta1, beta2, eps, weight_decay, and whether it maximizes.
+enum SettingsWord : int { kMaxNorm, kDecay, kGroups };
+enum GroupWord : int { kLR, kLRFloat32, kLRFloat64, kBeta1, kBeta2, kEps, kWeightDecay, kMaximize, kGroupWords };
+
+// Those of a few groups travel with the launch; those of many have an address.
+constexpr int kInlineSettings = kGroups + 16 * kGroupWords;
+
+// AdamW with clipping, unscaling, skipping and EMA. Advances the step counts, too, after the last block.
+struct AdamWArgs {
+  DeviceTable table;
+  const int64_t* settings;
+  int64_t inline_settings[kInlineSettings];
+  const double* norm;
+  const float* grad_scale;
+  const float* found_inf;
+  bool clips, skip_nonfinite;
+  bool* skip;              // written: whether the step was skipped
+  int64_t* skipped_steps;  // is then increased
+  unsigned* counter;       // must be 0, and is again
+};
+void adamw(const AdamWArgs& args, const Queue& queue);
+
+// out = residual + branch * layer_scale * mask[sample]; null residual or layer_scale leave their term out.
+struct DropPath {
+  Cell out, residual, branch, layer_scale, mask;
+  int64_t samples, sample_numel, channels;
+};
+void drop_path(const DropPath& args, const Queue& queue);
+
+// of_branch = grad * layer_scale * mask[sample], and layer scale's gradient: the sum of grad * mask[sample] * branch.
+// Two launches. `partials`: room for drop_path_partials(...) sums.
+struct DropPathBackward {
+  Cell of_branch, of_layer_scale, grad, branch, layer_scale, mask;
+  int64_t samples, sample_numel, channels;
+  double* partials;
+};
+void drop_path_backward(const DropPathBackward& args, const Queue& queue);
+int64_t drop_path_partials(int64_t samples, int64_t sample_numel, int64_t channels);
+
+}  // namespace trainops::cuda

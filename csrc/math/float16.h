@@ -1,0 +1,83 @@
+// bfloat16 and float16 to and from the type that the arithmetic is done in, rounding to nearest even.
+//
+// On the CPU by branch-free integer arithmetic, so that compilers vectorise it for every instruction set; float16 is
+// not converted by F16C instructions because GCC does not vectorise those. On CUDA devices by their instructions,
+// which give the same bits but for the payload of NaNs.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "host_device.h"
+
+namespace trainops {
+
+template <typename To, typename From>
+TRAINOPS_HOST_DEVICE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+TRAINOPS_HOST_DEVICE float widen(BFloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+
+TRAINOPS_HOST_DEVICE float widen(Float16 x) {
+#ifdef __CUDA_ARCH__
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
+  return wide;
+#else
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  // Normal numbers: move exponent and mantissa, and rebias the exponent from 15 to 127; infinity and NaN go on to
+  // 255. Subnormals: put the mantissa below 0.5, whose last place is 2^-24, and take the 0.5 away again.
+  const uint32_t rebias = magnitude >= 0x7c00u ? 0x70000000u : 0x38000000u;
+  const uint32_t normal = (magnitude << 13) + rebias;
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude | 0x3f000000u) - 0.5f);
+  return bit_cast<float>(sign | (magnitude < 0x0400u ? subnormal : normal));
+#endif
+}
+
+TRAINOPS_HOST_DEVICE void narrow(float x, BFloat16& to) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
+#else
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  to.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+#endif
+}
+
+TRAINOPS_HOST_DEVICE void narrow(float x, Float16& to) {
+#ifdef __CUDA_ARCH__
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
+#else
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t normal = (magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Adding 0.5 lets the floating-point unit round to a multiple of 2^-24, the last place of a subnormal.
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
+  result = magnitude >= 0x47800000u ? 0x7c00u : result;  // 65536 and above
+  result = magnitude > 0x7f800000u ? 0x7e00u : result;
+  to.bits = static_cast<uint16_t>((bits >> 16 & 0x8000u) | result);
+#endif
+}
+
+// Between float32 and float64, and to 16 bits from float64 by way of float32, as PyTorch converts.
+TRAINOPS_HOST_DEVICE float widen(float x) { return x; }
+TRAINOPS_HOST_DEVICE double widen(double x) { return x; }
+TRAINOPS_HOST_DEVICE void narrow(double x, float& to) { to = static_cast<float>(x); }
+TRAINOPS_HOST_DEVICE void narrow(float x, double& to) { to = x; }
+TRAINOPS_HOST_DEVICE void narrow(double x, BFloat16& to) { narrow(static_cast<float>(x), to); }
+TRAINOPS_HOST_DEVICE void narrow(double x, Float16& to) { narrow(static_cast<float>(x), to); }
+
+}  // namespace trainops

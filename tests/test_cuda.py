@@ -1,0 +1,275 @@
+"""What is the CUDA backend's own: its launches, and the same bits whatever a GPU does with its blocks.
+
+Without a GPU, the kernels are compiled for the CPU and run by ``cuda_shim``.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cuda_shim
+import pytest
+import torch
+from conftest import DTYPES, SHIM, same_bits
+from torch import nn
+
+import trainops
+
+needs_shim = pytest.mark.skipif(SHIM is None, reason="the CUDA kernels are not compiled for the CPU")
+pytestmark = pytest.mark.skipif(
+    not trainops.backends()["cuda"].available, reason=f"backend cuda: {trainops.backends()['cuda'].reason}"
+)
+
+DEVICE = "cuda" if SHIM is None else "cpu"
+
+SHAPES = [(), (0,), (7,), (64, 3), (1025,), (3, 70001), (8192,), (2048,), *[(5,)] * 30]
+STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+def randn(shape, dtype, device=DEVICE):
+    return torch.randn(shape).to(device, dtype)
+
+
+def at_offset(x, offset):
+    """A copy of ``x`` that begins so many elements into its memory."""
+    return torch.cat((x.new_zeros(offset), x.flatten()))[offset:].view(x.shape)
+
+
+def make_step(dtypes=(torch.float32,) * 3, place=lambda x, role: x.clone(), device=DEVICE, **options):
+    """A step, ready to be taken, and the tensors that it may change. ``dtypes``: param and grad, state, average."""
+    torch.manual_seed(0)
+    dtype, state_dtype, average_dtype = dtypes
+    model = nn.Module()
+    model.params = nn.ParameterList(nn.Parameter(place(randn(s, dtype, device), 0)) for s in SHAPES)
+    params = list(model.params)
+    ema = trainops.EMA(model, 0.9, dtype=average_dtype, backend="cuda")
+    options = {"lr": 0.1, "amsgrad": True, "max_grad_norm": 1.0, "skip_nonfinite": True} | options
+    optimizer = trainops.AdamW(params, ema=ema, backend="cuda", **options)
+    for p, average in zip(params, ema.module.params, strict=True):
+        p.grad = place(randn(p.shape, dtype, device), 1)
+        state = {name: place(randn(p.shape, state_dtype, device).abs(), i) for i, name in enumerate(STATES, start=2)}
+        optimizer.state[p] = {"step": torch.tensor(3.0, device=device), **state}
+        average.data = place(average.data, 5)
+    states = [x for p in params for x in optimizer.state[p].values()]
+    return optimizer, [*params, *states, *ema.module.params]
+
+
+def after_steps(count=2, **how):
+    optimizer, tensors = make_step(**how)
+    for _ in range(count):
+        optimizer.step()
+    return [optimizer.grad_norm, optimizer.grad_norms, *tensors]
+
+
+def everything(dtype, place=lambda x, role: x.clone()):
+    """What every kernel makes of such tensors."""
+    results = after_steps(dtypes=(dtype,) * 3, place=place)
+    torch.manual_seed(1)
+    params = [nn.Parameter(place(randn(s, dtype), 1)) for s in SHAPES]
+    for i, p in enumerate(params):
+        p.grad = place(randn(p.shape, dtype), i % 3)
+    norms = [trainops.clip_grad_norm_(params, 0.5, p, backend="cuda") for p in (1.0, 2.0, float("inf"))]
+    trainops.clip_grad_value_(params, 0.01, backend="cuda")
+    averages = [place(randn(s, dtype), 3) for s in SHAPES]
+    trainops.ema_update_(averages, [p.grad for p in params], 0.9, backend="cuda")
+    dropped = []
+    for shape in [(6, 33, 64), (3, 5, 7), (5, 1000, 8), (9, 16), (300, 1, 2)]:
+        residual, branch = (place(randn(shape, dtype), role) for role in (0, 1))
+        layer_scale = place(randn(shape[-1], dtype), 2)
+        operands = [x.requires_grad_() for x in (residual, branch, layer_scale)]
+        out = trainops.drop_path_add(residual, branch, 0.4, True, layer_scale=layer_scale, backend="cuda")
+        dropped += [out, *torch.autograd.grad(out, operands, randn(shape, dtype))]
+        dropped.append(trainops.drop_path(branch.detach(), 0.4, True, backend="cuda"))
+    return [*results, *norms, *(p.grad for p in params), *averages, *dropped]
+
+
+@needs_shim
+@pytest.mark.parametrize(
+    ("options", "launches"),
+    [
+        ({}, ["norms", "adamw"]),
+        ({"skip_nonfinite": False}, ["norms", "adamw"]),
+        ({"skip_nonfinite": False, "max_grad_norm": None}, ["adamw"]),
+    ],
+    ids=["clip_and_skip", "clip", "plain"],
+)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_launches_of_a_step(options, launches, mixed):
+    optimizer, _ = make_step(**options)
+    if mixed:
+        more = [nn.Parameter(randn(9, dtype)) for dtype in DTYPES]
+        for i in range(20):  # more groups than a launch carries
+            optimizer.add_param_group({"params": more if i == 0 else [], "maximize": True, "amsgrad": False})
+        for p in more:
+            p.grad = torch.ones_like(p)
+    optimizer.step()
+    SHIM.launches()
+    optimizer.step()
+    assert SHIM.launches() == launches
+
+
+@needs_shim
+@pytest.mark.parametrize("order", [1, 2, 3], ids=["backwards", "shuffled", "shuffled_otherwise"])
+@pytest.mark.parametrize("blocks", [1, 3, 2**31])
+def test_any_order_and_number_of_blocks_gives_the_same_bits(blocks, order, dtype):
+    forwards = everything(dtype)
+    with SHIM.blocks(blocks, order):
+        assert all(map(same_bits, everything(dtype), forwards))
+
+
+def test_unaligned_addresses_give_the_same_bits(dtype):
+    aligned = everything(dtype)
+    for offset in (1, 3, 8):
+        for shift in (0, 1):  # all tensors alike, and each at an offset of its own
+            unaligned = everything(dtype, lambda x, role: at_offset(x, (offset + shift * role) % 9))  # noqa: B023
+            assert all(map(same_bits, unaligned, aligned)), (offset, shift)
+
+
+MIXED = [
+    (torch.bfloat16, torch.float32, torch.float32),
+    (torch.float16, torch.bfloat16, torch.float64),
+    (torch.float32, torch.bfloat16, torch.bfloat16),
+    (torch.float32, torch.float64, torch.float64),
+    (torch.float64, torch.float32, torch.float16),
+]
+
+
+@pytest.mark.parametrize("dtypes", [(dtype,) * 3 for dtype in DTYPES] + MIXED, ids=str)
+@pytest.mark.parametrize("aligned", [True, False])
+def test_a_step_is_that_of_the_cpu_backend(dtypes, aligned):
+    """The formulas are the same: with a coefficient that both know exactly, so are the numbers."""
+    results = []
+    for backend, device in (("cuda", DEVICE), ("cpu", "cpu")):
+        optimizer, tensors = make_step(
+            dtypes,
+            (lambda x, role: x.clone()) if aligned else at_offset,
+            device,
+            max_grad_norm=None,
+            skip_nonfinite=False,
+        )
+        optimizer.backend = optimizer.ema.backend = backend
+        optimizer.step()
+        results.append(tensors)
+    for ours, cpus in zip(*results, strict=True):
+        torch.testing.assert_close(ours.cpu(), cpus, rtol=torch.finfo(ours.dtype).eps, atol=0.0)
+
+
+# The norm adds up partial sums by one thread, a warp or the block.
+@pytest.mark.parametrize("chunks", [1, 8, 9, 40, 2048, 2049, 3000])
+def test_norms_of_long_rows(chunks):
+    tensors = [
+        randn(100, torch.float32),
+        randn(8192 * (chunks - 1) + 5, torch.bfloat16),
+        randn(8192 * 9, torch.float32),
+    ]
+    for norm_type in (1.0, 2.0, float("inf")):
+        norm = trainops.get_total_norm(tensors, norm_type, backend="cuda")
+        expected = torch.linalg.vector_norm(torch.cat([x.double() for x in tensors]), norm_type)
+        torch.testing.assert_close(norm.double(), expected, rtol=1e-7, atol=0.0)
+
+
+def test_every_run_gives_the_same_bits(dtype):
+    first = everything(dtype)
+    assert all(map(same_bits, everything(dtype), first))
+
+
+@pytest.mark.parametrize("how", ["nan", "found_inf"])
+def test_a_skipped_step_leaves_every_bit(how, dtype):
+    optimizer, tensors = make_step((dtype,) * 3)
+    before = [x.detach().clone() for x in tensors]
+    if how == "nan":
+        optimizer.param_groups[0]["params"][5].grad[-1, -1] = float("nan")
+    else:
+        optimizer.found_inf = torch.ones((), device=DEVICE)
+    for skipped in (1, 2):
+        optimizer.step()
+        assert all(map(same_bits, tensors, before))
+        assert optimizer.skipped_steps == skipped
+
+
+@needs_shim
+@pytest.mark.parametrize(("launch", "kernel"), [(1, "norms"), (2, "adamw")])
+def test_an_error_of_a_launch_names_the_kernel(launch, kernel):
+    optimizer, _ = make_step()
+    SHIM.fail(launch)
+    with pytest.raises(RuntimeError, match=f"kernel {kernel}: unspecified launch failure"):
+        optimizer.step()
+    optimizer.step()
+
+
+def test_a_learning_rate_in_memory(dtype):
+    results = []
+    for lr in (0.01, torch.tensor(0.01, device=DEVICE), torch.tensor(0.01, dtype=torch.float64, device=DEVICE)):
+        optimizer, tensors = make_step((dtype,) * 3, capturable=isinstance(lr, torch.Tensor))
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        results.append(tensors)
+    assert all(map(same_bits, results[0], results[2]))
+    for ours, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+# Runs every kernel, in a process of its own because a sanitizer has to be there before anything else.
+UNDER_A_SANITIZER = """
+import sys
+sys.path.insert(0, {tests!r})
+import conftest, test_cuda
+for dtype in conftest.DTYPES:
+    aligned = test_cuda.everything(dtype)
+    unaligned = test_cuda.everything(dtype, lambda x, role: test_cuda.at_offset(x, (3 + role) % 9))
+    assert all(map(conftest.same_bits, aligned, unaligned))
+for dtypes in test_cuda.MIXED:
+    test_cuda.after_steps(dtypes=dtypes)
+print("done")
+"""
+
+
+@needs_shim
+@pytest.mark.parametrize(("sanitizer", "library"), [("undefined", "libubsan.so"), ("address", "libasan.so")])
+def test_under_a_sanitizer(sanitizer, library, monkeypatch):
+    answer = subprocess.run(
+        [*cuda_shim.compiler(), f"-print-file-name={library}"], capture_output=True, text=True, check=True
+    )
+    found = Path(answer.stdout.strip())
+    if not found.is_absolute():
+        pytest.skip(f"the compiler has no {library}")
+    monkeypatch.setenv("LD_PRELOAD", str(found))
+    monkeypatch.setenv("ASAN_OPTIONS", "detect_leaks=0")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setenv("TRAINOPS_SHIM_FLAGS", f"-fsanitize={sanitizer} -fno-sanitize-recover=all -g1")
+    script = UNDER_A_SANITIZER.format(tests=str(Path(__file__).parent))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.endswith("done\n")
+
+
+# Run in an interpreter of its own, which finds what `setup.py` built.
+PROBE = """
+import json, trainops
+from trainops.backends import cuda
+found = trainops.backends()["cuda"]
+print(json.dumps([cuda._cuda is not None, found.available, found.reason]))
+"""
+
+
+@needs_shim
+def test_the_built_module_loads_without_a_driver():
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True, check=True)
+    loaded, available, reason = json.loads(done.stdout)
+    if not loaded:
+        pytest.skip(f"backend cuda: {reason}")
+    assert not available
+    assert "no NVIDIA driver" in reason or "no CUDA-capable device" in reason
+
+
+@needs_shim
+def test_a_cuda_kernel_is_asked_for_where_there_is_none():
+    script = "import torch, trainops; trainops.get_total_norm(torch.ones(3), backend='cuda')"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert "RuntimeError: backend 'cuda' is not available: " in done.stderr
