@@ -32,7 +32,7 @@ def check_layout(table, columns, scalars=None, chunk_numel=CHUNK, groups=None):
     kinds = []
     for i, tensors in enumerate(zip(*columns, strict=True)):
         numel, first_chunk, group, dtypes, *addresses = rows[i]
-        codes = [0 if x is None else list(CODES).index(x.dtype) for x in tensors]
+        codes = [0 if x is None else CODES.index(x.dtype) for x in tensors]
         assert dtypes == sum(code << 4 * column for column, code in enumerate(codes))
         assert numel == next((x.numel() for x in tensors if x is not None), 0)
         assert group == group_of_row[i]
@@ -66,9 +66,9 @@ def test_one_row(numel):
     x = torch.ones(numel)
     table = make([[x]])
     rows, chunks = upload(table)
-    assert rows == [[numel, 0, 0, x.data_ptr()]]
+    assert rows == [[numel, 0, 0, 0, x.data_ptr()]]
     assert chunks == [[0, begin] for begin in range(0, max(1, numel), CHUNK)]
-    assert (table.row_count, table.row_words, table.device) == (1, 4, x.device)
+    assert (table.row_count, table.row_words, table.device) == (1, 5, x.device)
 
 
 def test_the_words_of_a_row():
@@ -139,7 +139,7 @@ def test_more_elements_than_32_bits_count():
     x = torch.empty(2**31 + 5, dtype=torch.bfloat16)  # whose memory is never touched
     table = DeviceTable([[torch.ones(3).bfloat16(), x]], None, 2**20)
     rows, chunks = upload(table)
-    assert rows[1] == [2**31 + 5, 1, 0, x.data_ptr()]
+    assert rows[1] == [2**31 + 5, 1, 0, CODES.index(x.dtype), x.data_ptr()]
     assert chunks == [[0, 0], *([1, i * 2**20] for i in range(2049))]
 
 
