@@ -27,7 +27,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 BACKENDS = {"trainops._cpu": "cpu", "trainops._cuda": "cuda"}
-ARCHITECTURES = "8.0;9.0;10.0+PTX"
+ARCHITECTURES = ["8.0", "9.0", "10.0"]
 
 
 def listed(variable: str) -> set[str]:
@@ -87,9 +87,12 @@ class Nvcc:
         return f"nvcc {found[1]}" if found else ""
 
     def architectures(self) -> list[str]:
-        """As torch writes them: 9.0, or 9.0+PTX for later GPUs as well."""
-        listed = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
-        return listed.replace(";", " ").replace(",", " ").split()
+        """As torch writes them: 9.0, or 9.0+PTX for later GPUs as well. By default those that this nvcc knows."""
+        if listed := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+            return listed.replace(";", " ").replace(",", " ").split()
+        answer = subprocess.run([str(self.path), "--list-gpu-arch"], capture_output=True, text=True, check=True)
+        known = [name for name in ARCHITECTURES if f"compute_{name.replace('.', '')}" in answer.stdout.split()]
+        return [*known[:-1], f"{known[-1]}+PTX"] if known else ARCHITECTURES
 
     def compile(self, source: str, target: Path) -> Path:
         code = []

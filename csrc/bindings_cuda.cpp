@@ -156,9 +156,9 @@ void drop_path(const py::object& out, const py::object& residual, const py::obje
                const py::object& layer_scale, const py::object& mask, int64_t samples, int64_t sample_numel,
                int64_t channels, uintptr_t stream) {
   Operands o;
-  cuda::drop_path({o.read(out), o.read(residual), o.read(branch), o.read(layer_scale), o.read(mask), samples,
-                   sample_numel, channels},
-                  o.queue(stream));
+  const cuda::DropPath args{o.read(out),  o.read(residual), o.read(branch), o.read(layer_scale),
+                            o.read(mask), samples,          sample_numel,   channels};
+  cuda::drop_path(args, o.queue(stream));  // which is known when all have been read
 }
 
 void drop_path_backward(const py::object& of_branch, const py::object& of_layer_scale, const py::object& grad,
@@ -166,9 +166,10 @@ void drop_path_backward(const py::object& of_branch, const py::object& of_layer_
                         int64_t samples, int64_t sample_numel, int64_t channels, uintptr_t partials,
                         uintptr_t stream) {
   Operands o;
-  cuda::drop_path_backward({o.read(of_branch), o.read(of_layer_scale), o.read(grad), o.read(branch),
-                            o.read(layer_scale), o.read(mask), samples, sample_numel, channels, at<double>(partials)},
-                           o.queue(stream));
+  const cuda::DropPathBackward args{
+      o.read(of_branch), o.read(of_layer_scale), o.read(grad), o.read(branch),      o.read(layer_scale), o.read(mask),
+      samples,           sample_numel,           channels,     at<double>(partials)};
+  cuda::drop_path_backward(args, o.queue(stream));
 }
 
 }  // namespace

@@ -161,6 +161,9 @@ class AdamW(torch.optim.AdamW):
 
     def _update(self, averages: dict[int, Tensor], ema_decay: float) -> tuple[Collection[int], StepResult]:
         """Norm, clipping, AdamW and the fused averages, which are returned by the ``id`` of their parameter."""
+        device = self._device()
+        if self.skipped_steps.device != device:  # the model was moved
+            self.skipped_steps = self.skipped_steps.to(device)
         control = StepControl(
             self.max_grad_norm,
             self.skip_nonfinite,
@@ -168,7 +171,7 @@ class AdamW(torch.optim.AdamW):
             getattr(self, "found_inf", None),
             skipped_steps=self.skipped_steps,
         )
-        kernels = select(self.backend, self._device().type)
+        kernels = select(self.backend, device.type)
         table = kernels.collect(self.param_groups, self.state, averages)
         if table is not None:
             groups = [_group(*pair) for pair in zip(self.param_groups, table.group_rows, strict=True)]

@@ -10,6 +10,7 @@ namespace trainops::cuda {
 
 void check(cudaError_t status, const char* kernel) {
   if (status == cudaSuccess) return;
+  cudaGetLastError();  // is not to be found by the next launch
   throw std::runtime_error(std::string("CUDA kernel ") + kernel + ": " + cudaGetErrorString(status));
 }
 

@@ -2,11 +2,20 @@
 
 import struct
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._interface import AdamWGroup, StepControl
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes the device current, where launches go and captures are looked for."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def there(x: Tensor | None, device: torch.device, dtype: torch.dtype | None = None) -> Tensor | None:

@@ -1,5 +1,6 @@
 """The ``cuda`` backend: CUDA C++ for NVIDIA GPUs (``csrc/cuda``)."""
 
+import threading
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from .. import reference
 from ..device_table import Recent, uploaded
 from ..tensor_table import Column, describe, regular_table
 from ._build import load
-from ._device_step import settings_words, there
+from ._device_step import on, settings_words, there
 from ._drop_path import empty_result, has_kernel
 from ._interface import AdamWGroup, Backend, StepControl, StepResult
 
@@ -59,9 +60,9 @@ def _queue(device: torch.device) -> _Queue:
     return _Queue(device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
 
 
-def _queue_of(table: Any) -> _Queue:
+def _device_of(table: Any) -> torch.device:
     is_cuda = _cuda.DEVICE_TYPE == "cuda"
-    return _queue(torch.device("cuda", table.device_index) if is_cuda else torch.device(_cuda.DEVICE_TYPE))
+    return torch.device("cuda", table.device_index) if is_cuda else torch.device(_cuda.DEVICE_TYPE)
 
 
 # The last words of each size: equal ones are replaced by them, whose hash is known.
@@ -90,22 +91,23 @@ def _known(words: bytes) -> bytes:
     return words
 
 
-# For each stream: a counter of blocks, which every kernel leaves at 0, the norm, and room for partial sums.
+# For each stream, and each thread that launches on it: a counter of blocks, which every kernel leaves at 0, the norm,
+# and room for partial sums.
 _scratches: Recent[Tensor] = Recent(32)
 _captured: list[Tensor] = []
 _COUNTER, _NORM, _PARTIALS = (8 * i for i in range(3))
 
 
-def _scratch(queue: _Queue, chunk_count: int) -> int:
-    """Its address."""
+def _scratch(queue: _Queue, chunk_count: int) -> Tensor:
     size = 2 + chunk_count
     if queue.captures:
         _captured.append(torch.zeros(size, dtype=torch.float64, device=queue.device))
-        return _captured[-1].data_ptr()
-    scratch = _scratches.recall(queue)
+        return _captured[-1]
+    key = queue, threading.get_ident()
+    scratch = _scratches.recall(key)
     if scratch is None or len(scratch) < size:
-        scratch = _scratches.remember(queue, torch.zeros(2 * size, dtype=torch.float64, device=queue.device))
-    return scratch.data_ptr()
+        scratch = _scratches.remember(key, torch.zeros(2 * size, dtype=torch.float64, device=queue.device))
+    return scratch
 
 
 def _address(x: Tensor | None) -> int:
@@ -116,10 +118,10 @@ def grad_norms(tensors: Sequence[Tensor], norm_type: float = 2.0) -> tuple[Tenso
     """See :func:`trainops.reference.grad_norms`. Norms of other orders than 1, 2 and inf are left to it."""
     if norm_type not in _NORMS or (norm_type != 2.0 and any(x.is_complex() for x in tensors)):
         return reference.grad_norms(tensors, norm_type)
-    with regular_table(_table, [list(tensors)], written=[False]) as table:
-        queue = _queue_of(table)
+    with regular_table(_table, [list(tensors)], written=[False]) as table, on(_device_of(table)):
+        queue = _queue(_device_of(table))
         scratch = _scratch(queue, table.chunk_count)
-        return _measure(table, _upload(table, queue), scratch, queue, 0, _NORMS[norm_type])
+        return _measure(table, _upload(table, queue), scratch.data_ptr(), queue, 0, _NORMS[norm_type])
 
 
 def _measure(
@@ -153,8 +155,8 @@ def _measure(
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
     """See :func:`trainops.reference.scale_`. A coefficient of 1 leaves the tensors unread."""
-    with regular_table(_table, [list(tensors)], written=[True]) as table:
-        queue = _queue_of(table)
+    with regular_table(_table, [list(tensors)], written=[True]) as table, on(_device_of(table)):
+        queue = _queue(_device_of(table))
         dtype = torch.float32 if coefficient.dtype == torch.float32 else torch.float64
         factor = coefficient.to(queue.device, dtype)
         words = _upload(table, queue)
@@ -163,17 +165,20 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
 
 def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
     """See :func:`trainops.reference.clamp_`."""
-    with regular_table(_table, [list(tensors)], written=[True]) as table:
-        queue = _queue_of(table)
+    with regular_table(_table, [list(tensors)], written=[True]) as table, on(_device_of(table)):
+        queue = _queue(_device_of(table))
         words = _upload(table, queue)
         _cuda.clamp(table, _addresses(words), bound, queue.stream)
 
 
 def ema_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None) -> None:
     """See :func:`trainops.reference.ema_`."""
-    with regular_table(_table, [list(averages), list(tensors)], written=[True, False]) as table:
-        queue = _queue_of(table)
-        skip = there(skip, queue.device)
+    with (
+        regular_table(_table, [list(averages), list(tensors)], written=[True, False]) as table,
+        on(_device_of(table)),
+    ):
+        queue = _queue(_device_of(table))
+        skip = None if skip is None else skip.to(queue.device, torch.bool)
         words = _upload(table, queue)
         _cuda.ema(table, _addresses(words), decay, _address(skip), queue.stream)
 
@@ -189,21 +194,23 @@ def adamw_step(
 ) -> StepResult:
     """See :class:`trainops.backends._interface.Kernels`. All groups are one table, in two launches or one."""
     if collected is not None:
-        return _adamw_step(collected, groups, control, ema_decay)
+        with on(_device_of(collected)):
+            return _adamw_step(collected, groups, control, ema_decay)
     *columns, steps = ([x for group in groups for x in getattr(group, name)] for name in AdamWGroup.COLUMNS)
     build = partial(_table, group_rows=[group.rows for group in groups])
-    with regular_table(build, columns, [True, False, True, True, True, True], steps) as table:
+    with regular_table(build, columns, [True, False, True, True, True, True], steps) as table, on(_device_of(table)):
         return _adamw_step(table, groups, control, ema_decay)
 
 
 def _adamw_step(table: Any, groups: Sequence[AdamWGroup], control: StepControl, ema_decay: float) -> StepResult:
-    queue = _queue_of(table)
-    device = queue.device
+    device = _device_of(table)
+    queue = _queue(device)
     words = _upload(table, queue)
     grad_scale, found_inf = (there(x, device, torch.float32) for x in (control.grad_scale, control.found_inf))
     total_norm, norms = control.total_norm, None
     # Both kernels use the same scratch memory: the second finds the norm there.
-    scratch = _scratch(queue, table.chunk_count)
+    scratch_memory = _scratch(queue, table.chunk_count)
+    scratch = scratch_memory.data_ptr()
     known_norm = there(total_norm, device, torch.float64)
     if control.measures:
         total_norm, norms = _measure(table, words, scratch, queue, _GRADS, "l2", grad_scale)
@@ -242,7 +249,8 @@ def drop_path(
         channels = 1 if layer_scale is None else layer_scale.numel()
         scale = None if layer_scale is None else layer_scale.contiguous()
         sizes = samples, branch.numel() // samples, channels
-        _cuda.drop_path(out, residual, branch, scale, mask, *sizes, _queue(out.device).stream)
+        with on(out.device):
+            _cuda.drop_path(out, residual, branch, scale, mask, *sizes, _queue(out.device).stream)
     return out
 
 
@@ -260,5 +268,6 @@ def drop_path_backward(
         sizes = grad.shape[0], grad.numel() // grad.shape[0], layer_scale.numel()
         partials = torch.empty(_cuda.drop_path_partials(*sizes), dtype=torch.float64, device=grad.device)
         operands = grad, branch, layer_scale.contiguous(), mask
-        _cuda.drop_path_backward(of_branch, of_layer_scale, *operands, *sizes, partials.data_ptr(), queue.stream)
+        with on(grad.device):
+            _cuda.drop_path_backward(of_branch, of_layer_scale, *operands, *sizes, partials.data_ptr(), queue.stream)
     return of_branch, of_layer_scale

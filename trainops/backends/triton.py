@@ -11,7 +11,6 @@ import os
 import struct
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Tensor
 from .. import reference
 from ..device_table import DeviceTable, Groups, uploaded
 from ..tensor_table import Column, regular_table
-from ._device_step import settings_words, there
+from ._device_step import on, settings_words, there
 from ._drop_path import empty_result, has_kernel
 from ._interface import AdamWGroup, Backend, StepControl, StepResult
 
@@ -92,13 +91,6 @@ def _warps(threads: int) -> int:
     return max(1, threads // warp_size)
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device."""
-    if device.type == "cpu" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
-
-
 def _launch(kernel: Any, programs: int, *args: Any, threads: int | None = None, **constants: Any) -> None:
     """Contraction to fused multiply-add is off so that results do not depend on how a kernel was compiled."""
     threads = threads or _kernels()._common.THREADS
@@ -130,7 +122,7 @@ def grad_norms(tensors: Sequence[Tensor], norm_type: float = 2.0) -> tuple[Tenso
     """See :func:`trainops.reference.grad_norms`. Norms of other orders than 1, 2 and inf are left to it."""
     if norm_type not in _NORMS or (norm_type != 2.0 and any(x.is_complex() for x in tensors)):
         return reference.grad_norms(tensors, norm_type)
-    with regular_table(_build, [list(tensors)], written=[False]) as table, _on(table.device):
+    with regular_table(_build, [list(tensors)], written=[False]) as table, on(table.device):
         rows, chunks = table.upload()
         total_norm, norms = _empty_norms(table, 0)
         _launch(
@@ -181,13 +173,13 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
 def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
     """See :func:`trainops.reference.clamp_`."""
     device = tensors[0].device
-    with _on(device):
+    with on(device):
         operand = uploaded(struct.pack("d", bound), device).view(torch.float64)
     _update_in_place(tensors, operand, clamp=True)
 
 
 def _update_in_place(tensors: Sequence[Tensor], operand: Tensor, clamp: bool) -> None:
-    with regular_table(_build, [list(tensors)], written=[True]) as table, _on(table.device):
+    with regular_table(_build, [list(tensors)], written=[True]) as table, on(table.device):
         rows, chunks = table.upload()
         for section in table.sections:
             (dtype,) = section.kind.dtypes
@@ -209,7 +201,7 @@ def ema_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, sk
     """See :func:`trainops.reference.ema_`."""
     if not averages:
         return
-    with regular_table(_build, [list(averages), list(tensors)], [True, False]) as table, _on(table.device):
+    with regular_table(_build, [list(averages), list(tensors)], [True, False]) as table, on(table.device):
         rows, chunks = table.upload()
         decay_word = uploaded(struct.pack("d", decay), table.device)
         for section in table.sections:
@@ -290,7 +282,7 @@ def _adamw_step(
     table: DeviceTable, groups: Sequence[AdamWGroup], control: StepControl, ema_decay: float
 ) -> StepResult:
     adamw, device = _kernels().adamw, table.device
-    with _on(device):
+    with on(device):
         rows, chunks = table.upload()
         settings = uploaded(settings_words(groups, control, ema_decay, device), device)
         scalars = torch.empty(table.row_count, adamw.SCALARS.value, dtype=torch.float64, device=device)
@@ -359,7 +351,7 @@ def drop_path(
     common = _kernels()._common
     sample_numel, channels = out.numel() // out.shape[0], 1 if layer_scale is None else layer_scale.numel()
     unit = _unit(sample_numel if layer_scale is None else channels)
-    with _on(out.device):
+    with on(out.device):
         _launch(
             _kernels().drop_path.drop_path,
             -(-out.numel() // common.CHUNK),
@@ -401,7 +393,7 @@ def drop_path_backward(
     programs = -(-rows // program_rows)
     finish_rows = 8 if programs <= 8 else 64
     partials = torch.empty(programs, channels, dtype=torch.float64, device=grad.device)
-    with _on(grad.device):
+    with on(grad.device):
         _launch(
             kernels.drop_path_backward,
             programs * -(-channels // columns),
