@@ -134,14 +134,34 @@ std::tuple<double, bool> adamw_step(const Table& table, const std::vector<Group>
   return {norm, false};
 }
 
+// `rows`: the address of an int64 for each sample, or 0.
 void drop_path(const py::object& out, const py::object& residual, const py::object& branch,
-               const py::object& layer_scale, const py::object& mask, int64_t samples, int64_t sample_numel,
-               int64_t channels) {
-  const cpu::DropPath args{
-      read_cell(out), read_cell(residual), read_cell(branch), read_cell(layer_scale), read_cell(mask),
-      samples,        sample_numel,        channels};
+               const py::object& layer_scale, const py::object& mask, uintptr_t rows, int64_t samples,
+               int64_t sample_numel, int64_t channels) {
+  const cpu::DropPath args{read_cell(out),    read_cell(residual),
+                           read_cell(branch), read_cell(layer_scale),
+                           read_cell(mask),   reinterpret_cast<const int64_t*>(rows),
+                           samples,           sample_numel,
+                           channels};
   py::gil_scoped_release release;
   cpu::drop_path(args);
+}
+
+void drop_path_backward(const py::object& of_branch, const py::object& of_layer_scale, const py::object& grad,
+                        const py::object& branch, const py::object& layer_scale, const py::object& mask,
+                        uintptr_t rows, int64_t samples, int64_t sample_numel, int64_t channels) {
+  const cpu::DropPathBackward args{read_cell(of_branch),
+                                   read_cell(of_layer_scale),
+                                   read_cell(grad),
+                                   read_cell(branch),
+                                   read_cell(layer_scale),
+                                   read_cell(mask),
+                                   reinterpret_cast<const int64_t*>(rows),
+                                   samples,
+                                   sample_numel,
+                                   channels};
+  py::gil_scoped_release release;
+  cpu::drop_path_backward(args);
 }
 
 int threads() {
@@ -179,4 +199,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("ema", &ema);
   m.def("adamw_step", &adamw_step);
   m.def("drop_path", &drop_path);
+  m.def("drop_path_backward", &drop_path_backward);
 }

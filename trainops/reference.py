@@ -114,12 +114,19 @@ def drop_path_mask(
 
 
 def drop_path(
-    branch: Tensor, mask: Tensor, residual: Tensor | None = None, layer_scale: Tensor | None = None
+    branch: Tensor,
+    mask: Tensor,
+    residual: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Stochastic depth (arXiv:1603.09382): ``residual + branch * layer_scale * mask``.
 
-    With a residual, a dropped sample is its residual, whatever its branch holds.
+    With a residual, a dropped sample is its residual, whatever its branch holds. ``rows`` tells for each sample of
+    the result which one of ``branch`` it takes: a branch may hold the kept samples alone.
     """
+    if rows is not None:
+        branch = branch.index_select(0, rows)
     if residual is not None:
         branch = torch.where(mask != 0, branch, 0)
     scaled = (branch if layer_scale is None else branch * layer_scale) * mask
@@ -127,17 +134,15 @@ def drop_path(
 
 
 def drop_path_backward(
-    grad: Tensor, branch: Tensor | None, mask: Tensor, layer_scale: Tensor | None
+    grad: Tensor, branch: Tensor | None, mask: Tensor, layer_scale: Tensor | None, rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients of :func:`drop_path` by the branch, in ``grad``'s shape, and given ``branch``, by layer scale."""
-    grad = grad.to(mask.dtype)
+    """The gradients of :func:`drop_path` by the branch, in ``grad``'s shape, and given ``branch``, by layer scale.
+
+    ``rows`` tells for each sample of the branch which one of ``grad`` it takes, and ``mask`` is that of the branch.
+    """
+    grad = (grad if rows is None else grad.index_select(0, rows)).to(mask.dtype)
     of_layer_scale = None
     if branch is not None and layer_scale is not None:
-        of_layer_scale = layer_scale_gradient(grad, branch, mask, layer_scale)
+        kept = torch.where(mask != 0, branch, 0)  # whatever a dropped branch holds
+        of_layer_scale = (grad * mask * kept).sum_to_size(layer_scale.shape).to(layer_scale.dtype)
     return drop_path(grad, mask, None, layer_scale), of_layer_scale
-
-
-def layer_scale_gradient(grad: Tensor, branch: Tensor, mask: Tensor, layer_scale: Tensor) -> Tensor:
-    """The sum of ``grad * mask * branch`` over what ``layer_scale`` was repeated for, without dropped branches."""
-    kept = torch.where(mask != 0, branch, 0)  # whatever a dropped branch holds
-    return (grad * mask * kept).sum_to_size(layer_scale.shape).to(layer_scale.dtype)

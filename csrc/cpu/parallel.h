@@ -34,18 +34,23 @@ constexpr int64_t kChunkNumel = 1 << 16;
 // can be widened and narrowed there.
 constexpr int64_t kTileNumel = 1024;
 
+// Calls body(index) for every index below `count`.
+template <typename Body>
+void for_each_in_parallel(int64_t count, Body body) {
+  const bool parallel = count > 1;
+  (void)parallel;
+#pragma omp parallel for schedule(dynamic) if (parallel)
+  for (int64_t i = 0; i < count; ++i) body(i);
+}
+
 // Calls body(piece index, piece) for every piece of the table, chunks in parallel. Chunks are started from the
 // last to the first: after a pass over the gradients for their norm, the last ones are still in the cache.
 template <typename Body>
 void for_each_piece(const TensorTable& table, Body body) {
-  const int64_t chunks = table.chunks();
-  const bool parallel = chunks > 1;
-  (void)parallel;
-#pragma omp parallel for schedule(dynamic) if (parallel)
-  for (int64_t i = 0; i < chunks; ++i) {
-    const int64_t chunk = chunks - 1 - i;
+  for_each_in_parallel(table.chunks(), [&](int64_t i) {
+    const int64_t chunk = table.chunks() - 1 - i;
     for (int64_t p = table.first_piece(chunk); p < table.last_piece(chunk); ++p) body(p, table.pieces()[p]);
-  }
+  });
 }
 
 // Calls body(begin, size) for every tile of the piece.

@@ -72,9 +72,11 @@ TRAINOPS_HOST_DEVICE void narrow(float x, Float16& to) {
 #endif
 }
 
-// Between float32 and float64, and to 16 bits from float64 by way of float32, as PyTorch converts.
+// float32 and float64 themselves and each other, and to 16 bits from float64 by way of float32, as PyTorch converts.
 TRAINOPS_HOST_DEVICE float widen(float x) { return x; }
 TRAINOPS_HOST_DEVICE double widen(double x) { return x; }
+TRAINOPS_HOST_DEVICE void narrow(float x, float& to) { to = x; }
+TRAINOPS_HOST_DEVICE void narrow(double x, double& to) { to = x; }
 TRAINOPS_HOST_DEVICE void narrow(double x, float& to) { to = static_cast<float>(x); }
 TRAINOPS_HOST_DEVICE void narrow(float x, double& to) { to = x; }
 TRAINOPS_HOST_DEVICE void narrow(double x, BFloat16& to) { narrow(static_cast<float>(x), to); }

@@ -122,14 +122,24 @@ class Kernels(Protocol):
         """
 
     def drop_path(
-        self, branch: Tensor, mask: Tensor, residual: Tensor | None = None, layer_scale: Tensor | None = None
+        self,
+        branch: Tensor,
+        mask: Tensor,
+        residual: Tensor | None = None,
+        layer_scale: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Stochastic depth, without autograd."""
 
     def drop_path_backward(
-        self, grad: Tensor, branch: Tensor | None, mask: Tensor, layer_scale: Tensor | None
+        self,
+        grad: Tensor,
+        branch: Tensor | None,
+        mask: Tensor,
+        layer_scale: Tensor | None,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The gradients of the branch and, where ``branch`` is given, of the layer scale.
 
-        The first has the shape of ``grad``, and the dtype of the mask unless it is rounded to that of ``branch``.
+        The first has the dtype of the mask unless it is rounded to that of ``branch``.
         """

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import reference
 from ..tensor_table import Column, describe, regular_table
 from ._build import load
-from ._drop_path import empty_result, has_kernel
+from ._drop_path import operations
 from ._interface import AdamWGroup, Backend, StepControl, StepResult
 
 _cpu, _reason = load("_cpu", "cpu")
@@ -111,30 +111,17 @@ def _adamw_step(table: Any, groups: Sequence[AdamWGroup], control: StepControl, 
     )
 
 
-def drop_path(
-    branch: Tensor, mask: Tensor, residual: Tensor | None = None, layer_scale: Tensor | None = None
-) -> Tensor:
-    """See :func:`trainops.reference.drop_path`, which also serves broadcasting and unusual layouts."""
-    if not has_kernel(branch, mask, residual, layer_scale):
-        return reference.drop_path(branch, mask, residual, layer_scale)
-    out = empty_result(branch, mask, residual)
-    samples = branch.shape[0]
-    if out.numel() > 0:
-        channels = 1 if layer_scale is None else layer_scale.numel()
-        scale = None if layer_scale is None else layer_scale.contiguous()
-        _cpu.drop_path(out, residual, branch, scale, mask, samples, branch.numel() // samples, channels)
-    return out
+def _launch_drop_path(*args: Any) -> None:
+    *tensors, rows, samples, sample_numel, channels = args
+    _cpu.drop_path(*tensors, 0 if rows is None else rows.data_ptr(), samples, sample_numel, channels)
 
 
-def drop_path_backward(
-    grad: Tensor, branch: Tensor | None, mask: Tensor, layer_scale: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """See :func:`trainops.reference.drop_path_backward`, which sums up the gradient of layer scale."""
-    grad = grad.to(mask.dtype)
-    of_layer_scale = None
-    if branch is not None and layer_scale is not None:
-        of_layer_scale = reference.layer_scale_gradient(grad, branch, mask, layer_scale)
-    return drop_path(grad, mask, None, layer_scale), of_layer_scale
+def _launch_drop_path_backward(*args: Any) -> None:
+    *tensors, rows, samples, sample_numel, channels = args
+    _cpu.drop_path_backward(*tensors, 0 if rows is None else rows.data_ptr(), samples, sample_numel, channels)
+
+
+drop_path, drop_path_backward = operations(_launch_drop_path, _launch_drop_path_backward)
 
 
 def _norm_dtype(table: Any) -> torch.dtype:

@@ -13,7 +13,7 @@ from ..device_table import Recent, uploaded
 from ..tensor_table import Column, describe, regular_table
 from ._build import load
 from ._device_step import on, settings_words, there
-from ._drop_path import empty_result, has_kernel
+from ._drop_path import operations
 from ._interface import AdamWGroup, Backend, StepControl, StepResult
 
 _cuda, _reason = load("_cuda", "cuda")
@@ -237,37 +237,17 @@ def _adamw_step(table: Any, groups: Sequence[AdamWGroup], control: StepControl, 
     return StepResult(total_norm, norms, skip)
 
 
-def drop_path(
-    branch: Tensor, mask: Tensor, residual: Tensor | None = None, layer_scale: Tensor | None = None
-) -> Tensor:
-    """See :func:`trainops.reference.drop_path`, which also serves broadcasting and unusual layouts."""
-    if not has_kernel(branch, mask, residual, layer_scale):
-        return reference.drop_path(branch, mask, residual, layer_scale)
-    out = empty_result(branch, mask, residual)
-    samples = branch.shape[0]
-    if out.numel() > 0:
-        channels = 1 if layer_scale is None else layer_scale.numel()
-        scale = None if layer_scale is None else layer_scale.contiguous()
-        sizes = samples, branch.numel() // samples, channels
-        with on(out.device):
-            _cuda.drop_path(out, residual, branch, scale, mask, *sizes, _queue(out.device).stream)
-    return out
+def _launch_drop_path(out: Tensor, *args: Any) -> None:
+    with on(out.device):
+        _cuda.drop_path(out, *args, _queue(out.device).stream)
 
 
-def drop_path_backward(
-    grad: Tensor, branch: Tensor | None, mask: Tensor, layer_scale: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """See :func:`trainops.reference.drop_path_backward`. Both gradients in one pass over ``grad`` and ``branch``."""
-    if not has_kernel(grad, mask, branch, layer_scale):
-        return reference.drop_path_backward(grad, branch, mask, layer_scale)
-    if branch is None or layer_scale is None:
-        return drop_path(grad, mask, None, layer_scale), None
-    of_branch, of_layer_scale = torch.empty_like(branch), torch.zeros_like(layer_scale)
-    if grad.numel() > 0:
-        queue = _queue(grad.device)
-        sizes = grad.shape[0], grad.numel() // grad.shape[0], layer_scale.numel()
-        partials = torch.empty(_cuda.drop_path_partials(*sizes), dtype=torch.float64, device=grad.device)
-        operands = grad, branch, layer_scale.contiguous(), mask
-        with on(grad.device):
-            _cuda.drop_path_backward(of_branch, of_layer_scale, *operands, *sizes, partials.data_ptr(), queue.stream)
-    return of_branch, of_layer_scale
+def _launch_drop_path_backward(of_branch: Tensor, *args: Any) -> None:
+    *_, samples, sample_numel, channels = args
+    size = _cuda.drop_path_partials(samples, sample_numel, channels)
+    partials = torch.empty(size, dtype=torch.float64, device=of_branch.device)
+    with on(of_branch.device):
+        _cuda.drop_path_backward(of_branch, *args, partials.data_ptr(), _queue(of_branch.device).stream)
+
+
+drop_path, drop_path_backward = operations(_launch_drop_path, _launch_drop_path_backward)

@@ -22,7 +22,7 @@ from .. import reference
 from ..device_table import DeviceTable, Groups, uploaded
 from ..tensor_table import Column, regular_table
 from ._device_step import on, settings_words, there
-from ._drop_path import empty_result, has_kernel
+from ._drop_path import operations
 from ._interface import AdamWGroup, Backend, StepControl, StepResult
 
 _NORMS = {1.0: 1, 2.0: 2, float("inf"): 0}
@@ -339,17 +339,18 @@ def _adamw_step(
     return StepResult(control.total_norm if total_norm is None else total_norm, norms, skip)
 
 
-def drop_path(
-    branch: Tensor, mask: Tensor, residual: Tensor | None = None, layer_scale: Tensor | None = None
-) -> Tensor:
-    """See :func:`trainops.reference.drop_path`, which also serves broadcasting and unusual layouts."""
-    if not has_kernel(branch, mask, residual, layer_scale):
-        return reference.drop_path(branch, mask, residual, layer_scale)
-    out = empty_result(branch, mask, residual)
-    if out.numel() == 0:
-        return out
+def _launch_drop_path(
+    out: Tensor,
+    residual: Tensor | None,
+    branch: Tensor,
+    layer_scale: Tensor | None,
+    mask: Tensor,
+    rows: Tensor | None,
+    samples: int,
+    sample_numel: int,
+    channels: int,
+) -> None:
     common = _kernels()._common
-    sample_numel, channels = out.numel() // out.shape[0], 1 if layer_scale is None else layer_scale.numel()
     unit = _unit(sample_numel if layer_scale is None else channels)
     with on(out.device):
         _launch(
@@ -358,8 +359,9 @@ def drop_path(
             out,
             residual,
             branch,
-            None if layer_scale is None else layer_scale.contiguous(),
+            layer_scale,
             mask,
+            rows,
             out.numel() // unit,
             sample_numel // unit,
             channels // unit,
@@ -370,27 +372,26 @@ def drop_path(
             CHUNK=common.CHUNK,
             BLOCK=_block(out, residual, branch),
         )
-    return out
 
 
-def drop_path_backward(
-    grad: Tensor, branch: Tensor | None, mask: Tensor, layer_scale: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """See :func:`trainops.reference.drop_path_backward`. Both gradients in one pass over ``grad`` and ``branch``."""
-    if not has_kernel(grad, mask, branch, layer_scale):
-        return reference.drop_path_backward(grad, branch, mask, layer_scale)
-    if branch is None or layer_scale is None:
-        return drop_path(grad, mask, None, layer_scale), None
-    of_branch, of_layer_scale = torch.empty_like(branch), torch.zeros_like(layer_scale)
-    if grad.numel() == 0:
-        return of_branch, of_layer_scale
+def _launch_drop_path_backward(
+    of_branch: Tensor,
+    of_layer_scale: Tensor,
+    grad: Tensor,
+    branch: Tensor,
+    layer_scale: Tensor,
+    mask: Tensor,
+    rows: Tensor | None,
+    samples: int,
+    sample_numel: int,
+    channels: int,
+) -> None:
     common, kernels = _kernels()._common, _kernels().drop_path
-    channels = layer_scale.numel()
-    rows, unit = grad.numel() // channels, _unit(channels)
+    positions, unit = branch.numel() // channels, _unit(channels)
     block = _block(grad, branch)
     columns = min(block // 8, max(8, 1 << (channels - 1).bit_length()))
-    program_rows = max(common.CHUNK // columns, -(-rows // kernels.PARTIALS))
-    programs = -(-rows // program_rows)
+    program_positions = max(common.CHUNK // columns, -(-positions // kernels.PARTIALS))
+    programs = -(-positions // program_positions)
     finish_rows = 8 if programs <= 8 else 64
     partials = torch.empty(programs, channels, dtype=torch.float64, device=grad.device)
     with on(grad.device):
@@ -401,14 +402,15 @@ def drop_path_backward(
             partials,
             grad,
             branch,
-            layer_scale.contiguous(),
+            layer_scale,
             mask,
             rows,
-            rows // grad.shape[0],
-            program_rows,
+            positions,
+            sample_numel // channels,
+            program_positions,
             channels // unit,
             UNIT=unit,
-            INDEX=_index(rows // grad.shape[0] + program_rows),
+            INDEX=_index(sample_numel // channels + program_positions),
             PRODUCT=_type(mask.dtype),
             WIDE=_type(_wide(mask.dtype)),
             COLUMNS=columns,
@@ -424,7 +426,9 @@ def drop_path_backward(
             ROWS=finish_rows,
             BLOCK=common.REDUCTION_BLOCK,
         )
-    return of_branch, of_layer_scale
+
+
+drop_path, drop_path_backward = operations(_launch_drop_path, _launch_drop_path_backward)
 
 
 def _block(*tensors: Tensor | None) -> int:
