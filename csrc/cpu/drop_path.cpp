@@ -76,7 +76,7 @@ void run(const DropPath& args) {
     if (mask != 0 || !has_residual) {  // without a residual the product is taken, as timm takes it: -0.0, NaN
       const int64_t of_branch = row_of(args.rows, tile.sample) * args.sample_numel + tile.begin;
       const S* branch = read(args.branch, of_branch, tile.size, branch_buffer);
-      add(out, residual, branch, layer_scale.empty() ? nullptr : layer_scale.data() + tile.begin % period, mask,
+      add(out, residual, branch, layer_scale.empty() ? nullptr : layer_scale.data() + begin % period, mask,
           tile.size);
     } else {
       std::copy(residual, residual + tile.size, out);

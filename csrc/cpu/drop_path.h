@@ -85,7 +85,7 @@ void for_each_sample_tile(int64_t samples, int64_t sample_numel, int64_t period,
     const int64_t end = std::min(numel, (chunk + 1) * chunk_numel);
     SampleTile tile{chunk * chunk_numel / sample_numel, chunk * chunk_numel % sample_numel, 0};
     for (int64_t i = chunk * chunk_numel; i < end; i += tile.size) {
-      tile.size = std::min({kTileNumel, period - tile.begin % period, sample_numel - tile.begin, end - i});
+      tile.size = std::min({kTileNumel, period - i % period, sample_numel - tile.begin, end - i});
       body(chunk, tile);
       tile.begin += tile.size;
       if (tile.begin == sample_numel) tile = {tile.sample + 1, 0, tile.size};

@@ -76,7 +76,7 @@ void run(const DropPathBackward& args) {
   const auto body = [&](int64_t chunk, const SampleTile& tile) {
     S of_branch_buffer[kTileNumel], grad_buffer[kTileNumel], branch_buffer[kTileNumel];
     const auto mask = mask_of<Wide<S>>(args.mask, tile.sample);
-    const int64_t begin = tile.sample * args.sample_numel + tile.begin, channel = tile.begin % period;
+    const int64_t begin = tile.sample * args.sample_numel + tile.begin, channel = begin % period;
     const int64_t of_grad = row_of(args.rows, tile.sample) * args.sample_numel + tile.begin;
     S* of_branch = room(args.of_branch, begin, of_branch_buffer);
     const S* branch = mask == 0 ? nullptr : read(args.branch, begin, tile.size, branch_buffer);

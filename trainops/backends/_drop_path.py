@@ -89,7 +89,7 @@ def has_kernel(
     if residual is None:
         if samples > len(branch):
             return False
-    elif residual.shape[0] != samples or residual.shape[1:] != branch.shape[1:]:
+    elif residual.shape != (samples, *branch.shape[1:]):
         return False
     elif residual.stride() != branch.stride():
         return False
