@@ -5,6 +5,7 @@ from .backends import Backend, backends
 from .clip_grad import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from .drop_path import DropPath, DropPathAdd, drop_path, drop_path_add
 from .ema import EMA, ema_update_, get_ema_multi_avg_fn
+from .stochastic_depth import StochasticDepth, stochastic_depth
 
 __all__ = [
     "EMA",
@@ -12,6 +13,7 @@ __all__ = [
     "Backend",
     "DropPath",
     "DropPathAdd",
+    "StochasticDepth",
     "backends",
     "clip_grad_norm_",
     "clip_grad_value_",
@@ -21,6 +23,7 @@ __all__ = [
     "ema_update_",
     "get_ema_multi_avg_fn",
     "get_total_norm",
+    "stochastic_depth",
 ]
 
 __version__ = "0.1.0"

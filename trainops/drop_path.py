@@ -1,12 +1,12 @@
 """Stochastic depth per sample, with its residual add and layer scale in one pass."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import reference
-from .backends import check, select
+from .backends import Kernels, check, select
 
 
 def drop_path(
@@ -33,12 +33,15 @@ def drop_path(
         backend: see :func:`trainops.backends`; by default it follows the device.
 
     Raises:
+        TypeError: ``drop_prob`` is no number, or ``x`` no tensor.
         ValueError: ``drop_prob`` is out of range, or ``x`` has no dimension.
     """
-    _check(x, drop_prob, backend)
+    check_drop_prob(drop_prob)
+    check(backend)
+    check_samples("x", x)
     if drop_prob == 0.0 or not training:
         return x
-    return _apply(backend, x, _mask(x, None, drop_prob, scale_by_keep), None, None)
+    return apply(backend, x, reference.drop_path_mask(x, drop_prob, scale_by_keep))
 
 
 def drop_path_add(
@@ -70,13 +73,18 @@ def drop_path_add(
         backend: see :func:`trainops.backends`; by default it follows the device.
 
     Raises:
+        TypeError: ``drop_prob`` is no number, or an operand no tensor.
         ValueError: ``drop_prob`` is out of range, ``branch`` has no dimension, or shapes or devices do not fit.
     """
-    _check(branch, drop_prob, backend)
-    _check_operands(residual, branch, layer_scale)
+    check_drop_prob(drop_prob)
+    check(backend)
+    check_samples("branch", branch)
+    check_operand("residual", residual, branch)
+    check_operand("layer_scale", layer_scale, branch)
     if drop_prob == 0.0 or not training:
         return residual + (branch if layer_scale is None else branch * layer_scale)
-    return _apply(backend, branch, _mask(branch, layer_scale, drop_prob, scale_by_keep), residual, layer_scale)
+    mask = reference.drop_path_mask(branch, drop_prob, scale_by_keep, product_dtype(branch, layer_scale))
+    return apply(backend, branch, mask, residual, layer_scale)
 
 
 class DropPath(nn.Module):
@@ -92,7 +100,7 @@ class DropPath(nn.Module):
 
     def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True) -> None:
         super().__init__()
-        _check_drop_prob(drop_prob)
+        check_drop_prob(drop_prob)
         self.drop_prob = drop_prob
         self.scale_by_keep = scale_by_keep
 
@@ -123,6 +131,13 @@ class DropPathAdd(DropPath):
         return drop_path_add(residual, branch, self.drop_prob, self.training, self.scale_by_keep, layer_scale)
 
 
+class Kept(NamedTuple):
+    """Samples that a branch was run on."""
+
+    chosen: Tensor  # [kept], int64: which
+    rows: Tensor  # [batch], int64: where among them each sample is; any of them for a dropped one
+
+
 class _DropPath(torch.autograd.Function):
     """The kernel and the kernel of its derivative; where that is differentiated again, its formula."""
 
@@ -134,80 +149,120 @@ class _DropPath(torch.autograd.Function):
         mask: Tensor,
         residual: Tensor | None,
         layer_scale: Tensor | None,
+        kept: Kept | None,
     ) -> Tensor:
-        ctx.backend = backend
-        ctx.branch_shape, ctx.branch_dtype = branch.shape, branch.dtype
-        ctx.residual_shape = None if residual is None else residual.shape
-        ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.backend, ctx.residual_like, ctx.branch_like = backend, _likeness(residual), _likeness(branch)
         # The branch is needed for the derivative by layer scale alone.
-        ctx.save_for_backward(mask, layer_scale, branch if ctx.needs_input_grad[4] else None)
-        return select(backend, branch.device.type).drop_path(branch, mask, residual, layer_scale)
+        needed = branch if ctx.needs_input_grad[4] else None
+        if kept is None:
+            ctx.save_for_backward(mask, layer_scale, needed, None)
+        else:
+            ctx.save_for_backward(mask.index_select(0, kept.chosen), layer_scale, needed, kept.chosen)
+        rows = None if kept is None else kept.rows
+        return select(backend, branch.device.type).drop_path(branch, mask, residual, layer_scale, rows)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        mask, layer_scale, branch = ctx.saved_tensors
-        _, needs_branch, _, needs_residual, needs_layer_scale = ctx.needs_input_grad
-        of_branch = of_residual = of_layer_scale = None
+        mask, layer_scale, branch, chosen = ctx.saved_tensors
+        _, needs_branch, _, needs_residual, needs_layer_scale, _ = ctx.needs_input_grad
+        of_branch = of_layer_scale = None
         if needs_branch or needs_layer_scale:
-            differentiable = torch.is_grad_enabled() or _is_transformed()
-            kernels = reference if differentiable else select(ctx.backend, grad.device.type)
-            of_branch, of_layer_scale = kernels.drop_path_backward(grad, branch, mask, layer_scale)
-            of_branch = of_branch.sum_to_size(ctx.branch_shape).to(ctx.branch_dtype) if needs_branch else None
-        if needs_residual:
-            of_residual = grad.sum_to_size(ctx.residual_shape).to(ctx.residual_dtype)
-        return None, of_branch, None, of_residual, of_layer_scale
+            kernels = differentiable_kernels(ctx.backend, grad)
+            of_branch, of_layer_scale = kernels.drop_path_backward(grad, branch, mask, layer_scale, chosen)
+        return (
+            None,
+            _reduce(of_branch, ctx.branch_like) if needs_branch else None,
+            None,
+            _reduce(grad, ctx.residual_like) if needs_residual else None,
+            of_layer_scale,
+            None,
+        )
 
 
-def _apply(
-    backend: str | None, branch: Tensor, mask: Tensor, residual: Tensor | None, layer_scale: Tensor | None
+def _likeness(x: Tensor | None) -> tuple[torch.Size, torch.dtype] | None:
+    return None if x is None else (x.shape, x.dtype)
+
+
+def _reduce(grad: Tensor | None, like: tuple[torch.Size, torch.dtype] | None) -> Tensor | None:
+    """A gradient, for an operand that may have been repeated and promoted; None where there is none."""
+    if grad is None or like is None:
+        return None
+    shape, dtype = like
+    grad = grad if grad.shape == shape else grad.sum_to_size(shape)
+    return grad if grad.dtype == dtype else grad.to(dtype)
+
+
+def differentiable_kernels(backend: str | None, grad: Tensor) -> Kernels:
+    """The kernels for a derivative, or where that may be differentiated again, their formulas."""
+    by_formula = torch.is_grad_enabled() or is_transformed()
+    return select("reference" if by_formula else backend, grad.device.type)
+
+
+def apply(
+    backend: str | None,
+    branch: Tensor,
+    mask: Tensor,
+    residual: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    kept: Kept | None = None,
 ) -> Tensor:
-    if _is_transformed():
-        return reference.drop_path(branch, mask, residual, layer_scale)
+    """``residual + branch * layer_scale * mask`` for autograd, compilers and function transforms.
+
+    Where ``kept`` is given, ``branch`` holds its samples alone.
+    """
+    rows = None if kept is None else kept.rows
+    if is_transformed():
+        return reference.drop_path(branch, mask, residual, layer_scale, rows)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (branch, residual, layer_scale)):
         result: Tensor = _DropPath.apply(  # type: ignore[no-untyped-call]
-            backend, branch, mask, residual, layer_scale
+            backend, branch, mask, residual, layer_scale, kept
         )
         return result
-    return select(backend, branch.device.type).drop_path(branch, mask, residual, layer_scale)
+    return select(backend, branch.device.type).drop_path(branch, mask, residual, layer_scale, rows)
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Compilers fuse the formula with what stands around it; function transforms take it apart."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
-def _mask(branch: Tensor, layer_scale: Tensor | None, drop_prob: float, scale_by_keep: bool) -> Tensor:
-    """The mask that timm would draw for ``branch * layer_scale``, in the dtype of that product."""
-    dtype = branch.dtype  # which a 0-dim tensor does not widen
-    if layer_scale is not None and layer_scale.ndim > 0:
-        dtype = torch.promote_types(dtype, layer_scale.dtype)
-    return reference.drop_path_mask(branch, drop_prob, scale_by_keep, dtype)
+def product_dtype(branch: Tensor, layer_scale: Tensor | None) -> torch.dtype:
+    """The dtype of ``branch * layer_scale``, which timm's mask has."""
+    if layer_scale is None or layer_scale.ndim == 0:  # which does not widen
+        return branch.dtype
+    return torch.promote_types(branch.dtype, layer_scale.dtype)
 
 
-def _check_drop_prob(drop_prob: float) -> None:
-    if not 0.0 <= drop_prob <= 1.0:
+def check_drop_prob(drop_prob: float) -> None:
+    """Raise unless it is a probability."""
+    try:
+        valid = 0.0 <= drop_prob <= 1.0
+    except TypeError:
+        raise TypeError(f"drop_prob must be a number in [0, 1], got {drop_prob!r}") from None
+    if not valid:
         raise ValueError(f"drop_prob must be in [0, 1], got {drop_prob}")
 
 
-def _check(x: Tensor, drop_prob: float, backend: str | None) -> None:
-    _check_drop_prob(drop_prob)
-    check(backend)
+def check_samples(name: str, x: Tensor) -> None:
+    """Raise unless ``x`` has a dimension that counts samples."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {x!r}")
     if x.ndim == 0:
-        raise ValueError("drop_path needs a tensor with at least one dimension, of which the first counts samples")
+        raise ValueError(f"{name} must have at least one dimension, of which the first counts samples")
 
 
-def _check_operands(residual: Tensor, branch: Tensor, layer_scale: Tensor | None) -> None:
-    for name, other in (("residual", residual), ("layer_scale", layer_scale)):
-        if other is None:
-            continue
-        if other.device != branch.device:
-            raise ValueError(f"branch is on {branch.device}, but {name} on {other.device}")
-        if other.shape == branch.shape:
-            continue
-        if not _fits(other.shape, branch.shape, enlarges=name == "residual"):
-            raise ValueError(
-                f"{name} of shape {tuple(other.shape)} does not fit a branch of shape {tuple(branch.shape)}"
-            )
+def check_operand(name: str, operand: Tensor | None, branch: Tensor) -> None:
+    """Raise unless a residual or a layer scale, if there is one, can be combined with ``branch``."""
+    if operand is None:
+        return
+    if not isinstance(operand, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {operand!r}")
+    if operand.device != branch.device:
+        raise ValueError(f"branch is on {branch.device}, but {name} on {operand.device}")
+    if operand.shape != branch.shape and not _fits(operand.shape, branch.shape, enlarges=name == "residual"):
+        raise ValueError(
+            f"{name} of shape {tuple(operand.shape)} does not fit a branch of shape {tuple(branch.shape)}"
+        )
 
 
 def _fits(shape: torch.Size, branch: torch.Size, enlarges: bool) -> bool:

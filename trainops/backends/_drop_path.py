@@ -87,12 +87,10 @@ def has_kernel(
     if layer_scale is not None and not (layer_scale.ndim == 1 < branch.ndim and branch.is_contiguous()):
         return False
     if residual is None:
-        if samples > len(branch):
-            return False
-    elif residual.shape != (samples, *branch.shape[1:]):
-        return False
-    elif residual.stride() != branch.stride():
-        return False
-    return branch.is_contiguous() or (
+        fits = samples <= len(branch)
+    else:
+        fits = residual.shape == (samples, *branch.shape[1:]) and residual.stride() == branch.stride()
+    dense = branch.is_contiguous() or (
         branch.ndim in _FORMATS and branch.is_contiguous(memory_format=_FORMATS[branch.ndim])
     )
+    return fits and dense
