@@ -134,14 +134,16 @@ std::tuple<double, bool> adamw_step(const Table& table, const std::vector<Group>
   return {norm, false};
 }
 
-// `rows`: the address of an int64 for each sample, or 0.
+// The address of one int64 for each sample; null for None.
+const int64_t* read_rows(const py::object& rows) {
+  return rows.is_none() ? nullptr : reinterpret_cast<const int64_t*>(rows.attr("data_ptr")().cast<uintptr_t>());
+}
+
 void drop_path(const py::object& out, const py::object& residual, const py::object& branch,
-               const py::object& layer_scale, const py::object& mask, uintptr_t rows, int64_t samples,
+               const py::object& layer_scale, const py::object& mask, const py::object& rows, int64_t samples,
                int64_t sample_numel, int64_t channels) {
-  const cpu::DropPath args{read_cell(out),    read_cell(residual),
-                           read_cell(branch), read_cell(layer_scale),
-                           read_cell(mask),   reinterpret_cast<const int64_t*>(rows),
-                           samples,           sample_numel,
+  const cpu::DropPath args{read_cell(out),  read_cell(residual), read_cell(branch), read_cell(layer_scale),
+                           read_cell(mask), read_rows(rows),     samples,           sample_numel,
                            channels};
   py::gil_scoped_release release;
   cpu::drop_path(args);
@@ -149,17 +151,10 @@ void drop_path(const py::object& out, const py::object& residual, const py::obje
 
 void drop_path_backward(const py::object& of_branch, const py::object& of_layer_scale, const py::object& grad,
                         const py::object& branch, const py::object& layer_scale, const py::object& mask,
-                        uintptr_t rows, int64_t samples, int64_t sample_numel, int64_t channels) {
-  const cpu::DropPathBackward args{read_cell(of_branch),
-                                   read_cell(of_layer_scale),
-                                   read_cell(grad),
-                                   read_cell(branch),
-                                   read_cell(layer_scale),
-                                   read_cell(mask),
-                                   reinterpret_cast<const int64_t*>(rows),
-                                   samples,
-                                   sample_numel,
-                                   channels};
+                        const py::object& rows, int64_t samples, int64_t sample_numel, int64_t channels) {
+  const cpu::DropPathBackward args{
+      read_cell(of_branch), read_cell(of_layer_scale), read_cell(grad), read_cell(branch), read_cell(layer_scale),
+      read_cell(mask),      read_rows(rows),           samples,         sample_numel,      channels};
   py::gil_scoped_release release;
   cpu::drop_path_backward(args);
 }

@@ -61,9 +61,9 @@ each_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 @pytest.fixture(autouse=True)
 def _no_choice_is_remembered(monkeypatch):
     monkeypatch.delenv("TRAINOPS_BACKEND", raising=False)
-    dispatch._preferred.cache_clear()
+    dispatch._select.cache_clear()
     yield
-    dispatch._preferred.cache_clear()
+    dispatch._select.cache_clear()
 
 
 @pytest.fixture

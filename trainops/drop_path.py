@@ -151,45 +151,41 @@ class _DropPath(torch.autograd.Function):
         layer_scale: Tensor | None,
         kept: Kept | None,
     ) -> Tensor:
-        ctx.backend, ctx.residual_like, ctx.branch_like = backend, _likeness(residual), _likeness(branch)
+        rows = None if kept is None else kept.rows
+        out = select(backend, branch.device.type).drop_path(branch, mask, residual, layer_scale, rows)
+        ctx.backend = backend
+        ctx.residual = _unlike(residual, out.shape, out.dtype)
+        ctx.branch = _unlike(branch, out.shape if kept is None else branch.shape, mask.dtype)
         # The branch is needed for the derivative by layer scale alone.
-        needed = branch if ctx.needs_input_grad[4] else None
+        needed = branch if layer_scale is not None and ctx.needs_input_grad[4] else None
         if kept is None:
-            ctx.save_for_backward(mask, layer_scale, needed, None)
+            ctx.save_for_backward(mask, layer_scale, needed)
         else:
             ctx.save_for_backward(mask.index_select(0, kept.chosen), layer_scale, needed, kept.chosen)
-        rows = None if kept is None else kept.rows
-        return select(backend, branch.device.type).drop_path(branch, mask, residual, layer_scale, rows)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        mask, layer_scale, branch, chosen = ctx.saved_tensors
+        mask, layer_scale, branch, *chosen = ctx.saved_tensors
         _, needs_branch, _, needs_residual, needs_layer_scale, _ = ctx.needs_input_grad
-        of_branch = of_layer_scale = None
+        of_branch = of_residual = of_layer_scale = None
         if needs_branch or needs_layer_scale:
             kernels = differentiable_kernels(ctx.backend, grad)
-            of_branch, of_layer_scale = kernels.drop_path_backward(grad, branch, mask, layer_scale, chosen)
-        return (
-            None,
-            _reduce(of_branch, ctx.branch_like) if needs_branch else None,
-            None,
-            _reduce(grad, ctx.residual_like) if needs_residual else None,
-            of_layer_scale,
-            None,
-        )
+            of_branch, of_layer_scale = kernels.drop_path_backward(grad, branch, mask, layer_scale, *chosen)
+            of_branch = _reduce(of_branch, ctx.branch) if needs_branch else None
+        if needs_residual:
+            of_residual = _reduce(grad, ctx.residual)
+        return None, of_branch, None, of_residual, of_layer_scale, None
 
 
-def _likeness(x: Tensor | None) -> tuple[torch.Size, torch.dtype] | None:
-    return None if x is None else (x.shape, x.dtype)
+def _unlike(x: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> tuple[torch.Size, torch.dtype] | None:
+    """Shape and dtype of ``x`` where they are others than these."""
+    return None if x is None or (x.dtype == dtype and x.shape == shape) else (x.shape, x.dtype)
 
 
-def _reduce(grad: Tensor | None, like: tuple[torch.Size, torch.dtype] | None) -> Tensor | None:
-    """A gradient, for an operand that may have been repeated and promoted; None where there is none."""
-    if grad is None or like is None:
-        return None
-    shape, dtype = like
-    grad = grad if grad.shape == shape else grad.sum_to_size(shape)
-    return grad if grad.dtype == dtype else grad.to(dtype)
+def _reduce(grad: Tensor, unlike: tuple[torch.Size, torch.dtype] | None) -> Tensor:
+    """A gradient, for an operand that may have been repeated and promoted."""
+    return grad if unlike is None else grad.sum_to_size(unlike[0]).to(unlike[1])
 
 
 def differentiable_kernels(backend: str | None, grad: Tensor) -> Kernels:

@@ -48,9 +48,13 @@ def aligned(x: Tensor, param: Tensor) -> Tensor:
     return redistributed
 
 
+# Subclasses give operations another meaning; these do not.
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
 def all_plain(tensors: Iterable[Tensor]) -> bool:
     """Whether none is of a subclass that gives operations another meaning."""
-    return set(map(type, tensors)) <= {Tensor, torch.nn.Parameter}
+    return PLAIN.issuperset(map(type, tensors))
 
 
 class Table(Protocol):

@@ -59,8 +59,13 @@ def select(backend: str | None, device_type: str) -> Kernels:
         ValueError: there is no backend of that name.
         RuntimeError: it is not available, or does not take tensors on such a device.
     """
-    name = backend or serving(device_type)
-    check(name, "" if backend or not os.environ.get("TRAINOPS_BACKEND") else " (from TRAINOPS_BACKEND)")
+    return _select(backend, os.environ.get("TRAINOPS_BACKEND"), device_type)
+
+
+@cache
+def _select(backend: str | None, from_environment: str | None, device_type: str) -> Kernels:
+    name = backend or from_environment or _preferred(device_type)
+    check(name, "" if backend or not from_environment else " (from TRAINOPS_BACKEND)")
     kernels = _kernels(name)
     if not kernels.serves(device_type):
         raise RuntimeError(f"backend {name!r} does not take tensors on {device_type!r} devices")
@@ -72,7 +77,6 @@ def serving(device_type: str) -> str:
     return os.environ.get("TRAINOPS_BACKEND") or _preferred(device_type)
 
 
-@cache
 def _preferred(device_type: str) -> str:
     candidates = PREFERENCE.get(device_type, ("reference",))
     return next(name for name in candidates if _probe(name).available and _kernels(name).serves(device_type))

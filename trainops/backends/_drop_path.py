@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..tensor_table import all_plain
+from ..tensor_table import PLAIN
 
 # (out, residual, branch, layer_scale, mask, rows, samples, sample_numel, channels), the tensors as `has_kernel` wants
-# them and none empty; the results are written.
+# them and none empty; the result is written.
 Launch = Callable[..., None]
 
 # (of_branch, of_layer_scale, grad, branch, layer_scale, mask, rows, samples, sample_numel, channels), likewise.
@@ -39,12 +39,17 @@ def operations(launch: Launch, launch_backward: LaunchBackward) -> tuple[Operati
     def forward(
         branch: Tensor, mask: Tensor, residual: Tensor | None, layer_scale: Tensor | None, rows: Tensor | None
     ) -> Tensor:
-        like = branch if residual is None else residual
-        dtype = mask.dtype if residual is None else torch.promote_types(mask.dtype, residual.dtype)
-        out = torch.empty_like(like[: len(mask)] if len(like) != len(mask) else like, dtype=dtype)
-        if out.numel() > 0:
-            scale = None if layer_scale is None else layer_scale.contiguous()
-            launch(out, residual, branch, scale, mask, rows, *_sizes(out, scale))
+        dtype = mask.dtype if residual is None or residual.dtype == mask.dtype else _promoted(mask, residual)
+        like = residual if residual is not None else branch if rows is None else branch[: mask.shape[0]]
+        out = torch.empty_like(like) if like.dtype == dtype else torch.empty_like(like, dtype=dtype)
+        numel = out.numel()
+        if numel > 0:
+            samples = mask.shape[0]
+            if layer_scale is None:
+                launch(out, residual, branch, None, mask, rows, samples, numel // samples, 1)
+            else:
+                scale = layer_scale.contiguous()
+                launch(out, residual, branch, scale, mask, rows, samples, numel // samples, scale.numel())
         return out
 
     def drop_path_backward(
@@ -56,41 +61,44 @@ def operations(launch: Launch, launch_backward: LaunchBackward) -> tuple[Operati
         if branch is None or layer_scale is None:
             return forward(grad, mask, None, layer_scale, rows), None
         of_branch, of_layer_scale = torch.empty_like(branch), torch.empty_like(layer_scale)
-        if branch.numel() == 0:
+        numel = branch.numel()
+        if numel == 0:
             return of_branch, of_layer_scale.zero_()
-        scale = layer_scale.contiguous()
-        launch_backward(of_branch, of_layer_scale, grad, branch, scale, mask, rows, *_sizes(branch, scale))
+        scale, samples = layer_scale.contiguous(), mask.shape[0]
+        sizes = samples, numel // samples, scale.numel()
+        launch_backward(of_branch, of_layer_scale, grad, branch, scale, mask, rows, *sizes)
         return of_branch, of_layer_scale
 
     return drop_path, drop_path_backward
 
 
-def _sizes(out: Tensor, layer_scale: Tensor | None) -> tuple[int, int, int]:
-    """Samples, elements of a sample, and channels."""
-    samples = out.shape[0]
-    return samples, out.numel() // samples, 1 if layer_scale is None else layer_scale.numel()
+def _promoted(a: Tensor, b: Tensor) -> torch.dtype:
+    return torch.promote_types(a.dtype, b.dtype)
 
 
 def has_kernel(
     branch: Tensor, mask: Tensor, residual: Tensor | None, layer_scale: Tensor | None, rows: Tensor | None
 ) -> bool:
     """Whether all are flat memory, sample by sample in the same order; others are left to the reference."""
-    operands = [x for x in (branch, mask, residual, layer_scale) if x is not None]
-    if not all_plain(operands):
+    is_double = branch.dtype == torch.float64
+    for x in (branch, mask, residual, layer_scale):
+        if x is not None and (
+            type(x) not in PLAIN
+            or not x.is_floating_point()
+            or (x.dtype == torch.float64) is not is_double
+            or x.is_neg()
+        ):
+            return False
+    shape = branch.shape
+    samples = shape[0] if rows is None else rows.shape[0]
+    if mask.ndim != len(shape) or mask.shape[0] != samples:
         return False
-    doubles = [x.dtype == torch.float64 for x in operands]
-    if any(doubles) != all(doubles) or not all(x.is_floating_point() and not x.is_neg() for x in operands):
-        return False
-    samples = len(branch) if rows is None else len(rows)
-    if mask.ndim != branch.ndim or mask.shape[0] != samples:
-        return False
-    if layer_scale is not None and not (layer_scale.ndim == 1 < branch.ndim and branch.is_contiguous()):
+    is_contiguous = branch.is_contiguous()
+    if layer_scale is not None and not (layer_scale.ndim == 1 < len(shape) and is_contiguous):
         return False
     if residual is None:
-        fits = samples <= len(branch)
-    else:
-        fits = residual.shape == (samples, *branch.shape[1:]) and residual.stride() == branch.stride()
-    dense = branch.is_contiguous() or (
-        branch.ndim in _FORMATS and branch.is_contiguous(memory_format=_FORMATS[branch.ndim])
-    )
-    return fits and dense
+        if samples > shape[0]:
+            return False
+    elif residual.stride() != branch.stride() or residual.shape != (shape if rows is None else (samples, *shape[1:])):
+        return False
+    return is_contiguous or (len(shape) in _FORMATS and branch.is_contiguous(memory_format=_FORMATS[len(shape)]))

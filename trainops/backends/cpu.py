@@ -111,17 +111,8 @@ def _adamw_step(table: Any, groups: Sequence[AdamWGroup], control: StepControl, 
     )
 
 
-def _launch_drop_path(*args: Any) -> None:
-    *tensors, rows, samples, sample_numel, channels = args
-    _cpu.drop_path(*tensors, 0 if rows is None else rows.data_ptr(), samples, sample_numel, channels)
-
-
-def _launch_drop_path_backward(*args: Any) -> None:
-    *tensors, rows, samples, sample_numel, channels = args
-    _cpu.drop_path_backward(*tensors, 0 if rows is None else rows.data_ptr(), samples, sample_numel, channels)
-
-
-drop_path, drop_path_backward = operations(_launch_drop_path, _launch_drop_path_backward)
+if _cpu is not None:
+    drop_path, drop_path_backward = operations(_cpu.drop_path, _cpu.drop_path_backward)
 
 
 def _norm_dtype(table: Any) -> torch.dtype:
