@@ -144,5 +144,5 @@ def drop_path_backward(
     of_layer_scale = None
     if branch is not None and layer_scale is not None:
         kept = torch.where(mask != 0, branch, 0)  # whatever a dropped branch holds
-        of_layer_scale = (grad * mask * kept).sum_to_size(layer_scale.shape).to(layer_scale.dtype)
+        of_layer_scale = (wide(grad) * wide(mask) * wide(kept)).sum_to_size(layer_scale.shape).to(layer_scale.dtype)
     return drop_path(grad, mask, None, layer_scale), of_layer_scale
