@@ -230,12 +230,50 @@ def test_lazily_negated(target):
         assert torch.equal(seeded(ours, *args, 0.1, True, backend=target.backend), expected)
 
 
+def installed(name):
+    """A package that works, or the test is skipped."""
+    return pytest.importorskip(name, exc_type=(ImportError, RuntimeError))  # the latter where it is built for CUDA
+
+
 def test_timm_itself():
-    timm = pytest.importorskip("timm.layers", exc_type=ImportError)
+    timm = installed("timm.layers")
     x = torch.randn(16, 7)
     assert same_bits(seeded(trainops.drop_path, x, 0.3, True), seeded(timm.drop_path, x, 0.3, True))
     assert same_bits(seeded(trainops.DropPath(0.3), x), seeded(timm.DropPath(0.3), x))
     assert repr(trainops.DropPath(0.3)) == repr(timm.DropPath(0.3))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_in_a_model_of_timm(monkeypatch, training):
+    vision_transformer = installed("timm.models.vision_transformer")
+
+    def build():
+        torch.manual_seed(0)
+        size = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
+        return vision_transformer.VisionTransformer(**size, init_values=0.1, drop_path_rate=0.4).train(training)
+
+    timms = build()
+    monkeypatch.setattr(vision_transformer, "DropPath", trainops.DropPath)
+    ours = build()
+    assert sum(isinstance(module, trainops.DropPath) for module in ours.modules()) == 4  # the first block has none
+    assert repr(ours) == repr(timms)
+    images = torch.randn(16, 3, 32, 32)
+    for our, expected in zip(*(run_block(model, model, images) for model in (ours, timms)), strict=True):
+        assert torch.equal(our, expected)
+
+
+@pytest.mark.parametrize("mode", ["row", "batch"])
+@pytest.mark.parametrize("drop_prob", [0.0, 0.3, 1.0])
+def test_torchvision_itself(mode, drop_prob):
+    torchvisions = installed("torchvision.ops").StochasticDepth(drop_prob, mode)
+    x = torch.randn(16, 7)
+    ours = trainops.DropPath(drop_prob)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        expected = torchvisions(x)
+        torch.manual_seed(seed)
+        assert same_bits(ours(x) if mode == "row" else ours(x[None])[0], expected)
+    assert torch.equal(ours.eval()(x), torchvisions.eval()(x))
 
 
 @pytest.mark.parametrize("drop_prob", [0.1, 0.5, 0.9])
