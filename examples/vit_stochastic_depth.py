@@ -2,9 +2,9 @@
 
     python examples/vit_stochastic_depth.py [--device cuda] [--drop-prob 0.4] [--steps 20] [--depth 2] [--dim 256]
 
-All stacks start from the same weights and train on the same batches from the same seeds. The losses of the first three
-agree, because they draw the same masks, timm's. ``fixed`` keeps other samples, always as many, so its losses are its
-own. The blocks differ in ``forward`` alone.
+All stacks start from the same weights and train on the same batches from the same seeds. The losses of the first
+three agree, because they draw the same masks, timm's. ``fixed`` keeps other samples, always as many, so its losses
+are its own. The blocks differ in ``forward`` alone.
 """
 
 import argparse
