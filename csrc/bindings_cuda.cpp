@@ -152,23 +152,26 @@ class Operands {
   int device_ = 0;
 };
 
+// `rows`: the address of an int64 for each sample.
 void drop_path(const py::object& out, const py::object& residual, const py::object& branch,
-               const py::object& layer_scale, const py::object& mask, int64_t samples, int64_t sample_numel,
-               int64_t channels, uintptr_t stream) {
+               const py::object& layer_scale, const py::object& mask, uintptr_t rows, int64_t samples,
+               int64_t sample_numel, int64_t channels, uintptr_t stream) {
   Operands o;
-  const cuda::DropPath args{o.read(out),  o.read(residual), o.read(branch), o.read(layer_scale),
-                            o.read(mask), samples,          sample_numel,   channels};
+  const cuda::DropPath args{o.read(out),  o.read(residual),        o.read(branch), o.read(layer_scale),
+                            o.read(mask), at<const int64_t>(rows), samples,        sample_numel,
+                            channels};
   cuda::drop_path(args, o.queue(stream));  // which is known when all have been read
 }
 
 void drop_path_backward(const py::object& of_branch, const py::object& of_layer_scale, const py::object& grad,
                         const py::object& branch, const py::object& layer_scale, const py::object& mask,
-                        int64_t samples, int64_t sample_numel, int64_t channels, uintptr_t partials,
+                        uintptr_t rows, int64_t samples, int64_t sample_numel, int64_t channels, uintptr_t partials,
                         uintptr_t stream) {
   Operands o;
   const cuda::DropPathBackward args{
-      o.read(of_branch), o.read(of_layer_scale), o.read(grad), o.read(branch),      o.read(layer_scale), o.read(mask),
-      samples,           sample_numel,           channels,     at<double>(partials)};
+      o.read(of_branch),   o.read(of_layer_scale),  o.read(grad), o.read(branch), o.read(layer_scale),
+      o.read(mask),        at<const int64_t>(rows), samples,      sample_numel,   channels,
+      at<double>(partials)};
   cuda::drop_path_backward(args, o.queue(stream));
 }
 

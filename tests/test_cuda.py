@@ -16,6 +16,7 @@ from conftest import DTYPES, SHIM, same_bits
 from torch import nn
 
 import trainops
+from trainops.backends import select
 
 needs_shim = pytest.mark.skipif(SHIM is None, reason="the CUDA kernels are not compiled for the CPU")
 pytestmark = pytest.mark.skipif(
@@ -63,6 +64,21 @@ def after_steps(count=2, **how):
     return [optimizer.grad_norm, optimizer.grad_norms, *tensors]
 
 
+def with_rows(residual, branch, layer_scale):
+    """DropPath and its derivative where the branch has every second sample alone, from the last on."""
+    some = torch.arange(len(residual) - 1, -1, -2, device=DEVICE)
+    mask = residual.new_zeros(len(residual), *[1] * (residual.ndim - 1))
+    mask[some] = 1.5
+    rows = torch.zeros(len(residual), dtype=torch.int64, device=DEVICE)
+    rows[some] = torch.arange(len(some), device=DEVICE)
+    kernels = select("cuda", DEVICE)
+    of_branch, of_layer_scale = kernels.drop_path_backward(
+        residual, branch[: len(some)], mask[some], layer_scale, some
+    )
+    results = [kernels.drop_path(branch[: len(some)], mask, residual, scale, rows) for scale in (None, layer_scale)]
+    return [*results, of_branch, of_layer_scale, kernels.drop_path(residual, mask[some], None, None, some)]
+
+
 def everything(dtype, place=lambda x, role: x.clone()):
     """What every kernel makes of such tensors."""
     results = after_steps(dtypes=(dtype,) * 3, place=place)
@@ -82,6 +98,7 @@ def everything(dtype, place=lambda x, role: x.clone()):
         out = trainops.drop_path_add(residual, branch, 0.4, True, layer_scale=layer_scale, backend="cuda")
         dropped += [out, *torch.autograd.grad(out, operands, randn(shape, dtype))]
         dropped.append(trainops.drop_path(branch.detach(), 0.4, True, backend="cuda"))
+        dropped += with_rows(*(x.detach() for x in operands))
     return [*results, *norms, *(p.grad for p in params), *averages, *dropped]
 
 

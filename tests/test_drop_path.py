@@ -412,6 +412,73 @@ def test_backward_is_the_formula(target, shape, dtypes):
             torch.testing.assert_close(of_scale, of_scale_expected, equal_nan=True)
 
 
+# Samples that are no whole packs, samples of which a chunk has several, and samples of several chunks.
+ROWS_CASES = [
+    ((5, 7), "contiguous"),
+    ((12, 50, 24), "contiguous"),
+    ((12, 50, 24), "unaligned"),
+    ((3, 3, 2801), "contiguous"),
+    ((3, 2, 8200), "contiguous"),
+    ((5, 8, 3, 4), "channels_last"),
+]
+ROWS_DTYPES = [
+    (torch.float32,) * 3,
+    (torch.float64,) * 3,
+    (torch.bfloat16,) * 3,
+    (torch.float32, torch.bfloat16, torch.bfloat16),
+]
+rows_cases = pytest.mark.parametrize(("shape", "layout"), ROWS_CASES, ids=str)
+rows_dtypes = pytest.mark.parametrize("dtypes", ROWS_DTYPES, ids=str)
+
+
+def rows_operands(target, shape, layout, dtypes, mask_samples):
+    """Three tensors as of ``operands``, what lays them out, and a mask of so many samples, which keeps all."""
+    tensors = operands(torch.float32, target.device, shape[-1:], shape)
+    mask = torch.full((mask_samples, *[1] * (len(shape) - 1)), 1.5, dtype=dtypes[1], device=target.device)
+    return *(x.to(dtype) for x, dtype in zip(tensors, dtypes, strict=True)), LAYOUTS[layout], mask
+
+
+@rows_dtypes
+@rows_cases
+def test_rows_of_the_branch(target, shape, layout, dtypes):
+    """The branch has the kept samples alone, in any order, and one more that all dropped ones name: it has no say."""
+    samples = shape[0]
+    residual, branch, layer_scale, lay, mask = rows_operands(target, shape, layout, dtypes, samples)
+    dropped, kept = torch.randperm(samples, device=target.device).split([samples - samples // 2, samples // 2])
+    mask[dropped] = 0
+    rows = torch.full((samples,), len(kept), device=target.device)
+    rows[kept] = torch.arange(len(kept), device=target.device)
+    branch = branch[: len(kept) + 1]
+    branch[-1] = math.nan
+    assert len(branch) < samples
+    residual, branch = lay(residual), lay(branch)
+    kernels = select(target.backend, target.device)
+    for scale in (None, layer_scale):
+        ours = kernels.drop_path(branch, mask, residual, scale, rows)
+        assert same_bits(ours, reference.drop_path(branch, mask, residual, scale, rows))
+        assert same_bits(ours[dropped], residual[dropped])
+
+
+@rows_dtypes
+@rows_cases
+def test_rows_of_the_gradient(target, shape, layout, dtypes):
+    """The branch has some of the gradient's samples, in any order; of those, the last is dropped all the same."""
+    samples = shape[0] // 2 + 1
+    grad, branch, layer_scale, lay, mask = rows_operands(target, shape, layout, dtypes, samples)
+    rows = torch.randperm(shape[0], device=target.device)[:samples]
+    branch = branch[:samples]
+    branch[-1], mask[-1] = math.nan, 0
+    grad, branch = lay(grad), lay(branch)
+    kernels = select(target.backend, target.device)
+    for of, scale in ((None, None), (None, layer_scale), (branch, layer_scale)):
+        ours, of_scale = kernels.drop_path_backward(grad, of, mask, scale, rows)
+        expected, of_scale_expected = reference.drop_path_backward(grad, of, mask, scale, rows)
+        assert same_bits(ours, expected)
+        if of is not None:
+            true = exact(grad.to(mask.dtype)[rows]) * exact(mask) * exact(branch.nan_to_num())
+            assert_contract(of_scale, of_scale_expected, sum_to(true, layer_scale.shape))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(6, 9, 32), (5, 41, 3), (300, 2)], ids=str)
 def test_small_chunks(target, dtype, shape, monkeypatch):

@@ -39,14 +39,20 @@ __device__ void forward_pack(const DropPath& args, const Span<T>& span, int64_t 
   const int64_t firsts[2] = {place.first - span.begin, place.second - span.begin};
   const bool exist[2] = {place.has_first, place.has_second};
   T mask[2] = {};
+  int64_t shifts[2] = {};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    if (exist[half]) mask[half] = load<T>(args.mask, sample.after(firsts[half]).turn);
+    if (!exist[half]) continue;
+    const int64_t own = sample.after(firsts[half]).turn;
+    mask[half] = load<T>(args.mask, own);
+    shifts[half] = ahead(args.rows, own, args.sample_numel);
   }
   Place of_scale = place, of_branch = place;
   of_scale.first = channel.after(firsts[0]).position;
   of_scale.second = channel.after(firsts[1]).position;
   const bool has_residual = args.residual.address != nullptr;
+  of_branch.first += shifts[0];
+  of_branch.second += shifts[1];
   of_branch.has_first = place.has_first && (!has_residual || mask[0] != T(0));
   of_branch.has_second = place.has_second && (!has_residual || mask[1] != T(0));
   const Raw raw_branch = fetch<T>(args.branch, of_branch), raw_residual = fetch<T>(args.residual, place);
@@ -74,9 +80,10 @@ __device__ void forward_one(const DropPath& args, int64_t i, int64_t sample, int
   const T mask = load<T>(args.mask, sample), residual = has_residual ? load<T>(args.residual, i) : T(0);
   T result = residual;
   if (!has_residual || mask != T(0)) {
+    const int64_t of_branch = i + ahead(args.rows, sample, args.sample_numel);
     const T layer_scale = args.layer_scale.address == nullptr ? T(1) : load<T>(args.layer_scale, channel);
     with_rounding<T>(args.mask.dtype, [&](auto round) {
-      result = term(load<T>(args.branch, i), layer_scale, mask, round);
+      result = term(load<T>(args.branch, of_branch), layer_scale, mask, round);
       if (has_residual) result = residual + result;
     });
   }

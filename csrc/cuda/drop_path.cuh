@@ -1,10 +1,16 @@
-// What DropPath and its derivative have in common: products, each rounded to the type that PyTorch gives it.
+// What DropPath and its derivative have in common: which samples they take, and products, each rounded to the type
+// that PyTorch gives it.
 #pragma once
 
 #include "../math/drop_path.h"
 #include "packs.cuh"
 
 namespace trainops::cuda {
+
+// How far ahead of a sample's elements those are that it takes of another tensor: of sample rows[sample].
+__device__ inline int64_t ahead(const int64_t* rows, int64_t sample, int64_t sample_numel) {
+  return rows == nullptr ? 0 : (rows[sample] - sample) * sample_numel;
+}
 
 // Calls function(round), where round rounds to the type of the products.
 template <typename T, typename Function>

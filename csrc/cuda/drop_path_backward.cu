@@ -84,10 +84,11 @@ __device__ void backward_tile(const DropPathBackward& args, int64_t group, int64
   lane.read(args.layer_scale, lane.place, layer_scale);
   double totals[size] = {};
   for (int64_t row = group_rows * group + warp; row < end_row; row += kWarps) {
-    const T mask = load<T>(args.mask, row / sample_rows);
+    const int64_t sample = row / sample_rows;
+    const T mask = load<T>(args.mask, sample);
     const Place place = lane.in_row(row * channels, true);
     T grad[size], branch[size];
-    lane.read(args.grad, place, grad);
+    lane.read(args.grad, lane.in_row(row * channels + ahead(args.rows, sample, args.sample_numel), true), grad);
     lane.read(args.branch, lane.in_row(row * channels, mask != T(0)), branch);
     with_rounding<T>(args.mask.dtype, [&](auto round) {
 #pragma unroll

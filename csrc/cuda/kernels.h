@@ -90,6 +90,7 @@ void adamw(const AdamWArgs& args, const Queue& queue);
 // out = residual + branch * layer_scale * mask[sample]; null residual or layer_scale leave their term out.
 struct DropPath {
   Cell out, residual, branch, layer_scale, mask;
+  const int64_t* rows;  // the sample of the branch that a sample of the result takes; null: its own
   int64_t samples, sample_numel, channels;
 };
 void drop_path(const DropPath& args, const Queue& queue);
@@ -98,6 +99,7 @@ void drop_path(const DropPath& args, const Queue& queue);
 // Two launches. `partials`: room for drop_path_partials(...) sums.
 struct DropPathBackward {
   Cell of_branch, of_layer_scale, grad, branch, layer_scale, mask;
+  const int64_t* rows;  // the sample of the gradient that a sample of the branch takes; null: its own
   int64_t samples, sample_numel, channels;
   double* partials;
 };

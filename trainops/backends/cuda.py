@@ -238,16 +238,20 @@ def _adamw_step(table: Any, groups: Sequence[AdamWGroup], control: StepControl, 
 
 
 def _launch_drop_path(out: Tensor, *args: Any) -> None:
+    *tensors, rows, samples, sample_numel, channels = args
     with on(out.device):
-        _cuda.drop_path(out, *args, _queue(out.device).stream)
+        stream = _queue(out.device).stream
+        _cuda.drop_path(out, *tensors, _address(rows), samples, sample_numel, channels, stream)
 
 
 def _launch_drop_path_backward(of_branch: Tensor, *args: Any) -> None:
-    *_, samples, sample_numel, channels = args
-    size = _cuda.drop_path_partials(samples, sample_numel, channels)
+    *tensors, rows, samples, sample_numel, channels = args
+    sizes = samples, sample_numel, channels
+    size = _cuda.drop_path_partials(*sizes)
     partials = torch.empty(size, dtype=torch.float64, device=of_branch.device)
     with on(of_branch.device):
-        _cuda.drop_path_backward(of_branch, *args, partials.data_ptr(), _queue(of_branch.device).stream)
+        stream = _queue(of_branch.device).stream
+        _cuda.drop_path_backward(of_branch, *tensors, _address(rows), *sizes, partials.data_ptr(), stream)
 
 
 drop_path, drop_path_backward = operations(_launch_drop_path, _launch_drop_path_backward)
