@@ -30,7 +30,7 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
-POINTERS = {"float32": "*fp32", "float64": "*fp64", "bfloat16": "*bf16", "float16": "*fp16"}
+POINTERS = {"float32": "*fp32", "float64": "*fp64", "bfloat16": "*bf16", "float16": "*fp16", "int64": "*i64"}
 DTYPES = list(SIZES)
 
 
@@ -167,10 +167,11 @@ def update_variant(param: str, state: str, largest: str | None, average: str | N
 
 def drop_path_variants() -> Iterator[Variant]:
     """Forward (which is backward without layer scale, too), backward, and the sum of layer scale's gradient."""
+    optional = ("residual", "layer_scale", "rows")
     for dtype in DTYPES:
-        for options in ((), ("residual",), ("residual", "layer_scale")):
-            operands = dict.fromkeys(("out", "branch", "mask", *options), dtype)
-            absent: dict[str, Any] = {name: None for name in ("residual", "layer_scale") if name not in options}
+        for options in ((), optional[:1], optional[:2], optional[2:], optional):
+            operands = {name: "int64" if name == "rows" else dtype for name in ("out", "branch", "mask", *options)}
+            absent: dict[str, Any] = {name: None for name in optional if name not in options}
             yield Variant(
                 "drop_path",
                 "drop_path",
@@ -183,19 +184,22 @@ def drop_path_variants() -> Iterator[Variant]:
                 narrow_stores=0,
             )
     for grad, branch in [*zip(DTYPES, DTYPES, strict=True), ("float32", "bfloat16")]:
-        operands = {"of_branch": branch, "grad": grad, "branch": branch, "layer_scale": grad, "mask": grad}
-        sizes = dict.fromkeys(("rows", "sample_rows", "program_rows", "channel_units"), "i32")
-        columns = block_numel((grad, branch)) // 8
-        yield Variant(
-            "drop_path",
-            "drop_path_backward",
-            f"{grad} of {branch}",
-            {**tensors(operands), "partials": "*fp64", **sizes},
-            {"UNIT": 8, "INDEX": ":uint32", "PRODUCT": f":{grad}", "WIDE": f":{wide(grad)}", "COLUMNS": columns},
-            (grad, branch),
-            (branch,),
-            narrow_stores=1,  # of a partial sum
-        )
+        for rows in (False, True):
+            operands = {"of_branch": branch, "grad": grad, "branch": branch, "layer_scale": grad, "mask": grad}
+            operands |= {"rows": "int64"} if rows else {}
+            sizes = dict.fromkeys(("positions", "sample_positions", "program_positions", "channel_units"), "i32")
+            constants = {"UNIT": 8, "INDEX": ":uint32", "PRODUCT": f":{grad}", "WIDE": f":{wide(grad)}"}
+            columns = block_numel((grad, branch)) // 8
+            yield Variant(
+                "drop_path",
+                "drop_path_backward",
+                f"{grad} of {branch}" + ", rows" * rows,
+                {**tensors(operands), "partials": "*fp64", **sizes},
+                {**constants, "COLUMNS": columns, **({} if rows else {"rows": None})},
+                (grad, branch),
+                (branch,),
+                narrow_stores=1,  # of a partial sum
+            )
     for dtype in ("float32", "float64"):
         arguments = {**tensors({"of_layer_scale": dtype}), "partials": "*fp64", "count": "i32", "channels": "i32"}
         yield Variant("drop_path", "finish_layer_scale", dtype, arguments, {"ROWS": 64})

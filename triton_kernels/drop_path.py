@@ -4,6 +4,9 @@
     of_branch      = grad * layer_scale * mask[sample]
     of_layer_scale = sum over samples and positions of grad * mask[sample] * branch
 
+A branch may hold some samples alone, such as those that are kept. Then forward, where samples are those of the
+result, reads ``branch[rows[sample]]``, and backward, where they are the branch's, ``grad[rows[sample]]``.
+
 Per element of a kept sample, forward reads branch and residual and writes out (12 bytes in float32); backward reads
 grad and branch and writes the branch's gradient (12 bytes), or reads grad alone (8 bytes) where layer scale needs no
 gradient. With a residual, and for layer scale's gradient, a dropped sample's branch is not read. Arithmetic in
@@ -43,6 +46,7 @@ def drop_path(
     branch,
     layer_scale,
     mask,
+    rows,
     units,
     sample_units,
     channel_units,
@@ -55,13 +59,16 @@ def drop_path(
 ):
     """Program i: the i-th chunk. Sizes are in units; ``INDEX`` is a type that holds those of a sample and a chunk.
 
-    Where a chunk lies in one sample, as most do, its mask is one value; else it is looked up unit by unit.
+    Where a chunk lies in one sample, as most do, its mask is one value, and so is its row; else they are looked up
+    unit by unit.
     """
     begin = tl.program_id(0).to(tl.int64) * (CHUNK // UNIT)
     size = tl.minimum(units - begin, CHUNK // UNIT).to(tl.int32)
     sample = begin // sample_units
     position = begin - sample * sample_units
     mask_of_sample = tl.full([1, 1], tl.load(mask + sample), mask.dtype.element_ty).to(WIDE)
+    if rows is not None:
+        shift_of_sample = (tl.load(rows + sample) - sample) * sample_units * UNIT
     channel = position
     if layer_scale is not None:
         channel = position % channel_units
@@ -75,25 +82,33 @@ def drop_path(
                 inside, value = tl.full([BLOCK // UNIT, 1], True, tl.int1), mask_of_sample
                 if MIXED:
                     inside = (unit < size)[:, None]
-                    sample_of_unit = sample + (position.to(INDEX) + unit.to(INDEX)) // sample_units.to(INDEX)
+                    begun = (position.to(INDEX) + unit.to(INDEX)) // sample_units.to(INDEX)
+                    sample_of_unit = sample + begun.to(tl.int64)
                     value = tl.load(mask + sample_of_unit, mask=unit < size, other=0).to(WIDE)[:, None]
+                source = element  # of the branch
+                if rows is not None:
+                    shift = shift_of_sample
+                    if MIXED:
+                        row = tl.load(rows + sample_of_unit, mask=unit < size, other=0)
+                        shift = ((row - sample_of_unit) * sample_units * UNIT)[:, None]
+                    source = element + shift
                 scale = None
                 if layer_scale is not None:
                     channel_of_unit = (channel.to(INDEX) + unit.to(INDEX)) % channel_units.to(INDEX)
                     scale = tl.load(layer_scale + channel_of_unit.to(tl.int64)[:, None] * UNIT + lane).to(WIDE)
                 if residual is None:
-                    x = tl.load(branch + element, mask=inside, other=0).to(WIDE)
+                    x = tl.load(branch + source, mask=inside, other=0).to(WIDE)
                     result = narrow(term(x, scale, value, PRODUCT), out.dtype.element_ty)
                 else:
                     kept = inside & (value != 0)
-                    x = tl.load(branch + element, mask=kept, other=0).to(WIDE)
+                    x = tl.load(branch + source, mask=kept, other=0).to(WIDE)
                     rest = tl.load(residual + element, mask=inside, other=0)
                     total = narrow(rest.to(WIDE) + term(x, scale, value, PRODUCT), out.dtype.element_ty)
                     result = tl.where(kept, total, rest.to(out.dtype.element_ty))
                 tl.store(out + element, result, mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "sample_rows", "program_rows", "channel_units"])
+@triton.jit(do_not_specialize=["positions", "sample_positions", "program_positions", "channel_units"])
 def drop_path_backward(
     of_branch,
     partials,
@@ -102,8 +117,9 @@ def drop_path_backward(
     layer_scale,
     mask,
     rows,
-    sample_rows,
-    program_rows,
+    positions,
+    sample_positions,
+    program_positions,
     channel_units,
     UNIT: tl.constexpr,
     INDEX: tl.constexpr,
@@ -112,28 +128,33 @@ def drop_path_backward(
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Each program: ``program_rows`` rows (positions of samples) of ``COLUMNS`` channels.
+    """Each program: ``program_positions`` positions of samples, and ``COLUMNS`` channels.
 
-    ``partials``: a row of sums, one for each channel, for every ``program_rows`` rows.
+    ``partials``: a sum for each channel, for every ``program_positions`` positions.
     """
     channels = channel_units.to(tl.int64) * UNIT
     column_blocks = tl.cdiv(channels, COLUMNS)
     index = tl.program_id(0) // column_blocks
     column = tl.program_id(0) % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
-    begin = index * program_rows
-    sample = begin // sample_rows
-    position = (begin - sample * sample_rows).to(INDEX)
+    begin = index * program_positions
+    sample = begin // sample_positions
+    begin_in_sample = (begin - sample * sample_positions).to(INDEX)
     scale = tl.load(layer_scale + column, mask=column < channels, other=0).to(WIDE)[None, :]
     element = tl.arange(0, BLOCK // COLUMNS).to(tl.int64)[:, None] * channels + column[None, :]
     total = tl.zeros([BLOCK // COLUMNS, COLUMNS], tl.float64)
-    size = tl.minimum(rows - begin, program_rows).to(tl.int32)
+    size = tl.minimum(positions - begin, program_positions).to(tl.int32)
     for offset in range(0, size, BLOCK // COLUMNS):
-        row = offset + tl.arange(0, BLOCK // COLUMNS)
-        sample_of_row = sample + (position + row.to(INDEX)) // sample_rows.to(INDEX)
-        value = tl.load(mask + sample_of_row, mask=row < size, other=0).to(WIDE)[:, None]
-        inside = (row < size)[:, None] & (column < channels)[None, :]
+        position = offset + tl.arange(0, BLOCK // COLUMNS)
+        begun = (begin_in_sample + position.to(INDEX)) // sample_positions.to(INDEX)
+        sample_of_position = sample + begun.to(tl.int64)
+        value = tl.load(mask + sample_of_position, mask=position < size, other=0).to(WIDE)[:, None]
+        inside = (position < size)[:, None] & (column < channels)[None, :]
         first = (begin + offset) * channels
-        g = tl.load(grad + first + element, mask=inside, other=0).to(WIDE)
+        source = first + element
+        if rows is not None:
+            row = tl.load(rows + sample_of_position, mask=position < size, other=0)
+            source += ((row - sample_of_position) * sample_positions * channels)[:, None]
+        g = tl.load(grad + source, mask=inside, other=0).to(WIDE)
         x = tl.load(branch + first + element, mask=inside & (value != 0), other=0).to(WIDE)
         result = term(g, scale, value, PRODUCT)
         tl.store(of_branch + first + element, narrow(result, of_branch.dtype.element_ty), mask=inside)
