@@ -81,8 +81,9 @@ def _type(dtype: torch.dtype | None) -> Any:
 
 
 @cache
-def _warps(threads: int) -> int:
-    """How many warps so many threads are."""
+def _warps() -> int:
+    """How many a program has."""
+    threads: int = _kernels()._common.THREADS
     if _interpreted():
         return threads // 32
     import triton
@@ -91,10 +92,9 @@ def _warps(threads: int) -> int:
     return max(1, threads // warp_size)
 
 
-def _launch(kernel: Any, programs: int, *args: Any, threads: int | None = None, **constants: Any) -> None:
+def _launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
     """Contraction to fused multiply-add is off so that results do not depend on how a kernel was compiled."""
-    threads = threads or _kernels()._common.THREADS
-    kernel[(programs,)](*args, **constants, num_warps=_warps(threads), enable_fp_fusion=False)
+    kernel[(programs,)](*args, **constants, num_warps=_warps(), enable_fp_fusion=False)
 
 
 def _constants(table: DeviceTable, *dtypes: torch.dtype | None) -> dict[str, int]:
