@@ -23,6 +23,12 @@ def there(x: Tensor | None, device: torch.device, dtype: torch.dtype | None = No
     return None if x is None else x.to(device, dtype or x.dtype)
 
 
+def hand_back(counter: Tensor | None, control: StepControl) -> None:
+    """Tells the step's count of skipped steps what ``counter`` is now, where that is a copy on another device."""
+    if counter is not None and counter is not control.skipped_steps and control.skipped_steps is not None:
+        control.skipped_steps.copy_(counter)
+
+
 def settings_words(
     groups: Sequence[AdamWGroup], control: StepControl, ema_decay: float, device: torch.device
 ) -> bytes:

@@ -12,7 +12,7 @@ from .. import reference
 from ..device_table import Recent, uploaded
 from ..tensor_table import Column, describe, regular_table
 from ._build import load
-from ._device_step import on, settings_words, there
+from ._device_step import hand_back, on, settings_words, there
 from ._drop_path import operations
 from ._interface import AdamWGroup, Backend, StepControl, StepResult
 
@@ -232,8 +232,7 @@ def _adamw_step(table: Any, groups: Sequence[AdamWGroup], control: StepControl, 
         scratch + _COUNTER,
         queue.stream,
     )
-    if counter is not None and counter is not control.skipped_steps and control.skipped_steps is not None:
-        control.skipped_steps.copy_(counter)  # it is on another device
+    hand_back(counter, control)
     return StepResult(total_norm, norms, skip)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import reference
 from ..device_table import DeviceTable, Groups, uploaded
 from ..tensor_table import Column, regular_table
-from ._device_step import on, settings_words, there
+from ._device_step import hand_back, on, settings_words, there
 from ._drop_path import operations
 from ._interface import AdamWGroup, Backend, StepControl, StepResult
 
@@ -334,8 +334,7 @@ def _adamw_step(
                 MAXIMIZE=section.kind.flag,
                 **_constants(table, *section.kind.dtypes),
             )
-    if counter is not None and counter is not control.skipped_steps and control.skipped_steps is not None:
-        control.skipped_steps.copy_(counter)  # it is on another device
+    hand_back(counter, control)
     return StepResult(control.total_norm if total_norm is None else total_norm, norms, skip)
 
 
