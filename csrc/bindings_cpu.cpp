@@ -5,14 +5,13 @@
 
 #include <cmath>
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
-#include "tensor_table_from_python.h"
+#include "python_tables.h"
 
 namespace py = pybind11;
 using namespace trainops;
@@ -22,47 +21,23 @@ namespace {
 TensorReader& reader = *new TensorReader;  // never destroyed: the interpreter is gone by then
 
 // A table in host memory, cut for the CPU.
-class Table {
+class Table : public PythonTable {
  public:
   Table(const py::list& columns, const py::object& scalars, size_t measured)
-      : builder_(reader, columns.size(), !scalars.is_none(), measured, {dlpack::kCPU, dlpack::kPinned}),
-        irregular_(add_rows(builder_, columns, scalars)) {
-    builder_.table.cut(cpu::kChunkNumel);
+      : Table(columns.size(), !scalars.is_none(), measured) {
+    add_rows(columns, scalars);
+    complete();
   }
 
-  const std::vector<int64_t>& irregular() const { return irregular_; }
-  bool has_float64() const { return builder_.has_float64; }
-  int64_t rows() const { return builder_.table.rows(); }
-  const TensorTable& get() const {
-    if (!irregular_.empty()) throw std::logic_error("this table has rows that kernels cannot take");
-    return builder_.table;
-  }
+  const TensorTable& get() const { return regular_table(); }
 
  protected:
-  explicit Table(size_t columns) : builder_(reader, columns, true, cpu::kGrad, {dlpack::kCPU, dlpack::kPinned}) {}
-
-  TableBuilder builder_;
-  std::vector<int64_t> irregular_;
-};
-
-// The table of an AdamW step, straight from the optimizer's containers; `regular` is false where that cannot be.
-class AdamWTable : public Table {
- public:
-  AdamWTable(const py::list& param_groups, const py::dict& state, const py::dict& averages)
-      : Table(size_t{cpu::kStep}), rows_(reader, builder_, averages) {
-    for (const auto group : param_groups) {
-      if (!rows_.add_group(group.cast<py::dict>(), state)) return;
-    }
-    builder_.table.cut(cpu::kChunkNumel);
-    regular_ = true;
-  }
-
-  bool regular() const { return regular_; }
-  const AdamWRows& collected() const { return rows_; }
+  Table() : Table(cpu::kStep, true, cpu::kGrad) {}
+  void complete(const std::vector<int64_t>& = {}) { builder_.table.cut(cpu::kChunkNumel); }
 
  private:
-  AdamWRows rows_;
-  bool regular_ = false;
+  Table(size_t columns, bool has_scalar, size_t measured)
+      : PythonTable({reader, columns, has_scalar, measured, {dlpack::kCPU, dlpack::kPinned}}) {}
 };
 
 Cell read_cell(const py::object& tensor) {
@@ -176,18 +151,8 @@ PYBIND11_MODULE(_cpu, m) {
   });
   m.def("instruction_set", &cpu::instruction_set);
   m.def("threads", &threads);
-  py::class_<Table>(m, "TensorTable")
-      .def(py::init<const py::list&, const py::object&, size_t>(), py::arg("columns"),
-           py::arg("scalars") = py::none(), py::arg("measured") = 0)
-      .def_property_readonly("irregular", &Table::irregular)
-      .def_property_readonly("has_float64", &Table::has_float64)
-      .def_property_readonly("rows", &Table::rows);
-  py::class_<AdamWTable, Table>(m, "AdamWTable")
-      .def(py::init<const py::list&, const py::dict&, const py::dict&>())
-      .def_property_readonly("regular", &AdamWTable::regular)
-      .def_property_readonly("params", [](const AdamWTable& t) { return t.collected().params; })
-      .def_property_readonly("group_rows", [](const AdamWTable& t) { return t.collected().group_rows; })
-      .def_property_readonly("averaged", [](const AdamWTable& t) { return t.collected().averaged; });
+  define_tables<Table>(m).def(py::init<const py::list&, const py::object&, size_t>(), py::arg("columns"),
+                              py::arg("scalars") = py::none(), py::arg("measured") = 0);
   m.def("norms", &norms);
   m.def("scale", &scale);
   m.def("clamp", &clamp);

@@ -11,7 +11,7 @@
 
 #include "cuda/kernels.h"
 #include "device_table.h"
-#include "tensor_table_from_python.h"
+#include "python_tables.h"
 
 namespace py = pybind11;
 using namespace trainops;
@@ -25,18 +25,14 @@ py::bytes as_bytes(const Words& words) {
 }
 
 // A table of tensors on one device.
-class Table {
+class Table : public PythonTable {
  public:
-  Table(const py::list& columns, const py::object& scalars, size_t measured, std::vector<int64_t> group_rows)
-      : builder_(reader, columns.size(), !scalars.is_none(), measured, {TRAINOPS_DEVICE_TYPE}),
-        group_rows_(std::move(group_rows)),
-        irregular_(add_rows(builder_, columns, scalars)) {
-    if (group_rows_.empty()) group_rows_ = {builder_.table.rows()};
+  Table(const py::list& columns, const py::object& scalars, size_t measured, const std::vector<int64_t>& group_rows)
+      : Table(columns.size(), !scalars.is_none(), measured) {
+    add_rows(columns, scalars);
+    complete(group_rows.empty() ? std::vector<int64_t>{rows()} : group_rows);
   }
 
-  const std::vector<int64_t>& irregular() const { return irregular_; }
-  bool has_float64() const { return builder_.has_float64; }
-  int64_t rows() const { return builder_.table.rows(); }
   int64_t chunk_count() const { return count_chunks(builder_.table, cuda::kChunkNumel); }
   int32_t device_index() const { return std::max(builder_.device_id, 0); }
   py::bytes numels() const { return as_bytes(numel_words(builder_.table)); }
@@ -45,36 +41,20 @@ class Table {
 
   // The table whose words lie at such addresses.
   cuda::DeviceTable at(uintptr_t rows, uintptr_t chunks) const {
-    if (!irregular_.empty()) throw std::logic_error("this table has rows that kernels cannot take");
-    return {reinterpret_cast<const int64_t*>(rows), reinterpret_cast<const int64_t*>(chunks), builder_.table.rows(),
-            chunk_count(), 4 + builder_.table.columns()};
+    const TensorTable& table = regular_table();
+    return {reinterpret_cast<const int64_t*>(rows), reinterpret_cast<const int64_t*>(chunks), table.rows(),
+            chunk_count(), 4 + table.columns()};
   }
 
  protected:
-  explicit Table(size_t columns) : builder_(reader, columns, true, cuda::kGrad, {TRAINOPS_DEVICE_TYPE}) {}
-
-  TableBuilder builder_;
-  std::vector<int64_t> group_rows_, irregular_;
-};
-
-// The table of an AdamW step, straight from the optimizer's containers; `regular` is false where that cannot be.
-class AdamWTable : public Table {
- public:
-  AdamWTable(const py::list& param_groups, const py::dict& state, const py::dict& averages)
-      : Table(size_t{cuda::kStep}), collected_(reader, builder_, averages) {
-    for (const auto group : param_groups) {
-      if (!collected_.add_group(group.cast<py::dict>(), state)) return;
-    }
-    group_rows_ = collected_.group_rows;
-    regular_ = true;
-  }
-
-  bool regular() const { return regular_; }
-  const AdamWRows& collected() const { return collected_; }
+  Table() : Table(cuda::kStep, true, cuda::kGrad) {}
+  void complete(const std::vector<int64_t>& group_rows) { group_rows_ = group_rows; }
 
  private:
-  AdamWRows collected_;
-  bool regular_ = false;
+  Table(size_t columns, bool has_scalar, size_t measured)
+      : PythonTable({reader, columns, has_scalar, measured, {TRAINOPS_DEVICE_TYPE}}) {}
+
+  std::vector<int64_t> group_rows_;
 };
 
 // Addresses come from Python as numbers; 0 is none.
@@ -188,23 +168,14 @@ PYBIND11_MODULE(_cuda, m) {
     const cuda::Devices found = cuda::devices();
     return py::make_tuple(found.count, found.error, found.name);
   });
-  py::class_<Table>(m, "TensorTable")
-      .def(py::init<const py::list&, const py::object&, size_t, std::vector<int64_t>>(), py::arg("columns"),
+  define_tables<Table>(m)
+      .def(py::init<const py::list&, const py::object&, size_t, const std::vector<int64_t>&>(), py::arg("columns"),
            py::arg("scalars") = py::none(), py::arg("measured") = 0, py::arg("group_rows") = std::vector<int64_t>())
-      .def_property_readonly("irregular", &Table::irregular)
-      .def_property_readonly("has_float64", &Table::has_float64)
-      .def_property_readonly("rows", &Table::rows)
       .def_property_readonly("chunk_count", &Table::chunk_count)
       .def_property_readonly("device_index", &Table::device_index)
       .def_property_readonly("numels", &Table::numels)
       .def_property_readonly("row_words", &Table::rows_for_device)
       .def_property_readonly("chunk_words", &Table::chunks_for_device);
-  py::class_<AdamWTable, Table>(m, "AdamWTable")
-      .def(py::init<const py::list&, const py::dict&, const py::dict&>())
-      .def_property_readonly("regular", &AdamWTable::regular)
-      .def_property_readonly("params", [](const AdamWTable& t) { return t.collected().params; })
-      .def_property_readonly("group_rows", [](const AdamWTable& t) { return t.collected().group_rows; })
-      .def_property_readonly("averaged", [](const AdamWTable& t) { return t.collected().averaged; });
   m.def("norms", &norms);
   m.def("scale", &scale);
   m.def("clamp", &clamp);

@@ -193,7 +193,7 @@ class TableBuilder {
   TableBuilder(const TensorReader& reader, size_t columns, bool has_scalar, size_t measured,
                std::vector<int32_t> device_types)
       : table(static_cast<int64_t>(columns + has_scalar)),
-        reader_(reader),
+        reader(reader),
         measured_(measured),
         device_types_(std::move(device_types)),
         cells_(columns + has_scalar) {}
@@ -224,12 +224,13 @@ class TableBuilder {
   }
 
   TensorTable table;
+  const TensorReader& reader;
   bool has_float64 = false;
   int32_t device_id = -1;  // of the CUDA device; negative until there is a tensor
 
  private:
   bool read(PyObject* tensor, Description& description) {
-    if (!reader_.read(tensor, description) ||
+    if (!reader.read(tensor, description) ||
         std::find(device_types_.begin(), device_types_.end(), description.device_type) == device_types_.end()) {
       return false;
     }
@@ -238,99 +239,11 @@ class TableBuilder {
     return device_id == description.device_id;
   }
 
-  const TensorReader& reader_;
   size_t measured_;
   std::vector<int32_t> device_types_;
   std::vector<Cell> cells_;
   std::vector<pybind11::object> kept_;  // the tensors of the table: kernels run without the interpreter lock
   Description first_, next_;
-};
-
-// Adds a row for every index of the lists `columns`, and returns those that kernels cannot take as they are.
-inline std::vector<int64_t> add_rows(TableBuilder& builder, const pybind11::list& columns,
-                                     const pybind11::object& scalars) {
-  std::vector<int64_t> irregular;
-  std::vector<PyObject*> tensors(columns.size());
-  const Py_ssize_t rows = columns.empty() ? 0 : PyList_GET_SIZE(columns[0].ptr());
-  for (const auto column : columns) {
-    if (!PyList_Check(column.ptr()) || PyList_GET_SIZE(column.ptr()) != rows) {
-      throw pybind11::value_error("columns are lists of one length");
-    }
-  }
-  for (Py_ssize_t row = 0; row < rows; ++row) {
-    for (size_t i = 0; i < tensors.size(); ++i) tensors[i] = PyList_GET_ITEM(PyList_GET_ITEM(columns.ptr(), i), row);
-    PyObject* scalar = scalars.is_none() ? nullptr : PyList_GET_ITEM(scalars.ptr(), row);
-    if (!builder.add_row(tensors.data(), tensors.size(), scalar)) irregular.push_back(row);
-  }
-  return irregular;
-}
-
-// Names under which torch keeps gradients and the state of AdamW. Interned strings are the interpreter's own.
-struct StateNames {
-  PyObject* grad = PyUnicode_InternFromString("grad");
-  PyObject* exp_avg = PyUnicode_InternFromString("exp_avg");
-  PyObject* exp_avg_sq = PyUnicode_InternFromString("exp_avg_sq");
-  PyObject* max_exp_avg_sq = PyUnicode_InternFromString("max_exp_avg_sq");
-  PyObject* step = PyUnicode_InternFromString("step");
-
-  StateNames() = default;
-  StateNames(const StateNames&) = delete;
-  ~StateNames() {
-    for (PyObject* name : {grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step}) Py_DECREF(name);
-  }
-};
-
-// The rows of an AdamW step straight from an optimizer's `param_groups` and `state`: what the general path collects
-// in Python, in a fraction of the time. `averages` maps id(param) to the shadow weight of an EMA.
-class AdamWRows {
- public:
-  AdamWRows(const TensorReader& reader, TableBuilder& builder, const pybind11::dict& averages)
-      : reader_(reader), builder_(builder), averages_(averages) {}
-
-  // False where anything is out of the ordinary: no state yet, subclasses of tensors, other devices, odd strides.
-  bool add_group(const pybind11::dict& group, const pybind11::dict& state) {
-    const pybind11::object all = group["params"];
-    if (!PyList_Check(all.ptr())) return false;
-    const bool amsgrad = pybind11::bool_(group["amsgrad"]);
-    const size_t before = params.size();
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(all.ptr()); ++i) {
-      PyObject* param = PyList_GET_ITEM(all.ptr(), i);
-      if (!reader_.is_plain(param)) return false;
-      const auto grad = pybind11::reinterpret_steal<pybind11::object>(PyObject_GetAttr(param, names_.grad));
-      if (!grad) throw pybind11::error_already_set();
-      if (grad.is_none()) continue;
-      PyObject* own = PyDict_GetItemWithError(state.ptr(), param);
-      if (own == nullptr || !PyDict_Check(own)) return false;
-      PyObject* const exp_avg = PyDict_GetItem(own, names_.exp_avg);
-      PyObject* const exp_avg_sq = PyDict_GetItem(own, names_.exp_avg_sq);
-      PyObject* const max_exp_avg_sq = amsgrad ? PyDict_GetItem(own, names_.max_exp_avg_sq) : Py_None;
-      PyObject* const step = PyDict_GetItem(own, names_.step);
-      if (exp_avg == nullptr || exp_avg_sq == nullptr || max_exp_avg_sq == nullptr || step == nullptr) return false;
-      PyObject* const tensors[] = {param, grad.ptr(), exp_avg, exp_avg_sq, max_exp_avg_sq, average_of(param)};
-      if (!builder_.add_row(tensors, 6, step)) return false;
-      params.append(pybind11::handle(param));
-    }
-    group_rows.push_back(static_cast<int64_t>(params.size() - before));
-    return true;
-  }
-
-  pybind11::list params;            // those that have a gradient
-  std::vector<int64_t> group_rows;  // how many of them each group has
-  int64_t averaged = 0;             // how many of them have an average
-
- private:
-  PyObject* average_of(PyObject* param) {
-    if (averages_.empty()) return Py_None;
-    const auto id = pybind11::reinterpret_steal<pybind11::object>(PyLong_FromVoidPtr(param));
-    PyObject* average = PyDict_GetItem(averages_.ptr(), id.ptr());
-    averaged += average != nullptr;
-    return average == nullptr ? Py_None : average;
-  }
-
-  const TensorReader& reader_;
-  TableBuilder& builder_;
-  const pybind11::dict averages_;
-  const StateNames names_;
 };
 
 }  // namespace trainops
