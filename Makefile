@@ -1,4 +1,5 @@
 # Two commands: `make demo` runs the main job, `make test` passes the tests. Each target sets up what it needs.
+# `make bench` measures, `make bench QUICK=1` in two minutes.
 #
 # By default everything is installed into .venv at pinned versions. `make <target> PYTHON=python3` uses that
 # interpreter's environment as it is, with no network, and only builds trainops in place.
@@ -38,7 +39,7 @@ lint: $(SETUP)
 	$(CLANG_FORMAT) --dry-run --Werror $(CXX_SOURCES)
 
 bench: $(SETUP)
-	$(RUN) -m benchmarks.bench_step --json outputs/step.json --plot outputs/step.png
+	$(RUN) -m benchmarks run $(if $(QUICK),--quick) --output outputs/benchmarks
 
 inspect: $(SETUP)
 	$(RUN) -m benchmarks.inspect_cpu

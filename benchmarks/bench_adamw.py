@@ -1,0 +1,63 @@
+"""AdamW alone: every optimizer's `step()` on the same parameters and gradients."""
+
+from collections.abc import Callable, Iterator
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+import trainops
+
+from .peers import ADAMW, SETTINGS, Optimizer, compilable, compiled_adamw
+from .runner import Case, Options, Provider
+from .saved import OURS
+from .work import STEPS, Moments, Work, adamw_truth, model_cases, moments_of
+
+# Read the gradient, read and write the parameter and two moments.
+ELEMENTS = 7
+
+
+def stepping(make: Callable[[Work], Optimizer]) -> Callable[[Work], Provider]:
+    """A provider whose work is its optimizer's step."""
+
+    def provider(work: Work) -> Provider:
+        optimizer = make(work)
+        return Provider({"step": optimizer.step}, lambda: {"params": work.params}, lambda: moments_of(optimizer))
+
+    return provider
+
+
+def compiled(work: Work) -> Provider:
+    """PyTorch's recipe for compiled optimizers."""
+    compile_ = compilable(work)
+    optimizer = compiled_adamw(work)
+    step = compile_(lambda: optimizer.step(), fullgraph=False)
+    return Provider({"step": step}, lambda: {"params": work.params}, lambda: moments_of(optimizer))
+
+
+class AdamWork(Work):
+    """New gradients before each step."""
+
+    makers: ClassVar = {
+        **{name: stepping(make) for name, make in ADAMW.items()},
+        "torch compiled": compiled,
+        OURS: stepping(lambda work: trainops.AdamW(work.params, **SETTINGS)),
+    }
+
+    def truth(self) -> dict[str, Tensor]:
+        """The paper's formulas."""
+        param = self.start.double()
+        moments = Moments(torch.zeros_like(param), torch.zeros_like(param))
+        for step in range(STEPS):
+            adamw_truth(param, self.tiles[step].double(), moments, step + 1)
+        return {"params": param}
+
+
+def cases(options: Options) -> Iterator[Case]:
+    """Models, in both dtypes."""
+    yield from model_cases("adamw", AdamWork, ELEMENTS, 8, options)
+
+
+def test_adamw(benchmark, admitted) -> None:
+    """Under pytest-benchmark."""
+    benchmark(admitted.step)

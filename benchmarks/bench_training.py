@@ -1,0 +1,184 @@
+"""A whole training step: forward and backward of a small ViT and a small GPT, and the tail three ways.
+
+How much of a step the tail is depends on the batch: each model is trained with a small one, as when memory is short,
+and with a larger one, where there is little to gain.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import trainops
+
+from .bench_ema import lerp_foreach
+from .peers import SETTINGS
+from .runner import Case, Options, Provider, Step
+from .saved import OURS
+from .work import DECAY, MAX_NORM
+
+STEPS = 3
+TOLERANCE = 1e-3  # of the loss after these steps, relative: Adam's first steps magnify rounding errors of gradients
+
+
+class Net(NamedTuple):
+    """A transformer, and what it is fed with. Images are patches of 768 numbers already."""
+
+    dim: int
+    depth: int
+    tokens: int
+    batches: tuple[int, int]
+    vocabulary: int = 0
+
+
+NETS = {
+    "cpu": {"ViT-Ti": Net(192, 12, 197, (2, 16)), "GPT": Net(512, 6, 128, (1, 8), 16384)},
+    "cuda": {"ViT-B": Net(768, 12, 197, (8, 128)), "GPT-2": Net(768, 12, 512, (2, 16), 50257)},
+}
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP."""
+
+    def __init__(self, dim: int, causal: bool) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.causal = nn.LayerNorm(dim), nn.LayerNorm(dim), causal
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, tokens, dim] to the same."""
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, -1, 64)).permute(2, 0, 3, 1, 4)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+class Transformer(nn.Module):
+    """A stack of blocks over patches or words, with its loss."""
+
+    def __init__(self, net: Net) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(net.vocabulary, net.dim) if net.vocabulary else nn.Linear(768, net.dim)
+        self.position = nn.Parameter(0.02 * torch.randn(1, net.tokens, net.dim))
+        self.blocks = nn.Sequential(*(Block(net.dim, bool(net.vocabulary)) for _ in range(net.depth)))
+        self.norm, self.head = nn.LayerNorm(net.dim), nn.Linear(net.dim, net.vocabulary or 1000)
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The mean cross entropy: of each next word, or of each image's class."""
+        x = self.norm(self.blocks(self.embed(inputs) + self.position))
+        x = x if targets.ndim == 2 else x.mean(1)
+        return nn.functional.cross_entropy(self.head(x).flatten(0, -2), targets.flatten())
+
+
+Tail = Callable[[nn.Module], Step]
+
+
+def as_written(model: nn.Module) -> Step:
+    """What everybody writes, with PyTorch's defaults."""
+    optimizer = torch.optim.AdamW(model.parameters(), **SETTINGS)
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
+
+    def tail() -> None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+        optimizer.step()
+        ema.update_parameters(model)
+
+    return tail
+
+
+def fastest(model: nn.Module) -> Step:
+    """PyTorch's fastest documented composition."""
+    params = list(model.parameters())
+    optimizer = torch.optim.AdamW(params, **SETTINGS, fused=True)
+    averages = [p.detach().clone() for p in params]
+
+    def tail() -> None:
+        torch.nn.utils.clip_grad_norm_(params, MAX_NORM, foreach=True)
+        optimizer.step()
+        lerp_foreach(averages, params)
+
+    return tail
+
+
+def ours(model: nn.Module) -> Step:
+    """In one call."""
+    ema = trainops.EMA(model, DECAY)
+    return trainops.AdamW(model.parameters(), **SETTINGS, max_grad_norm=MAX_NORM, ema=ema).step
+
+
+TAILS: dict[str, Tail] = {"torch as written": as_written, "torch fused": fastest, OURS: ours}
+
+
+class TrainingBench:
+    """One model for each provider, from the same weights, on the same batch."""
+
+    def __init__(self, net: Net, batch: int, device: str) -> None:
+        torch.manual_seed(0)
+        self.model = Transformer(net).to(device)
+        if net.vocabulary:
+            words = torch.randint(net.vocabulary, (batch, net.tokens + 1)).to(device)
+            self.inputs, self.targets = words[:, :-1], words[:, 1:]
+        else:
+            self.inputs = torch.randn(batch, net.tokens, 768).to(device)
+            self.targets = torch.randint(1000, (batch,)).to(device)
+        self.expected: float | None = None
+
+    def admit(self, name: str) -> tuple[Provider, float]:
+        """The loss after some steps, against float64."""
+        if self.expected is None:
+            exact = copy.deepcopy(self.model).double()
+            inputs = self.inputs if self.inputs.dtype == torch.int64 else self.inputs.double()
+            self.expected = self.loss_after(self.provider(exact, inputs, fastest), exact, inputs)
+        model = copy.deepcopy(self.model)
+        provider = self.provider(model, self.inputs, TAILS[name])
+        loss = self.loss_after(provider, model, self.inputs)
+        return provider, abs(loss / self.expected - 1) / TOLERANCE
+
+    def loss_after(self, provider: Provider, model: nn.Module, inputs: Tensor) -> float:
+        """Take steps and evaluate."""
+        for _ in range(STEPS):
+            provider.step()
+        with torch.no_grad():
+            return model(inputs, self.targets).item()
+
+    def provider(self, model: nn.Module, inputs: Tensor, make_tail: Tail) -> Provider:
+        """Forward and backward, and the tail."""
+        tail = make_tail(model)
+
+        def forward_backward() -> None:
+            model.zero_grad(set_to_none=True)
+            model(inputs, self.targets).backward()
+
+        return Provider({"forward and backward": forward_backward, "tail": tail})
+
+
+def cases(options: Options) -> Iterator[Case]:
+    """Each model with a small and a larger batch, in float32."""
+    if options.models is not None or (options.dtypes and "float32" not in options.dtypes):
+        return
+    for name, net in NETS[options.device].items():
+        for batch in net.batches[:1] if options.quick else net.batches:
+            with torch.device("meta"):
+                params = list(Transformer(net).parameters())
+            count = sum(p.numel() for p in params)
+            activations = batch * net.tokens * (net.depth * net.dim * 40 + 4 * net.vocabulary)
+            yield Case(
+                "training",
+                f"{name}, batch {batch} of {net.tokens}",
+                list(TAILS),
+                lambda net=net, batch=batch: TrainingBench(net, batch, options.device),
+                group="training",
+                tensors=len(params),
+                numel=count,
+                need=4 * (30 * count + 2 * activations),
+                cold=False,
+            )
+
+
+def test_training(benchmark, admitted) -> None:
+    """Under pytest-benchmark."""
+    benchmark(admitted.step)

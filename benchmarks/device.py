@@ -1,0 +1,170 @@
+"""What differs between a CPU and a GPU: the clock, the cache, the memory, and what shows its bandwidth."""
+
+import contextlib
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import trainops
+from trainops.backends import serving
+
+Step = Callable[[], object]
+
+LIMIT_NUMEL = 2**26  # elements of the tensors that show the bandwidth: far more than any cache holds
+
+
+class Cpu:
+    """Wall-clock time. Memory is counted by PyTorch's profiler, since a process's own size follows its allocator."""
+
+    type = "cpu"
+    limit, limit_bytes = "a.add_(b)", 12  # bytes per float32 element
+
+    def __init__(self) -> None:
+        self._other = torch.zeros(2 * last_level_cache() // 4)
+
+    def limit_step(self, a: torch.Tensor, b: torch.Tensor) -> Step:
+        """An in-place update, which is what an optimizer is: its lines are in the cache when they are written."""
+        return lambda: a.add_(b)
+
+    def flush(self) -> None:
+        """Fill the cache with something else, by reading: lines that were written would have to be written back."""
+        self._other.sum()
+
+    def time(self, steps: list[Step], calls: int) -> tuple[list[float], float | None]:
+        """Seconds per call of each step, one after the other; and the host's, where they are not the same."""
+        seconds = []
+        for step in steps:
+            start = time.perf_counter()
+            for _ in range(calls):
+                step()
+            seconds.append((time.perf_counter() - start) / calls)
+        return seconds, None
+
+    def free_bytes(self) -> int:
+        """Memory that can be had; without Linux to ask, as much as anybody wants."""
+        found = [2**62]
+        with contextlib.suppress(OSError):
+            lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+            found.append(1024 * int(lines["MemAvailable"].split()[0]))
+        with contextlib.suppress(OSError, ValueError):  # the limit of a container may read "max"
+            group = Path("/sys/fs/cgroup")
+            limit = int((group / "memory.max").read_text())
+            found.append(limit - int((group / "memory.current").read_text()))
+        return min(found)
+
+    def extra_bytes(self, step: Step) -> int:
+        """The most that a step holds beyond what was there before it."""
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+            step()
+        assert profiler.profiler is not None
+        events = profiler.profiler.kineto_results.events()
+        allocations = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+        held = most = 0
+        for _, size in allocations:
+            held += size
+            most = max(most, held)
+        return most
+
+    def launches(self, step: Step) -> int | None:
+        """There are none to count."""
+        return None
+
+
+class Cuda:
+    """Events on the stream, and beside them the time until the host has issued everything."""
+
+    type = "cuda"
+    limit, limit_bytes = "a.copy_(b)", 8
+
+    def __init__(self) -> None:
+        size = getattr(torch.cuda.get_device_properties(), "L2_cache_size", 0)
+        self._other = torch.empty(max(2 * size, 2**28) // 4, device="cuda")
+
+    def limit_step(self, a: torch.Tensor, b: torch.Tensor) -> Step:
+        """What a GPU's memory does best."""
+        return lambda: a.copy_(b)
+
+    def flush(self) -> None:
+        """Fill the L2 cache with something else. What is timed is issued while this runs, as in a training step."""
+        self._other.zero_()
+
+    def time(self, steps: list[Step], calls: int) -> tuple[list[float], float | None]:
+        """Seconds per call of each step between events, and the host's for all of them."""
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(steps) + 1)]
+        start = time.perf_counter()
+        events[0].record()
+        for step, event in zip(steps, events[1:], strict=True):
+            for _ in range(calls):
+                step()
+            event.record()
+        host = (time.perf_counter() - start) / calls
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) / 1e3 / calls for a, b in pairwise(events)], host
+
+    def free_bytes(self) -> int:
+        """Memory that can be had, that of PyTorch's own pool included."""
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0]
+
+    def extra_bytes(self, step: Step) -> int:
+        """The most that a step holds beyond what was there before it."""
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def launches(self, step: Step) -> int | None:
+        """Kernels that a step launches, by whichever interface; a replayed graph counts as one."""
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiler:
+            step()
+            torch.cuda.synchronize()
+        return sum(e.count for e in profiler.key_averages() if "Launch" in e.key and e.key.startswith("cu"))
+
+
+Device = Cpu | Cuda
+
+
+def open_device(name: str) -> Device:
+    """The device of that name."""
+    return Cuda() if name == "cuda" else Cpu()
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache; 64 MiB where nobody says."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((1024 * int(size.removesuffix("K")) for size in sizes if size.endswith("K")), default=2**26)
+
+
+def environment(device: str) -> dict[str, object]:
+    """What the figures depend on."""
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=here)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    cpu = cpu or platform.processor() or platform.machine()
+    backend = serving(device)
+    return {
+        "device": cpu if device == "cpu" else torch.cuda.get_device_name(),
+        "type": device,
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "trainops": trainops.__version__,
+        "commit": git.stdout.strip(),
+        "backend": f"{backend}: {trainops.backends()[backend].details}",
+    }

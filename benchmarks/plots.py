@@ -1,0 +1,264 @@
+"""Pictures of saved results."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from .saved import AGAIN, OURS, caption, medians, opponents, ratio
+
+INK, FAINT, ACCENT, BEHIND = "#1f2933", "#9aa5b1", "#c8374a", "#7b8794"
+COLOURS = {
+    OURS: ACCENT,
+    "torch loop": "#c3cad3",
+    "torch foreach": "#8b9aab",
+    "torch as written": "#8b9aab",
+    "torch fused": "#44546a",
+    "torch fused, grad_scale": "#111827",
+    "torch compiled": "#3b82c4",
+    "torch AveragedModel": "#7fb2dd",
+    "timm": "#2a9d8f",
+    "timm's formula": "#2a9d8f",
+    "timm ModelEmaV3": "#2a9d8f",
+    "DeepSpeed CPUAdam": "#7a5ea8",
+    "DeepSpeed FusedAdam": "#7a5ea8",
+    "Apex FusedAdam": "#5f8f3a",
+    "Apex FusedAdamSWA": "#a3c585",
+    "optimi": "#e0952f",
+    "bitsandbytes": "#b5651d",
+}
+OTHER = "#6b7280"
+
+OF_OP = {"step": ("speedup.png", "bandwidth.png", "scaling.png"), "training": ("training.png",)}
+PANELS = {"step": "clip + AdamW + EMA", "adamw": "AdamW", "clip_grad_norm": "clip_grad_norm_", "ema": "EMA"}
+SHORT = {"float32": "", "bfloat16": ", bf16"}
+
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "savefig.dpi": 150,
+}
+
+
+def save(results: dict[str, Any], output: Path) -> dict[str, str]:
+    """Draw what the results have cases for: the files by name, with a text for each."""
+    drawn = {}
+    with mpl.rc_context(STYLE):
+        for name, (draw, text) in PICTURES.items():
+            figure = draw(results["cases"])
+            if figure is not None:
+                figure.text(0.01, 0.004, caption(results), fontsize=7, color=BEHIND, va="bottom")
+                figure.savefig(output / name)
+                drawn[name] = text
+    return drawn
+
+
+def selected(cases: list[dict[str, Any]], op: str, group: str = "models") -> list[dict[str, Any]]:
+    """The cases of an op in which trainops was timed."""
+    return [case for case in cases if case["op"] == op and case["group"] == group and OURS in medians(case)]
+
+
+def canvas(width: float, height: float) -> Figure:
+    """A figure with room for the caption."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(rect=(0, 0.24 / height, 1, 1 - 0.24 / height))
+    return figure
+
+
+def speedup(cases: list[dict[str, Any]]) -> Figure | None:
+    """How many times as long as trainops the opponents take, a row for each model; the bar is the fastest one."""
+    panels = {op: found for op in PANELS if (found := selected(cases, op))}
+    if not panels:
+        return None
+    rows, columns = -(-len(panels) // 2), min(2, len(panels))
+    tallest = max(map(len, panels.values()))
+    figure = canvas(5.6 * columns, rows * (0.9 + 0.26 * tallest) + 0.6)
+    names: dict[str, None] = {}
+    for i, (op, found) in enumerate(panels.items()):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        for y, case in enumerate(found):
+            times, ahead = medians(case), ratio(case) or 1.0
+            others = opponents(case)
+            names |= dict.fromkeys(others)
+            axes.barh(y, ahead - 1, 0.62, left=1, color=ACCENT if ahead >= 1 else FAINT, alpha=0.85, zorder=2)
+            for name, seconds in others.items():
+                axes.plot(seconds / times[OURS], y, "o", ms=4.5, mec="white", mew=0.6, color=colour(name), zorder=3)
+            if others:
+                label = axes.text(1.02, y, f"{ahead:.2f}x", transform=axes.get_yaxis_transform(), va="center")
+                label.set(fontweight="bold", color=ACCENT if ahead >= 1 else BEHIND)
+        axes.axvline(1.0, color=ACCENT, linewidth=1.2, zorder=1)
+        axes.set_yticks(range(len(found)), [case["name"] + SHORT[case["dtype"]] for case in found])
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylim(len(found) - 0.4, -0.6)
+        axes.set_xscale("log")
+        nice_log(axes.xaxis, lambda x: f"{x:g}x", (0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 20, 30, 50))
+        axes.set_title(PANELS[op])
+        axes.set_xlabel("time relative to trainops")
+    handles = [mpl.lines.Line2D([], [], marker="o", ls="", ms=5, color=colour(name), label=name) for name in names]
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(5, len(handles)), fontsize=8.5)
+    return figure
+
+
+def bandwidth(cases: list[dict[str, Any]]) -> Figure | None:
+    """Useful bytes per second against the size of the model, under the memory's roof."""
+    found = [case for case in selected(cases, "step") if case["dtype"] == "float32" and "limit" in case]
+    found = sorted(found, key=lambda case: case["numel"])
+    if len(found) < 2:
+        return None
+    figure = canvas(7.6, 4.4)
+    axes = figure.add_subplot()
+    sizes = [case["numel"] for case in found]
+    roof = [case["limit"]["bytes_per_second"] / 1e9 for case in found]
+    axes.fill_between(sizes, roof, max(roof) * 1.2, color="#e4e7eb", linewidth=0, zorder=0)
+    axes.plot(sizes, roof, color=INK, linewidth=1.4, linestyle=(0, (4, 2)))
+    ends = {found[0]["limit"]["name"]: (roof[-1], INK)}
+    for name in provider_names(found):
+        points = [
+            (case["numel"], case["bytes"] / medians(case)[name] / 1e9) for case in found if name in medians(case)
+        ]
+        draw_line(axes, name, points)
+        if points[-1][0] == sizes[-1]:
+            ends[name] = (points[-1][1], colour(name))
+    label_ends(axes, ends)
+    axes.set_xscale("log")
+    axes.set_xticks(
+        sizes, [f"{case['name']}\n{case['numel'] / 1e6:.3g} M" for case in found], rotation=35, ha="right"
+    )
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(axis="x", which="minor", length=0)
+    axes.set_ylim(0, max(roof) * 1.15)
+    axes.set_ylabel("useful bandwidth, GB/s")
+    axes.set_title("clip + AdamW + EMA, float32: 40 bytes per parameter over the time")
+    return figure
+
+
+def scaling(cases: list[dict[str, Any]]) -> Figure | None:
+    """Time against the number of tensors, and against their size."""
+    panels = {
+        "count": ("tensors", "4.2 M elements in ever more tensors", lambda case: case["tensors"]),
+        "size": (
+            "elements per tensor",
+            "100 tensors of ever more elements",
+            lambda case: case["numel"] // case["tensors"],
+        ),
+    }
+    groups = {group: found for group in panels if len(found := selected(cases, "step", group)) > 1}
+    if not groups:
+        return None
+    figure = canvas(6.0 * len(groups), 4.2)
+    for i, (group, found) in enumerate(groups.items()):
+        label, title, position = panels[group]
+        axes, ends = figure.add_subplot(1, len(groups), i + 1), {}
+        for name in provider_names(found):
+            points = [(position(case), 1e3 * medians(case)[name]) for case in found if name in medians(case)]
+            draw_line(axes, name, points)
+            if points[-1][0] == position(found[-1]):
+                ends[name] = (points[-1][1], colour(name))
+        axes.set(xscale="log", yscale="log", xlabel=label, ylabel="milliseconds per step" if i == 0 else None)
+        ticks = [position(case) for case in found]
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.tick_params(axis="x", which="minor", length=0)
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        nice_log(axes.yaxis, lambda y: f"{y:g}", None)
+        label_ends(axes, ends)
+        axes.set_title(title)
+    return figure
+
+
+def training(cases: list[dict[str, Any]]) -> Figure | None:
+    """A whole step: forward and backward, and the tail."""
+    found = selected(cases, "training", "training")
+    if not found:
+        return None
+    figure = canvas(7.6, 0.9 + 0.95 * len(found))
+    axes = figure.add_subplot()
+    ticks: dict[float, str] = {}
+    y = 0.0
+    for case in found:
+        times = {name: seconds for name, seconds in medians(case).items() if name != AGAIN}
+        slowest = max(times.values())
+        for name in times:
+            parts = [part["median"] for part in case["providers"][name]["parts"].values()]
+            axes.barh(y, parts[0] / slowest, 0.78, color="#d5dae1")
+            axes.barh(y, parts[1] / slowest, 0.78, left=parts[0] / slowest, color=colour(name))
+            text = f"{1e3 * sum(parts):.0f} ms, tail {1e3 * parts[1]:.0f} ms ({100 * parts[1] / sum(parts):.0f}%)"
+            axes.text(sum(parts) / slowest + 0.012, y, text, va="center", fontsize=8)
+            axes.text(0.008, y, name, va="center", fontsize=8, color=INK)
+            y += 1
+        ticks[y - (len(times) + 1) / 2] = case["name"].replace(", ", "\n", 1)
+        y += 0.7
+    axes.set_yticks(list(ticks), list(ticks.values()))
+    axes.tick_params(axis="both", length=0)
+    axes.set_xticks([])
+    axes.spines[["bottom", "left"]].set_visible(False)
+    axes.set_xlim(0, 1.42)
+    axes.invert_yaxis()
+    axes.set_title("a training step, float32: forward and backward (grey), and the tail")
+    return figure
+
+
+def provider_names(cases: list[dict[str, Any]]) -> list[str]:
+    """All who were timed, trainops last and so on top."""
+    names = dict.fromkeys(name for case in cases for name in opponents(case))
+    return [*names, OURS]
+
+
+def draw_line(axes: Axes, name: str, points: list[tuple[float, float]]) -> None:
+    """A provider's line, trainops' stronger than the others."""
+    ours = name == OURS
+    xs, ys = zip(*points, strict=True)
+    axes.plot(
+        xs, ys, "o-", color=colour(name), lw=2.4 if ours else 1.3, ms=4.5 if ours else 3, zorder=5 if ours else 2
+    )
+
+
+def label_ends(axes: Axes, ends: dict[str, tuple[float, str]]) -> None:
+    """Names at the right ends of lines, moved apart where they would overlap."""
+    axes.figure.draw_without_rendering()
+    to_share = axes.transData + axes.transAxes.inverted()
+    x = axes.get_xlim()[1]
+    height = 0.052
+    placed = -1.0
+    for name, (value, ink) in sorted(ends.items(), key=lambda item: item[1][0]):
+        placed = max(to_share.transform((x, value))[1], placed + height)
+        weight = "bold" if name == OURS else "normal"
+        axes.text(
+            1.015, placed, name, transform=axes.transAxes, va="center", fontsize=8, color=ink, fontweight=weight
+        )
+
+
+def colour(name: str) -> str:
+    """A provider has one everywhere."""
+    return COLOURS.get(name, COLOURS.get(name.removesuffix(", compiled"), OTHER))
+
+
+def nice_log(axis: Any, form: Callable[[float], str], ticks: tuple[float, ...] | None) -> None:
+    """Plain numbers on a logarithmic axis."""
+    if ticks:
+        low, high = axis.get_view_interval()
+        axis.set_ticks([tick for tick in ticks if low <= tick <= high])
+    axis.set_major_formatter(FuncFormatter(lambda x, _: form(x)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+PICTURES: dict[str, tuple[Callable[[list[dict[str, Any]]], Figure | None], str]] = {
+    "speedup.png": (speedup, "time of the opponents relative to trainops, by model"),
+    "bandwidth.png": (bandwidth, "bandwidth by size of the model, under that of the memory"),
+    "scaling.png": (scaling, "time by number and by size of tensors"),
+    "training.png": (training, "how the time of a training step divides"),
+}

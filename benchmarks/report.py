@@ -1,0 +1,202 @@
+"""Tables and a Markdown report, from saved results alone. The pictures are in `plots.py`."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from . import plots
+from .saved import OURS, caption, medians, noise, opponents, ratio, share
+
+TITLES = {
+    "step": "The whole step: clip, AdamW, average",
+    "adamw": "AdamW",
+    "clip_grad_norm": "Clipping by the norm",
+    "ema": "The average (EMA)",
+    "drop_path": "DropPath and stochastic depth, forward and backward",
+    "training": "Training: forward, backward and the tail",
+}
+
+METHOD = (
+    "Every provider was compared with float64 before it was timed. Times are medians of interleaved rounds. `x` is "
+    "the time of the fastest opponent over that of trainops: above 1, trainops is ahead. A/A is the difference "
+    "between trainops and trainops again, which is noise. Bandwidth counts the bytes that the best possible "
+    "implementation moves, whatever a provider moves; the last column is trainops' share of the bandwidth of {limit} "
+    "in the same run. Extra memory is the most that a call holds beyond what was there before it."
+)
+
+WIDTHS = (14, 38, 9, 11, 26, 11, 8, 7, 10)
+HEADER = ("op", "work", "dtype", "trainops", "fastest opponent", "its time", "x", "A/A", "of limit")
+
+
+class Row(NamedTuple):
+    """What one line of a table says of a case."""
+
+    op: str
+    work: str
+    dtype: str
+    ours: str
+    opponent: str
+    theirs: str
+    ratio: str
+    noise: str
+    share: str
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Saved results."""
+    return json.loads(path.read_text())
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits or so."""
+    return f"{1e3 * seconds:.3f} ms" if seconds < 0.01 else f"{1e3 * seconds:.1f} ms"
+
+
+def row(case: dict[str, Any]) -> Row:
+    """A case in a line."""
+    times, others = medians(case), opponents(case)
+    best = min(others, key=others.get) if others else ""
+    value, found, part = ratio(case), noise(case), share(case)
+    return Row(
+        case["op"],
+        case["name"],
+        case["dtype"],
+        milliseconds(times[OURS]) if OURS in times else "-",
+        best or "-",
+        milliseconds(others[best]) if best else "-",
+        f"{value:.2f}" if value else "-",
+        f"{100 * found:+.1f}%" if found is not None else "-",
+        f"{100 * part:.0f}%" if part else "",
+    )
+
+
+def line(cells: tuple[str, ...]) -> str:
+    """Cells in columns, for what is printed as it goes."""
+    left = (0, 1, 2, 4)
+    return " ".join(
+        cell.ljust(width) if i in left else cell.rjust(width)
+        for i, (cell, width) in enumerate(zip(cells, WIDTHS, strict=True))
+    )
+
+
+def progress_header() -> str:
+    """Above the lines that are printed as it goes."""
+    return line(HEADER)
+
+
+def progress_line(case: dict[str, Any]) -> str:
+    """A case when it has been measured, or why it was not, and who was wrong."""
+    if "skipped" in case:
+        return (
+            line((case["op"], case["name"], case["dtype"], *[""] * 6)).rstrip()
+            + f" [yellow]skipped: {case['skipped']}[/]"
+        )
+    text = line(row(case))
+    for name, status, reason in not_timed(case):
+        if status != "not here" or name == OURS:
+            text += f"\n    [red]{name} {status}: {reason}[/]"
+    return text
+
+
+def not_timed(case: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Who took no part, and why."""
+    for name, found in case.get("providers", {}).items():
+        if found["status"] != "ok":
+            yield name, found["status"], found["reason"]
+
+
+def summary(results: dict[str, Any]) -> Table:
+    """Every case in one table, for the terminal."""
+    table = Table(title=caption(results), title_justify="left", caption="x: time of the fastest opponent / trainops")
+    for i, name in enumerate(HEADER):
+        table.add_column(name, justify="left" if i in (0, 1, 2, 4) else "right", no_wrap=True)
+    for case in results["cases"]:
+        cells = row(case)
+        style = "" if (ratio(case) or 1.0) >= 1.0 else "yellow"
+        table.add_row(*(cells if "skipped" not in case else (*cells[:4], case["skipped"], *[""] * 4)), style=style)
+    return table
+
+
+def markdown(results: dict[str, Any], pictures: dict[str, str]) -> str:
+    """The report: a table for each op, the pictures, every provider in detail, and who was not timed."""
+    limits = sorted({case["limit"]["name"] for case in results["cases"] if "limit" in case})
+    text = ["# Benchmarks", "", caption(results) + ".", "", METHOD.format(limit=f"`{'`, `'.join(limits)}`"), ""]
+    for op in dict.fromkeys(case["op"] for case in results["cases"]):
+        cases = [case for case in results["cases"] if case["op"] == op]
+        text += [f"## {TITLES.get(op, op)}", ""]
+        text += [f"![{alt}]({name})\n" for name, alt in pictures.items() if name in plots.OF_OP.get(op, ())]
+        text += markdown_table(HEADER[1:], [row(case)[1:] for case in cases if "skipped" not in case])
+        text += [
+            f"- {case['name']}, {case['dtype']}: skipped, {case['skipped']}" for case in cases if "skipped" in case
+        ]
+        text += ["", "<details><summary>Every provider</summary>", ""]
+        text += markdown_table(DETAILS, [cells for case in cases for cells in detail(case)])
+        text += ["", "</details>", ""]
+    text += ["## Who was not timed, and why", ""]
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for case in results["cases"]:
+        for name, status, reason in not_timed(case):
+            why = reason if status == "not here" else f"**{status}**: {reason}"
+            reasons.setdefault((name, why), []).append(f"{case['op']}, {case['name']}, {case['dtype']}")
+    text += [f"- {name}: {why} ({where(cases)})" for (name, why), cases in reasons.items()]
+    return "\n".join(text).rstrip() + "\n"
+
+
+def where(cases: list[str]) -> str:
+    """The cases by name, where they are few."""
+    return "; ".join(cases) if len(cases) <= 2 else f"{len(cases)} cases"
+
+
+DETAILS = (
+    "work",
+    "dtype",
+    "provider",
+    "time",
+    "p20 to p80",
+    "/ trainops",
+    "GB/s",
+    "extra memory",
+    "launches",
+    "host",
+)
+
+
+def detail(case: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """A line for each provider that was timed."""
+    times = medians(case)
+    for name, found in case.get("providers", {}).items():
+        if found["status"] != "ok":
+            continue
+        seconds, host = found["seconds"], found.get("host_seconds")
+        yield (
+            case["name"],
+            case["dtype"],
+            name,
+            milliseconds(seconds["median"]),
+            f"{1e3 * seconds['p20']:.3f} to {1e3 * seconds['p80']:.3f}",
+            f"{seconds['median'] / times[OURS]:.2f}" if OURS in times else "-",
+            f"{found['bytes_per_second'] / 1e9:.1f}" if "bytes_per_second" in found else "",
+            f"{found['extra_bytes'] / 1e6:.1f} MB",
+            str(found["launches"]) if found["launches"] is not None else "",
+            milliseconds(host["median"]) if host else "",
+        )
+
+
+def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    """Lines of a table, without the columns that are empty throughout."""
+    kept = [i for i in range(len(header)) if any(cells[i] for cells in rows)]
+    lines = [[header[i] for i in kept], ["---"] * len(kept), *([cells[i] for i in kept] for cells in rows)]
+    return ["| " + " | ".join(cells) + " |" for cells in lines] if rows else []
+
+
+def save(results: dict[str, Any], output: Path, console: Console) -> None:
+    """Print the table; write the report and its pictures."""
+    console.print(summary(results))
+    output.mkdir(parents=True, exist_ok=True)
+    pictures = plots.save(results, output)
+    (output / "report.md").write_text(markdown(results, pictures))
+    console.print(f"report and pictures: {output}")

@@ -1,0 +1,201 @@
+"""Parameters, gradients and averages for providers to work on, and what must come out.
+
+Values repeat with a prime period, the tile. As everything but a norm is done element by element, the truth in float64
+needs to be computed for the tile alone, and still every element of every provider is compared with it.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .models import BY_SIZE, BY_TENSORS, MODELS, SWEEP_TENSORS, Shapes, numel
+from .runner import Case, Options, Provider
+
+PERIOD = 1_000_003
+STEPS = 3  # taken before results are compared
+
+# Large and quick enough for a wrong result to show in bfloat16, too. No step takes longer or shorter for it.
+LR, BETAS, EPS, WEIGHT_DECAY = 1e-2, (0.9, 0.999), 1e-8, 1e-2
+MAX_NORM, DECAY = 1.0, 0.9
+
+# The error allowed, in units in the last place of the largest value. Norms that are summed in float32 and
+# coefficients that are kept in it cost some; a formula that is wrong is off by thousands.
+TOLERANCE = {torch.float32: 64, torch.bfloat16: 4}
+
+CPU_MODELS = ["1,000 small tensors", "ViT-Ti", "ViT-S", "ResNet-50", "DDPM UNet", "ViT-B", "GPT-2"]
+QUICK_MODELS = ["1,000 small tensors", "ViT-Ti", "ResNet-50"]
+
+
+class Model(nn.Module):
+    """Parameters, and nothing that is done with them."""
+
+    def __init__(self, shapes: Shapes, device: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(nn.Parameter(torch.empty(s, device=device, dtype=dtype)) for s in shapes)
+
+
+class Work:
+    """A model with gradients. Providers are verified one after the other, and then share all of their tensors.
+
+    A subclass says who takes part (``makers``), what is put into the tensors before a step (``prepare``) and what
+    must have come out after ``STEPS`` of them (``truth``: by role, a tile or a number).
+    """
+
+    makers: ClassVar[dict[str, Callable[[Any], Provider]]]
+
+    def __init__(self, shapes: Shapes, options: Options, dtype: torch.dtype) -> None:
+        self.device, self.dtype, self.quick = options.device, dtype, options.quick
+        self.model = Model(shapes, self.device, dtype)
+        self.params = list(self.model.weights)
+        self.shared: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+        generator = torch.Generator().manual_seed(0)
+        values = torch.randn(PERIOD, generator=generator).to(self.device)
+        self.start = (0.02 * values).to(dtype)
+        self.tiles = [values.roll(1000 * (i + 1)).to(dtype) for i in range(STEPS)]
+        self.expected: dict[str, Tensor] | None = None
+
+    def prepare(self, step: int) -> None:
+        """Gradients as a backward pass would leave them, other ones at every step."""
+        self.set_grads(self.tiles[step])
+
+    def set_grads(self, tile: Tensor) -> None:
+        """Fill the gradients, which are made where there are none yet."""
+        for param in self.params:
+            if param.grad is None:
+                param.grad = torch.empty_like(param)
+        spread(tile, [param.grad for param in self.params])
+
+    def grads(self) -> list[Tensor]:
+        """The gradients that there are."""
+        return [param.grad for param in self.params if param.grad is not None]
+
+    def truth(self) -> dict[str, Tensor]:
+        """What must have come out, in float64."""
+        raise NotImplementedError
+
+    def admit(self, name: str) -> tuple[Provider, float]:
+        """Make a provider and verify it from the common start; then let it share the tensors of the others."""
+        if self.expected is None:
+            self.expected = self.truth()
+        spread(self.start, self.params)
+        provider = self.makers[name](self)
+        for step in range(STEPS):
+            self.prepare(step)
+            provider.step()
+        error = max(worst(result, self.expected[role]) for role, result in provider.results().items())
+        for role, tensors in enumerate(provider.owned()):
+            for own, shared in zip(tensors, self.shared.setdefault((role, tensors[0].dtype), tensors), strict=True):
+                own.data = shared.data
+        return provider, error
+
+
+def pieces(tensors: Iterable[Tensor]) -> Iterator[tuple[Tensor, int]]:
+    """Flat parts of tensors, and where in the tile each begins, as if all were one run of memory."""
+    position = 0
+    for tensor in tensors:
+        for part in tensor.detach().view(-1).split(PERIOD):
+            yield part, position
+            position = (position + part.numel()) % PERIOD
+
+
+def spread(tile: Tensor, tensors: Iterable[Tensor]) -> None:
+    """Fill tensors with the tile, over and over."""
+    twice = torch.cat([tile, tile])
+    for part, position in pieces(tensors):
+        part.copy_(twice[position : position + part.numel()])
+
+
+def worst(result: Any, truth: Tensor) -> float:
+    """The largest error of tensors or of a number, as a multiple of what is allowed."""
+    if isinstance(result, Tensor):
+        result, parts = [result], [(result.detach().view(-1), 0)]
+    else:
+        parts = list(pieces(result))
+    twice = torch.cat([truth.view(-1), truth.view(-1)])
+    errors = [(part.double() - twice[position : position + part.numel()]).abs().max() for part, position in parts]
+    dtype = result[0].dtype
+    allowed = TOLERANCE[dtype] * torch.finfo(dtype).eps * truth.abs().max()
+    return float(torch.stack(errors).max() / allowed)
+
+
+def clip_coefficient(grads: Iterable[Tensor], max_norm: float = MAX_NORM) -> tuple[Tensor, Tensor]:
+    """The norm of gradients in float64, and what they are to be multiplied by."""
+    norm = torch.stack([part.double().square().sum() for part, _ in pieces(grads)]).sum().sqrt()
+    return norm, (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+class Moments(NamedTuple):
+    """AdamW's, in float64."""
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+def adamw_truth(param: Tensor, grad: Tensor, moments: Moments, step: int) -> None:
+    """AdamW (arXiv:1711.05101) in place, from step 1."""
+    param.mul_(1 - LR * WEIGHT_DECAY)
+    moments.exp_avg.lerp_(grad, 1 - BETAS[0])
+    moments.exp_avg_sq.mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
+    corrected = (moments.exp_avg_sq / (1 - BETAS[1] ** step)).sqrt() + EPS
+    param.addcdiv_(moments.exp_avg / (1 - BETAS[0] ** step), corrected, value=-LR)
+
+
+def moments_of(optimizer: torch.optim.Optimizer) -> list[list[Tensor]]:
+    """Every kind of state tensor that an optimizer keeps of its parameters, in the optimizer's order."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    kinds = [k for k, v in optimizer.state[params[0]].items() if k != "step" and isinstance(v, Tensor)]
+    kinds = [k for k in kinds if all(optimizer.state[p][k].shape == p.shape for p in params)]
+    return [[optimizer.state[p][kind] for p in params] for kind in kinds]
+
+
+def model_cases(op: str, work: type[Work], elements: int, tensors: int, options: Options) -> Iterator[Case]:
+    """A case for every model and dtype.
+
+    ``elements`` are those that the best possible implementation reads and writes for each one of the model's, and
+    ``tensors`` of the model's size are kept or made, averages, moments and what verification takes included.
+    """
+    defaults = QUICK_MODELS if options.quick else CPU_MODELS if options.device == "cpu" else list(MODELS)
+    for name in options.models or defaults:
+        for dtype in options.dtypes or ["float32", "bfloat16"]:
+            yield shapes_case(op, name, MODELS[name], work, elements, tensors, options, dtype)
+
+
+def sweep_cases(op: str, work: type[Work], elements: int, tensors: int, options: Options) -> Iterator[Case]:
+    """As many elements in ever more tensors, and as many tensors of ever more elements."""
+    sweeps = ("count", BY_TENSORS), ("size", BY_SIZE)
+    for group, lists in sweeps:
+        for i, shapes in enumerate(lists.values()):
+            if options.quick and i % 2 == 1:
+                continue
+            count = f"{len(shapes):,} tensors" if group == "count" else f"{SWEEP_TENSORS} tensors"
+            name = f"{count} of {numel(shapes[:1]):,}"
+            yield shapes_case(op, name, shapes, work, elements, tensors, options, "float32", group)
+
+
+def shapes_case(
+    op: str,
+    name: str,
+    shapes: Shapes,
+    work: type[Work],
+    elements: int,
+    tensors: int,
+    options: Options,
+    dtype: str,
+    group: str = "models",
+) -> Case:
+    """One case on such a list of tensors."""
+    count, torch_dtype = numel(shapes), getattr(torch, dtype)
+    return Case(
+        op,
+        name,
+        list(work.makers),
+        lambda: work(shapes, options, torch_dtype),
+        group=group,
+        dtype=dtype,
+        tensors=len(shapes),
+        numel=count,
+        bytes=elements * torch_dtype.itemsize * count,
+        need=tensors * torch_dtype.itemsize * count + 40 * 8 * PERIOD,
+    )
