@@ -14,7 +14,7 @@ from .saved import AGAIN, OURS, caption, medians, opponents, ratio
 INK, FAINT, ACCENT, BEHIND = "#1f2933", "#9aa5b1", "#c8374a", "#7b8794"
 COLOURS = {
     OURS: ACCENT,
-    "torch loop": "#c3cad3",
+    "torch loop": "#adb7c4",
     "torch foreach": "#8b9aab",
     "torch as written": "#8b9aab",
     "torch fused": "#44546a",
@@ -110,7 +110,7 @@ def speedup(cases: list[dict[str, Any]]) -> Figure | None:
         axes.set_title(PANELS[op])
         axes.set_xlabel("time relative to trainops")
     handles = [mpl.lines.Line2D([], [], marker="o", ls="", ms=5, color=colour(name), label=name) for name in names]
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(5, len(handles)), fontsize=8.5)
+    figure.legend(handles=handles, loc="outside upper center", ncols=3 * columns, fontsize=8.5)
     return figure
 
 
@@ -122,26 +122,24 @@ def bandwidth(cases: list[dict[str, Any]]) -> Figure | None:
         return None
     figure = canvas(7.6, 4.4)
     axes = figure.add_subplot()
-    sizes = [case["numel"] for case in found]
+    places = range(len(found))
     roof = [case["limit"]["bytes_per_second"] / 1e9 for case in found]
-    axes.fill_between(sizes, roof, max(roof) * 1.2, color="#e4e7eb", linewidth=0, zorder=0)
-    axes.plot(sizes, roof, color=INK, linewidth=1.4, linestyle=(0, (4, 2)))
+    axes.fill_between(places, roof, max(roof) * 1.2, color="#e4e7eb", linewidth=0, zorder=0)
+    axes.plot(places, roof, color=INK, linewidth=1.4, linestyle=(0, (4, 2)))
     ends = {found[0]["limit"]["name"]: (roof[-1], INK)}
     for name in provider_names(found):
         points = [
-            (case["numel"], case["bytes"] / medians(case)[name] / 1e9) for case in found if name in medians(case)
+            (x, case["bytes"] / medians(case)[name] / 1e9) for x, case in enumerate(found) if name in medians(case)
         ]
         draw_line(axes, name, points)
-        if points[-1][0] == sizes[-1]:
+        if points[-1][0] == places[-1]:
             ends[name] = (points[-1][1], colour(name))
-    label_ends(axes, ends)
-    axes.set_xscale("log")
-    axes.set_xticks(
-        sizes, [f"{case['name']}\n{case['numel'] / 1e6:.3g} M" for case in found], rotation=35, ha="right"
-    )
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.tick_params(axis="x", which="minor", length=0)
+    labels = [f"{case['name'].replace(' tensors', '')}\n{case['numel'] / 1e6:.3g} M" for case in found]
+    axes.set_xticks(places, labels, fontsize=8)
+    axes.tick_params(axis="x", length=0)
     axes.set_ylim(0, max(roof) * 1.15)
+    axes.set_xlim(-0.35, len(found) - 0.65)
+    label_ends(axes, ends)
     axes.set_ylabel("useful bandwidth, GB/s")
     axes.set_title("clip + AdamW + EMA, float32: 40 bytes per parameter over the time")
     return figure

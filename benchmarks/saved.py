@@ -42,6 +42,6 @@ def share(case: Case) -> float | None:
 def caption(results: dict[str, Any]) -> str:
     """Where and with what."""
     found = results["environment"]
-    threads = f", {found['threads']} threads" if found["type"] == "cpu" else ""
+    threads = f", {found['threads']} thread{'s' * (found['threads'] > 1)}" if found["type"] == "cpu" else ""
     versions = f"torch {found['torch']}, trainops {found['trainops']} ({found['commit']})"
     return f"{found['device']}{threads}, {versions}" + ", a quick run" * found["quick"]

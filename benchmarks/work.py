@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .models import BY_SIZE, BY_TENSORS, MODELS, SWEEP_TENSORS, Shapes, numel
+from .models import BY_SIZE, BY_TENSORS, MODELS, Shapes, numel
 from .runner import Case, Options, Provider
 
 PERIOD = 1_000_003
@@ -169,8 +169,7 @@ def sweep_cases(op: str, work: type[Work], elements: int, tensors: int, options:
         for i, shapes in enumerate(lists.values()):
             if options.quick and i % 2 == 1:
                 continue
-            count = f"{len(shapes):,} tensors" if group == "count" else f"{SWEEP_TENSORS} tensors"
-            name = f"{count} of {numel(shapes[:1]):,}"
+            name = f"{len(shapes):,} x {numel(shapes[:1]):,} elements"
             yield shapes_case(op, name, shapes, work, elements, tensors, options, "float32", group)
 
 
