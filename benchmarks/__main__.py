@@ -30,7 +30,7 @@ OPS = ["step", "adamw", "clip_grad_norm", "ema", "drop_path", "training"]
 DTYPES = ["float32", "bfloat16"]
 
 # Seconds of timing for each case, and the least and most rounds.
-FULL, QUICK = (8.0, (7, 101)), (0.7, (3, 31))
+FULL, QUICK = (4.0, (7, 101)), (0.7, (3, 31))
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         torch.set_num_threads(args.threads)
     if args.backend:
         os.environ["TRAINOPS_BACKEND"] = args.backend
-    options = Options(args.device, args.models, args.dtypes, args.quick)
+    options = Options(args.device, args.models, args.dtypes, args.quick, compiles=not args.quick)
     device, found = open_device(args.device), environment(args.device)
     console.print("  ".join(f"[dim]{key}[/] {value}" for key, value in found.items() if value))
     cases = list(all_cases(args.ops, options))

@@ -1,6 +1,7 @@
 """Pictures of saved results."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -230,10 +231,14 @@ def label_ends(axes: Axes, ends: dict[str, tuple[float, str]]) -> None:
     axes.figure.draw_without_rendering()
     to_share = axes.transData + axes.transAxes.inverted()
     x = axes.get_xlim()[1]
-    height = 0.052
-    placed = -1.0
-    for name, (value, ink) in sorted(ends.items(), key=lambda item: item[1][0]):
-        placed = max(to_share.transform((x, value))[1], placed + height)
+    names = sorted(ends, key=lambda name: ends[name][0])
+    places = [float(to_share.transform((x, ends[name][0]))[1]) for name in names]
+    for _ in range(200):
+        for i, (low, high) in enumerate(pairwise(places)):
+            overlap = max(0.0, low + 0.052 - high)
+            places[i], places[i + 1] = low - overlap / 2, high + overlap / 2
+    for name, placed in zip(names, places, strict=True):
+        ink = ends[name][1]
         weight = "bold" if name == OURS else "normal"
         axes.text(
             1.015, placed, name, transform=axes.transAxes, va="center", fontsize=8, color=ink, fontweight=weight

@@ -26,12 +26,13 @@ class NotHere(Exception):  # noqa: N818 (nothing is wrong where it is raised)
 
 
 class Options(NamedTuple):
-    """What the caller wants measured. ``models`` None: what suits the device."""
+    """What the caller wants measured. ``models`` None: what suits the device. ``compiles``: use `torch.compile`."""
 
     device: str = "cpu"
     models: list[str] | None = None
     dtypes: list[str] | None = None
     quick: bool = False
+    compiles: bool = False
 
 
 @dataclass

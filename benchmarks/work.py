@@ -46,7 +46,7 @@ class Work:
     makers: ClassVar[dict[str, Callable[[Any], Provider]]]
 
     def __init__(self, shapes: Shapes, options: Options, dtype: torch.dtype) -> None:
-        self.device, self.dtype, self.quick = options.device, dtype, options.quick
+        self.device, self.dtype, self.compiles = options.device, dtype, options.compiles
         self.model = Model(shapes, self.device, dtype)
         self.params = list(self.model.weights)
         self.shared: dict[tuple[int, torch.dtype], list[Tensor]] = {}
@@ -163,7 +163,8 @@ def model_cases(op: str, work: type[Work], elements: int, tensors: int, options:
 
 
 def sweep_cases(op: str, work: type[Work], elements: int, tensors: int, options: Options) -> Iterator[Case]:
-    """As many elements in ever more tensors, and as many tensors of ever more elements."""
+    """As many elements in ever more tensors, and as many tensors of ever more elements. Nothing is compiled."""
+    options = options._replace(compiles=False)
     sweeps = ("count", BY_TENSORS), ("size", BY_SIZE)
     for group, lists in sweeps:
         for i, shapes in enumerate(lists.values()):
