@@ -19,6 +19,7 @@ from .device import LIMIT_NUMEL, Device, Step
 from .saved import AGAIN, OURS
 
 WARMUP = 2
+LARGE = 2**31  # bytes: what is left of a provider is freed at once, which takes a third of a second
 
 
 class NotHere(Exception):  # noqa: N818 (nothing is wrong where it is raised)
@@ -94,7 +95,8 @@ def measure(case: Case, device: Device, seconds: float, rounds: tuple[int, int])
     admitted: dict[str, Provider] = {}
     for name in case.names:
         found[name] = admit(bench, name, admitted)
-        gc.collect()
+        if case.need > LARGE:
+            gc.collect()  # optimizers are full of cycles
     if OURS in admitted:
         found[AGAIN] = admit(bench, OURS, admitted, AGAIN)
     steps = {name: list(provider.steps.values()) for name, provider in admitted.items()}
