@@ -104,7 +104,7 @@ MODELS: dict[str, Shapes] = {
 
 # Lists to sweep over: the same elements in ever more tensors, and as many tensors of ever more elements.
 SWEEP_NUMEL, SWEEP_TENSORS = 2**22, 100
-BY_TENSORS: dict[int, Shapes] = {n: n * [(SWEEP_NUMEL // n,)] for n in (1, 16, 128, 1024, 8192)}
+BY_TENSORS: dict[int, Shapes] = {n: n * [(SWEEP_NUMEL // n,)] for n in (1, 16, 128, 1024, 4096)}
 BY_SIZE: dict[int, Shapes] = {n: SWEEP_TENSORS * [(n,)] for n in (2**6, 2**9, 2**12, 2**15, 2**18)}
 
 

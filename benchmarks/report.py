@@ -180,7 +180,7 @@ def detail(case: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             f"{1e3 * seconds['p20']:.3f} to {1e3 * seconds['p80']:.3f}",
             f"{seconds['median'] / times[OURS]:.2f}" if OURS in times else "-",
             f"{found['bytes_per_second'] / 1e9:.1f}" if "bytes_per_second" in found else "",
-            f"{found['extra_bytes'] / 1e6:.1f} MB",
+            f"{found['extra_bytes'] / 1e6:.1f} MB" if found["extra_bytes"] is not None else "",
             str(found["launches"]) if found["launches"] is not None else "",
             milliseconds(host["median"]) if host else "",
         )

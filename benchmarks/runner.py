@@ -19,6 +19,7 @@ from .device import LIMIT_NUMEL, Device, Step
 from .saved import AGAIN, OURS
 
 WARMUP = 2
+PROFILED_TENSORS = 512  # with more, the profiler takes longer than everything else
 LARGE = 2**31  # bytes: what is left of a provider is freed at once, which takes a third of a second
 
 
@@ -110,7 +111,8 @@ def measure(case: Case, device: Device, seconds: float, rounds: tuple[int, int])
         result["limit"] = {"name": device.limit, "seconds": limit, "bytes_per_second": speed}
     for name, taken in samples.items():
         found[name] |= statistics_of(taken, list(admitted[name].steps), case.bytes)
-        found[name]["extra_bytes"] = device.extra_bytes(admitted[name].step)
+        counted = case.tensors <= PROFILED_TENSORS
+        found[name]["extra_bytes"] = device.extra_bytes(admitted[name].step) if counted else None
         found[name]["launches"] = device.launches(admitted[name].step)
     return result
 
