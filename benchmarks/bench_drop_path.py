@@ -22,7 +22,7 @@ BLOCK = (32, 64, 768)
 
 # 16-bit results are rounded after each operation. Sums over all tokens lose more, where they are taken in one go.
 SAME_MASKS = {"fallback_random": True}  # the compiler's own random numbers would be others
-TOLERANCE = {torch.float32: 256, torch.bfloat16: 8}
+TOLERANCE = {torch.float32: 256, torch.bfloat16: 16}
 
 
 def timm_drop_path() -> tuple[str, Callable[..., Tensor]]:
