@@ -201,13 +201,10 @@ class EMA:
         if decay is None or len(done) == len(pairs):
             self.step += 1
             return
-        left = [pair for pair in pairs if id(pair.source) not in done]
-        moved = [pair for pair in left if pair.averaged]
-        averages, sources = [pair.average for pair in moved], [pair.source for pair in moved]
-        update_averages(averages, sources, decay, skip, self.backend)
-        for pair in left:
-            if not pair.averaged:
-                write(pair.average, pair.source.to(pair.average.device), skip)
+        matched = update.matched.without(done) if done else update.matched
+        update_averages(matched.averages, matched.sources, decay, skip, self.backend)
+        for pair in matched.copied:
+            write(pair.average, pair.source.to(pair.average.device), skip)
         self.step += 1
 
     def check_model(self) -> "_Matched":
@@ -295,6 +292,9 @@ def update_averages(
     averages: Sequence[Tensor], sources: Sequence[Tensor], decay: float, skip: Tensor | None, backend: str | None
 ) -> None:
     """Move averages towards sources that may lie on other devices, unless ``skip`` is true."""
+    if averages and select(backend, averages[0].device.type).regular_ema_(averages, sources, decay, skip):
+        torch.autograd.graph.increment_version(averages)
+        return
     if any(average.shape != source.shape for average, source in zip(averages, sources, strict=True)):
         raise RuntimeError("averages and their sources differ in shape")
     parts: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
@@ -343,11 +343,25 @@ class _Pair(NamedTuple):
     averaged: bool  # else it is copied
 
 
-class _Matched:
+class _Pairs:
+    """Pairs of tensors, by what an update does with them."""
+
+    def __init__(self, pairs: list[_Pair]) -> None:
+        self.pairs = pairs
+        self.averages = [pair.average for pair in pairs if pair.averaged]
+        self.sources = [pair.source for pair in pairs if pair.averaged]
+        self.copied = [pair for pair in pairs if not pair.averaged]
+
+    def without(self, done: Collection[int]) -> "_Pairs":
+        """The pairs whose source is not ``done``, by ``id``."""
+        return _Pairs([pair for pair in self.pairs if id(pair.source) not in done])
+
+
+class _Matched(_Pairs):
     """All pairs of a model and its average, and where they were found."""
 
     def __init__(self, pairs: list[_Pair], slots: list[_Slot], model: nn.Module) -> None:
-        self.pairs = pairs
+        super().__init__(pairs)
         self._containers = [x for m in model.modules() for x in (m._parameters, m._buffers, m._modules)]
         self._size = sum(map(len, self._containers))
         self.fusable = {id(pair.source): pair.average for pair in pairs if _is_fusable(pair)}

@@ -66,9 +66,23 @@ def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
 
 def ema_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None) -> None:
     """See :func:`trainops.reference.ema_`."""
-    if skip is not None and skip.item():
-        return
     with regular_table(_table, [list(averages), list(tensors)], written=[True, False]) as table:
+        _ema(table, decay, skip)
+
+
+def regular_ema_(
+    averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None
+) -> bool:
+    """See :class:`trainops.backends._interface.Kernels`."""
+    table = _table([list(averages), list(tensors)])
+    if table.irregular:
+        return False
+    _ema(table, decay, skip)
+    return True
+
+
+def _ema(table: Any, decay: float, skip: Tensor | None) -> None:
+    if skip is None or not skip.item():
         _cpu.ema(table, decay)
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "ema_",
     "grad_norms",
     "probe",
+    "regular_ema_",
     "scale_",
     "serves",
 ]
@@ -33,6 +34,13 @@ def probe() -> Backend:
 def serves(device_type: str) -> bool:
     """Every device."""
     return True
+
+
+def regular_ema_(
+    averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None
+) -> bool:
+    """There is no quick way to tell."""
+    return False
 
 
 def collect(param_groups: list[dict[str, Any]], state: dict[Tensor, Any], averages: dict[int, Tensor]) -> None:

@@ -234,6 +234,13 @@ class _Collected:
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
+def regular_ema_(
+    averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None
+) -> bool:
+    """There is no quick way to tell."""
+    return False
+
+
 def collect(
     param_groups: list[dict[str, Any]], state: dict[Tensor, Any], averages: dict[int, Tensor]
 ) -> _Collected | None:
