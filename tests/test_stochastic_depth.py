@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -284,6 +285,41 @@ def test_compiles_without_a_graph_break(mode, training, autocast):
     for a, b in zip(eager, compiled, strict=True):
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b, **tolerances)
+
+
+class ViTBlock(nn.Module):
+    """Attention and an MLP, with each of trainops' residual sums."""
+
+    def __init__(self, dim=16):
+        super().__init__()
+        self.norm, self.qkv, self.proj = nn.LayerNorm(dim), nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+        self.gamma = nn.Parameter(torch.full((dim,), 0.5))
+        self.drop_path, self.drop_path_add = trainops.DropPath(0.3), trainops.DropPathAdd(0.3)
+        self.fixed, self.bernoulli = trainops.StochasticDepth(0.4), trainops.StochasticDepth(0.4, mode="bernoulli")
+
+    def attend(self, x):
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(attended.transpose(1, 2).flatten(2))
+
+    def forward(self, x):
+        x = x + self.drop_path(self.attend(x))
+        x = self.drop_path_add(x, self.mlp(x), self.gamma)
+        x = self.fixed(x, self.attend, self.gamma)
+        return self.bernoulli(x, self.mlp)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler itself
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_inductor_compiles_a_vit_block(training):
+    torch.compiler.reset()
+    block, x = ViTBlock().train(training), torch.randn(10, 6, 16)
+    options = {"fallback_random": True}  # its own random numbers would be others
+    compiled = run_block(torch.compile(block, fullgraph=True, options=options), block, x)
+    for a, b in zip(run_block(block, block, x), compiled, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @modes
