@@ -37,7 +37,10 @@ class PythonTable {
       for (size_t i = 0; i < tensors.size(); ++i)
         tensors[i] = PyList_GET_ITEM(PyList_GET_ITEM(columns.ptr(), i), row);
       PyObject* scalar = scalars.is_none() ? nullptr : PyList_GET_ITEM(scalars.ptr(), row);
-      if (!builder_.add_row(tensors.data(), tensors.size(), scalar)) irregular_.push_back(row);
+      const bool plain = std::all_of(tensors.begin(), tensors.end(), [&](PyObject* tensor) {
+        return tensor == Py_None || builder_.reader.is_plain(tensor);
+      });
+      if (!plain || !builder_.add_row(tensors.data(), tensors.size(), scalar)) irregular_.push_back(row);
     }
   }
 

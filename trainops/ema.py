@@ -292,7 +292,7 @@ def update_averages(
     averages: Sequence[Tensor], sources: Sequence[Tensor], decay: float, skip: Tensor | None, backend: str | None
 ) -> None:
     """Move averages towards sources that may lie on other devices, unless ``skip`` is true."""
-    if averages and select(backend, averages[0].device.type).regular_ema_(averages, sources, decay, skip):
+    if averages and select(backend, averages[0].device.type).try_ema_(averages, sources, decay, skip):
         torch.autograd.graph.increment_version(averages)
         return
     if any(average.shape != source.shape for average, source in zip(averages, sources, strict=True)):

@@ -130,7 +130,7 @@ def drop_path(
     if residual is not None:
         branch = torch.where(mask != 0, branch, 0)
     scaled = (branch if layer_scale is None else branch * layer_scale) * mask
-    return scaled if residual is None else residual + scaled
+    return scaled if residual is None else torch.where(mask != 0, residual + scaled, residual)
 
 
 def drop_path_backward(

@@ -8,17 +8,9 @@ from torch import Tensor, nn
 
 from . import reference
 from .backends import check
-from .drop_path import (
-    Kept,
-    apply,
-    check_drop_prob,
-    check_operand,
-    check_samples,
-    differentiable_kernels,
-    drop_path_add,
-    is_transformed,
-    product_dtype,
-)
+from .drop_path import check_drop_prob, check_operand, check_samples, drop_path_add, fits, product_dtype
+from .drop_path_autograd import Kept, apply, differentiable_kernels, is_transformed
+from .tensor_table import PLAIN
 
 MODES = ("fixed", "bernoulli")
 
@@ -47,22 +39,26 @@ def stochastic_depth(
         trainops.drop_path_add(residual, branch(residual), drop_prob, training, scale_by_keep, layer_scale)
 
     bit for bit where the branch's own numbers do not depend on the batch, provided that it draws no random numbers:
-    the mask is drawn before it is called, on fewer samples.
+    the mask is drawn before it is called, on fewer samples. The branch must not modify what it is given.
 
     What the modes mean:
 
     - ``"fixed"``: always ``max(1, round(batch * keep_prob))`` samples, whichever they are. Shapes are static and the
-      host never waits for the device. A sample is dropped with the probability of ``1 - kept / batch``, which
-      rounding makes differ from ``drop_prob``: nothing is dropped where ``batch * drop_prob`` is below a half.
-      Samples are not dropped independently. With ``scale_by_keep`` the factor is ``batch / kept``, so the expected
-      value is exactly that of the whole branch.
+      host never waits for the device. A sample is dropped with a probability of ``1 - kept / batch``, which rounding
+      makes differ from ``drop_prob``: of a small batch, nothing may be dropped at all. Samples are not dropped
+      independently. With ``scale_by_keep`` the factor is ``batch / kept``, so the expected value is exactly that of
+      the whole branch.
     - ``"bernoulli"``: each sample by itself, as timm draws them. How many remain is read by the host, which on a GPU
-      waits for that; where it cannot (in a compiled function, a function transform or the capture of a CUDA graph)
-      the whole batch is computed and then dropped from, with the same result.
+      waits for that. Where it cannot (in compiled or traced code, a function transform, the capture of a CUDA graph,
+      for subclasses of tensors), the branch is run on the whole batch and its result dropped from.
 
-    A BatchNorm in the branch sees the kept samples alone, and its statistics are of those. Under DDP every rank draws
-    its own samples. At least one sample is computed, so that all parameters of the branch get a gradient, as DDP
-    expects: where none is kept (as with a ``drop_prob`` of 1), that one is dropped, and the gradient is zero.
+    At least one sample is computed, so that all parameters of the branch get a gradient, as DDP expects: where none
+    is kept, as with a ``drop_prob`` of 1, its result is dropped, and the gradient is zero.
+
+    A BatchNorm in the branch sees what the branch is run on: its statistics are those of the kept samples (in mode
+    ``"bernoulli"`` of the whole batch, where the host cannot know them, so compiled and eager code differ), it fails
+    where a single value per channel is left, and a sample whose result is dropped moves its running statistics, too.
+    Under DDP, ranks draw different samples if they are seeded differently, as they should be.
 
     Args:
         residual: floating-point, of any shape with at least one dimension; dim 0 counts the samples.
@@ -86,18 +82,19 @@ def stochastic_depth(
     _check(residual, branch, drop_prob, layer_scale, mode)
     check(backend)
     batch = residual.shape[0]
-    kept_count = max(1, round(batch * (1 - drop_prob)))
-    if drop_prob == 0.0 or not training or batch == 0 or (mode == "fixed" and kept_count >= batch):
+    count = batch  # of samples to keep in mode "fixed"
+    if drop_prob > 0.0 and training:
+        count = min(batch, max(1, round(batch * (1 - drop_prob))))
+    if drop_prob == 0.0 or not training or batch == 0 or (mode == "fixed" and count == batch and drop_prob < 1.0):
         return drop_path_add(residual, _call(branch, residual), layer_scale=layer_scale, backend=backend)
-    if mode == "fixed":
-        keep, kept = _choose(residual, kept_count, drop_prob)
-    else:
-        keep, kept = _draw(residual, drop_prob)
+    keep, kept = _draw_fixed(residual, count) if mode == "fixed" else _draw_bernoulli(residual, drop_prob)
+    if drop_prob == 1.0:
+        keep = torch.zeros_like(keep)
     samples, residual = _take(backend, residual, keep, kept)
     result = _call(branch, samples)
     mask = keep.to(product_dtype(result, layer_scale))
     if scale_by_keep and drop_prob < 1.0:
-        mask = mask / (kept_count / batch if mode == "fixed" else 1 - drop_prob)
+        mask = mask / (count / batch if mode == "fixed" else 1 - drop_prob)
     return apply(backend, result, mask, residual, layer_scale, kept)
 
 
@@ -137,42 +134,51 @@ class StochasticDepth(nn.Module):
         return f"drop_prob={round(self.drop_prob, 3):0.3f}, mode={self.mode!r}"
 
 
-def _choose(residual: Tensor, count: int, drop_prob: float) -> tuple[Tensor, Kept | None]:
-    """As many random samples, and 1 for each of them: [batch, 1, ...]."""
-    batch, device = residual.shape[0], residual.device
-    kept = _kept(torch.randperm(batch, device=device)[:count], batch)
-    keep = residual.new_zeros(batch)
-    if drop_prob < 1.0:
-        keep.index_fill_(0, kept.chosen, 1.0)
-    return keep.view(-1, *(1,) * (residual.ndim - 1)), kept
+def _draw_fixed(residual: Tensor, count: int) -> tuple[Tensor, Kept]:
+    """1 for each of ``count`` random samples, [batch, 1, ...], and which they are."""
+    permutation = torch.randperm(residual.shape[0], device=residual.device)
+    rows = permutation.argsort()
+    keep = (rows < count).to(residual.dtype).view(-1, *(1,) * (residual.ndim - 1))
+    return keep, Kept(permutation[:count], rows.clamp(max=count - 1))
 
 
-def _draw(residual: Tensor, drop_prob: float) -> tuple[Tensor, Kept | None]:
+def _draw_bernoulli(residual: Tensor, drop_prob: float) -> tuple[Tensor, Kept | None]:
     """The mask of timm, unscaled, and the samples that it keeps; None for these where all are to be computed."""
     keep = reference.drop_path_mask(residual, drop_prob, scale_by_keep=False)
-    if is_transformed() or residual.is_meta or (residual.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return keep, None  # the host must not know how many
-    chosen = keep.view(-1).nonzero().view(-1)
-    batch = residual.shape[0]
-    if len(chosen) == batch:
+    if not _host_may_know(residual):
         return keep, None
-    return keep, _kept(chosen if len(chosen) else chosen.new_zeros(1), batch)
+    is_kept = keep.view(-1) != 0
+    chosen = is_kept.nonzero().view(-1)
+    if len(chosen) == residual.shape[0]:
+        return keep, None
+    rows = (is_kept.cumsum(0) - 1).clamp(min=0)
+    return keep, Kept(chosen if len(chosen) else chosen.new_zeros(1), rows)
 
 
-def _kept(chosen: Tensor, batch: int) -> Kept:
-    rows = torch.zeros(batch, dtype=torch.int64, device=chosen.device)
-    places = torch.arange(len(chosen), device=chosen.device)
-    return Kept(chosen, rows.index_copy_(0, chosen, places))
+def _host_may_know(x: Tensor) -> bool:
+    """Whether how many values of a tensor are not zero can be read, and code may depend on it."""
+    captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return type(x) in PLAIN and not x.is_meta and not is_transformed() and not captured
 
 
 def _take(backend: str | None, residual: Tensor, keep: Tensor, kept: Kept | None) -> tuple[Tensor, Tensor]:
     """The samples to compute, and the residual itself."""
     if kept is None:
         return residual, residual
-    if is_transformed() or not (torch.is_grad_enabled() and residual.requires_grad):
+    if is_transformed():
         return residual.index_select(0, kept.chosen), residual
+    if not (torch.is_grad_enabled() and residual.requires_grad):
+        return _gather(residual, kept.chosen), residual
     taken: tuple[Tensor, Tensor] = _Take.apply(backend, residual, keep, kept)  # type: ignore[no-untyped-call]
     return taken
+
+
+def _gather(x: Tensor, chosen: Tensor) -> Tensor:
+    """Some samples, in the memory format of all of them, which ``index_select`` by itself does not keep."""
+    if x.is_contiguous():
+        return x.detach().index_select(0, chosen)
+    samples = torch.empty_like(x[: len(chosen)])
+    return torch.index_select(x.detach(), 0, chosen, out=samples)
 
 
 class _Take(torch.autograd.Function):
@@ -182,7 +188,7 @@ class _Take(torch.autograd.Function):
     def forward(ctx: Any, backend: str | None, residual: Tensor, keep: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
         ctx.backend = backend
         ctx.save_for_backward(keep, kept.rows)
-        return residual.index_select(0, kept.chosen), residual
+        return _gather(residual, kept.chosen), residual
 
     @staticmethod
     def backward(ctx: Any, of_samples: Tensor, of_residual: Tensor) -> tuple[Tensor | None, ...]:
@@ -212,8 +218,17 @@ def _check(
             f"branch must be a function of the residual, got {type(branch).__name__}; for a tensor there "
             "is drop_path_add"
         )
-    if layer_scale is not None:
-        check_operand("layer_scale", layer_scale, residual[:1])
+    if layer_scale is None:
+        return
+    if not isinstance(layer_scale, Tensor):
+        raise TypeError(f"layer_scale must be a tensor, got {layer_scale!r}")
+    if layer_scale.device != residual.device:
+        raise ValueError(f"residual is on {residual.device}, but layer_scale on {layer_scale.device}")
+    if not fits(layer_scale.shape, torch.Size((1, *residual.shape[1:])), enlarges=False):
+        raise ValueError(
+            f"layer_scale of shape {tuple(layer_scale.shape)} does not fit each sample of a residual of shape "
+            f"{tuple(residual.shape)}"
+        )
 
 
 def _check_mode(mode: str) -> None:

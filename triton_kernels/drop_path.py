@@ -154,7 +154,7 @@ def drop_path_backward(
         if rows is not None:
             row = tl.load(rows + sample_of_position, mask=position < size, other=0)
             source += ((row - sample_of_position) * sample_positions * channels)[:, None]
-        g = tl.load(grad + source, mask=inside, other=0).to(WIDE)
+        g = tl.load(grad + source, mask=inside, other=0).to(PRODUCT).to(WIDE)
         x = tl.load(branch + first + element, mask=inside & (value != 0), other=0).to(WIDE)
         result = term(g, scale, value, PRODUCT)
         tl.store(of_branch + first + element, narrow(result, of_branch.dtype.element_ty), mask=inside)

@@ -93,12 +93,24 @@ def has_kernel(
     samples = shape[0] if rows is None else rows.shape[0]
     if mask.ndim != len(shape) or mask.shape[0] != samples:
         return False
-    is_contiguous = branch.is_contiguous()
-    if layer_scale is not None and not (layer_scale.ndim == 1 < len(shape) and is_contiguous):
-        return False
     if residual is None:
         if samples > shape[0]:
             return False
-    elif residual.stride() != branch.stride() or residual.shape != (shape if rows is None else (samples, *shape[1:])):
+    elif residual.shape != (shape if rows is None else (samples, *shape[1:])):
         return False
-    return is_contiguous or (len(shape) in _FORMATS and branch.is_contiguous(memory_format=_FORMATS[len(shape)]))
+    # Not the strides are compared: those of a dimension of size 1 say nothing.
+    if branch.is_contiguous() and (residual is None or residual.is_contiguous()):
+        return layer_scale is None or _lies_in(layer_scale, -1, len(shape))
+    memory_format = _FORMATS.get(len(shape))
+    if memory_format is None or not branch.is_contiguous(memory_format=memory_format):
+        return False
+    if residual is not None and not residual.is_contiguous(memory_format=memory_format):
+        return False
+    return layer_scale is None or _lies_in(layer_scale, 1 - len(shape), len(shape))
+
+
+def _lies_in(layer_scale: Tensor, dim: int, ndim: int) -> bool:
+    """Whether it has one factor for each element of one dimension (from the end), which comes last in memory."""
+    if not -dim <= layer_scale.ndim <= ndim or ndim < 2:
+        return False
+    return layer_scale.shape[dim] == layer_scale.numel()

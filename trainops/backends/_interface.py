@@ -108,7 +108,7 @@ class Kernels(Protocol):
     ) -> None:
         """Move averages towards tensors."""
 
-    def regular_ema_(
+    def try_ema_(
         self, averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None
     ) -> bool:
         """The same where every tensor, whatever it may be, is as kernels like it; else False, and nothing is done."""

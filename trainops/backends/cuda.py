@@ -177,9 +177,7 @@ def ema_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, sk
         _ema(table, decay, skip)
 
 
-def regular_ema_(
-    averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None
-) -> bool:
+def try_ema_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None) -> bool:
     """See :class:`trainops.backends._interface.Kernels`."""
     table = _table([list(averages), list(tensors)])
     if table.irregular:

@@ -20,9 +20,9 @@ __all__ = [
     "ema_",
     "grad_norms",
     "probe",
-    "regular_ema_",
     "scale_",
     "serves",
+    "try_ema_",
 ]
 
 
@@ -36,9 +36,7 @@ def serves(device_type: str) -> bool:
     return True
 
 
-def regular_ema_(
-    averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None
-) -> bool:
+def try_ema_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None) -> bool:
     """There is no quick way to tell."""
     return False
 

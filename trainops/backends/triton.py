@@ -234,9 +234,7 @@ class _Collected:
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
-def regular_ema_(
-    averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None
-) -> bool:
+def try_ema_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None) -> bool:
     """There is no quick way to tell."""
     return False
 

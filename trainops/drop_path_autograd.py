@@ -1,0 +1,110 @@
+"""DropPath's kernels under autograd, and their formula where something else looks on."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .backends import Kernels, select
+
+
+class Kept(NamedTuple):
+    """Samples that a branch was run on."""
+
+    chosen: Tensor  # [kept], int64: which
+    rows: Tensor  # [batch], int64: where among them each sample is; any of them for a dropped one
+
+
+class _DropPath(torch.autograd.Function):
+    """The kernel and the kernel of its derivative; where that is differentiated again, its formula."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: str | None,
+        branch: Tensor,
+        mask: Tensor,
+        residual: Tensor | None,
+        layer_scale: Tensor | None,
+        kept: Kept | None,
+    ) -> Tensor:
+        rows = None if kept is None else kept.rows
+        out = select(backend, branch.device.type).drop_path(branch, mask, residual, layer_scale, rows)
+        ctx.backend = backend
+        ctx.residual = _unlike(residual, out.shape, out.dtype)
+        ctx.branch = _unlike(branch, out.shape if kept is None else branch.shape, mask.dtype)
+        # The branch is needed for the derivative by layer scale alone.
+        needed = branch if layer_scale is not None and ctx.needs_input_grad[4] else None
+        if kept is None:
+            ctx.save_for_backward(mask, layer_scale, needed)
+        else:
+            ctx.save_for_backward(mask.index_select(0, kept.chosen), layer_scale, needed, kept.chosen)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        mask, layer_scale, branch, *chosen = ctx.saved_tensors
+        _, needs_branch, _, needs_residual, needs_layer_scale, _ = ctx.needs_input_grad
+        of_branch = of_residual = of_layer_scale = None
+        if needs_branch or needs_layer_scale:
+            kernels = differentiable_kernels(ctx.backend, grad)
+            of_branch, of_layer_scale = kernels.drop_path_backward(grad, branch, mask, layer_scale, *chosen)
+            of_branch = _reduce(of_branch, ctx.branch) if needs_branch else None
+        if needs_residual:
+            of_residual = _reduce(grad, ctx.residual)
+        return None, of_branch, None, of_residual, of_layer_scale, None
+
+
+def _unlike(x: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> tuple[torch.Size, torch.dtype] | None:
+    """Shape and dtype of ``x`` where they are others than these."""
+    return None if x is None or (x.dtype == dtype and x.shape == shape) else (x.shape, x.dtype)
+
+
+def _reduce(grad: Tensor, unlike: tuple[torch.Size, torch.dtype] | None) -> Tensor:
+    """A gradient, for an operand that may have been repeated and promoted."""
+    return grad if unlike is None else grad.sum_to_size(unlike[0]).to(unlike[1])
+
+
+def differentiable_kernels(backend: str | None, grad: Tensor) -> Kernels:
+    """The kernels for a derivative, or where that may be differentiated again, their formulas."""
+    by_formula = torch.is_grad_enabled() or is_transformed()
+    return select("reference" if by_formula else backend, grad.device.type)
+
+
+def apply(
+    backend: str | None,
+    branch: Tensor,
+    mask: Tensor,
+    residual: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    kept: Kept | None = None,
+) -> Tensor:
+    """``residual + branch * layer_scale * mask`` for autograd, compilers and function transforms.
+
+    Where ``kept`` is given, ``branch`` holds its samples alone.
+    """
+    rows = None if kept is None else kept.rows
+    if is_transformed():
+        return reference.drop_path(branch, mask, residual, layer_scale, rows)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (branch, residual, layer_scale)):
+        result: Tensor = _DropPath.apply(  # type: ignore[no-untyped-call]
+            backend, branch, mask, residual, layer_scale, kept
+        )
+        return result
+    return select(backend, branch.device.type).drop_path(branch, mask, residual, layer_scale, rows)
+
+
+def is_transformed() -> bool:
+    """Whether others than autograd look at what is done: then it is the formula, in PyTorch's operations.
+
+    Compilers fuse it with what stands around it; tracers record it; function transforms, forward-mode derivatives and
+    modes of dispatch take it apart.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd.forward_ad._current_level >= 0
+    )
