@@ -92,6 +92,30 @@ def seeded(function, *args, **kwargs):
     return function(*args, **kwargs)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_forward_mode_and_tracers_see_the_formula():
+    x = torch.randn(6, 4)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        for out, most in (
+            (trainops.drop_path(dual, 0.5, True), 2.0),
+            (trainops.drop_path_add(x, dual, 0.5, True), 2.0),
+        ):
+            tangent = torch.autograd.forward_ad.unpack_dual(out).tangent
+            assert set(tangent.unique().tolist()) <= {0.0, most}
+    traced = torch.jit.trace(lambda a, b: trainops.drop_path_add(a, b, 0.5, True), (x, x), check_trace=False)
+    assert "empty_like" not in str(traced.graph)
+    assert set((traced(x, x) / x).round().unique().tolist()) <= {1.0, 3.0}
+
+
+@pytest.mark.parametrize("layer_scale", [None, torch.tensor([math.inf])], ids=["no_scale", "infinite_scale"])
+def test_a_dropped_sample_is_its_residual_to_the_bit(target, layer_scale):
+    residual = torch.full((8, 3), -0.0, device=target.device)
+    layer_scale = None if layer_scale is None else layer_scale.to(target.device)
+    out = trainops.drop_path_add(residual, residual + 1, 1.0, True, True, layer_scale, backend=target.backend)
+    assert same_bits(out, residual)
+
+
 def generator_state(device):
     return torch.cuda.get_rng_state() if device == "cuda" else torch.get_rng_state()
 

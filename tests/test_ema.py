@@ -808,3 +808,18 @@ def test_autograd_notices_a_moved_average(target, dtype, shadow, fused):
         optimizer.step() if fused else ema.update()
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             output.backward()
+
+
+def test_subclasses_do_their_own_arithmetic():
+    calls = []
+
+    class Logged(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            calls.append(function.__name__)
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    average = torch.zeros(3).as_subclass(Logged)
+    trainops.ema_update_([average], [torch.ones(3)], 0.5)
+    assert "lerp" in calls
+    assert average.tolist() == [0.5] * 3

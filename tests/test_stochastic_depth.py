@@ -1,6 +1,7 @@
 """Stochastic depth that computes the kept samples alone: what is kept, the numbers, the statistics, autograd."""
 
 import copy
+import importlib
 import math
 import pickle
 import shutil
@@ -140,15 +141,98 @@ def test_nothing_is_dropped_where_nothing_can_be(target, mode, drop_prob, traini
 
 
 @modes
-def test_batches_of_none_and_of_one(target, mode):
+@pytest.mark.parametrize("drop_prob", [0.5, 1.0])
+def test_batches_of_none_and_of_one(target, mode, drop_prob):
+    branch = Branch(device=target.device)
     for batch in (0, 1):
         residual = torch.randn((batch, *SHAPE[1:]), device=target.device, requires_grad=True)
-        out = trainops.stochastic_depth(
-            residual, Branch(device=target.device), 0.5, True, mode=mode, backend=target.backend
-        )
-        assert out.shape == residual.shape
+        out = trainops.stochastic_depth(residual, branch, drop_prob, True, False, mode=mode, backend=target.backend)
         out.sum().backward()
         assert residual.grad.shape == residual.shape
+        if drop_prob == 1.0:
+            assert same_bits(out, residual)
+        elif mode == "fixed":
+            assert torch.equal(out, residual + branch(residual))
+
+
+CUTS = {
+    "class_token": lambda x: x[:, 0],
+    "channels": lambda x: x[:, :3],
+    "expanded": lambda x: x[:1].expand(x.shape),
+    "transposed": lambda x: x.transpose(1, 2),
+}
+
+
+@modes
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+def test_residuals_with_gaps(target, mode, cut):
+    """Also where one sample is kept, whose stride says nothing, and the branch's result is such a cut, too."""
+    residual = cut(torch.randn(SHAPE, device=target.device))
+
+    def branch(x):
+        return x.as_strided(x.shape, (residual.stride(0), *x.stride()[1:])) * 2 if len(x) == 1 else x * 2
+
+    for drop_prob in (0.4, 0.9):
+        for seed in range(5):
+            outs = []
+            for backend in (target.backend, "reference"):
+                torch.manual_seed(seed)
+                outs.append(trainops.stochastic_depth(residual, branch, drop_prob, True, mode=mode, backend=backend))
+            assert torch.equal(*outs)
+
+
+FUSED = {
+    "contiguous": (SHAPE, None, torch.contiguous_format),
+    "last_dim": (SHAPE, (8,), torch.contiguous_format),
+    "last_dim_of_3": (SHAPE, (1, 1, 8), torch.contiguous_format),
+    "channels_last": ((12, 5, 4, 8), None, torch.channels_last),
+    "channels_last_scaled": ((12, 5, 4, 8), (5, 1, 1), torch.channels_last),
+}
+
+
+@pytest.mark.parametrize("function", ["drop_path_add", *MODES])
+@pytest.mark.parametrize(("shape", "scale_shape", "memory_format"), FUSED.values(), ids=FUSED)
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.float32, torch.bfloat16)], ids=["same", "mixed"])
+def test_kernels_serve(target, monkeypatch, function, shape, scale_shape, memory_format, dtypes):
+    """None of these is left to the reference, forward or backward, and the branch gets the layout of its residual."""
+    if target.backend == "reference":
+        pytest.skip("is the reference")
+    residual, layer_scale, grad = make_inputs(torch.float32, target.device, scale_shape, shape)
+    residual, grad = (x.to(dtypes[0]).contiguous(memory_format=memory_format) for x in (residual, grad))
+    layer_scale = None if layer_scale is None else layer_scale.to(dtypes[1]).requires_grad_()
+    monkeypatch.setattr(importlib.import_module("trainops.backends._drop_path"), "reference", None)
+
+    def branch(x):
+        assert x.is_contiguous(memory_format=memory_format)
+        return x.to(dtypes[1]) * 2
+
+    args = (0.4, True, True, layer_scale)
+    residual.requires_grad_()
+    if function == "drop_path_add":
+        out = trainops.drop_path_add(residual, branch(residual), *args, backend=target.backend)
+    else:
+        out = trainops.stochastic_depth(residual, branch, *args, function, backend=target.backend)
+    assert out.is_contiguous(memory_format=memory_format)
+    out.backward(grad)
+
+
+@modes
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore::UserWarning")
+def test_others_that_look_on(mode):
+    """Tracers, vmap, forward-mode derivatives and fake tensors see operations, not a kernel's result."""
+    residual, branch = torch.randn(6, 4), lambda x: x * 2
+    depth = trainops.StochasticDepth(0.5, mode=mode)
+    traced = torch.jit.trace(lambda x: depth.eval()(x, branch), (residual,))
+    assert torch.equal(traced(residual + 1), 3 * (residual + 1))
+    depth.train()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(residual, torch.ones_like(residual))
+        tangent = torch.autograd.forward_ad.unpack_dual(depth(dual, branch)).tangent
+    assert set(tangent.unique().tolist()) <= {1.0, 1.0 + 2 * 2}
+    mapped = torch.func.vmap(lambda x: depth(x, branch), randomness="different")(residual.expand(3, 6, 4))
+    assert mapped.shape == (3, 6, 4)
+    with torch._subclasses.FakeTensorMode():
+        assert depth(torch.empty(6, 4), branch).shape == (6, 4)
 
 
 @modes
