@@ -8,45 +8,53 @@
 namespace trainops::cpu {
 namespace {
 
-template <bool amsgrad, typename T>
-TRAINOPS_HOST_DEVICE void update(T* __restrict param, const T* __restrict grad, T* __restrict exp_avg,
-                                 T* __restrict exp_avg_sq, T* __restrict max_exp_avg_sq, int64_t size,
-                                 const AdamWScalars<T> s) {
+template <bool amsgrad, typename S>
+TRAINOPS_HOST_DEVICE void update(S* __restrict param, const S* __restrict grad, S* __restrict exp_avg,
+                                 S* __restrict exp_avg_sq, S* __restrict max_exp_avg_sq, int64_t size,
+                                 const AdamWScalars<Wide<S>> s) {
+  using T = Wide<S>;
   for (int64_t i = 0; i < size; ++i) {
-    T largest = amsgrad ? max_exp_avg_sq[i] : T(0);
-    adamw_element<amsgrad>(param[i], grad[i], exp_avg[i], exp_avg_sq[i], &largest, s);
-    if (amsgrad) max_exp_avg_sq[i] = largest;
+    T p = widen(param[i]), m = widen(exp_avg[i]), v = widen(exp_avg_sq[i]);
+    T largest = amsgrad ? widen(max_exp_avg_sq[i]) : T(0);
+    adamw_element<amsgrad, T>(p, widen(grad[i]), m, v, &largest, s);
+    narrow(p, param[i]);
+    narrow(m, exp_avg[i]);
+    narrow(v, exp_avg_sq[i]);
+    if (amsgrad) narrow(largest, max_exp_avg_sq[i]);
   }
 }
 
-#define TRAINOPS_ADAMW(T)                                                                                        \
-  TRAINOPS_MULTIVERSION void adamw_tile(T* param, const T* grad, T* exp_avg, T* exp_avg_sq, int64_t size,        \
-                                        const AdamWScalars<T>& s) {                                              \
-    update<false, T>(param, grad, exp_avg, exp_avg_sq, nullptr, size, s);                                        \
+#define TRAINOPS_ADAMW(S)                                                                                        \
+  TRAINOPS_MULTIVERSION void adamw_tile(S* param, const S* grad, S* exp_avg, S* exp_avg_sq, int64_t size,        \
+                                        const AdamWScalars<Wide<S>>& s) {                                        \
+    update<false, S>(param, grad, exp_avg, exp_avg_sq, nullptr, size, s);                                        \
   }                                                                                                              \
-  TRAINOPS_MULTIVERSION void amsgrad_tile(T* param, const T* grad, T* exp_avg, T* exp_avg_sq, T* max_exp_avg_sq, \
-                                          int64_t size, const AdamWScalars<T>& s) {                              \
+  TRAINOPS_MULTIVERSION void amsgrad_tile(S* param, const S* grad, S* exp_avg, S* exp_avg_sq, S* max_exp_avg_sq, \
+                                          int64_t size, const AdamWScalars<Wide<S>>& s) {                        \
     update<true>(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, size, s);                                     \
   }
 TRAINOPS_ADAMW(float)
 TRAINOPS_ADAMW(double)
+TRAINOPS_ADAMW(BFloat16)
+TRAINOPS_ADAMW(Float16)
 #undef TRAINOPS_ADAMW
 
 // The average follows the parameter as it was stored, so that a fused step and a step followed by an update of
 // the average give the same bits.
-template <typename T>
-void adamw_piece(const TensorTable& table, const Piece& piece, const AdamWScalars<T>& scalars, double ema_decay) {
+template <typename S>
+void adamw_piece(const TensorTable& table, const Piece& piece, const AdamWScalars<double>& s, double ema_decay) {
+  const AdamWScalars<Wide<S>> scalars(s);
   const auto cell = [&](AdamWColumn column) -> const Cell& { return table.cell(piece.row, column); };
   const bool amsgrad = cell(kMaxExpAvgSq).address != nullptr;
   const bool average = cell(kEMA).address != nullptr;
-  T buffers[kAdamWColumns][kTileNumel];
+  S buffers[kAdamWColumns][kTileNumel];
   for_each_tile(piece, [&](int64_t begin, int64_t size) {
     const auto read = [&](AdamWColumn column) { return load(cell(column), begin, size, buffers[column]); };
-    T* param = read(kParam);
-    T* exp_avg = read(kExpAvg);
-    T* exp_avg_sq = read(kExpAvgSq);
+    S* param = read(kParam);
+    S* exp_avg = read(kExpAvg);
+    S* exp_avg_sq = read(kExpAvgSq);
     if (amsgrad) {
-      T* max_exp_avg_sq = read(kMaxExpAvgSq);
+      S* max_exp_avg_sq = read(kMaxExpAvgSq);
       amsgrad_tile(param, read(kGrad), exp_avg, exp_avg_sq, max_exp_avg_sq, size, scalars);
       store(cell(kMaxExpAvgSq), begin, size, max_exp_avg_sq);
     } else {
@@ -79,11 +87,9 @@ void adamw(const TensorTable& table, const std::vector<AdamWGroup>& groups, doub
 
   for_each_piece(table, [&](int64_t, const Piece& piece) {
     const AdamWScalars<double>& s = scalars[scalars_of_row[piece.row]];
-    if (table.cell(piece.row, kParam).dtype == DType::float64) {
-      adamw_piece<double>(table, piece, s, ema_decay);
-    } else {
-      adamw_piece<float>(table, piece, AdamWScalars<float>(s), ema_decay);
-    }
+    const auto cell = [&](AdamWColumn column) { return table.cell(piece.row, column); };
+    with_type({cell(kParam), cell(kGrad), cell(kExpAvg), cell(kExpAvgSq), cell(kMaxExpAvgSq)},
+              [&](auto type) { adamw_piece<decltype(type)>(table, piece, s, ema_decay); });
   });
 }
 

@@ -25,7 +25,7 @@ TRAINOPS_HOST_DEVICE void add_whole_lanes(double* __restrict lanes, const T* __r
       TRAINOPS_PREFETCH(reinterpret_cast<uintptr_t>(values + i) + kAhead * sizeof(T) + byte);
     }
     for (int64_t lane = 0; lane < kLanes; ++lane) {
-      lanes[lane] = accumulate<norm>(lanes[lane], static_cast<double>(values[i + lane]));
+      lanes[lane] = accumulate<norm>(lanes[lane], static_cast<double>(widen(values[i + lane])));
     }
   }
 }
@@ -40,7 +40,7 @@ TRAINOPS_HOST_DEVICE double reduce(const T* values, int64_t size) {
   const int64_t rest = kStreams * stream, tail = size / kLanes * kLanes;
   add_whole_lanes<norm>(lanes, values + rest, tail - rest);
   for (int64_t i = tail; i < size; ++i) {
-    lanes[i % kLanes] = accumulate<norm>(lanes[i % kLanes], static_cast<double>(values[i]));
+    lanes[i % kLanes] = accumulate<norm>(lanes[i % kLanes], static_cast<double>(widen(values[i])));
   }
   for (int64_t width = kLanes / 2; width > 0; width /= 2) {
     for (int64_t lane = 0; lane < width; ++lane) lanes[lane] = join<norm>(lanes[lane], lanes[lane + width]);
@@ -54,25 +54,25 @@ TRAINOPS_HOST_DEVICE double reduce(const T* values, int64_t size) {
   TRAINOPS_MULTIVERSION double inf(const T* values, int64_t size) { return reduce<Norm::inf>(values, size); }
 TRAINOPS_REDUCE(float)
 TRAINOPS_REDUCE(double)
+TRAINOPS_REDUCE(BFloat16)
+TRAINOPS_REDUCE(Float16)
 #undef TRAINOPS_REDUCE
 
-template <Norm norm, typename T>
-double reduce_tile(const T* values, int64_t size) {
+template <Norm norm, typename S>
+double reduce_run(const S* values, int64_t size) {
   if (norm == Norm::l1) return l1(values, size);
   if (norm == Norm::l2) return l2(values, size);
   return inf(values, size);
 }
 
-template <Norm norm, typename T>
+// 16-bit elements are reduced tile by tile.
+template <Norm norm, typename S>
 double reduce_piece(const Cell& cell, const Piece& piece) {
-  if (cell.dtype == dtype_of<T>) {
-    return reduce_tile<norm>(load<T>(cell, piece.begin, piece.size, nullptr), piece.size);
-  }
+  const S* values = static_cast<const S*>(cell.address);
+  if (!is_narrow<S>) return reduce_run<norm>(values + piece.begin, piece.size);
   double total = 0.0;
-  T buffer[kTileNumel];
-  for_each_tile(piece, [&](int64_t begin, int64_t size) {
-    total = join<norm>(total, reduce_tile<norm>(load(cell, begin, size, buffer), size));
-  });
+  for_each_tile(
+      piece, [&](int64_t begin, int64_t size) { total = join<norm>(total, reduce_run<norm>(values + begin, size)); });
   return total;
 }
 
@@ -89,8 +89,7 @@ Norms reduce_table(const TensorTable& table, int64_t column) {
   std::vector<double> partial(table.pieces().size());
   for_each_piece(table, [&](int64_t index, const Piece& piece) {
     const Cell& cell = table.cell(piece.row, column);
-    partial[index] = cell.dtype == DType::float64 ? reduce_piece<norm, double>(cell, piece)
-                                                  : reduce_piece<norm, float>(cell, piece);
+    with_type({cell}, [&](auto type) { partial[index] = reduce_piece<norm, decltype(type)>(cell, piece); });
   });
   Norms result{std::vector<double>(table.rows(), 0.0), 0.0};
   for (size_t first = 0, last = 0; first < partial.size(); first = last) {
@@ -106,45 +105,31 @@ Norms reduce_table(const TensorTable& table, int64_t column) {
   return result;
 }
 
-template <typename T>
-TRAINOPS_HOST_DEVICE void scale_values(T* values, int64_t size, T coefficient) {
-  for (int64_t i = 0; i < size; ++i) values[i] *= coefficient;
+template <typename S>
+TRAINOPS_HOST_DEVICE void scale_values(S* values, int64_t size, Wide<S> coefficient) {
+  for (int64_t i = 0; i < size; ++i) narrow(widen(values[i]) * coefficient, values[i]);
 }
 
-template <typename T>
-TRAINOPS_HOST_DEVICE void clamp_values(T* values, int64_t size, T bound) {
-  for (int64_t i = 0; i < size; ++i) values[i] = clamp_element(values[i], bound);
+template <typename S>
+TRAINOPS_HOST_DEVICE void clamp_values(S* values, int64_t size, Wide<S> bound) {
+  for (int64_t i = 0; i < size; ++i) narrow(clamp_element(widen(values[i]), bound), values[i]);
 }
 
-#define TRAINOPS_IN_PLACE(T)                                                      \
-  TRAINOPS_MULTIVERSION void scale_tile(T* values, int64_t size, T coefficient) { \
-    scale_values(values, size, coefficient);                                      \
-  }                                                                               \
-  TRAINOPS_MULTIVERSION void clamp_tile(T* values, int64_t size, T bound) { clamp_values(values, size, bound); }
+#define TRAINOPS_IN_PLACE(S)                                                                                    \
+  TRAINOPS_MULTIVERSION void scale_run(S* values, int64_t size, Wide<S> by) { scale_values(values, size, by); } \
+  TRAINOPS_MULTIVERSION void clamp_run(S* values, int64_t size, Wide<S> bound) { clamp_values(values, size, bound); }
 TRAINOPS_IN_PLACE(float)
 TRAINOPS_IN_PLACE(double)
+TRAINOPS_IN_PLACE(BFloat16)
+TRAINOPS_IN_PLACE(Float16)
 #undef TRAINOPS_IN_PLACE
 
-// Applies tile(values, size) to every element of the column.
-template <typename T, typename Tile>
-void update_piece(const Cell& cell, const Piece& piece, Tile tile) {
-  T buffer[kTileNumel];
-  for_each_tile(piece, [&](int64_t begin, int64_t size) {
-    T* values = load(cell, begin, size, buffer);
-    tile(values, size);
-    store(cell, begin, size, values);
-  });
-}
-
-template <typename Tile>
-void update_table(const TensorTable& table, int64_t column, Tile tile) {
+// Applies run(values, size) to every element of the column.
+template <typename Run>
+void update_table(const TensorTable& table, int64_t column, Run run) {
   for_each_piece(table, [&](int64_t, const Piece& piece) {
     const Cell& cell = table.cell(piece.row, column);
-    if (cell.dtype == DType::float64) {
-      update_piece<double>(cell, piece, tile);
-    } else {
-      update_piece<float>(cell, piece, tile);
-    }
+    with_type({cell}, [&](auto type) { run(static_cast<decltype(type)*>(cell.address) + piece.begin, piece.size); });
   });
 }
 
@@ -158,15 +143,13 @@ Norms norms(const TensorTable& table, int64_t column, Norm norm) {
 
 void scale(const TensorTable& table, int64_t column, double coefficient) {
   update_table(table, column, [&](auto* values, int64_t size) {
-    using T = std::remove_pointer_t<decltype(values)>;
-    scale_tile(values, size, static_cast<T>(coefficient));
+    scale_run(values, size, static_cast<Wide<std::remove_pointer_t<decltype(values)>>>(coefficient));
   });
 }
 
 void clamp(const TensorTable& table, int64_t column, double bound) {
   update_table(table, column, [&](auto* values, int64_t size) {
-    using T = std::remove_pointer_t<decltype(values)>;
-    clamp_tile(values, size, static_cast<T>(bound));
+    clamp_run(values, size, static_cast<Wide<std::remove_pointer_t<decltype(values)>>>(bound));
   });
 }
 

@@ -16,9 +16,9 @@ TRAINOPS_HOST_DEVICE void narrow_all(const From* __restrict from, To* __restrict
 }
 
 // One named function for each pair, because only those can be compiled for several instruction sets.
-#define TRAINOPS_CONVERT(From, T)                                                                       \
-  TRAINOPS_MULTIVERSION void read(const From* from, T* to, int64_t size) { widen_all(from, to, size); } \
-  TRAINOPS_MULTIVERSION void write(const T* from, From* to, int64_t size) { narrow_all(from, to, size); }
+#define TRAINOPS_CONVERT(From, T)                                                                            \
+  TRAINOPS_MULTIVERSION void read_tile(const From* from, T* to, int64_t size) { widen_all(from, to, size); } \
+  TRAINOPS_MULTIVERSION void write_tile(const T* from, From* to, int64_t size) { narrow_all(from, to, size); }
 
 TRAINOPS_CONVERT(BFloat16, float)
 TRAINOPS_CONVERT(Float16, float)
@@ -28,26 +28,14 @@ TRAINOPS_CONVERT(Float16, double)
 TRAINOPS_CONVERT(float, double)
 #undef TRAINOPS_CONVERT
 
-template <typename From, typename T>
-T* read_cell(const Cell& cell, int64_t begin, int64_t size, T* buffer) {
-  read(static_cast<const From*>(cell.address) + begin, buffer, size);
-  return buffer;
+// Calls function(elements) with the cell's elements from `begin` on, which are of another type than T.
+template <typename T, typename Function>
+void with_elements(const Cell& cell, int64_t begin, Function function) {
+  using Other = std::conditional_t<std::is_same_v<T, float>, double, float>;
+  if (cell.dtype == DType::bfloat16) return function(static_cast<BFloat16*>(cell.address) + begin);
+  if (cell.dtype == DType::float16) return function(static_cast<Float16*>(cell.address) + begin);
+  function(static_cast<Other*>(cell.address) + begin);
 }
-
-template <typename To, typename T>
-void write_cell(const Cell& cell, int64_t begin, int64_t size, const T* values) {
-  write(values, static_cast<To*>(cell.address) + begin, size);
-}
-
-// float for double and double for float.
-template <typename T>
-struct Other {
-  using type = float;
-};
-template <>
-struct Other<float> {
-  using type = double;
-};
 
 }  // namespace
 
@@ -60,24 +48,18 @@ const char* instruction_set() {
 }
 
 template <typename T>
-T* load(const Cell& cell, int64_t begin, int64_t size, T* buffer) {
-  if (cell.dtype == dtype_of<T>) return place(cell, begin, buffer);
-  if (cell.dtype == DType::bfloat16) return read_cell<BFloat16>(cell, begin, size, buffer);
-  if (cell.dtype == DType::float16) return read_cell<Float16>(cell, begin, size, buffer);
-  return read_cell<typename Other<T>::type>(cell, begin, size, buffer);
+void read(const Cell& cell, int64_t begin, int64_t size, T* values) {
+  with_elements<T>(cell, begin, [&](const auto* elements) { read_tile(elements, values, size); });
 }
 
 template <typename T>
-void store(const Cell& cell, int64_t begin, int64_t size, const T* values) {
-  if (cell.dtype == dtype_of<T>) return;
-  if (cell.dtype == DType::bfloat16) return write_cell<BFloat16>(cell, begin, size, values);
-  if (cell.dtype == DType::float16) return write_cell<Float16>(cell, begin, size, values);
-  write_cell<typename Other<T>::type>(cell, begin, size, values);
+void write(const Cell& cell, int64_t begin, int64_t size, const T* values) {
+  with_elements<T>(cell, begin, [&](auto* elements) { write_tile(values, elements, size); });
 }
 
-template float* load(const Cell&, int64_t, int64_t, float*);
-template double* load(const Cell&, int64_t, int64_t, double*);
-template void store(const Cell&, int64_t, int64_t, const float*);
-template void store(const Cell&, int64_t, int64_t, const double*);
+template void read(const Cell&, int64_t, int64_t, float*);
+template void read(const Cell&, int64_t, int64_t, double*);
+template void write(const Cell&, int64_t, int64_t, const float*);
+template void write(const Cell&, int64_t, int64_t, const double*);
 
 }  // namespace trainops::cpu

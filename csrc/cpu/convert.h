@@ -1,5 +1,13 @@
-// Tensors of any type as values of the type that the arithmetic is done in: the formulas are in math/float16.h.
+// Tensors of any type as values of the type that a loop works on: the formulas are in math/float16.h.
+//
+// Where all tensors of a loop have one type, the loop reads and writes them where they lie, and widens and narrows
+// 16-bit ones in registers. All other mixtures are widened into a tile of the type of the arithmetic and narrowed
+// again from there, which costs two more passes through the first-level cache.
 #pragma once
+
+#include <algorithm>
+#include <initializer_list>
+#include <type_traits>
 
 #include "../math/float16.h"
 #include "../tensor_table.h"
@@ -7,22 +15,62 @@
 
 namespace trainops::cpu {
 
-template <typename T>
-constexpr DType dtype_of = sizeof(T) == 4 ? DType::float32 : DType::float64;
+template <typename S>
+constexpr bool is_narrow = std::is_same_v<S, BFloat16> || std::is_same_v<S, Float16>;
 
-// The elements of `cell` from `begin` on, as T: the memory itself where it holds T, else widened into `buffer`.
-// T is the type of the arithmetic, float or double.
-template <typename T>
-T* load(const Cell& cell, int64_t begin, int64_t size, T* buffer);
+// The type of the arithmetic on values that are stored as S.
+template <typename S>
+using Wide = std::conditional_t<is_narrow<S>, float, S>;
 
-// Where to write the elements of `cell` from `begin` on before `store`: the memory itself, or `buffer`.
+template <typename S>
+constexpr DType dtype_of = std::is_same_v<S, BFloat16>  ? DType::bfloat16
+                           : std::is_same_v<S, Float16> ? DType::float16
+                           : std::is_same_v<S, double>  ? DType::float64
+                                                        : DType::float32;
+
+// Calls function(S{}) with the type S that a loop over `cells` works on: that of all of them where they have one,
+// else the type of the arithmetic, which is double where the first of them is. Cells without an address do not count.
+template <typename Function>
+void with_type(std::initializer_list<Cell> cells, Function function) {
+  const DType dtype = cells.begin()->dtype;
+  const bool same = std::all_of(cells.begin(), cells.end(),
+                                [&](const Cell& cell) { return cell.address == nullptr || cell.dtype == dtype; });
+  if (dtype == DType::float64) return function(double{});
+  if (same && dtype == DType::bfloat16) return function(BFloat16{});
+  if (same && dtype == DType::float16) return function(Float16{});
+  function(float{});
+}
+
+// Widens or narrows elements of `cell` from `begin` on. T is float or double, and not the type of the cell.
 template <typename T>
-T* place(const Cell& cell, int64_t begin, T* buffer) {
-  return cell.dtype == dtype_of<T> ? static_cast<T*>(cell.address) + begin : buffer;
+void read(const Cell& cell, int64_t begin, int64_t size, T* values);
+template <typename T>
+void write(const Cell& cell, int64_t begin, int64_t size, const T* values);
+
+// Where to write the elements of `cell` from `begin` on before `store`: the memory itself where it holds S, else
+// `buffer`. If S is a 16-bit type, so is the cell's.
+template <typename S>
+S* place(const Cell& cell, int64_t begin, S* buffer) {
+  if (is_narrow<S> || cell.dtype == dtype_of<S>) return static_cast<S*>(cell.address) + begin;
+  return buffer;
+}
+
+// The elements of `cell` from `begin` on, in the place that `place` gives them.
+template <typename S>
+S* load(const Cell& cell, int64_t begin, int64_t size, S* buffer) {
+  S* values = place(cell, begin, buffer);
+  if constexpr (!is_narrow<S>) {
+    if (cell.dtype != dtype_of<S>) read(cell, begin, size, values);
+  }
+  return values;
 }
 
 // Writes back what `load` or `place` gave: nothing to do where `values` is the memory itself.
-template <typename T>
-void store(const Cell& cell, int64_t begin, int64_t size, const T* values);
+template <typename S>
+void store(const Cell& cell, int64_t begin, int64_t size, const S* values) {
+  if constexpr (!is_narrow<S>) {
+    if (cell.dtype != dtype_of<S>) write(cell, begin, size, values);
+  }
+}
 
 }  // namespace trainops::cpu

@@ -71,17 +71,17 @@ void run(const DropPath& args) {
     S out_buffer[kTileNumel], residual_buffer[kTileNumel], branch_buffer[kTileNumel];
     const auto mask = mask_of<Wide<S>>(args.mask, tile.sample);
     const int64_t begin = tile.sample * args.sample_numel + tile.begin;
-    S* out = room(args.out, begin, out_buffer);
-    const S* residual = read(args.residual, begin, tile.size, residual_buffer);
+    S* out = place(args.out, begin, out_buffer);
+    const S* residual = has_residual ? load(args.residual, begin, tile.size, residual_buffer) : nullptr;
     if (mask != 0 || !has_residual) {  // without a residual the product is taken, as timm takes it: -0.0, NaN
       const int64_t of_branch = row_of(args.rows, tile.sample) * args.sample_numel + tile.begin;
-      const S* branch = read(args.branch, of_branch, tile.size, branch_buffer);
+      const S* branch = load(args.branch, of_branch, tile.size, branch_buffer);
       add(out, residual, branch, layer_scale.empty() ? nullptr : layer_scale.data() + begin % period, mask,
           tile.size);
     } else {
       std::copy(residual, residual + tile.size, out);
     }
-    written(args.out, begin, tile.size, out);
+    store(args.out, begin, tile.size, out);
   };
   for_each_sample_tile(args.samples, args.sample_numel, period, kChunkNumel, body);
 }

@@ -1,8 +1,7 @@
-// What DropPath and its derivative have in common: how samples are cut into tiles, and in which types tiles are read.
+// What DropPath and its derivative have in common: how samples are cut into tiles.
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 #include <vector>
 
 #include "../math/drop_path.h"
@@ -10,52 +9,6 @@
 #include "kernels.h"
 
 namespace trainops::cpu {
-
-template <typename S>
-constexpr bool is_narrow = std::is_same_v<S, BFloat16> || std::is_same_v<S, Float16>;
-
-// The type of the arithmetic on values that are stored as S.
-template <typename S>
-using Wide = std::conditional_t<is_narrow<S>, float, S>;
-
-// The elements of `cell` from `begin` on, as S: 16-bit ones are read where they lie, others as `load` does.
-template <typename S>
-const S* read(const Cell& cell, int64_t begin, int64_t size, S* buffer) {
-  if (cell.address == nullptr) return nullptr;
-  if constexpr (is_narrow<S>) {
-    return static_cast<const S*>(cell.address) + begin;
-  } else {
-    return load(cell, begin, size, buffer);
-  }
-}
-
-// Where to write elements before `written`.
-template <typename S>
-S* room(const Cell& cell, int64_t begin, S* buffer) {
-  if constexpr (is_narrow<S>) {
-    return static_cast<S*>(cell.address) + begin;
-  } else {
-    return place(cell, begin, buffer);
-  }
-}
-
-template <typename S>
-void written(const Cell& cell, int64_t begin, int64_t size, const S* values) {
-  if constexpr (!is_narrow<S>) store(cell, begin, size, values);
-}
-
-// Calls function(S{}) with the type that tiles are read in: that of all of `cells` where they have one, else the
-// type of the arithmetic.
-template <typename Function>
-void with_type(std::initializer_list<Cell> cells, Function function) {
-  const DType dtype = cells.begin()->dtype;
-  const bool same = std::all_of(cells.begin(), cells.end(),
-                                [&](const Cell& cell) { return cell.address == nullptr || cell.dtype == dtype; });
-  if (dtype == DType::float64) return function(double{});
-  if (same && dtype == DType::bfloat16) return function(BFloat16{});
-  if (same && dtype == DType::float16) return function(Float16{});
-  function(float{});
-}
 
 // Layer scale, repeated so often that tiles of whole rows can start at its first element; nothing where there is
 // none.

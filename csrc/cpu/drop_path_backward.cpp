@@ -78,12 +78,12 @@ void run(const DropPathBackward& args) {
     const auto mask = mask_of<Wide<S>>(args.mask, tile.sample);
     const int64_t begin = tile.sample * args.sample_numel + tile.begin, channel = begin % period;
     const int64_t of_grad = row_of(args.rows, tile.sample) * args.sample_numel + tile.begin;
-    S* of_branch = room(args.of_branch, begin, of_branch_buffer);
-    const S* branch = mask == 0 ? nullptr : read(args.branch, begin, tile.size, branch_buffer);
+    S* of_branch = place(args.of_branch, begin, of_branch_buffer);
+    const S* branch = mask == 0 ? nullptr : load(args.branch, begin, tile.size, branch_buffer);
     differentiate(of_branch, totals.data() + chunk * period + channel,
-                  read(args.grad, of_grad, tile.size, grad_buffer), branch, layer_scale.data() + channel, mask,
+                  load(args.grad, of_grad, tile.size, grad_buffer), branch, layer_scale.data() + channel, mask,
                   tile.size);
-    written(args.of_branch, begin, tile.size, of_branch);
+    store(args.of_branch, begin, tile.size, of_branch);
   };
   for_each_sample_tile(args.samples, args.sample_numel, period, chunk_numel, body);
 

@@ -10,30 +10,38 @@ namespace trainops::cpu {
 
 namespace {
 
-#define TRAINOPS_EMA(T)                                                                                             \
-  TRAINOPS_MULTIVERSION void move(T* __restrict average, const T* __restrict param, int64_t size, EMAWeight<T> w) { \
-    for (int64_t i = 0; i < size; ++i) average[i] = ema_element(average[i], param[i], w);                           \
+#define TRAINOPS_EMA(A, P)                                                                                     \
+  TRAINOPS_MULTIVERSION void move(A* __restrict average, const P* __restrict param, int64_t size,              \
+                                  EMAWeight<Wide<A>> w) {                                                      \
+    for (int64_t i = 0; i < size; ++i) narrow(ema_element(widen(average[i]), widen(param[i]), w), average[i]); \
   }
-TRAINOPS_EMA(float)
-TRAINOPS_EMA(double)
+TRAINOPS_EMA(float, float)
+TRAINOPS_EMA(double, double)
+TRAINOPS_EMA(BFloat16, BFloat16)
+TRAINOPS_EMA(Float16, Float16)
+TRAINOPS_EMA(float, BFloat16)
+TRAINOPS_EMA(float, Float16)
 #undef TRAINOPS_EMA
 
-template <typename T>
+template <typename A, typename P>
 void move_tile(const Cell& average, const Cell& param, int64_t begin, int64_t size, double decay) {
-  T average_buffer[kTileNumel], param_buffer[kTileNumel];
-  T* values = load(average, begin, size, average_buffer);
-  move(values, load(param, begin, size, param_buffer), size, EMAWeight<T>(decay));
+  A average_buffer[kTileNumel];
+  P param_buffer[kTileNumel];
+  A* values = load(average, begin, size, average_buffer);
+  move(values, load(param, begin, size, param_buffer), size, EMAWeight<Wide<A>>(decay));
   store(average, begin, size, values);
 }
 
 }  // namespace
 
 void ema_tile(const Cell& average, const Cell& param, int64_t begin, int64_t size, double decay) {
-  if (average.dtype == DType::float64 || param.dtype == DType::float64) {
-    move_tile<double>(average, param, begin, size, decay);
-  } else {
-    move_tile<float>(average, param, begin, size, decay);
-  }
+  const auto move_as = [&](auto a, auto p) {
+    move_tile<decltype(a), decltype(p)>(average, param, begin, size, decay);
+  };
+  if (average.dtype == DType::float64 || param.dtype == DType::float64) return move_as(double{}, double{});
+  if (average.dtype == DType::float32 && param.dtype == DType::bfloat16) return move_as(float{}, BFloat16{});
+  if (average.dtype == DType::float32 && param.dtype == DType::float16) return move_as(float{}, Float16{});
+  with_type({average, param}, [&](auto type) { move_as(type, type); });
 }
 
 void ema(const TensorTable& table, int64_t ema_column, int64_t param_column, double decay) {
