@@ -17,7 +17,8 @@ from rich.table import Table
 from trainops.backends.cpu import _cpu
 
 WIDTHS = {"zmm": 64, "ymm": 32, "xmm": 16}
-LEAST = {"avx512f": 32, "avx2": 32, "default": 16}  # GCC may choose 32 bytes where it could have 64
+LEAST = {"avx512": 32, "avx2": 32, "default": 16}  # GCC may choose 32 bytes where it could have 64
+CLONES = {"arch_x86_64_v4": "avx512", "avx512f": "avx512", "avx2": "avx2", "default": "default"}  # parallel.h
 
 FUNCTION = re.compile(
     r"^[0-9a-f]+ <trainops::cpu::(?:\(anonymous namespace\)::)?(.+?)\) \[clone \.(\w+?)(?:\.\d+)?\]>:"
@@ -39,8 +40,8 @@ def widest_registers(path: str) -> dict[str, dict[str, int]]:
     for line in listing.stdout.splitlines():
         if line.endswith(">:"):
             match = FUNCTION.match(line)
-            versions = widest[match[1] + ")"] if match and match[2] in LEAST else {}
-            isa = match[2] if match else ""
+            versions = widest[match[1] + ")"] if match and match[2] in CLONES else {}
+            isa = CLONES.get(match[2], "") if match else ""
         elif PACKED.search(line):
             versions[isa] = max(versions.get(isa, 0), *(WIDTHS[name] for name in re.findall("[xyz]mm", line)))
     return {name: found for name, found in widest.items() if found}

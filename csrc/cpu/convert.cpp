@@ -40,8 +40,8 @@ void with_elements(const Cell& cell, int64_t begin, Function function) {
 }  // namespace
 
 const char* instruction_set() {
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
-  if (__builtin_cpu_supports("avx512f")) return "AVX-512";
+#ifdef TRAINOPS_AVX512
+  if (__builtin_cpu_supports(TRAINOPS_AVX512)) return "AVX-512";
   if (__builtin_cpu_supports("avx2")) return "AVX2";
 #endif
   return "baseline SIMD";

@@ -52,7 +52,7 @@ TRAINOPS_HOST_DEVICE void narrow(float x, BFloat16& to) {
 #else
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  to.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+  to.bits = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
 #endif
 }
 
