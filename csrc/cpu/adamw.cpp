@@ -2,36 +2,39 @@
 // Reads grad, reads and writes param, exp_avg, exp_avg_sq (28 bytes per float32 element), max_exp_avg_sq with
 // AMSGrad (8 more) and ema where there is one (8 more). Arithmetic in float32, or float64 for float64 parameters.
 #include "convert.h"
+#include "elements.h"
 #include "ema.h"
 #include "kernels.h"
 
 namespace trainops::cpu {
 namespace {
 
-template <bool amsgrad, typename S>
-TRAINOPS_HOST_DEVICE void update(S* __restrict param, const S* __restrict grad, S* __restrict exp_avg,
-                                 S* __restrict exp_avg_sq, S* __restrict max_exp_avg_sq, int64_t size,
+template <typename S>
+TRAINOPS_HOST_DEVICE void update(S* param, const S* grad, S* exp_avg, S* exp_avg_sq, int64_t size,
                                  const AdamWScalars<Wide<S>> s) {
   using T = Wide<S>;
-  for (int64_t i = 0; i < size; ++i) {
-    T p = widen(param[i]), m = widen(exp_avg[i]), v = widen(exp_avg_sq[i]);
-    T largest = amsgrad ? widen(max_exp_avg_sq[i]) : T(0);
-    adamw_element<amsgrad, T>(p, widen(grad[i]), m, v, &largest, s);
-    narrow(p, param[i]);
-    narrow(m, exp_avg[i]);
-    narrow(v, exp_avg_sq[i]);
-    if (amsgrad) narrow(largest, max_exp_avg_sq[i]);
-  }
+  const auto formula = [&](T& p, T g, T& m, T& v)
+                           TRAINOPS_INLINE { adamw_element<false, T>(p, g, m, v, nullptr, s); };
+  for_each_element(size, formula, param, grad, exp_avg, exp_avg_sq);
+}
+
+template <typename S>
+TRAINOPS_HOST_DEVICE void update(S* param, const S* grad, S* exp_avg, S* exp_avg_sq, S* max_exp_avg_sq, int64_t size,
+                                 const AdamWScalars<Wide<S>> s) {
+  using T = Wide<S>;
+  const auto formula = [&](T& p, T g, T& m, T& v, T& largest)
+                           TRAINOPS_INLINE { adamw_element<true>(p, g, m, v, &largest, s); };
+  for_each_element(size, formula, param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq);
 }
 
 #define TRAINOPS_ADAMW(S)                                                                                        \
   TRAINOPS_MULTIVERSION void adamw_tile(S* param, const S* grad, S* exp_avg, S* exp_avg_sq, int64_t size,        \
                                         const AdamWScalars<Wide<S>>& s) {                                        \
-    update<false, S>(param, grad, exp_avg, exp_avg_sq, nullptr, size, s);                                        \
+    update(param, grad, exp_avg, exp_avg_sq, size, s);                                                           \
   }                                                                                                              \
   TRAINOPS_MULTIVERSION void amsgrad_tile(S* param, const S* grad, S* exp_avg, S* exp_avg_sq, S* max_exp_avg_sq, \
                                           int64_t size, const AdamWScalars<Wide<S>>& s) {                        \
-    update<true>(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, size, s);                                     \
+    update(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, size, s);                                           \
   }
 TRAINOPS_ADAMW(float)
 TRAINOPS_ADAMW(double)

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "convert.h"
+#include "elements.h"
 #include "kernels.h"
 
 namespace trainops::cpu {
@@ -105,19 +106,13 @@ Norms reduce_table(const TensorTable& table, int64_t column) {
   return result;
 }
 
-template <typename S>
-TRAINOPS_HOST_DEVICE void scale_values(S* values, int64_t size, Wide<S> coefficient) {
-  for (int64_t i = 0; i < size; ++i) narrow(widen(values[i]) * coefficient, values[i]);
-}
-
-template <typename S>
-TRAINOPS_HOST_DEVICE void clamp_values(S* values, int64_t size, Wide<S> bound) {
-  for (int64_t i = 0; i < size; ++i) narrow(clamp_element(widen(values[i]), bound), values[i]);
-}
-
-#define TRAINOPS_IN_PLACE(S)                                                                                    \
-  TRAINOPS_MULTIVERSION void scale_run(S* values, int64_t size, Wide<S> by) { scale_values(values, size, by); } \
-  TRAINOPS_MULTIVERSION void clamp_run(S* values, int64_t size, Wide<S> bound) { clamp_values(values, size, bound); }
+#define TRAINOPS_IN_PLACE(S)                                                                              \
+  TRAINOPS_MULTIVERSION void scale_run(S* values, int64_t size, Wide<S> by) {                             \
+    for_each_element(size, [by](Wide<S>& x) TRAINOPS_INLINE { x *= by; }, values);                        \
+  }                                                                                                       \
+  TRAINOPS_MULTIVERSION void clamp_run(S* values, int64_t size, Wide<S> bound) {                          \
+    for_each_element(size, [bound](Wide<S>& x) TRAINOPS_INLINE { x = clamp_element(x, bound); }, values); \
+  }
 TRAINOPS_IN_PLACE(float)
 TRAINOPS_IN_PLACE(double)
 TRAINOPS_IN_PLACE(BFloat16)

@@ -4,16 +4,17 @@
 
 #include "../math/ema.h"
 #include "convert.h"
+#include "elements.h"
 #include "kernels.h"
 
 namespace trainops::cpu {
 
 namespace {
 
-#define TRAINOPS_EMA(A, P)                                                                                     \
-  TRAINOPS_MULTIVERSION void move(A* __restrict average, const P* __restrict param, int64_t size,              \
-                                  EMAWeight<Wide<A>> w) {                                                      \
-    for (int64_t i = 0; i < size; ++i) narrow(ema_element(widen(average[i]), widen(param[i]), w), average[i]); \
+#define TRAINOPS_EMA(A, P)                                                                                \
+  TRAINOPS_MULTIVERSION void move(A* average, const P* param, int64_t size, EMAWeight<Wide<A>> w) {       \
+    using T = Wide<A>;                                                                                    \
+    for_each_element(size, [w](T& a, T p) TRAINOPS_INLINE { a = ema_element(a, p, w); }, average, param); \
   }
 TRAINOPS_EMA(float, float)
 TRAINOPS_EMA(double, double)

@@ -46,13 +46,17 @@ TRAINOPS_HOST_DEVICE float widen(Float16 x) {
 #endif
 }
 
+// The upper half is what `x` rounds to.
+TRAINOPS_HOST_DEVICE uint32_t round_to_bfloat16(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  return x != x ? 0x7fc00000u : bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
 TRAINOPS_HOST_DEVICE void narrow(float x, BFloat16& to) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
 #else
-  const uint32_t bits = bit_cast<uint32_t>(x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  to.bits = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
+  to.bits = static_cast<uint16_t>(round_to_bfloat16(x) >> 16);
 #endif
 }
 
