@@ -9,32 +9,24 @@
 namespace trainops::cpu {
 namespace {
 
-template <typename S>
-TRAINOPS_HOST_DEVICE void update(S* param, const S* grad, S* exp_avg, S* exp_avg_sq, int64_t size,
-                                 const AdamWScalars<Wide<S>> s) {
-  using T = Wide<S>;
-  const auto formula = [&](T& p, T g, T& m, T& v)
-                           TRAINOPS_INLINE { adamw_element<false, T>(p, g, m, v, nullptr, s); };
-  for_each_element(size, formula, param, grad, exp_avg, exp_avg_sq);
-}
-
-template <typename S>
+// `max_exp_avg_sq` is null without AMSGrad.
+template <typename S, typename T = Wide<S>>
 TRAINOPS_HOST_DEVICE void update(S* param, const S* grad, S* exp_avg, S* exp_avg_sq, S* max_exp_avg_sq, int64_t size,
-                                 const AdamWScalars<Wide<S>> s) {
-  using T = Wide<S>;
-  const auto formula = [&](T& p, T g, T& m, T& v, T& largest)
-                           TRAINOPS_INLINE { adamw_element<true>(p, g, m, v, &largest, s); };
-  for_each_element(size, formula, param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq);
+                                 const AdamWScalars<T> s) {
+  const auto plain = [&](T& p, T g, T& m, T& v) TRAINOPS_INLINE { adamw_element<false, T>(p, g, m, v, nullptr, s); };
+  const auto amsgrad = [&](T& p, T g, T& m, T& v, T& v_max)
+                           TRAINOPS_INLINE { adamw_element<true>(p, g, m, v, &v_max, s); };
+  if (max_exp_avg_sq == nullptr) {
+    for_each_element(size, plain, param, grad, exp_avg, exp_avg_sq);
+  } else {
+    for_each_element(size, amsgrad, param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq);
+  }
 }
 
-#define TRAINOPS_ADAMW(S)                                                                                        \
-  TRAINOPS_MULTIVERSION void adamw_tile(S* param, const S* grad, S* exp_avg, S* exp_avg_sq, int64_t size,        \
-                                        const AdamWScalars<Wide<S>>& s) {                                        \
-    update(param, grad, exp_avg, exp_avg_sq, size, s);                                                           \
-  }                                                                                                              \
-  TRAINOPS_MULTIVERSION void amsgrad_tile(S* param, const S* grad, S* exp_avg, S* exp_avg_sq, S* max_exp_avg_sq, \
-                                          int64_t size, const AdamWScalars<Wide<S>>& s) {                        \
-    update(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, size, s);                                           \
+#define TRAINOPS_ADAMW(S)                                                                                      \
+  TRAINOPS_MULTIVERSION void adamw_tile(S* param, const S* grad, S* exp_avg, S* exp_avg_sq, S* max_exp_avg_sq, \
+                                        int64_t size, const AdamWScalars<Wide<S>>& s) {                        \
+    update(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, size, s);                                         \
   }
 TRAINOPS_ADAMW(float)
 TRAINOPS_ADAMW(double)
@@ -56,13 +48,9 @@ void adamw_piece(const TensorTable& table, const Piece& piece, const AdamWScalar
     S* param = read(kParam);
     S* exp_avg = read(kExpAvg);
     S* exp_avg_sq = read(kExpAvgSq);
-    if (amsgrad) {
-      S* max_exp_avg_sq = read(kMaxExpAvgSq);
-      amsgrad_tile(param, read(kGrad), exp_avg, exp_avg_sq, max_exp_avg_sq, size, scalars);
-      store(cell(kMaxExpAvgSq), begin, size, max_exp_avg_sq);
-    } else {
-      adamw_tile(param, read(kGrad), exp_avg, exp_avg_sq, size, scalars);
-    }
+    S* max_exp_avg_sq = amsgrad ? read(kMaxExpAvgSq) : nullptr;
+    adamw_tile(param, read(kGrad), exp_avg, exp_avg_sq, max_exp_avg_sq, size, scalars);
+    if (amsgrad) store(cell(kMaxExpAvgSq), begin, size, max_exp_avg_sq);
     store(cell(kExpAvg), begin, size, exp_avg);
     store(cell(kExpAvgSq), begin, size, exp_avg_sq);
     store(cell(kParam), begin, size, param);
