@@ -44,6 +44,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     run.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU where PyTorch finds one")
     run.add_argument("--backend", choices=NAMES, help="of trainops; default: what it chooses")
     run.add_argument("--quick", action="store_true", help="two minutes: fewer cases and rounds, nothing compiled")
+    run.add_argument(
+        "--no-compile", action="store_true", help="leave out torch.compile, which takes most of the time"
+    )
     run.add_argument("--threads", type=int, help="on the CPU; default: as many as PyTorch takes")
     run.add_argument("--output", type=Path, default=Path("outputs/benchmarks"), help="default: %(default)s")
     again = commands.add_parser("report", help="tables and pictures of saved results")
@@ -77,7 +80,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         torch.set_num_threads(args.threads)
     if args.backend:
         os.environ["TRAINOPS_BACKEND"] = args.backend
-    options = Options(args.device, args.models, args.dtypes, args.quick, compiles=not args.quick)
+    options = Options(args.device, args.models, args.dtypes, args.quick, compiles=not (args.quick or args.no_compile))
     device, found = open_device(args.device), environment(args.device)
     console.print("  ".join(f"[dim]{key}[/] {value}" for key, value in found.items() if value))
     cases = list(all_cases(args.ops, options))

@@ -104,7 +104,7 @@ ADAMW: dict[str, Callable[[Work], Optimizer]] = {
 def compilable(work: Any) -> Callable[..., Any]:
     """`torch.compile`; NotHere where it would take too long: on one core it takes a minute for 150 tensors."""
     if not work.compiles:
-        raise NotHere("nothing is compiled in quick runs and sweeps")
+        raise NotHere("nothing is compiled in quick runs, in sweeps and with --no-compile")
     if work.dtype != torch.float32:
         raise NotHere("compiled for float32 alone, as that takes a minute each")
     if len(work.params) > COMPILED_TENSORS:

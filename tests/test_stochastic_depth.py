@@ -406,6 +406,25 @@ def test_inductor_compiles_a_vit_block(training):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+def test_inductor_compiles_many_calls():
+    """Of more than four gathers with duplicates in a graph, it computed wrong gradients."""
+    torch.compiler.reset()
+    layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
+
+    class Stack(nn.Module):
+        def forward(self, x):
+            for layer in layers:
+                x = trainops.stochastic_depth(x, layer, 0.3, True, backend="reference")
+            return x
+
+    stack, x = Stack(), torch.randn(16, 5, 8)
+    compiled = run_block(torch.compile(stack, fullgraph=True, options={"fallback_random": True}), stack, x)
+    for a, b in zip(run_block(stack, stack, x), compiled, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @modes
 def test_autocast_promotes_as_pytorch(mode):
     block, x = Block(mode), torch.randn(SHAPE)
@@ -462,6 +481,8 @@ X = torch.ones(4, 3)
         ({"drop_prob": math.nan}, ValueError, r"drop_prob.*nan"),
         ({"drop_prob": "often"}, TypeError, "drop_prob.*'often'"),
         ({"drop_prob": torch.tensor(0.5)}, TypeError, r"drop_prob.*tensor\(0\.5"),
+        ({"scale_by_keep": "row"}, TypeError, "scale_by_keep.*str"),
+        ({"scale_by_keep": X}, TypeError, "scale_by_keep.*Tensor"),
         ({"mode": "row"}, ValueError, "mode.*'fixed', 'bernoulli'.*'row'"),
         ({"branch": X}, TypeError, "branch.*Tensor.*drop_path_add"),
         ({"branch": lambda x: x[:, :2]}, ValueError, r"branch.*\(\d, 2\).*\(\d, 3\)"),

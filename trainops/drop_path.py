@@ -38,6 +38,7 @@ def drop_path(
         ValueError: ``drop_prob`` is out of range, or ``x`` has no dimension.
     """
     check_drop_prob(drop_prob)
+    check_scale_by_keep(scale_by_keep)
     check(backend)
     check_samples("x", x)
     if drop_prob == 0.0 or not training:
@@ -78,6 +79,7 @@ def drop_path_add(
         ValueError: ``drop_prob`` is out of range, ``branch`` has no dimension, or shapes or devices do not fit.
     """
     check_drop_prob(drop_prob)
+    check_scale_by_keep(scale_by_keep)
     check(backend)
     check_samples("branch", branch)
     check_operand("residual", residual, branch)
@@ -102,6 +104,7 @@ class DropPath(nn.Module):
     def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True) -> None:
         super().__init__()
         check_drop_prob(drop_prob)
+        check_scale_by_keep(scale_by_keep)
         self.drop_prob = drop_prob
         self.scale_by_keep = scale_by_keep
 
@@ -145,6 +148,12 @@ def check_drop_prob(drop_prob: float) -> None:
         raise TypeError(f"drop_prob must be a number in [0, 1], got {drop_prob!r}")
     if not 0.0 <= drop_prob <= 1.0:
         raise ValueError(f"drop_prob must be in [0, 1], got {drop_prob}")
+
+
+def check_scale_by_keep(scale_by_keep: bool) -> None:
+    """Raise unless it is true or false: other things are meant for another argument."""
+    if not isinstance(scale_by_keep, (bool, int)):
+        raise TypeError(f"scale_by_keep must be a bool, got {type(scale_by_keep).__name__}")
 
 
 def check_samples(name: str, x: Tensor) -> None:

@@ -8,7 +8,15 @@ from torch import Tensor, nn
 
 from . import reference
 from .backends import check
-from .drop_path import check_drop_prob, check_operand, check_samples, drop_path_add, fits, product_dtype
+from .drop_path import (
+    check_drop_prob,
+    check_operand,
+    check_samples,
+    check_scale_by_keep,
+    drop_path_add,
+    fits,
+    product_dtype,
+)
 from .drop_path_autograd import Kept, apply, differentiable_kernels, is_transformed
 from .tensor_table import PLAIN
 
@@ -80,6 +88,7 @@ def stochastic_depth(
     https://arxiv.org/abs/2304.07193.
     """
     _check(residual, branch, drop_prob, layer_scale, mode)
+    check_scale_by_keep(scale_by_keep)
     check(backend)
     batch = residual.shape[0]
     count = batch  # of samples to keep in mode "fixed"
@@ -116,6 +125,7 @@ class StochasticDepth(nn.Module):
     def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True, mode: str = "fixed") -> None:
         super().__init__()
         check_drop_prob(drop_prob)
+        check_scale_by_keep(scale_by_keep)
         _check_mode(mode)
         self.drop_prob = drop_prob
         self.scale_by_keep = scale_by_keep

@@ -4,6 +4,8 @@ import importlib
 import os
 from functools import cache
 
+import torch
+
 from ._interface import AdamWGroup, Backend, Kernels, StepControl, StepResult
 
 __all__ = ["AdamWGroup", "Backend", "Kernels", "StepControl", "StepResult", "backends", "check", "select"]
@@ -41,7 +43,7 @@ def check(backend: str | None, origin: str = "") -> None:
         ValueError: there is no backend of that name.
         RuntimeError: it is not available; the message says why.
     """
-    if backend is None:
+    if backend is None or torch.compiler.is_compiling():  # what is compiled is PyTorch's operations
         return
     if backend not in NAMES:
         raise ValueError(f"unknown backend {backend!r}{origin}; there are {', '.join(NAMES)}")
