@@ -30,7 +30,7 @@ OPS = ["step", "adamw", "clip_grad_norm", "ema", "drop_path", "training"]
 DTYPES = ["float32", "bfloat16"]
 
 # Seconds of timing for each case, and the least and most rounds.
-FULL, QUICK = (3.0, (7, 101)), (0.4, (3, 15))
+FULL, QUICK = (2.0, (7, 101)), (0.4, (3, 15))
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
