@@ -47,8 +47,14 @@ class Row(NamedTuple):
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Saved results."""
-    return json.loads(path.read_text())
+    """Saved results; the program ends with a message where the file holds none."""
+    try:
+        results = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path} cannot be read: {error}") from None
+    if not isinstance(results, dict) or not {"environment", "cases"} <= results.keys():
+        raise SystemExit(f"{path} holds no results of this suite")
+    return results
 
 
 def milliseconds(seconds: float) -> str:

@@ -193,3 +193,14 @@ def test_pytest_says_what_it_needs():
     config = SimpleNamespace(pluginmanager=SimpleNamespace(hasplugin=lambda name: False))
     with pytest.raises(pytest.UsageError, match="pip install pytest-benchmark"):
         pytest_configure(config)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "cannot be read"), ("# text", "cannot be read"), ("{}", "no results")]
+)
+def test_files_that_hold_no_results(tmp_path, content, message):
+    path = tmp_path / "results.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit, match=message):
+        report.load(path)
