@@ -21,7 +21,7 @@ class ClipWork(Work):
     """Every call clips: its limit is below the last one's, as gradients that were clipped already are left alone."""
 
     limit = MAX_NORM
-    slack = 256.0  # everything takes the error of the norm, which PyTorch sums in float32: 9e-4 at 39 million elements
+    slack = 256.0  # all take the error of the norm, which PyTorch sums in float32: 9e-4 at 39 million elements
 
     def next_limit(self) -> float:
         """The limit of the next call."""
