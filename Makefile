@@ -1,5 +1,5 @@
 # Two commands: `make demo` runs the main job, `make test` passes the tests. Each target sets up what it needs.
-# `make bench` measures, `make bench QUICK=1` in two minutes.
+# `make bench` measures, `make bench QUICK=1` in a few minutes.
 #
 # By default everything is installed into .venv at pinned versions. `make <target> PYTHON=python3` uses that
 # interpreter's environment as it is, with no network, and only builds trainops in place.

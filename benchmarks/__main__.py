@@ -43,7 +43,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     run.add_argument("--dtypes", nargs="+", choices=DTYPES, metavar="DTYPE", help=" and ".join(DTYPES))
     run.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU where PyTorch finds one")
     run.add_argument("--backend", choices=NAMES, help="of trainops; default: what it chooses")
-    run.add_argument("--quick", action="store_true", help="two minutes: fewer cases and rounds, nothing compiled")
+    run.add_argument("--quick", action="store_true", help="some minutes: fewer cases and rounds, nothing compiled")
     run.add_argument(
         "--no-compile", action="store_true", help="leave out torch.compile, which takes most of the time"
     )
