@@ -102,9 +102,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return int(any(status["status"] in ("wrong", "failed") for status in statuses))
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     """What the command line says."""
-    args = parse(sys.argv[1:])
+    args = parse(arguments)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     if args.command == "run":
         return run(args, console)
@@ -116,4 +116,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

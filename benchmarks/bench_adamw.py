@@ -1,5 +1,6 @@
 """AdamW alone: every optimizer's `step()` on the same parameters and gradients."""
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import ClassVar
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 import trainops
 
+from .__main__ import main
 from .peers import ADAMW, SETTINGS, Optimizer, compilable, compiled_adamw
 from .runner import Case, Options, Provider
 from .saved import OURS
@@ -61,3 +63,7 @@ def cases(options: Options) -> Iterator[Case]:
 def test_adamw(benchmark, admitted) -> None:
     """Under pytest-benchmark."""
     benchmark(admitted.step)
+
+
+if __name__ == "__main__":
+    sys.exit(main(["--ops", "adamw", *sys.argv[1:]]))

@@ -1,5 +1,6 @@
 """Clipping by the norm of all gradients together, in place: what `torch.nn.utils.clip_grad_norm_` does."""
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 import trainops
 
+from .__main__ import main
 from .peers import compilable
 from .runner import Case, Options, Provider
 from .saved import OURS
@@ -77,3 +79,7 @@ def cases(options: Options) -> Iterator[Case]:
 def test_clip_grad_norm(benchmark, admitted) -> None:
     """Under pytest-benchmark."""
     benchmark(admitted.step)
+
+
+if __name__ == "__main__":
+    sys.exit(main(["--ops", "clip_grad_norm", *sys.argv[1:]]))

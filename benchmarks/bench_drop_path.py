@@ -5,6 +5,7 @@ Wightman): `x * x.new_empty((batch, 1, ...)).bernoulli_(keep_prob).div_(keep_pro
 """
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import trainops
 
+from .__main__ import main
 from .peers import compilable, timm_module
 from .runner import Case, NotHere, Options, Provider
 from .saved import OURS
@@ -204,3 +206,7 @@ def cases(options: Options) -> Iterator[Case]:
 def test_drop_path(benchmark, admitted) -> None:
     """Under pytest-benchmark."""
     benchmark(admitted.step)
+
+
+if __name__ == "__main__":
+    sys.exit(main(["--ops", "drop_path", *sys.argv[1:]]))

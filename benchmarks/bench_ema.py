@@ -1,5 +1,6 @@
 """The average of a model's parameters alone: one update."""
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import ClassVar
 
@@ -9,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import trainops
 
+from .__main__ import main
 from .peers import compilable, timm_module
 from .runner import Case, Options, Provider, Step
 from .saved import OURS
@@ -102,3 +104,7 @@ def cases(options: Options) -> Iterator[Case]:
 def test_ema(benchmark, admitted) -> None:
     """Under pytest-benchmark."""
     benchmark(admitted.step)
+
+
+if __name__ == "__main__":
+    sys.exit(main(["--ops", "ema", *sys.argv[1:]]))

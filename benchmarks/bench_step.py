@@ -1,5 +1,6 @@
 """The whole tail of a step: clip by the norm, AdamW, average."""
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import ClassVar
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 import trainops
 
+from .__main__ import main
 from .bench_ema import lerp_foreach, lerp_loop
 from .peers import ADAMW, SETTINGS, Optimizer, compilable, compiled_adamw, on, peer, torch_adamw
 from .runner import Case, Options, Provider, Step
@@ -148,3 +150,7 @@ def cases(options: Options) -> Iterator[Case]:
 def test_step(benchmark, admitted) -> None:
     """Under pytest-benchmark."""
     benchmark(admitted.step)
+
+
+if __name__ == "__main__":
+    sys.exit(main(["--ops", "step", *sys.argv[1:]]))

@@ -5,6 +5,7 @@ and with a larger one, where there is little to gain.
 """
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import trainops
 
+from .__main__ import main
 from .bench_ema import lerp_foreach
 from .peers import SETTINGS
 from .runner import Case, Options, Provider, Step
@@ -182,3 +184,7 @@ def cases(options: Options) -> Iterator[Case]:
 def test_training(benchmark, admitted) -> None:
     """Under pytest-benchmark."""
     benchmark(admitted.step)
+
+
+if __name__ == "__main__":
+    sys.exit(main(["--ops", "training", *sys.argv[1:]]))
