@@ -10,6 +10,31 @@
 
 namespace trainops::cpu {
 
+// Expands macro(S, Round) for every type S that tiles are read in and every rounding of products that it comes with.
+#define TRAINOPS_FOR_EACH_ROUNDING(macro)                                                \
+  macro(float, RoundNothing) macro(double, RoundNothing) macro(float, RoundTo<BFloat16>) \
+      macro(float, RoundTo<Float16>) macro(BFloat16, RoundTo<BFloat16>) macro(Float16, RoundTo<Float16>)
+
+// Calls function(round), where round rounds to the type of the products. Tiles of a 16-bit type have products of it.
+template <typename S, typename Function>
+void with_rounding(DType products, Function function) {
+  if constexpr (is_narrow<S>) {
+    function(RoundTo<S>{});
+  } else {
+    if constexpr (std::is_same_v<S, float>) {
+      if (products == DType::bfloat16) return function(RoundTo<BFloat16>{});
+      if (products == DType::float16) return function(RoundTo<Float16>{});
+    }
+    function(RoundNothing{});
+  }
+}
+
+// Rounds what may come in a wider type than that of the products: values that are stored as a 16-bit type do not.
+template <typename S, typename Round>
+TRAINOPS_HOST_DEVICE Wide<S> read_operand(S x, Round round) {
+  return is_narrow<S> ? widen(x) : round(widen(x));
+}
+
 // Layer scale, repeated so often that tiles of whole rows can start at its first element; nothing where there is
 // none.
 template <typename T>

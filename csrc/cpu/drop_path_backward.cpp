@@ -12,48 +12,29 @@
 namespace trainops::cpu {
 namespace {
 
-template <bool is_kept, typename S, typename T, typename First, typename Round>
+template <bool is_kept, typename S, typename T, typename Round>
 TRAINOPS_HOST_DEVICE void differentiate(S* __restrict of_branch, double* __restrict totals, const S* __restrict grad,
                                         const S* __restrict branch, const T* __restrict layer_scale, T mask,
-                                        int64_t size, First first, Round round) {
+                                        int64_t size, Round round) {
   for (int64_t i = 0; i < size; ++i) {
-    const T g = first(widen(grad[i]));
+    const T g = read_operand(grad[i], round);
     if (is_kept) totals[i] += static_cast<double>(g * mask * widen(branch[i]));
     narrow(drop_path_element<true>(g, layer_scale[i], mask, round), of_branch[i]);
   }
 }
 
-#define TRAINOPS_DIFFERENTIATE(name, S, First, Round)                                                   \
-  TRAINOPS_MULTIVERSION void name(S* of_branch, double* totals, const S* grad, const S* branch,         \
-                                  const Wide<S>* layer_scale, Wide<S> mask, int64_t size) {             \
-    if (mask != 0) {                                                                                    \
-      differentiate<true>(of_branch, totals, grad, branch, layer_scale, mask, size, First{}, Round{});  \
-    } else {                                                                                            \
-      differentiate<false>(of_branch, totals, grad, branch, layer_scale, mask, size, First{}, Round{}); \
-    }                                                                                                   \
+#define TRAINOPS_DIFFERENTIATE(S, Round)                                                                      \
+  TRAINOPS_MULTIVERSION void differentiate_tile(S* of_branch, double* totals, const S* grad, const S* branch, \
+                                                const Wide<S>* layer_scale, Wide<S> mask, int64_t size,       \
+                                                Round round) {                                                \
+    if (mask != 0) {                                                                                          \
+      differentiate<true>(of_branch, totals, grad, branch, layer_scale, mask, size, round);                   \
+    } else {                                                                                                  \
+      differentiate<false>(of_branch, totals, grad, branch, layer_scale, mask, size, round);                  \
+    }                                                                                                         \
   }
-TRAINOPS_DIFFERENTIATE(differentiate_exact, float, RoundNothing, RoundNothing)
-TRAINOPS_DIFFERENTIATE(differentiate_exact, double, RoundNothing, RoundNothing)
-TRAINOPS_DIFFERENTIATE(differentiate_bfloat16, float, RoundTo<BFloat16>, RoundTo<BFloat16>)
-TRAINOPS_DIFFERENTIATE(differentiate_float16, float, RoundTo<Float16>, RoundTo<Float16>)
-TRAINOPS_DIFFERENTIATE(differentiate_narrow, BFloat16, RoundNothing, RoundTo<BFloat16>)
-TRAINOPS_DIFFERENTIATE(differentiate_narrow, Float16, RoundNothing, RoundTo<Float16>)
+TRAINOPS_FOR_EACH_ROUNDING(TRAINOPS_DIFFERENTIATE)
 #undef TRAINOPS_DIFFERENTIATE
-
-// The function for tiles of S and products of a type.
-template <typename S>
-auto differentiate_of(DType products) {
-  using Differentiate = void (*)(S*, double*, const S*, const S*, const Wide<S>*, Wide<S>, int64_t);
-  if constexpr (is_narrow<S>) {
-    return static_cast<Differentiate>(differentiate_narrow);
-  } else {
-    if constexpr (sizeof(S) == sizeof(float)) {
-      if (products == DType::bfloat16) return static_cast<Differentiate>(differentiate_bfloat16);
-      if (products == DType::float16) return static_cast<Differentiate>(differentiate_float16);
-    }
-    return static_cast<Differentiate>(differentiate_exact);
-  }
-}
 
 // Adds up rows of `channels` sums pairwise, so that rounding errors do not add up with their number, into the first.
 void add_up(std::vector<double>& sums, int64_t channels) {
@@ -67,7 +48,6 @@ void add_up(std::vector<double>& sums, int64_t channels) {
 
 template <typename S>
 void run(const DropPathBackward& args) {
-  const auto differentiate = differentiate_of<S>(args.mask.dtype);
   const std::vector<Wide<S>> layer_scale = repeat_layer_scale<Wide<S>>(args.layer_scale, args.channels);
   const auto period = static_cast<int64_t>(layer_scale.size());
   const int64_t numel = args.samples * args.sample_numel;
@@ -80,9 +60,11 @@ void run(const DropPathBackward& args) {
     const int64_t of_grad = row_of(args.rows, tile.sample) * args.sample_numel + tile.begin;
     S* of_branch = place(args.of_branch, begin, of_branch_buffer);
     const S* branch = mask == 0 ? nullptr : load(args.branch, begin, tile.size, branch_buffer);
-    differentiate(of_branch, totals.data() + chunk * period + channel,
-                  load(args.grad, of_grad, tile.size, grad_buffer), branch, layer_scale.data() + channel, mask,
-                  tile.size);
+    const S* grad = load(args.grad, of_grad, tile.size, grad_buffer);
+    with_rounding<S>(args.mask.dtype, [&](auto round) {
+      differentiate_tile(of_branch, totals.data() + chunk * period + channel, grad, branch,
+                         layer_scale.data() + channel, mask, tile.size, round);
+    });
     store(args.of_branch, begin, tile.size, of_branch);
   };
   for_each_sample_tile(args.samples, args.sample_numel, period, chunk_numel, body);
