@@ -91,10 +91,9 @@ def stochastic_depth(
     check_scale_by_keep(scale_by_keep)
     check(backend)
     batch = residual.shape[0]
-    count = batch  # of samples to keep in mode "fixed"
-    if drop_prob > 0.0 and training:
-        count = min(batch, max(1, round(batch * (1 - drop_prob))))
-    if drop_prob == 0.0 or not training or batch == 0 or (mode == "fixed" and count == batch and drop_prob < 1.0):
+    drops = drop_prob > 0.0 and training and batch > 0
+    count = min(batch, max(1, round(batch * (1 - drop_prob)))) if drops else batch  # to keep in mode "fixed"
+    if not drops or (mode == "fixed" and count == batch and drop_prob < 1.0):
         return drop_path_add(residual, _call(branch, residual), layer_scale=layer_scale, backend=backend)
     keep, kept = _draw_fixed(residual, count) if mode == "fixed" else _draw_bernoulli(residual, drop_prob)
     if drop_prob == 1.0:

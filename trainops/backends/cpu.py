@@ -9,7 +9,8 @@ from torch import Tensor
 from .. import reference
 from ..tensor_table import Column, describe, regular_table
 from ._build import load
-from ._drop_path import operations
+from ._drop_path import operations as drop_path_operations
+from ._ema import operations as ema_operations
 from ._interface import AdamWGroup, Backend, StepControl, StepResult
 
 _cpu, _reason = load("_cpu", "cpu")
@@ -64,24 +65,12 @@ def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
         _cpu.clamp(table, bound)
 
 
-def ema_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None) -> None:
-    """See :func:`trainops.reference.ema_`."""
-    with regular_table(_table, [list(averages), list(tensors)], written=[True, False]) as table:
-        _ema(table, decay, skip)
-
-
-def try_ema_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None) -> bool:
-    """See :class:`trainops.backends._interface.Kernels`."""
-    table = _table([list(averages), list(tensors)])
-    if table.irregular:
-        return False
-    _ema(table, decay, skip)
-    return True
-
-
 def _ema(table: Any, decay: float, skip: Tensor | None) -> None:
     if skip is None or not skip.item():
         _cpu.ema(table, decay)
+
+
+ema_, try_ema_ = ema_operations(_table, _ema)
 
 
 def collect(param_groups: list[dict[str, Any]], state: dict[Tensor, Any], averages: dict[int, Tensor]) -> Any:
@@ -124,7 +113,7 @@ def _adamw_step(table: Any, groups: Sequence[AdamWGroup], control: StepControl, 
 
 
 if _cpu is not None:
-    drop_path, drop_path_backward = operations(_cpu.drop_path, _cpu.drop_path_backward)
+    drop_path, drop_path_backward = drop_path_operations(_cpu.drop_path, _cpu.drop_path_backward)
 
 
 def _norm_dtype(table: Any) -> torch.dtype:

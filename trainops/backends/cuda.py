@@ -13,7 +13,8 @@ from ..device_table import Recent, uploaded
 from ..tensor_table import Column, describe, regular_table
 from ._build import load
 from ._device_step import hand_back, on, settings_words, there
-from ._drop_path import operations
+from ._drop_path import operations as drop_path_operations
+from ._ema import operations as ema_operations
 from ._interface import AdamWGroup, Backend, StepControl, StepResult
 
 _cuda, _reason = load("_cuda", "cuda")
@@ -171,27 +172,15 @@ def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
         _cuda.clamp(table, _addresses(words), bound, queue.stream)
 
 
-def ema_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None) -> None:
-    """See :func:`trainops.reference.ema_`."""
-    with regular_table(_table, [list(averages), list(tensors)], written=[True, False]) as table:
-        _ema(table, decay, skip)
-
-
-def try_ema_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None) -> bool:
-    """See :class:`trainops.backends._interface.Kernels`."""
-    table = _table([list(averages), list(tensors)])
-    if table.irregular:
-        return False
-    _ema(table, decay, skip)
-    return True
-
-
 def _ema(table: Any, decay: float, skip: Tensor | None) -> None:
     with on(_device_of(table)):
         queue = _queue(_device_of(table))
         skip = None if skip is None else skip.to(queue.device, torch.bool)
         words = _upload(table, queue)
         _cuda.ema(table, _addresses(words), decay, _address(skip), queue.stream)
+
+
+ema_, try_ema_ = ema_operations(_table, _ema)
 
 
 def collect(param_groups: list[dict[str, Any]], state: dict[Tensor, Any], averages: dict[int, Tensor]) -> Any:
@@ -264,4 +253,4 @@ def _launch_drop_path_backward(of_branch: Tensor, *args: Any) -> None:
         _cuda.drop_path_backward(of_branch, *tensors, _address(rows), *sizes, partials.data_ptr(), stream)
 
 
-drop_path, drop_path_backward = operations(_launch_drop_path, _launch_drop_path_backward)
+drop_path, drop_path_backward = drop_path_operations(_launch_drop_path, _launch_drop_path_backward)

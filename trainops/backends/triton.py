@@ -20,10 +20,11 @@ from torch import Tensor
 
 from .. import reference
 from ..device_table import DeviceTable, Groups, uploaded
-from ..tensor_table import Column, regular_table
+from ..tensor_table import PLAIN, Column, regular_table
 from ._device_step import hand_back, on, settings_words, there
 from ._drop_path import operations
 from ._interface import AdamWGroup, Backend, StepControl, StepResult
+from .reference import try_ema_ as try_ema_
 
 _NORMS = {1.0: 1, 2.0: 2, float("inf"): 0}
 _GRADS = AdamWGroup.COLUMNS.index("grads")
@@ -231,12 +232,7 @@ class _Collected:
     averaged: int
 
 
-_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
-
-
-def try_ema_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None) -> bool:
-    """There is no quick way to tell."""
-    return False
+_PLAIN = PLAIN | {type(None)}
 
 
 def collect(
