@@ -13,13 +13,18 @@ namespace {
 template <typename S, typename T = Wide<S>>
 TRAINOPS_HOST_DEVICE void update(S* param, const S* grad, S* exp_avg, S* exp_avg_sq, S* max_exp_avg_sq, int64_t size,
                                  const AdamWScalars<T> s) {
-  const auto plain = [&](T& p, T g, T& m, T& v) TRAINOPS_INLINE { adamw_element<false, T>(p, g, m, v, nullptr, s); };
+  const auto plain = [&](T& p, T g, T& m, T& v)
+                         TRAINOPS_INLINE { adamw_element<false, false, T>(p, g, m, v, nullptr, s); };
+  const auto small = [&](T& p, T g, T& m, T& v)
+                         TRAINOPS_INLINE { adamw_element<false, true, T>(p, g, m, v, nullptr, s); };
   const auto amsgrad = [&](T& p, T g, T& m, T& v, T& v_max)
                            TRAINOPS_INLINE { adamw_element<true>(p, g, m, v, &v_max, s); };
-  if (max_exp_avg_sq == nullptr) {
-    for_each_element(size, plain, param, grad, exp_avg, exp_avg_sq);
-  } else {
+  if (max_exp_avg_sq != nullptr) {
     for_each_element(size, amsgrad, param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq);
+  } else if (s.small()) {
+    for_each_element(size, small, param, grad, exp_avg, exp_avg_sq);
+  } else {
+    for_each_element(size, plain, param, grad, exp_avg, exp_avg_sq);
   }
 }
 

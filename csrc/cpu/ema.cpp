@@ -11,10 +11,15 @@ namespace trainops::cpu {
 
 namespace {
 
-#define TRAINOPS_EMA(A, P)                                                                                \
-  TRAINOPS_MULTIVERSION void move(A* average, const P* param, int64_t size, EMAWeight<Wide<A>> w) {       \
-    using T = Wide<A>;                                                                                    \
-    for_each_element(size, [w](T& a, T p) TRAINOPS_INLINE { a = ema_element(a, p, w); }, average, param); \
+template <bool small, typename A, typename P, typename T = Wide<A>>
+TRAINOPS_HOST_DEVICE void move_all(A* average, const P* param, int64_t size, EMAWeight<T> w) {
+  for_each_element(size, [w](T& a, T p) TRAINOPS_INLINE { a = ema_element<small>(a, p, w); }, average, param);
+}
+
+#define TRAINOPS_EMA(A, P)                                                                          \
+  TRAINOPS_MULTIVERSION void move(A* average, const P* param, int64_t size, EMAWeight<Wide<A>> w) { \
+    if (w.small()) return move_all<true>(average, param, size, w);                                  \
+    move_all<false>(average, param, size, w);                                                       \
   }
 TRAINOPS_EMA(float, float)
 TRAINOPS_EMA(double, double)

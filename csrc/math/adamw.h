@@ -54,18 +54,21 @@ struct AdamWScalars {
         weight2(static_cast<T>(s.weight2)),
         step_size(static_cast<T>(s.step_size)),
         scaled_eps(static_cast<T>(s.scaled_eps)) {}
+
+  // Whether the first moment takes less than half of the gradient, as it does with any betas in use.
+  TRAINOPS_HOST_DEVICE bool small() const { return weight1 < T(0.5); }
 };
 
 TRAINOPS_HOST_DEVICE float square_root(float x) { return sqrtf(x); }
 TRAINOPS_HOST_DEVICE double square_root(double x) { return sqrt(x); }
 
-// `max_exp_avg_sq` is null without AMSGrad.
-template <bool amsgrad, typename T>
+// `max_exp_avg_sq` is for AMSGrad alone. `small` asserts s.small(): a loop is shorter without the choice.
+template <bool amsgrad, bool small = false, typename T>
 TRAINOPS_HOST_DEVICE void adamw_element(T& param, T grad, T& exp_avg, T& exp_avg_sq, T* max_exp_avg_sq,
                                         const AdamWScalars<T>& s) {
   const T g = s.coefficient * grad;
   const T difference = g - exp_avg;
-  const T m = s.weight1 < T(0.5) ? exp_avg + s.weight1 * difference : g - s.beta1 * difference;
+  const T m = small || s.weight1 < T(0.5) ? exp_avg + s.weight1 * difference : g - s.beta1 * difference;
   const T v = exp_avg_sq * s.beta2 + s.weight2 * g * g;
   T second_moment = v;
   if (amsgrad) {

@@ -16,11 +16,15 @@ struct EMAWeight {
 
   TRAINOPS_HOST_DEVICE explicit EMAWeight(double decay)
       : weight(static_cast<T>(1.0 - decay)), complement(static_cast<T>(decay)) {}
+
+  TRAINOPS_HOST_DEVICE bool small() const { return weight > T(0) && weight < T(0.5); }
 };
 
-template <typename T>
+// `small` asserts that the weight is small(), which nearly every average's is: a loop is shorter without the choices.
+template <bool small = false, typename T>
 TRAINOPS_HOST_DEVICE T ema_element(T average, T param, EMAWeight<T> w) {
   const T difference = param - average;
+  if (small) return param == average ? average : average + w.weight * difference;
   const T moved = w.weight < T(0.5) ? average + w.weight * difference : param - w.complement * difference;
   const T kept = (param == average || w.weight == T(0)) ? average : moved;
   return w.complement == T(0) ? param : kept;
