@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import reference
 from .backends import Kernels, select
+from .backends import reference as formulas
 
 
 class Kept(NamedTuple):
@@ -22,16 +23,15 @@ class _DropPath(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        backend: str | None,
+        kernels: Kernels,
         branch: Tensor,
         mask: Tensor,
         residual: Tensor | None,
         layer_scale: Tensor | None,
         kept: Kept | None,
     ) -> Tensor:
-        rows = None if kept is None else kept.rows
-        out = select(backend, branch.device.type).drop_path(branch, mask, residual, layer_scale, rows)
-        ctx.backend = backend
+        out = kernels.drop_path(branch, mask, residual, layer_scale, None if kept is None else kept.rows)
+        ctx.kernels = kernels
         ctx.residual = _unlike(residual, out.shape, out.dtype)
         ctx.branch = _unlike(branch, out.shape if kept is None else branch.shape, mask.dtype)
         # The branch is needed for the derivative by layer scale alone.
@@ -48,7 +48,7 @@ class _DropPath(torch.autograd.Function):
         _, needs_branch, _, needs_residual, needs_layer_scale, _ = ctx.needs_input_grad
         of_branch = of_residual = of_layer_scale = None
         if needs_branch or needs_layer_scale:
-            kernels = differentiable_kernels(ctx.backend, grad)
+            kernels = differentiable(ctx.kernels)
             of_branch, of_layer_scale = kernels.drop_path_backward(grad, branch, mask, layer_scale, *chosen)
             of_branch = _reduce(of_branch, ctx.branch) if needs_branch else None
         if needs_residual:
@@ -66,10 +66,9 @@ def _reduce(grad: Tensor, unlike: tuple[torch.Size, torch.dtype] | None) -> Tens
     return grad if unlike is None else grad.sum_to_size(unlike[0]).to(unlike[1])
 
 
-def differentiable_kernels(backend: str | None, grad: Tensor) -> Kernels:
+def differentiable(kernels: Kernels) -> Kernels:
     """The kernels for a derivative, or where that may be differentiated again, their formulas."""
-    by_formula = torch.is_grad_enabled() or is_transformed()
-    return select("reference" if by_formula else backend, grad.device.type)
+    return formulas if torch.is_grad_enabled() or is_transformed() else kernels
 
 
 def apply(
@@ -86,13 +85,13 @@ def apply(
     """
     if is_transformed():
         return _formula(branch, mask, residual, layer_scale, kept)
+    kernels = select(backend, branch.device.type)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (branch, residual, layer_scale)):
         result: Tensor = _DropPath.apply(  # type: ignore[no-untyped-call]
-            backend, branch, mask, residual, layer_scale, kept
+            kernels, branch, mask, residual, layer_scale, kept
         )
         return result
-    rows = None if kept is None else kept.rows
-    return select(backend, branch.device.type).drop_path(branch, mask, residual, layer_scale, rows)
+    return kernels.drop_path(branch, mask, residual, layer_scale, None if kept is None else kept.rows)
 
 
 def _formula(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
-from .backends import check
+from .backends import Kernels, check, select
 from .drop_path import (
     check_drop_prob,
     check_operand,
@@ -17,7 +17,7 @@ from .drop_path import (
     fits,
     product_dtype,
 )
-from .drop_path_autograd import Kept, apply, differentiable_kernels, is_transformed
+from .drop_path_autograd import Kept, apply, differentiable, is_transformed
 from .tensor_table import PLAIN
 
 MODES = ("fixed", "bernoulli")
@@ -178,7 +178,8 @@ def _take(backend: str | None, residual: Tensor, keep: Tensor, kept: Kept | None
         return residual.index_select(0, kept.chosen), residual
     if not (torch.is_grad_enabled() and residual.requires_grad):
         return _gather(residual, kept.chosen), residual
-    taken: tuple[Tensor, Tensor] = _Take.apply(backend, residual, keep, kept)  # type: ignore[no-untyped-call]
+    kernels = select(backend, residual.device.type)
+    taken: tuple[Tensor, Tensor] = _Take.apply(kernels, residual, keep, kept)  # type: ignore[no-untyped-call]
     return taken
 
 
@@ -194,15 +195,15 @@ class _Take(torch.autograd.Function):
     """Some samples and all of them, whose gradients are added up in one pass."""
 
     @staticmethod
-    def forward(ctx: Any, backend: str | None, residual: Tensor, keep: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
-        ctx.backend = backend
+    def forward(ctx: Any, kernels: Kernels, residual: Tensor, keep: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
+        ctx.kernels = kernels
         ctx.save_for_backward(keep, kept.rows)
         return _gather(residual, kept.chosen), residual
 
     @staticmethod
     def backward(ctx: Any, of_samples: Tensor, of_residual: Tensor) -> tuple[Tensor | None, ...]:
         keep, rows = ctx.saved_tensors
-        kernels = differentiable_kernels(ctx.backend, of_residual)
+        kernels = differentiable(ctx.kernels)
         return None, kernels.drop_path(of_samples, keep, of_residual, None, rows), None, None
 
 
