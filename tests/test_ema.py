@@ -741,6 +741,40 @@ STEPS = {
 }
 
 
+def test_one_update_a_step(target):
+    ema = moved(make_net(device=target.device), target)
+    params = list(ema.model.parameters())
+    optimizer = trainops.AdamW(params[::2], ema=ema, backend=target.backend)
+    ema.update()
+    optimizer.step()
+    before = snapshot(ema.module)
+    with pytest.raises(RuntimeError, match=r"leave out ema\.update"):
+        ema.update()
+    second = trainops.AdamW(params[1::2], ema=ema, backend=target.backend)
+    with pytest.raises(RuntimeError, match="another optimizer updates this average"):
+        second.step()
+    assert same_tensors(ema.module, before)
+    assert ema.step == 5
+    optimizer.ema = None
+    second.step()
+    optimizer.step()
+    del second
+    ema.update()
+    assert ema.step == 7
+
+
+@over_copies
+def test_a_copy_is_held_by_its_own_optimizer(copied):
+    ema = moved(make_net(), Target("reference", "cpu"))
+    optimizer = trainops.AdamW(ema.model.parameters(), ema=ema)
+    optimizer.step()
+    copied(ema).update()
+    twin, twin_optimizer = copied((ema, optimizer))
+    twin_optimizer.step()
+    with pytest.raises(RuntimeError, match=r"leave out ema\.update"):
+        twin.update()
+
+
 @over("arguments", STEPS)
 @over_averages
 def test_fused_is_step_then_update(target, dtype, shadow, arguments):

@@ -46,10 +46,10 @@ class AdamW(torch.optim.AdamW):
             coefficient is applied inside the update. The norm is that of the gradients this optimizer holds: the
             global one under DDP and FSDP2, but a rank's own under ZeroRedundancyOptimizer and FSDP1.
         skip_nonfinite: leave everything bit for bit as it was when the norm of the gradients is infinite or NaN.
-        ema: an average to update in the same pass, instead of calling ``ema.update()`` after each step. A skipped
-            step leaves the average alone and counts as an update in its warm-up. Every call of ``step()`` is an
-            update, also those of tools that call it to make the state (``torch.distributed.checkpoint``): load the
-            average after the optimizer.
+        ema: an average to update in the same pass, instead of calling ``ema.update()`` after each step, which is then
+            an error. Of several optimizers, give it to the one that steps last. A skipped step leaves the average
+            alone and counts as an update in its warm-up. Every call of ``step()`` is an update, also those of tools
+            that call it to make the state (``torch.distributed.checkpoint``): load the average after the optimizer.
         backend: see :func:`trainops.backends`; by default it follows the device.
 
     Attributes:
@@ -143,7 +143,7 @@ class AdamW(torch.optim.AdamW):
             closure: reevaluates the model and returns the loss, which is then returned from here.
 
         Raises:
-            RuntimeError: a gradient is sparse.
+            RuntimeError: a gradient is sparse, or another optimizer updates the same ``ema``.
             ValueError: the model no longer matches its ``ema``.
         """
         if self.defaults["differentiable"]:
@@ -152,7 +152,7 @@ class AdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        update = None if self.ema is None else self.ema.plan_update()
+        update = None if self.ema is None else self.ema.plan_update(self)
         averages = {} if update is None else update.fusable
         averaged, result = self._update(averages, 0.0 if update is None or update.decay is None else update.decay)
         if self.ema is not None and update is not None:

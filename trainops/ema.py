@@ -2,6 +2,7 @@
 
 import copy
 import operator
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
@@ -154,6 +155,7 @@ class EMA:
         self.step = 0
         self._swapped = False
         self._matched: _Matched | None = None
+        self._optimizer: weakref.ref[Any] | None = None
 
     def decay_at(self, step: int) -> float:
         """The decay at call number ``step`` of :meth:`update`, from 1: timm's ``ModelEmaV3.get_decay(step)``.
@@ -175,7 +177,7 @@ class EMA:
 
         Raises:
             ValueError: the model's weights no longer match the average's. Nothing has been changed.
-            RuntimeError: called inside :meth:`swap`.
+            RuntimeError: called inside :meth:`swap`, or an optimizer has the average and its step updates it.
         """
         update = self.plan_update()
         try:
@@ -184,15 +186,18 @@ class EMA:
             self.check_model()
             raise
 
-    def plan_update(self) -> "Update":
-        """What the next update does, for an optimizer that takes part in it. Changes nothing.
+    def plan_update(self, optimizer: torch.optim.Optimizer | None = None) -> "Update":
+        """What the next update does. Changes nothing, but remembers the ``optimizer`` that takes part in it.
 
         Raises:
             ValueError: the model's weights no longer match the average's.
-            RuntimeError: called inside :meth:`swap`.
+            RuntimeError: called inside :meth:`swap`, or another one updates the average already.
         """
         self._check_not_swapped("update()")
+        self._check_not_held(optimizer)
         matched, step = self._match(), self.step + 1
+        if optimizer is not None:
+            self._optimizer = weakref.ref(optimizer)
         return Update(matched, self.decay_at(step) if step % self.update_every == 0 else None)
 
     def finish_update(self, update: "Update", done: Collection[int] = (), skip: Tensor | None = None) -> None:
@@ -275,7 +280,7 @@ class EMA:
         self.step = state_dict["step"]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_matched": None}  # a copy finds its own model's tensors
+        return {**self.__dict__, "_matched": None, "_optimizer": None}  # a copy finds its own
 
     def _match(self) -> "_Matched":
         """Every tensor of the model with its average, as they are now: frameworks replace parameters at will."""
@@ -286,6 +291,21 @@ class EMA:
     def _check_not_swapped(self, what: str) -> None:
         if self._swapped:
             raise RuntimeError(f"{what} inside `with ema.swap()`: the model holds the averaged weights")
+
+    def _check_not_held(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Raise where another optimizer than this has the average still: two updates a step are too many."""
+        holder = None if self._optimizer is None else self._optimizer()
+        if holder is None or holder is optimizer or holder.ema is not self:
+            return
+        if optimizer is None:
+            raise RuntimeError(
+                "the optimizer's step() updates this average already: leave out ema.update(), or take the average "
+                "from it with `optimizer.ema = None`"
+            )
+        raise RuntimeError(
+            "the step() of another optimizer updates this average already: give it to the one that steps last, or to "
+            "none and call ema.update()"
+        )
 
 
 def update_averages(
