@@ -385,6 +385,46 @@ def test_bad_arguments(arguments, message):
         trainops.EMA(nn.Linear(2, 2), **arguments)
 
 
+@pytest.mark.parametrize("model", ["0.9", nn.Linear(2, 2).state_dict(), nn.Linear(2, 2).parameters()])
+def test_the_model_is_a_module(model):
+    with pytest.raises(TypeError, match=rf"^model must be a torch\.nn\.Module, got {type(model).__name__}$"):
+        trainops.EMA(model)
+
+
+ILL_TYPED = {
+    "decay": ("0.9", "decay must be a number, got '0.9'"),
+    "min_decay": (None, "min_decay must be a number, got None"),
+    "warmup": (100, "warmup must be True or False, got 100"),
+    "warmup_gamma": ("1", "warmup_gamma must be a number, got '1'"),
+    "warmup_power": (True, "warmup_power must be a number, got True"),
+    "update_after_step": (1.5, "update_after_step must be an integer, got 1.5"),
+    "update_every": ("10", "update_every must be an integer, got '10'"),
+    "dtype": ("bfloat16", "dtype must be a torch.dtype, got 'bfloat16'"),
+}
+
+
+@over("name", {name: name for name in ILL_TYPED})
+def test_arguments_of_another_type(name):
+    value, message = ILL_TYPED[name]
+    with pytest.raises(TypeError, match=message):
+        trainops.EMA(nn.Linear(2, 2), **{name: value})
+
+
+def test_an_error_shows_the_beginning_of_a_value():
+    with pytest.raises(TypeError, match=r"^decay must be a number, got tensor") as caught:
+        trainops.ema_update_([], [], torch.arange(1000.0))
+    assert len(str(caught.value)) < 100
+
+
+@over("arguments", {"model": ((nn.Linear(2, 2),), {}), "step": ((), {"step": 3})})
+def test_update_takes_no_model(arguments):
+    ema = trainops.EMA(nn.Linear(2, 2))
+    args, kwargs = arguments
+    with pytest.raises(TypeError, match=r"takes no arguments: the model was given to EMA\(model\)"):
+        ema.update(*args, **kwargs)
+    assert ema.step == 0
+
+
 SCHEDULES = {
     "constant": {},
     "low": {"decay": 0.3},

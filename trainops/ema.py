@@ -5,7 +5,8 @@ import operator
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from numbers import Integral, Real
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ def ema_update_(
         backend: see :func:`trainops.backends`; by default it follows the device.
 
     Raises:
+        TypeError: ``decay`` is no number.
         ValueError: ``decay`` is out of range, or two tensors differ in shape or device, or are not floating-point.
             Nothing has been changed.
     """
@@ -63,6 +65,7 @@ def get_ema_multi_avg_fn(decay: float = 0.999) -> Callable[[Sequence[Tensor], Se
         decay: how much of the average stays at each update, in [0, 1].
 
     Raises:
+        TypeError: ``decay`` is no number.
         ValueError: ``decay`` is out of range.
     """
     _check_unit_interval("decay", decay)
@@ -113,6 +116,7 @@ class EMA:
         step: number of calls of :meth:`update` so far.
 
     Raises:
+        TypeError: an argument is of another type.
         ValueError: an argument is out of range.
     """
 
@@ -132,8 +136,16 @@ class EMA:
         average_buffers: bool = True,
         backend: str | None = None,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         _check_unit_interval("decay", decay)
         _check_unit_interval("min_decay", min_decay)
+        _check_type("warmup", warmup, bool, "True or False")
+        _check_type("warmup_gamma", warmup_gamma, Real, "a number")
+        _check_type("warmup_power", warmup_power, Real, "a number")
+        _check_type("update_after_step", update_after_step, Integral, "an integer")
+        _check_type("update_every", update_every, Integral, "an integer")
+        _check_type("dtype", dtype, (torch.dtype, type(None)), "a torch.dtype")
         if not warmup_gamma > 0.0:
             raise ValueError(f"warmup_gamma must be positive, got {warmup_gamma}")
         if update_every < 1:
@@ -172,13 +184,16 @@ class EMA:
         return max(min(warm, self.decay), self.min_decay)
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move the average towards the model.
+    def update(self, *args: NoReturn, **kwargs: NoReturn) -> None:
+        """Move the average towards the model that the constructor was given. Takes no arguments.
 
         Raises:
+            TypeError: there is an argument, such as the model or the step that timm's and torch's classes take.
             ValueError: the model's weights no longer match the average's. Nothing has been changed.
             RuntimeError: called inside :meth:`swap`, or an optimizer has the average and its step updates it.
         """
+        if args or kwargs:
+            raise TypeError("update() takes no arguments: the model was given to EMA(model), which counts the steps")
         update = self.plan_update()
         try:
             self.finish_update(update)
@@ -441,7 +456,13 @@ def _match(module: nn.Module, model: nn.Module, average_buffers: bool) -> _Match
     return _Matched(pairs, slots, model)
 
 
+def _check_type(name: str, value: object, kinds: type | tuple[type, ...], what: str) -> None:
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+        raise TypeError(f"{name} must be {what}, got {value!r:.60}")
+
+
 def _check_unit_interval(name: str, value: float) -> None:
+    _check_type(name, value, (Real, torch.SymFloat), "a number")
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} must be in [0, 1], got {value}")
 
