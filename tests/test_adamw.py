@@ -440,6 +440,30 @@ def test_bad_arguments(options, message):
         trainops.AdamW([torch.nn.Parameter(torch.ones(2))], **options)
 
 
+@pytest.mark.parametrize(
+    ("bad", "error"), [(-1, ValueError), (float("nan"), ValueError), ("1", TypeError), (True, TypeError)]
+)
+def test_a_bad_max_grad_norm_is_refused_whenever_it_is_set(bad, error):
+    param = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(error, match=f"max_grad_norm.*{bad}"):
+        trainops.AdamW([param], max_grad_norm=bad)
+    optimizer = trainops.AdamW([param], max_grad_norm=1.0)
+    with pytest.raises(error, match=f"max_grad_norm.*{bad}"):
+        optimizer.max_grad_norm = bad
+    assert optimizer.max_grad_norm == 1.0
+
+
+def test_max_grad_norm_may_be_changed(target):
+    param = torch.nn.Parameter(torch.ones(2, device=target.device))
+    optimizer = trainops.AdamW([param], weight_decay=0.0, backend=target.backend)
+    assert optimizer.max_grad_norm is None
+    optimizer.max_grad_norm = 0
+    param.grad = torch.ones(2, device=target.device)
+    optimizer.step()
+    assert torch.equal(param, torch.ones_like(param))
+    assert copy.deepcopy(optimizer).max_grad_norm == 0
+
+
 def test_sparse_gradients_raise_and_change_nothing(target):
     dense, sparse = (torch.nn.Parameter(torch.ones(3, 2, device=target.device)) for _ in range(2))
     optimizer = trainops.AdamW([dense, sparse], backend=target.backend)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -43,8 +44,9 @@ class AdamW(torch.optim.AdamW):
         differentiable: run PyTorch's own step, with autograd.
         fused: accepted for compatibility.
         max_grad_norm: clip the gradients of all groups together to this norm. They are read, not rewritten: the
-            coefficient is applied inside the update. The norm is that of the gradients this optimizer holds: the
-            global one under DDP and FSDP2, but a rank's own under ZeroRedundancyOptimizer and FSDP1.
+            coefficient is applied inside the update; 0 takes them as zero. The norm is that of the gradients this
+            optimizer holds: the global one under DDP and FSDP2, but a rank's own under ZeroRedundancyOptimizer and
+            FSDP1.
         skip_nonfinite: leave everything bit for bit as it was when the norm of the gradients is infinite or NaN.
         ema: an average to update in the same pass, instead of calling ``ema.update()`` after each step, which is then
             an error. Of several optimizers, give it to the one that steps last. A skipped step leaves the average
@@ -59,6 +61,7 @@ class AdamW(torch.optim.AdamW):
         skipped_steps: how many steps were skipped; 0-dim int64, on the device of the first parameter.
 
     Raises:
+        TypeError: ``max_grad_norm`` or ``ema`` is of another type.
         ValueError: an argument is out of range, there is no such backend, or ``ema`` follows another model.
         RuntimeError: the backend is not available; in ``step()``, a gradient is sparse. Nothing has been changed.
     """
@@ -82,8 +85,6 @@ class AdamW(torch.optim.AdamW):
         ema: EMA | None = None,
         backend: str | None = None,
     ) -> None:
-        if max_grad_norm is not None and not max_grad_norm >= 0.0:
-            raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}")
         if ema is not None and not isinstance(ema, EMA):
             raise TypeError(f"ema must be a trainops.EMA, got {type(ema).__name__}")
         if differentiable and (max_grad_norm is not None or skip_nonfinite or ema is not None):
@@ -115,6 +116,20 @@ class AdamW(torch.optim.AdamW):
         self.grad_norms: Tensor | None = None
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self._device())
         self._accept_amp_scaling()
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The norm to which gradients are clipped; may be changed between steps."""
+        return self._max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, max_grad_norm: float | None) -> None:
+        if max_grad_norm is not None:
+            if not isinstance(max_grad_norm, (Real, Tensor)) or isinstance(max_grad_norm, bool):
+                raise TypeError(f"max_grad_norm must be a number or None, got {max_grad_norm!r:.60}")
+            if not max_grad_norm >= 0.0:
+                raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}")
+        self._max_grad_norm = max_grad_norm
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: getattr(self, name) for name in _OWN_ATTRIBUTES}}
@@ -251,7 +266,7 @@ class AdamW(torch.optim.AdamW):
         return StepResult(torch.linalg.vector_norm(norms), norms)
 
 
-_OWN_ATTRIBUTES = ("max_grad_norm", "skip_nonfinite", "ema", "backend", "grad_norm", "grad_norms", "skipped_steps")
+_OWN_ATTRIBUTES = ("_max_grad_norm", "skip_nonfinite", "ema", "backend", "grad_norm", "grad_norms", "skipped_steps")
 
 
 def _group(settings: dict[str, Any], rows: int) -> AdamWGroup:
