@@ -251,6 +251,15 @@ def test_is_a_torch_adamw():
     assert optimizer.param_groups[0].keys() == torch.optim.AdamW([torch.ones(2)]).param_groups[0].keys()
 
 
+def test_repr_is_torchs_with_what_is_added():
+    model = make_model([(2,)], torch.float32, "cpu")
+    optimizer = trainops.AdamW(model.parameters(), max_grad_norm=1.0, ema=trainops.EMA(model, 0.99))
+    assert repr(optimizer) == repr(torch.optim.AdamW(model.parameters()))[:-1] + (
+        "max_grad_norm: 1.0\nskip_nonfinite: False\n"
+        "ema: EMA(Model, decay=0.99, warmup=False, update_after_step=0, update_every=1, step=0)\nbackend: None\n)"
+    )
+
+
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_state_dicts_go_both_ways_mid_run(target, dtype, options):
     """torch, then trainops, then torch again, against torch all the way."""

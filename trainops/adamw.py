@@ -131,6 +131,11 @@ class AdamW(torch.optim.AdamW):
                 raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}")
         self._max_grad_norm = max_grad_norm
 
+    def __repr__(self) -> str:
+        names = ("max_grad_norm", "skip_nonfinite", "ema", "backend")
+        own = "".join(f"{name}: {getattr(self, name)}\n" for name in names)
+        return super().__repr__().removesuffix(")") + own + ")"
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: getattr(self, name) for name in _OWN_ATTRIBUTES}}
 

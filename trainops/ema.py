@@ -294,6 +294,11 @@ class EMA:
         self.module.load_state_dict(loaded)
         self.step = state_dict["step"]
 
+    def __repr__(self) -> str:
+        names = ("decay", "warmup", "update_after_step", "update_every", "step")
+        settings = "".join(f", {name}={getattr(self, name)}" for name in names)
+        return f"{type(self).__name__}({type(self.model).__name__}{settings})"
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_matched": None, "_optimizer": None}  # a copy finds its own
 
