@@ -7,6 +7,7 @@ import itertools
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_contract, exact, same_bits
@@ -702,6 +703,26 @@ def test_shapes_that_do_not_fit(residual, branch, layer_scale, message, training
     layer_scale = None if layer_scale is None else torch.randn(layer_scale)
     with pytest.raises(ValueError, match=message):
         trainops.drop_path_add(residual, branch, 0.5, training, layer_scale=layer_scale)
+
+
+@pytest.mark.parametrize("operand", OPERANDS)
+def test_operands_are_tensors(operand):
+    inputs = {name: torch.ones(3) for name in OPERANDS} | {operand: np.ones(10_000)}
+    with pytest.raises(TypeError, match=f"^{operand} must be a tensor, got ndarray$"):
+        trainops.drop_path_add(**inputs)
+    with pytest.raises(TypeError, match=r"^x must be a tensor, got ndarray$"):
+        trainops.drop_path(np.ones(10_000))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("scale_by_keep", [True, False])
+def test_only_floating_point_samples_are_dropped(dtype, scale_by_keep):
+    x, state = torch.ones(4, 3).to(dtype), torch.get_rng_state()
+    for call in (trainops.drop_path, lambda x, *options: trainops.drop_path_add(x, x, *options)):
+        with pytest.raises(TypeError, match=f"floating-point tensors.*got {dtype}"):
+            call(x, 0.5, True, scale_by_keep)
+        assert call(x, 0.5, False, scale_by_keep).dtype == dtype
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_scalar_has_no_samples():

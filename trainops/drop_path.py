@@ -34,7 +34,7 @@ def drop_path(
         backend: see :func:`trainops.backends`; by default it follows the device.
 
     Raises:
-        TypeError: ``drop_prob`` is no number, or ``x`` no tensor.
+        TypeError: ``drop_prob`` is no number, ``x`` no tensor, or what is dropped not floating-point.
         ValueError: ``drop_prob`` is out of range, or ``x`` has no dimension.
     """
     check_drop_prob(drop_prob)
@@ -43,7 +43,7 @@ def drop_path(
     check_samples("x", x)
     if drop_prob == 0.0 or not training:
         return x
-    return apply(backend, x, reference.drop_path_mask(x, drop_prob, scale_by_keep))
+    return apply(backend, x, reference.drop_path_mask(x, drop_prob, scale_by_keep, mask_dtype(x, None)))
 
 
 def drop_path_add(
@@ -75,7 +75,7 @@ def drop_path_add(
         backend: see :func:`trainops.backends`; by default it follows the device.
 
     Raises:
-        TypeError: ``drop_prob`` is no number, or an operand no tensor.
+        TypeError: ``drop_prob`` is no number, an operand no tensor, or what is dropped not floating-point.
         ValueError: ``drop_prob`` is out of range, ``branch`` has no dimension, or shapes or devices do not fit.
     """
     check_drop_prob(drop_prob)
@@ -86,7 +86,7 @@ def drop_path_add(
     check_operand("layer_scale", layer_scale, branch)
     if drop_prob == 0.0 or not training:
         return residual + (branch if layer_scale is None else branch * layer_scale)
-    mask = reference.drop_path_mask(branch, drop_prob, scale_by_keep, product_dtype(branch, layer_scale))
+    mask = reference.drop_path_mask(branch, drop_prob, scale_by_keep, mask_dtype(branch, layer_scale))
     return apply(backend, branch, mask, residual, layer_scale)
 
 
@@ -135,17 +135,20 @@ class DropPathAdd(DropPath):
         return drop_path_add(residual, branch, self.drop_prob, self.training, self.scale_by_keep, layer_scale)
 
 
-def product_dtype(branch: Tensor, layer_scale: Tensor | None) -> torch.dtype:
-    """The dtype of ``branch * layer_scale``, which timm's mask has."""
-    if layer_scale is None or layer_scale.ndim == 0:  # which does not widen
-        return branch.dtype
-    return torch.promote_types(branch.dtype, layer_scale.dtype)
+def mask_dtype(branch: Tensor, layer_scale: Tensor | None) -> torch.dtype:
+    """The dtype of ``branch * layer_scale``, which timm's mask has. Raises unless it is floating-point."""
+    dtype = branch.dtype
+    if layer_scale is not None and layer_scale.ndim > 0:  # else it does not widen
+        dtype = torch.promote_types(dtype, layer_scale.dtype)
+    if not dtype.is_floating_point:
+        raise TypeError(f"only samples of floating-point tensors can be dropped, got {dtype}")
+    return dtype
 
 
 def check_drop_prob(drop_prob: float) -> None:
     """Raise unless it is a probability."""
     if type(drop_prob) is not float and not isinstance(drop_prob, (Real, torch.SymFloat)):
-        raise TypeError(f"drop_prob must be a number in [0, 1], got {drop_prob!r}")
+        raise TypeError(f"drop_prob must be a number in [0, 1], got {drop_prob!r:.60}")
     if not 0.0 <= drop_prob <= 1.0:
         raise ValueError(f"drop_prob must be in [0, 1], got {drop_prob}")
 
@@ -159,7 +162,7 @@ def check_scale_by_keep(scale_by_keep: bool) -> None:
 def check_samples(name: str, x: Tensor) -> None:
     """Raise unless ``x`` has a dimension that counts samples."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {x!r}")
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.ndim == 0:
         raise ValueError(f"{name} must have at least one dimension, of which the first counts samples")
 
@@ -169,7 +172,7 @@ def check_operand(name: str, operand: Tensor | None, branch: Tensor) -> None:
     if operand is None:
         return
     if not isinstance(operand, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {operand!r}")
+        raise TypeError(f"{name} must be a tensor, got {type(operand).__name__}")
     if operand.device != branch.device:
         raise ValueError(f"branch is on {branch.device}, but {name} on {operand.device}")
     if operand.shape != branch.shape and not fits(operand.shape, branch.shape, enlarges=name == "residual"):

@@ -15,7 +15,7 @@ from .drop_path import (
     check_scale_by_keep,
     drop_path_add,
     fits,
-    product_dtype,
+    mask_dtype,
 )
 from .drop_path_autograd import Kept, apply, differentiable, is_transformed
 from .tensor_table import PLAIN
@@ -80,7 +80,8 @@ def stochastic_depth(
         backend: see :func:`trainops.backends`; by default it follows the device.
 
     Raises:
-        TypeError: ``drop_prob`` is no number, ``branch`` cannot be called, or an operand is no tensor.
+        TypeError: ``drop_prob`` is no number, ``branch`` cannot be called, an operand is no tensor, or what is
+            dropped not floating-point.
         ValueError: ``drop_prob`` or ``mode`` is none of those above, ``residual`` has no dimension, ``layer_scale``
             does not fit, or ``branch`` returns another shape or device.
 
@@ -100,7 +101,7 @@ def stochastic_depth(
         keep = torch.zeros_like(keep)
     samples, residual = _take(backend, residual, keep, kept)
     result = _call(branch, samples)
-    mask = keep.to(product_dtype(result, layer_scale))
+    mask = keep.to(mask_dtype(result, layer_scale))
     if scale_by_keep and drop_prob < 1.0:
         mask = mask / (count / batch if mode == "fixed" else 1 - drop_prob)
     return apply(backend, result, mask, residual, layer_scale, kept)
@@ -231,7 +232,7 @@ def _check(
     if layer_scale is None:
         return
     if not isinstance(layer_scale, Tensor):
-        raise TypeError(f"layer_scale must be a tensor, got {layer_scale!r}")
+        raise TypeError(f"layer_scale must be a tensor, got {type(layer_scale).__name__}")
     if layer_scale.device != residual.device:
         raise ValueError(f"residual is on {residual.device}, but layer_scale on {layer_scale.device}")
     if not fits(layer_scale.shape, torch.Size((1, *residual.shape[1:])), enlarges=False):
