@@ -4,6 +4,7 @@ import importlib
 import importlib.machinery
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -238,6 +239,15 @@ def use_everything(folder, prologue="", extension=None, record=None):
     report = json.loads(done.stdout.splitlines()[-1])
     assert Path(report["file"]).resolve().parent == package.resolve()
     return report
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="no SIGPIPE on this platform")
+def test_the_table_may_be_cut_short():
+    command = [sys.executable, "-m", "trainops"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert "BrokenPipe" not in process.stderr.read()
+    assert process.returncode == -signal.SIGPIPE
 
 
 def test_everything_works_without_an_extension(tmp_path):

@@ -1,6 +1,7 @@
 """``python -m trainops``: which backends are here, what they were built with, or why they are missing."""
 
 import platform
+import signal
 
 import torch
 
@@ -31,4 +32,6 @@ def _served_by(device_type: str) -> str:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # not on Windows
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader that has seen enough ends this quietly
     main()
