@@ -9,11 +9,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Backend:
-    """Whether a backend can be used here, and what there is to know about it."""
+    """Whether a backend can be used here, and what there is to know about it.
+
+    Attributes:
+        available: whether it can be used.
+        reason: why not; empty where it can.
+        details: what it was built with and what it found on this machine, for people to read.
+    """
 
     available: bool
-    reason: str = ""  # why it is not available
-    details: str = ""  # what it was built with and found on this machine
+    reason: str = ""
+    details: str = ""
 
 
 @dataclass
