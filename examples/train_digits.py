@@ -229,6 +229,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/train_digits.png"))
     args = parser.parse_args()
+    if args.steps < 1:
+        parser.error("--steps must be at least 1")
+    try:
+        torch.zeros((), device=args.device).item()
+    except (AssertionError, RuntimeError) as error:
+        parser.error(f"--device {args.device}: {error}")
     torch.set_num_threads(1)  # so small a model gains little from more, and loses much where others want the cores
     data = load_digits()
     images, labels = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1, torch.tensor(data.target)

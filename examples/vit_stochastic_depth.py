@@ -117,6 +117,16 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=2)
     parser.add_argument("--dim", type=int, default=256, help="a multiple of 64")
     args = parser.parse_args()
+    if not 0.0 <= args.drop_prob <= 1.0:
+        parser.error("--drop-prob must be in [0, 1]")
+    if args.steps < 1 or args.depth < 1:
+        parser.error("--steps and --depth must be at least 1")
+    if args.dim < 64 or args.dim % 64:
+        parser.error("--dim must be a positive multiple of 64")
+    try:
+        torch.zeros((), device=args.device).item()
+    except (AssertionError, RuntimeError) as error:
+        parser.error(f"--device {args.device}: {error}")
     models, optimizers = {}, {}
     for name, block in WAYS.items():
         torch.manual_seed(0)
