@@ -473,6 +473,19 @@ def test_max_grad_norm_may_be_changed(target):
     assert copy.deepcopy(optimizer).max_grad_norm == 0
 
 
+def test_weight_decay_is_decoupled_in_every_group():
+    first, second = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    coupled = {"params": [second], "decoupled_weight_decay": False}
+    with pytest.raises(ValueError, match=r"decoupled_weight_decay=False.*torch\.optim\.Adam"):
+        trainops.AdamW([{"params": [first]}, coupled])
+    optimizer = trainops.AdamW([first])
+    with pytest.raises(ValueError, match=r"decoupled_weight_decay=False.*torch\.optim\.Adam"):
+        optimizer.add_param_group(coupled)
+    assert len(optimizer.param_groups) == 1
+    optimizer.load_state_dict(torch.optim.Adam([first]).state_dict())  # torch's AdamW decouples what it loads
+    assert optimizer.param_groups[0]["decoupled_weight_decay"]
+
+
 def test_sparse_gradients_raise_and_change_nothing(target):
     dense, sparse = (torch.nn.Parameter(torch.ones(3, 2, device=target.device)) for _ in range(2))
     optimizer = trainops.AdamW([dense, sparse], backend=target.backend)

@@ -131,6 +131,16 @@ class AdamW(torch.optim.AdamW):
                 raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}")
         self._max_grad_norm = max_grad_norm
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, as in torch.
+
+        Raises:
+            ValueError: the group asks for ``decoupled_weight_decay=False``, which is :class:`torch.optim.Adam`.
+        """
+        if isinstance(param_group, dict) and not param_group.get("decoupled_weight_decay", True):
+            raise ValueError("decoupled_weight_decay=False is torch.optim.Adam: AdamW's decay is decoupled")
+        super().add_param_group(param_group)
+
     def __repr__(self) -> str:
         names = ("max_grad_norm", "skip_nonfinite", "ema", "backend")
         own = "".join(f"{name}: {getattr(self, name)}\n" for name in names)
