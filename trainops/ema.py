@@ -1,6 +1,7 @@
 """Exponential moving average of a model's weights."""
 
 import copy
+import gc
 import operator
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -167,7 +168,7 @@ class EMA:
         self.step = 0
         self._swapped = False
         self._matched: _Matched | None = None
-        self._optimizer: weakref.ref[Any] | None = None
+        self._optimizers: list[weakref.ref[Any]] = []  # that have updated the average, the last one last
 
     def decay_at(self, step: int) -> float:
         """The decay at call number ``step`` of :meth:`update`, from 1: timm's ``ModelEmaV3.get_decay(step)``.
@@ -209,10 +210,11 @@ class EMA:
             RuntimeError: called inside :meth:`swap`, or another one updates the average already.
         """
         self._check_not_swapped("update()")
-        self._check_not_held(optimizer)
+        self._check_holder(optimizer)
         matched, step = self._match(), self.step + 1
-        if optimizer is not None:
-            self._optimizer = weakref.ref(optimizer)
+        if optimizer is not None and (not self._optimizers or self._optimizers[-1]() is not optimizer):
+            former = [ref for ref in self._optimizers if ref() not in (None, optimizer)]
+            self._optimizers = [*former, weakref.ref(optimizer)]
         return Update(matched, self.decay_at(step) if step % self.update_every == 0 else None)
 
     def finish_update(self, update: "Update", done: Collection[int] = (), skip: Tensor | None = None) -> None:
@@ -300,7 +302,7 @@ class EMA:
         return f"{type(self).__name__}({type(self.model).__name__}{settings})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_matched": None, "_optimizer": None}  # a copy finds its own
+        return {**self.__dict__, "_matched": None, "_optimizers": []}  # a copy finds its own
 
     def _match(self) -> "_Matched":
         """Every tensor of the model with its average, as they are now: frameworks replace parameters at will."""
@@ -312,10 +314,17 @@ class EMA:
         if self._swapped:
             raise RuntimeError(f"{what} inside `with ema.swap()`: the model holds the averaged weights")
 
-    def _check_not_held(self, optimizer: torch.optim.Optimizer | None) -> None:
-        """Raise where another optimizer than this has the average still: two updates a step are too many."""
-        holder = None if self._optimizer is None else self._optimizer()
-        if holder is None or holder is optimizer or holder.ema is not self:
+    def _check_holder(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Raise where another one has the average, too: two updates a step are too many.
+
+        An optimizer that is new may take it over from one that nobody uses any more.
+        """
+        if self._holder() in (None, optimizer):
+            return
+        if optimizer is not None and all(ref() is not optimizer for ref in self._optimizers):
+            return
+        gc.collect()
+        if self._holder() is None:
             return
         if optimizer is None:
             raise RuntimeError(
@@ -323,9 +332,14 @@ class EMA:
                 "from it with `optimizer.ema = None`"
             )
         raise RuntimeError(
-            "the step() of another optimizer updates this average already: give it to the one that steps last, or to "
+            "the step() of another optimizer updates this average, too: give it to the one that steps last, or to "
             "none and call ema.update()"
         )
+
+    def _holder(self) -> torch.optim.Optimizer | None:
+        """The last optimizer to have updated the average, where it has it still."""
+        optimizer = self._optimizers[-1]() if self._optimizers else None
+        return optimizer if optimizer is not None and optimizer.ema is self else None
 
 
 def update_averages(
