@@ -15,16 +15,13 @@ namespace {
 // Independent sums, so that there is no chain of dependent additions.
 constexpr int64_t kLanes = 32;
 
-// A run of memory is read as several streams side by side, a block of each in turn and some lines ahead of it: one
-// stream alone leaves a core waiting for memory.
-constexpr int64_t kStreams = 4, kBlock = 128, kAhead = 256;
+// A run of memory is read as several streams side by side, the lanes of each in turn: one stream alone leaves a core
+// waiting for memory.
+constexpr int64_t kStreams = 4;
 
 template <Norm norm, typename T>
 TRAINOPS_HOST_DEVICE void add_whole_lanes(double* __restrict lanes, const T* __restrict values, int64_t size) {
   for (int64_t i = 0; i < size; i += kLanes) {
-    for (int64_t byte = 0; byte < kLanes * static_cast<int64_t>(sizeof(T)); byte += 64) {
-      TRAINOPS_PREFETCH(reinterpret_cast<uintptr_t>(values + i) + kAhead * sizeof(T) + byte);
-    }
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       lanes[lane] = accumulate<norm>(lanes[lane], static_cast<double>(widen(values[i + lane])));
     }
@@ -34,9 +31,9 @@ TRAINOPS_HOST_DEVICE void add_whole_lanes(double* __restrict lanes, const T* __r
 template <Norm norm, typename T>
 TRAINOPS_HOST_DEVICE double reduce(const T* values, int64_t size) {
   double lanes[kLanes] = {};
-  const int64_t stream = size / (kStreams * kBlock) * kBlock;
-  for (int64_t i = 0; i < stream; i += kBlock) {
-    for (int64_t s = 0; s < kStreams; ++s) add_whole_lanes<norm>(lanes, values + s * stream + i, kBlock);
+  const int64_t stream = size / (kStreams * kLanes) * kLanes;
+  for (int64_t i = 0; i < stream; i += kLanes) {
+    for (int64_t s = 0; s < kStreams; ++s) add_whole_lanes<norm>(lanes, values + s * stream + i, kLanes);
   }
   const int64_t rest = kStreams * stream, tail = size / kLanes * kLanes;
   add_whole_lanes<norm>(lanes, values + rest, tail - rest);
@@ -66,17 +63,6 @@ double reduce_run(const S* values, int64_t size) {
   return inf(values, size);
 }
 
-// 16-bit elements are reduced tile by tile.
-template <Norm norm, typename S>
-double reduce_piece(const Cell& cell, const Piece& piece) {
-  const S* values = static_cast<const S*>(cell.address);
-  if (!is_narrow<S>) return reduce_run<norm>(values + piece.begin, piece.size);
-  double total = 0.0;
-  for_each_tile(
-      piece, [&](int64_t begin, int64_t size) { total = join<norm>(total, reduce_run<norm>(values + begin, size)); });
-  return total;
-}
-
 // Joins partial results pairwise, so that rounding errors do not add up with their number.
 template <Norm norm>
 double join_all(const double* partial, size_t size) {
@@ -90,7 +76,10 @@ Norms reduce_table(const TensorTable& table, int64_t column) {
   std::vector<double> partial(table.pieces().size());
   for_each_piece(table, [&](int64_t index, const Piece& piece) {
     const Cell& cell = table.cell(piece.row, column);
-    with_type({cell}, [&](auto type) { partial[index] = reduce_piece<norm, decltype(type)>(cell, piece); });
+    with_type({cell}, [&](auto type) {
+      const auto* values = static_cast<const decltype(type)*>(cell.address);
+      partial[index] = reduce_run<norm>(values + piece.begin, piece.size);
+    });
   });
   Norms result{std::vector<double>(table.rows(), 0.0), 0.0};
   for (size_t first = 0, last = 0; first < partial.size(); first = last) {

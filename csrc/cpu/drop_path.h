@@ -35,8 +35,8 @@ TRAINOPS_HOST_DEVICE Wide<S> read_operand(S x, Round round) {
   return is_narrow<S> ? widen(x) : round(widen(x));
 }
 
-// Layer scale, repeated so often that tiles of whole rows can start at its first element; nothing where there is
-// none.
+// Layer scale, of one channel or more, repeated so often that tiles of whole rows can start at its first element;
+// nothing where there is none.
 template <typename T>
 std::vector<T> repeat_layer_scale(const Cell& layer_scale, int64_t channels) {
   if (layer_scale.address == nullptr) return {};

@@ -26,13 +26,6 @@
 #define TRAINOPS_MULTIVERSION
 #endif
 
-// Asks for the memory at an address, which need not exist.
-#if defined(__GNUC__)
-#define TRAINOPS_PREFETCH(address) __builtin_prefetch(reinterpret_cast<const void*>(address))
-#else
-#define TRAINOPS_PREFETCH(address)
-#endif
-
 namespace trainops::cpu {
 
 // Elements in a unit of parallel work: large beside the cost of handing it out, small beside a model.
