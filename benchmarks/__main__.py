@@ -6,31 +6,17 @@ python -m benchmarks compare A.json B.json
 """
 
 import argparse
-import importlib
-import json
-import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-from trainops.backends import NAMES
 
 from . import compare, report
-from .device import environment, open_device
 from .models import MODELS
-from .runner import Case, Options, measure
-from .saved import OURS
 
 OPS = ["step", "adamw", "clip_grad_norm", "ema", "drop_path", "training"]
 DTYPES = ["float32", "bfloat16"]
-
-# Seconds of timing for each case, and the least and most rounds.
-FULL, QUICK = (2.0, (7, 101)), (0.4, (3, 15))
+BACKENDS = ["reference", "cpu", "cuda", "triton"]
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -42,7 +28,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     run.add_argument("--models", nargs="+", choices=MODELS, metavar="NAME", help=f"of {', '.join(MODELS)}")
     run.add_argument("--dtypes", nargs="+", choices=DTYPES, metavar="DTYPE", help=" and ".join(DTYPES))
     run.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU where PyTorch finds one")
-    run.add_argument("--backend", choices=NAMES, help="of trainops; default: what it chooses")
+    run.add_argument("--backend", choices=BACKENDS, help="of trainops; default: what it chooses")
     run.add_argument("--quick", action="store_true", help="some minutes: fewer cases and rounds, nothing compiled")
     run.add_argument(
         "--no-compile", action="store_true", help="leave out torch.compile, which takes most of the time"
@@ -57,49 +43,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     pair.add_argument("after", type=Path)
     if not arguments or (arguments[0] not in commands.choices and arguments[0] not in ("-h", "--help")):
         arguments = ["run", *arguments]
-    args = parser.parse_args(arguments)
-    if args.command == "run":
-        args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if args.device == "cuda" and not torch.cuda.is_available():
-            parser.error("PyTorch finds no GPU")
-    return args
+    return parser.parse_args(arguments)
 
 
 Raw = argparse.RawDescriptionHelpFormatter
-
-
-def all_cases(ops: list[str], options: Options) -> Iterator[Case]:
-    """Of all ops, each from its own module."""
-    for op in ops:
-        yield from importlib.import_module(f".bench_{op}", __package__).cases(options)
-
-
-def run(args: argparse.Namespace, console: Console) -> int:
-    """Measure everything, save after each case, and report; 1 if trainops itself was wrong somewhere."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    if args.backend:
-        os.environ["TRAINOPS_BACKEND"] = args.backend
-    options = Options(args.device, args.models, args.dtypes, args.quick, compiles=not (args.quick or args.no_compile))
-    device, found = open_device(args.device), environment(args.device)
-    console.print("  ".join(f"[dim]{key}[/] {value}" for key, value in found.items() if value))
-    cases = list(all_cases(args.ops, options))
-    results: dict[str, Any] = {"environment": found | {"quick": args.quick}, "cases": []}
-    args.output.mkdir(parents=True, exist_ok=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(cases))
-        console.print(report.progress_header(), style="bold")
-        for case in cases:
-            progress.update(task, description=f"{case.op}: {case.name}, {case.dtype}")
-            result = measure(case, device, *(QUICK if args.quick else FULL))
-            results["cases"].append(result)
-            console.print(report.progress_line(result))
-            (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-            progress.advance(task)
-    report.save(results, args.output, console)
-    statuses = [case["providers"][OURS] for case in results["cases"] if "providers" in case]
-    return int(any(status["status"] in ("wrong", "failed") for status in statuses))
 
 
 def main(arguments: list[str]) -> int:
@@ -107,9 +54,13 @@ def main(arguments: list[str]) -> int:
     args = parse(arguments)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     if args.command == "run":
+        from .run import run  # saved results are read without PyTorch
+
         return run(args, console)
     if args.command == "report":
-        report.save(report.load(args.results), args.output or args.results.parent, console)
+        results = report.load(args.results)
+        console.print(report.summary(results))
+        report.save(results, args.output or args.results.parent, console)
         return 0
     compare.show(report.load(args.before), report.load(args.after), console)
     return 0

@@ -9,6 +9,8 @@ from .saved import OURS, caption, ratio
 
 Key = tuple[str, str, str]
 
+CONDITIONS = ("device", "threads", "torch", "backend", "quick", "huge pages", "THP_MEM_ALLOC_ENABLE")
+
 
 def by_key(results: dict[str, Any]) -> dict[Key, dict[str, Any]]:
     """The cases that were measured."""
@@ -23,8 +25,9 @@ def changed(before: dict[str, float], after: dict[str, float]) -> bool:
 def show(before: dict[str, Any], after: dict[str, Any], console: Console) -> None:
     """A line for each case of both, and the cases of one alone."""
     console.print(f"before: {caption(before)}\nafter:  {caption(after)}")
-    if before["environment"]["device"] != after["environment"]["device"]:
-        console.print("[yellow]The devices differ: compare the ratios, not the times.[/]")
+    one, other = before["environment"], after["environment"]
+    if differing := [what for what in CONDITIONS if one.get(what) != other.get(what)]:
+        console.print(f"[yellow]Not the same: {', '.join(differing)}. Compare the ratios, not the times.[/]")
     old, new = by_key(before), by_key(after)
     table = Table(caption="ahead: time of the fastest opponent / trainops. bold: beyond the noise (p20 to p80)")
     for name in ("op", "work", "dtype", "before", "after", "change", "ahead before", "ahead after"):
@@ -36,7 +39,7 @@ def show(before: dict[str, Any], after: dict[str, Any], console: Console) -> Non
             change = f"{100 * (second['median'] / first['median'] - 1):+.1f}%"
             cells = [f"{1e3 * x['median']:.3f} ms" for x in (first, second)]
             cells.append(f"[bold]{change}[/]" if changed(first, second) else change)
-        ahead = (f"{value:.2f}" if (value := ratio(case[key])) else "-" for case in (old, new))
+        ahead = (f"{value.median:.2f}" if (value := ratio(case[key])) else "-" for case in (old, new))
         table.add_row(*key, *cells, *ahead)
     console.print(table)
     for label, keys in (("before", old.keys() - new.keys()), ("after", new.keys() - old.keys())):

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
+from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +19,18 @@ from trainops.backends import serving
 Step = Callable[[], object]
 
 LIMIT_NUMEL = 2**26  # elements of the tensors that show the bandwidth: far more than any cache holds
+PROFILED_TENSORS = 512  # with more, the profiler takes longer than everything else
+
+os.environ.setdefault("TEARDOWN_CUPTI", "1")  # else the profiler slows down every launch after it
+
+
+# How the profiler calls what puts work on a device. The clock that a GPU sleeps by is about as fast as this.
+LAUNCHES = tuple(
+    f"cu{api}{call}"
+    for api in ("", "da")
+    for call in ("LaunchKernel", "LaunchCooperativeKernel", "GraphLaunch", "Memset", "Memcpy")
+)
+SLEEP_HERTZ = 2e9
 
 
 class Cpu:
@@ -59,8 +72,10 @@ class Cpu:
             found.append(limit - int((group / "memory.current").read_text()))
         return min(found)
 
-    def extra_bytes(self, step: Step) -> int:
-        """The most that a step holds beyond what was there before it."""
+    def extra_bytes(self, step: Step, tensors: int) -> int | None:
+        """The most of PyTorch's memory that a step holds beyond what was there before it."""
+        if tensors > PROFILED_TENSORS:
+            return None
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
             step()
         assert profiler.profiler is not None
@@ -85,18 +100,24 @@ class Cuda:
 
     def __init__(self) -> None:
         size = getattr(torch.cuda.get_device_properties(), "L2_cache_size", 0)
-        self._other = torch.empty(max(2 * size, 2**28) // 4, device="cuda")
+        self._other = torch.zeros(max(2 * size, 2**28) // 4, device="cuda")
+        self._host: dict[int, float] = {}  # seconds that the steps took the host when they were called last
 
     def limit_step(self, a: torch.Tensor, b: torch.Tensor) -> Step:
         """What a GPU's memory does best."""
         return lambda: a.copy_(b)
 
     def flush(self) -> None:
-        """Fill the L2 cache with something else. What is timed is issued while this runs, as in a training step."""
-        self._other.zero_()
+        """Fill the L2 cache with something else, by reading, as on the CPU."""
+        self._other.sum()
 
     def time(self, steps: list[Step], calls: int) -> tuple[list[float], float | None]:
-        """Seconds per call of each step between events, and the host's for all of them."""
+        """Seconds per call of each step between events, and the host's for all of them.
+
+        The device is kept waiting until the host should have issued everything, as behind a long backward pass: what
+        is measured is its own time. Where a step waits for the device, that is in the figure, too.
+        """
+        torch.cuda._sleep(int(SLEEP_HERTZ * min(1.0, 1.5 * self._host.get(id(steps), 0.0))))
         events = [torch.cuda.Event(enable_timing=True) for _ in range(len(steps) + 1)]
         start = time.perf_counter()
         events[0].record()
@@ -104,17 +125,18 @@ class Cuda:
             for _ in range(calls):
                 step()
             event.record()
-        host = (time.perf_counter() - start) / calls
+        host = time.perf_counter() - start
         torch.cuda.synchronize()
-        return [a.elapsed_time(b) / 1e3 / calls for a, b in pairwise(events)], host
+        self._host[id(steps)] = host
+        return [a.elapsed_time(b) / 1e3 / calls for a, b in pairwise(events)], host / calls
 
     def free_bytes(self) -> int:
         """Memory that can be had, that of PyTorch's own pool included."""
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
 
-    def extra_bytes(self, step: Step) -> int:
-        """The most that a step holds beyond what was there before it."""
+    def extra_bytes(self, step: Step, tensors: int) -> int | None:
+        """The most of PyTorch's memory that a step holds beyond what was there before it."""
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -123,11 +145,13 @@ class Cuda:
         return torch.cuda.max_memory_allocated() - before
 
     def launches(self, step: Step) -> int | None:
-        """Kernels that a step launches, by whichever interface; a replayed graph counts as one."""
+        """Kernels, fills and copies that a step launches, by whichever interface; a replayed graph counts as one."""
+        if torch.version.hip is not None:
+            return None
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiler:
             step()
             torch.cuda.synchronize()
-        return sum(e.count for e in profiler.key_averages() if "Launch" in e.key and e.key.startswith("cu"))
+        return sum(e.count for e in profiler.key_averages() if e.key.startswith(LAUNCHES))
 
 
 Device = Cpu | Cuda
@@ -144,27 +168,52 @@ def last_level_cache() -> int:
     return max((1024 * int(size.removesuffix("K")) for size in sizes if size.endswith("K")), default=2**26)
 
 
+PEERS = ("timm", "torch-optimi", "deepspeed", "bitsandbytes", "apex")
+
+
 def environment(device: str) -> dict[str, object]:
     """What the figures depend on."""
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=here)
+    git = said_by("git", "describe", "--always", "--dirty")
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
     cpu = cpu or platform.processor() or platform.machine()
+    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     backend = serving(device)
-    return {
+    found: dict[str, object] = {
         "device": cpu if device == "cpu" else torch.cuda.get_device_name(),
         "type": device,
         "cpu": cpu,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "huge pages": pages.read_text().partition("[")[2].partition("]")[0] if pages.exists() else "",
+        "THP_MEM_ALLOC_ENABLE": os.environ.get("THP_MEM_ALLOC_ENABLE", ""),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "trainops": trainops.__version__,
-        "commit": git.stdout.strip(),
+        "commit": git,
         "backend": f"{backend}: {trainops.backends()[backend].details}",
+        "peers": ", ".join(f"{name} {version}" for name in PEERS if (version := version_of(name))),
     }
+    if device == "cuda":
+        found["driver"] = said_by("nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader")
+    return found
+
+
+def said_by(*command: str) -> str:
+    """A program's answer; nothing where it is missing or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    except OSError:
+        return ""
+
+
+def version_of(distribution: str) -> str:
+    """Of what is installed."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ""

@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from .work import BETAS, EPS, LR, WEIGHT_DECAY, Work
 
 Optimizer = torch.optim.Optimizer
 
-COMPILED_TENSORS = 200  # more take the compiler minutes
 SETTINGS: dict[str, Any] = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
 
 
@@ -33,6 +33,7 @@ def peer(module: str) -> Any:
         raise NotHere(f"{module} cannot be imported: {reason}".splitlines()[0]) from reason
 
 
+@cache
 def timm_module(path: str) -> Any:
     """One of timm's files by itself: its package imports torchvision, which is not at hand for every torch."""
     spec = importlib.util.find_spec("timm")
@@ -43,7 +44,10 @@ def timm_module(path: str) -> Any:
     if spec is None or spec.loader is None or not file.exists():
         raise NotHere(f"this timm has no {path}")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as reason:
+        raise NotHere(f"this timm's {path} cannot be imported by itself: {reason}".splitlines()[0]) from reason
     return module
 
 
@@ -58,13 +62,17 @@ def torch_adamw(work: Work, **options: Any) -> Optimizer:
     return torch.optim.AdamW(work.params, **SETTINGS, **options)
 
 
-def deepspeed_cpu(work: Work) -> Optimizer:
-    """DeepSpeed's for parameters that are offloaded to the CPU."""
+def deepspeed_cpu(work: Work, fp32_optimizer_states: bool = True) -> Optimizer:
+    """DeepSpeed's for parameters that are offloaded to the CPU, by default with moments in float32."""
     on(work, "cpu")
+    if not fp32_optimizer_states and work.dtype == torch.float32:
+        raise NotHere("differs for 16-bit parameters alone")
     adam = peer("deepspeed.ops.adam")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with redirect_stdout(io.StringIO()):
-        return adam.DeepSpeedCPUAdam(work.params, **SETTINGS, adamw_mode=True)
+        return adam.DeepSpeedCPUAdam(
+            work.params, **SETTINGS, adamw_mode=True, fp32_optimizer_states=fp32_optimizer_states
+        )
 
 
 def deepspeed_fused(work: Work) -> Optimizer:
@@ -80,12 +88,13 @@ def apex_fused(work: Work) -> Optimizer:
 
 
 def optimi(work: Work) -> Optimizer:
-    """optimi's, which chooses between Triton and foreach itself, and sums 16-bit parameters with compensation."""
+    """optimi's, which chooses between Triton and a loop itself."""
     return peer("optimi").AdamW(work.params, **SETTINGS)
 
 
 def bitsandbytes(work: Work) -> Optimizer:
-    """The one of 32 bits: the others compute something else."""
+    """The one of 32 bits: the others compute something else. On the CPU there is no kernel of it."""
+    on(work, "cuda")
     return peer("bitsandbytes.optim").AdamW32bit(work.params, **SETTINGS)
 
 
@@ -94,23 +103,12 @@ ADAMW: dict[str, Callable[[Work], Optimizer]] = {
     "torch foreach": lambda work: torch_adamw(work, foreach=True),
     "torch fused": lambda work: torch_adamw(work, fused=True),
     "DeepSpeed CPUAdam": deepspeed_cpu,
+    "DeepSpeed CPUAdam, bf16 moments": partial(deepspeed_cpu, fp32_optimizer_states=False),
     "DeepSpeed FusedAdam": deepspeed_fused,
     "Apex FusedAdam": apex_fused,
     "optimi": optimi,
     "bitsandbytes": bitsandbytes,
 }
-
-
-def compilable(work: Any) -> Callable[..., Any]:
-    """`torch.compile`; NotHere where it would take too long: on one core it takes a minute for 150 tensors."""
-    if not work.compiles:
-        raise NotHere("nothing is compiled in quick runs, in sweeps and with --no-compile")
-    if work.dtype != torch.float32:
-        raise NotHere("compiled for float32 alone, as that takes a minute each")
-    if len(work.params) > COMPILED_TENSORS:
-        raise NotHere(f"not compiled for more than {COMPILED_TENSORS} tensors: that takes minutes")
-    torch.compiler.reset()
-    return torch.compile
 
 
 def compiled_adamw(work: Work) -> Optimizer:

@@ -1,5 +1,6 @@
 """Pictures of saved results."""
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from .saved import AGAIN, OURS, caption, medians, opponents, ratio
+from .saved import AGAIN, OURS, caption, medians, opponents, ratio, relative, verdict
 
 INK, FAINT, ACCENT, BEHIND = "#1f2933", "#9aa5b1", "#c8374a", "#7b8794"
 COLOURS = {
@@ -93,15 +94,16 @@ def speedup(cases: list[dict[str, Any]]) -> Figure | None:
     for i, (op, found) in enumerate(panels.items()):
         axes = figure.add_subplot(rows, columns, i + 1)
         for y, case in enumerate(found):
-            times, ahead = medians(case), ratio(case) or 1.0
-            others = opponents(case)
+            others, best = relative(case), ratio(case)
             names |= dict.fromkeys(others)
-            axes.barh(y, ahead - 1, 0.62, left=1, color=ACCENT if ahead >= 1 else FAINT, alpha=0.85, zorder=2)
-            for name, seconds in others.items():
-                axes.plot(seconds / times[OURS], y, "o", ms=4.5, mec="white", mew=0.6, color=colour(name), zorder=3)
-            if others:
-                label = axes.text(1.02, y, f"{ahead:.2f}x", transform=axes.get_yaxis_transform(), va="center")
-                label.set(fontweight="bold", color=ACCENT if ahead >= 1 else BEHIND)
+            for name, times in others.items():
+                axes.plot(times.median, y, "o", ms=4.5, mec="white", mew=0.6, color=colour(name), zorder=3)
+            if best:
+                ahead = verdict(case) == "ahead"
+                bar = {"color": ACCENT if ahead else FAINT, "alpha": 0.85, "zorder": 2}
+                axes.barh(y, best.median - 1, 0.62, left=1, **bar)
+                label = axes.text(1.02, y, f"{best.median:.2f}x", transform=axes.get_yaxis_transform(), va="center")
+                label.set(fontweight="bold", color=ACCENT if ahead else BEHIND)
         axes.axvline(1.0, color=ACCENT, linewidth=1.2, zorder=1)
         axes.set_yticks(range(len(found)), [case["name"] + SHORT[case["dtype"]] for case in found])
         axes.tick_params(axis="y", length=0)
@@ -254,7 +256,12 @@ def nice_log(axis: Any, form: Callable[[float], str], ticks: tuple[float, ...] |
     """Plain numbers on a logarithmic axis."""
     if ticks:
         low, high = axis.get_view_interval()
-        axis.set_ticks([tick for tick in ticks if low <= tick <= high])
+        shown: list[float] = []
+        for tick in ticks:
+            room = math.log(tick / shown[-1]) / math.log(high / low) if shown else 1.0
+            if low <= tick <= high and room > 0.07:
+                shown.append(tick)
+        axis.set_ticks(shown)
     axis.set_major_formatter(FuncFormatter(lambda x, _: form(x)))
     axis.set_minor_formatter(NullFormatter())
 

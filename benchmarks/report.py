@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from . import plots
-from .saved import OURS, caption, medians, noise, opponents, ratio, share
+from .saved import OURS, Interval, caption, fastest, medians, noise, ratio, share, verdict
 
 TITLES = {
     "step": "The whole step: clip, AdamW, average",
@@ -21,15 +22,30 @@ TITLES = {
 }
 
 METHOD = (
-    "Every provider was compared with float64 before it was timed. Times are medians of interleaved rounds. `x` is "
-    "the time of the fastest opponent over that of trainops: above 1, trainops is ahead. A/A is the difference "
-    "between trainops and trainops again, which is noise. Bandwidth counts the bytes that the best possible "
+    "Every provider was compared with float64 before it was timed. Times are medians of interleaved rounds, with the "
+    "caches full of something else before each call (but for DropPath and training). `x` is the time of the fastest "
+    "opponent over that of trainops in the same round, the median of all rounds: above 1, trainops is ahead. Between "
+    "the two numbers after it that median lies with 95% confidence; where they enclose 1, neither is ahead. A/A is "
+    "the same for trainops and trainops again, which is noise. Bandwidth counts the bytes that the best possible "
     "implementation moves, whatever a provider moves; the last column is trainops' share of the bandwidth of {limit} "
-    "in the same run. Extra memory is the most that a call holds beyond what was there before it."
+    "in the same rounds. Extra memory is the most of PyTorch's memory that a call holds beyond what was there before "
+    "it. On the CPU, all of PyTorch's memory is in huge pages where the system gives them. In a training step, "
+    "forward and backward are the same work for all, and count with their mean over the providers of a round."
 )
 
-WIDTHS = (14, 38, 9, 11, 26, 11, 8, 7, 10)
-HEADER = ("op", "work", "dtype", "trainops", "fastest opponent", "its time", "x", "A/A", "of limit")
+# What some do besides or instead, as far as it is allowed for.
+NOTES = {
+    "optimi": "adds up 16-bit parameters with compensation, which takes one more tensor",
+    "DeepSpeed CPUAdam": "keeps moments in float32 by default",
+    "bitsandbytes": "keeps moments in float32",
+    "timm ModelEmaV3": "rounds 16-bit averages stochastically",
+    "Apex FusedAdamSWA": "writes a copy of the parameters to compute with",
+}
+
+WIDTHS = (14, 38, 9, 11, 26, 11, 6, 12, 12, 10)
+HEADER = ("op", "work", "dtype", "trainops", "fastest opponent", "its time", "x", "95%", "A/A", "of limit")
+LEFT = (0, 1, 2, 4)
+COLOURS = {"ahead": "green", "behind": "yellow"}
 
 
 class Row(NamedTuple):
@@ -42,6 +58,7 @@ class Row(NamedTuple):
     opponent: str
     theirs: str
     ratio: str
+    interval: str
     noise: str
     share: str
 
@@ -64,27 +81,31 @@ def milliseconds(seconds: float) -> str:
 
 def row(case: dict[str, Any]) -> Row:
     """A case in a line."""
-    times, others = medians(case), opponents(case)
-    best = min(others, key=others.get) if others else ""
-    value, found, part = ratio(case), noise(case), share(case)
+    times, best, found = medians(case), fastest(case), ratio(case)
+    part = share(case)
     return Row(
         case["op"],
         case["name"],
         case["dtype"],
         milliseconds(times[OURS]) if OURS in times else "-",
         best or "-",
-        milliseconds(others[best]) if best else "-",
-        f"{value:.2f}" if value else "-",
-        f"{100 * found:+.1f}%" if found is not None else "-",
-        f"{100 * part:.0f}%" if part else "",
+        milliseconds(times[best]) if best else "-",
+        f"{found.median:.2f}" if found else "-",
+        interval(found),
+        interval(noise(case)),
+        f"{100 * part.median:.0f}%" if part else "",
     )
+
+
+def interval(found: Interval | None) -> str:
+    """Its ends."""
+    return f"{found.low:.2f} to {found.high:.2f}" if found else "-"
 
 
 def line(cells: tuple[str, ...]) -> str:
     """Cells in columns, for what is printed as it goes."""
-    left = (0, 1, 2, 4)
     return " ".join(
-        cell.ljust(width) if i in left else cell.rjust(width)
+        cell.ljust(width) if i in LEFT else cell.rjust(width)
         for i, (cell, width) in enumerate(zip(cells, WIDTHS, strict=True))
     )
 
@@ -98,13 +119,15 @@ def progress_line(case: dict[str, Any]) -> str:
     """A case when it has been measured, or why it was not, and who was wrong."""
     if "skipped" in case:
         return (
-            line((case["op"], case["name"], case["dtype"], *[""] * 6)).rstrip()
-            + f" [yellow]skipped: {case['skipped']}[/]"
+            line((case["op"], case["name"], case["dtype"], *[""] * 7)).rstrip()
+            + f" [yellow]skipped: {escape(case['skipped'])}[/]"
         )
     text = line(row(case))
+    if colour := COLOURS.get(verdict(case)):
+        text = f"[{colour}]{text}[/]"
     for name, status, reason in not_timed(case):
         if status != "not here" or name == OURS:
-            text += f"\n    [red]{name} {status}: {reason}[/]"
+            text += f"\n    [red]{name} {status}: {escape(reason)}[/]"
     return text
 
 
@@ -119,11 +142,13 @@ def summary(results: dict[str, Any]) -> Table:
     """Every case in one table, for the terminal."""
     table = Table(title=caption(results), title_justify="left", caption="x: time of the fastest opponent / trainops")
     for i, name in enumerate(HEADER):
-        table.add_column(name, justify="left" if i in (0, 1, 2, 4) else "right", no_wrap=True)
+        table.add_column(name, justify="left" if i in LEFT else "right", no_wrap=True)
     for case in results["cases"]:
         cells = row(case)
-        style = "" if (ratio(case) or 1.0) >= 1.0 else "yellow"
-        table.add_row(*(cells if "skipped" not in case else (*cells[:4], case["skipped"], *[""] * 4)), style=style)
+        style = COLOURS.get(verdict(case), "")
+        table.add_row(
+            *(cells if "skipped" not in case else (*cells[:4], escape(case["skipped"]), *[""] * 5)), style=style
+        )
     return table
 
 
@@ -142,7 +167,10 @@ def markdown(results: dict[str, Any], pictures: dict[str, str]) -> str:
         text += ["", "<details><summary>Every provider</summary>", ""]
         text += markdown_table(DETAILS, [cells for case in cases for cells in detail(case)])
         text += ["", "</details>", ""]
-    text += ["## Who was not timed, and why", ""]
+    timed = {name for case in results["cases"] for name in medians(case)}
+    text += ["## Who does something else", ""]
+    text += [f"- {name} {note}." for name, note in NOTES.items() if name in timed]
+    text += ["", "## Who was not timed, and why", ""]
     reasons: dict[tuple[str, str], list[str]] = {}
     for case in results["cases"]:
         for name, status, reason in not_timed(case):
@@ -200,8 +228,7 @@ def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list
 
 
 def save(results: dict[str, Any], output: Path, console: Console) -> None:
-    """Print the table; write the report and its pictures."""
-    console.print(summary(results))
+    """Write the report and its pictures."""
     output.mkdir(parents=True, exist_ok=True)
     pictures = plots.save(results, output)
     (output / "report.md").write_text(markdown(results, pictures))

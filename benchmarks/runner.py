@@ -1,12 +1,15 @@
 """The method: verify, then time in interleaved rounds, and say what came out. It knows no op.
 
 Every provider of a case first does its work from the same start and is compared with the same in float64; one that
-is wrong is listed as wrong and never timed. Then all take turns, in rounds that each begin with another one, with
-the caches full of something else before each call, as they are after a backward pass. trainops takes part twice: the
-difference between the two is the noise. So does the operation that shows the bandwidth of the memory.
+is wrong is listed as wrong and never timed. Then all take turns, in rounds of ever another order, with the caches
+full of something else before each call, as they are after a backward pass. Providers are compared within each round,
+so that what slows the machine down for a while slows them all. trainops takes part twice: the difference between the
+two is the noise. So does the operation that shows the bandwidth of the memory.
 """
 
 import gc
+import math
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -19,7 +22,6 @@ from .device import LIMIT_NUMEL, Device, Step
 from .saved import AGAIN, OURS
 
 WARMUP = 2
-PROFILED_TENSORS = 512  # with more, the profiler takes longer than everything else
 LARGE = 2**31  # bytes: what is left of a provider is freed at once, which takes a third of a second
 
 
@@ -37,17 +39,23 @@ class Options(NamedTuple):
     compiles: bool = False
 
 
+def nothing() -> None:
+    """What most providers need before a call."""
+
+
 @dataclass
 class Provider:
     """One way to do a case's work: the calls that are timed, and the tensors that they leave.
 
-    ``results`` gives these by role. ``owned`` gives the tensors that it keeps between calls, which all providers may
-    share once they are verified; empty if it keeps their addresses.
+    ``results`` gives these by role. ``owned`` gives the tensors that it keeps between calls by what they are, which
+    all providers may share once they are verified; none if it keeps their addresses. ``before`` is called before each
+    timed call, to put right what calls use up.
     """
 
     steps: dict[str, Step]
     results: Callable[[], dict[str, Any]] = dict
-    owned: Callable[[], list[list[torch.Tensor]]] = list
+    owned: Callable[[], dict[str, list[torch.Tensor]]] = dict
+    before: Step = nothing
 
     def step(self) -> None:
         """All of it, once."""
@@ -78,6 +86,7 @@ class Case:
     need: int = 0  # bytes of memory
     cold: bool = True  # whether the caches hold something else before each call
     calls: int = 1  # in a row per sample, for short warm ones
+    common: int = 0  # how many of the steps, the first ones, are the same work for all, and so are its times
 
     def describe(self) -> dict[str, Any]:
         """What the results say of it."""
@@ -91,7 +100,10 @@ def measure(case: Case, device: Device, seconds: float, rounds: tuple[int, int])
     result = case.describe()
     if (free := device.free_bytes()) < case.need:
         return result | {"skipped": f"needs {case.need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"}
-    bench = case.open()
+    try:
+        bench = case.open()
+    except Exception as reason:
+        return result | {"skipped": message(reason)}
     result["providers"] = found = {}
     admitted: dict[str, Provider] = {}
     for name in case.names:
@@ -100,21 +112,38 @@ def measure(case: Case, device: Device, seconds: float, rounds: tuple[int, int])
             gc.collect()  # optimizers are full of cycles
     if OURS in admitted:
         found[AGAIN] = admit(bench, OURS, admitted, AGAIN)
-    steps = {name: list(provider.steps.values()) for name, provider in admitted.items()}
+    timed = dict(admitted)
+    moved = 0
     if case.bytes is not None:
-        a, b = (torch.ones(min(LIMIT_NUMEL, -(-case.bytes // device.limit_bytes)), device=device.type) for _ in "ab")
-        steps[device.limit] = [device.limit_step(a, b)]
-    samples = interleave(steps, case, device, seconds, rounds)
-    if case.bytes is not None:
-        limit = summarise([total for (total,), _ in samples.pop(device.limit)])
-        speed = a.numel() * device.limit_bytes / limit["median"]
-        result["limit"] = {"name": device.limit, "seconds": limit, "bytes_per_second": speed}
+        numel = min(LIMIT_NUMEL, -(-case.bytes // device.limit_bytes))
+        moved = numel * device.limit_bytes
+        a, b = (torch.ones(numel, device=device.type) for _ in "ab")
+        timed[device.limit] = Provider({"limit": device.limit_step(a, b)})
+    gc.disable()
+    try:
+        samples, failed = interleave(timed, case, device, seconds, rounds)
+    finally:
+        gc.enable()
+    found |= {name: {"status": "failed", "reason": reason} for name, reason in failed.items()}
+    totals = {name: [sum(times) for times, _ in taken] for name, taken in samples.items()}
+    if samples.pop(device.limit, None):
+        result["limit"] = limit_of(device.limit, totals.pop(device.limit), moved, totals.get(OURS), case.bytes or 0)
     for name, taken in samples.items():
-        found[name] |= statistics_of(taken, list(admitted[name].steps), case.bytes)
-        counted = case.tensors <= PROFILED_TENSORS
-        found[name]["extra_bytes"] = device.extra_bytes(admitted[name].step) if counted else None
-        found[name]["launches"] = device.launches(admitted[name].step)
+        provider = admitted[name]
+        found[name] |= statistics_of(taken, list(provider.steps), case.bytes)
+        if OURS in totals and name != OURS:
+            found[name]["relative"] = relative(totals[name], totals[OURS])
+        provider.before()
+        found[name]["extra_bytes"] = device.extra_bytes(provider.step, case.tensors)
+        provider.before()
+        found[name]["launches"] = device.launches(provider.step)
     return result
+
+
+def limit_of(name: str, times: list[float], moved: int, ours: list[float] | None, bytes_: int) -> dict[str, Any]:
+    """What the memory can do, in the same rounds, and trainops' share of it."""
+    result = {"name": name, "seconds": summarise(times), "bytes_per_second": moved / statistics.median(times)}
+    return result if ours is None else result | {"share": relative([bytes_ / moved * x for x in times], ours)}
 
 
 def admit(bench: Bench, name: str, admitted: dict[str, Provider], alias: str | None = None) -> dict[str, Any]:
@@ -124,36 +153,62 @@ def admit(bench: Bench, name: str, admitted: dict[str, Provider], alias: str | N
     except NotHere as reason:
         return {"status": "not here", "reason": str(reason)}
     except Exception as reason:
-        return {"status": "failed", "reason": f"{type(reason).__name__}: {reason}".splitlines()[0]}
+        return {"status": "failed", "reason": message(reason)}
     if not error <= 1.0:  # nor if it is NaN
         return {"status": "wrong", "reason": f"its error is {error:.2g} times what is allowed", "error": error}
     admitted[alias or name] = provider
     return {"status": "ok", "error": error}
 
 
+def message(reason: Exception) -> str:
+    """An error in a line."""
+    return f"{type(reason).__name__}: {reason}".splitlines()[0]
+
+
 Sample = tuple[list[float], float | None]
 
 
 def interleave(
-    steps: dict[str, list[Step]], case: Case, device: Device, seconds: float, rounds: tuple[int, int]
-) -> dict[str, list[Sample]]:
-    """Time every provider once per round; each round begins with another one."""
-    names = list(steps)
-    samples: dict[str, list[Sample]] = {name: [] for name in names}
+    providers: dict[str, Provider], case: Case, device: Device, seconds: float, rounds: tuple[int, int]
+) -> tuple[dict[str, list[Sample]], dict[str, str]]:
+    """Time every provider once per round, in ever another order: nobody always follows the same one.
+
+    Also returns who failed, and why; they have no samples.
+    """
+    order, generator = list(providers), random.Random(0)
+    steps = {name: list(provider.steps.values()) for name, provider in providers.items()}
+    samples: dict[str, list[Sample]] = {name: [] for name in order}
+    failed: dict[str, str] = {}
     count = i = 0
     while i < WARMUP + count:
-        taken, start = {}, time.perf_counter()
-        for name in names[i % len(names) :] + names[: i % len(names)] if names else ():
-            if case.cold:
-                device.flush()
-            taken[name] = device.time(steps[name], case.calls)
+        taken: dict[str, Sample] = {}
+        start = time.perf_counter()
+        generator.shuffle(order)
+        for name in order:
+            try:
+                providers[name].before()
+                if case.cold:
+                    device.flush()
+                taken[name] = device.time(steps[name], case.calls)
+            except Exception as reason:  # noqa: PERF203
+                failed[name] = message(reason)
+        order = [name for name in order if name not in failed]
         i += 1
         if i == WARMUP:
             count = max(rounds[0], min(rounds[1], int(seconds / (time.perf_counter() - start))))
         elif i > WARMUP:
-            for name in names:
+            average_common(taken, case.common)
+            for name in order:
                 samples[name].append(taken[name])
-    return samples
+    return {name: samples[name] for name in order}, failed
+
+
+def average_common(taken: dict[str, Sample], common: int) -> None:
+    """Give all providers of a round the same times, the means, for the steps that are the same."""
+    for step in range(common):
+        mean = statistics.fmean(times[step] for times, _ in taken.values())
+        for times, _ in taken.values():
+            times[step] = mean
 
 
 def statistics_of(samples: list[Sample], labels: list[str], moved: int | None) -> dict[str, Any]:
@@ -177,3 +232,19 @@ def summarise(values: list[float]) -> dict[str, float]:
         return dict.fromkeys(("median", "p20", "p80"), values[0])
     fifths = statistics.quantiles(values, n=5, method="inclusive")
     return {"median": statistics.median(values), "p20": fifths[0], "p80": fifths[3]}
+
+
+def relative(theirs: list[float], ours: list[float]) -> dict[str, float]:
+    """Times over those of the same rounds: their median, and the interval that holds it with 95% confidence.
+
+    By order statistics: whether a value lies below the true median is a coin's toss. Of fewer than six values, all
+    there is to say is the smallest and the largest.
+    """
+    ratios = sorted(a / b for a, b in zip(theirs, ours, strict=True))
+    count, outside = len(ratios), 0.0
+    for below in range(count):
+        outside += 2 * math.comb(count, below) / 2**count
+        if outside > 0.05:
+            break
+    ends = max(0, below - 1), count - max(1, below)
+    return {"median": statistics.median(ratios), "low": ratios[ends[0]], "high": ratios[ends[1]]}

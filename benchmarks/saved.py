@@ -1,6 +1,6 @@
 """How saved results are read: nothing here needs what made them."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 OURS, AGAIN = "trainops", "trainops again"
 
@@ -19,24 +19,48 @@ def opponents(case: Case) -> dict[str, float]:
     return {name: seconds for name, seconds in medians(case).items() if name not in (OURS, AGAIN)}
 
 
-def ratio(case: Case) -> float | None:
+class Interval(NamedTuple):
+    """A median of ratios taken within rounds, and where it lies with 95% confidence."""
+
+    median: float
+    low: float
+    high: float
+
+
+def relative(case: Case) -> dict[str, Interval]:
+    """The time of every opponent over that of trainops."""
+    found = case.get("providers", {})
+    return {name: Interval(**found[name]["relative"]) for name in opponents(case) if "relative" in found[name]}
+
+
+def fastest(case: Case) -> str | None:
+    """The opponent to be measured against."""
+    others = relative(case)
+    return min(others, key=others.__getitem__) if others else None
+
+
+def ratio(case: Case) -> Interval | None:
     """The time of the fastest opponent over that of trainops."""
-    times, others = medians(case), opponents(case)
-    return min(others.values()) / times[OURS] if others and OURS in times else None
+    name = fastest(case)
+    return relative(case)[name] if name else None
 
 
-def noise(case: Case) -> float | None:
-    """By how much trainops differs from itself."""
-    times = medians(case)
-    return times[AGAIN] / times[OURS] - 1 if AGAIN in times and OURS in times else None
+def verdict(case: Case) -> str:
+    """Whether trainops is ahead of its fastest opponent, behind it, or neither with any confidence."""
+    found = ratio(case)
+    return "" if found is None else "ahead" if found.low > 1 else "behind" if found.high < 1 else "level"
 
 
-def share(case: Case) -> float | None:
+def noise(case: Case) -> Interval | None:
+    """The time of trainops over its own."""
+    found = case.get("providers", {}).get(AGAIN, {})
+    return Interval(**found["relative"]) if "relative" in found else None
+
+
+def share(case: Case) -> Interval | None:
     """The bandwidth of trainops over that of the operation that shows it."""
-    ours = case.get("providers", {}).get(OURS, {})
-    if "bytes_per_second" not in ours or "limit" not in case:
-        return None
-    return ours["bytes_per_second"] / case["limit"]["bytes_per_second"]
+    found = case.get("limit", {})
+    return Interval(**found["share"]) if "share" in found else None
 
 
 def caption(results: dict[str, Any]) -> str:
