@@ -84,7 +84,7 @@ class AddBench:
         self.residual, self.branch, self.grad = made
         self.scale = torch.rand(shape[-1], generator=generator).to(options.device, dtype) if layer_scale else None
         self.inputs = [x.requires_grad_() for x in (self.residual, self.branch, self.scale) if x is not None]
-        self.params, self.dtype, self.compiles = self.inputs, dtype, options.compiles
+        self.params, self.device, self.dtype, self.compiles = self.inputs, options.device, dtype, options.compiles
         self.timm, self.drop_path = timm_drop_path()
 
     def admit(self, name: str) -> tuple[Provider, float]:

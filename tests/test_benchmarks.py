@@ -269,6 +269,12 @@ def test_verified_providers_share_tensors():
         assert [x.data_ptr() for x in tensors] == [x.data_ptr() for x in again[kind]]
 
 
+def test_compiled_providers_agree_with_float64():
+    options = Options(compiles=True)
+    assert bench_ema.EmaWork(SMALL, options, torch.float32).admit("torch compiled")[1] <= 0.5
+    assert bench_drop_path.AddBench((16, 3, 5), False, torch.float32, options).admit("timm, compiled")[1] <= 1.0
+
+
 def test_what_is_not_compiled_is_found(monkeypatch):
     monkeypatch.setattr(work, "counters", {"stats": {"unique_graphs": 0}, "graph_break": {"a reason": 1}})
     with pytest.raises(RuntimeError, match=r"nothing was compiled.*a reason"):
