@@ -269,6 +269,7 @@ def test_verified_providers_share_tensors():
         assert [x.data_ptr() for x in tensors] == [x.data_ptr() for x in again[kind]]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler itself
 def test_compiled_providers_agree_with_float64():
     options = Options(compiles=True)
     assert bench_ema.EmaWork(SMALL, options, torch.float32).admit("torch compiled")[1] <= 0.5
