@@ -52,7 +52,7 @@ Raw = argparse.RawDescriptionHelpFormatter
 def main(arguments: list[str]) -> int:
     """What the command line says."""
     args = parse(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 170, highlight=False)
     if args.command == "run":
         from .run import run  # saved results are read without PyTorch
 

@@ -57,7 +57,7 @@ class AdamWork(Work):
 
 def cases(options: Options) -> Iterator[Case]:
     """Models, in both dtypes."""
-    yield from model_cases("adamw", AdamWork, ELEMENTS, 12, options)
+    yield from model_cases("adamw", AdamWork, ELEMENTS, 18, options)
 
 
 @pytest.mark.usefixtures("measured")

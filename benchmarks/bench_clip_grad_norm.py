@@ -21,19 +21,18 @@ ELEMENTS = 3
 
 
 class ClipWork(Work):
-    """Before each call, gradients of twice the limit: those that were clipped already are left alone."""
+    """Before each call, gradients of more than the limit: those that were clipped already are left alone."""
 
     def __init__(self, shapes: Shapes, options: Options, dtype: torch.dtype) -> None:
         super().__init__(shapes, options, dtype)
-        self.prepare()
-        self.max_norm = float(clip_coefficient(self.grads())[0]) / 2
+        self.set_max_norm()
 
     def prepare(self, step: int = 0) -> None:
         """The first step's gradients, each time."""
         self.set_grads(self.tiles[0])
 
     def truth(self) -> dict[str, Expected]:
-        """The norm, and the gradients clipped to half of it."""
+        """The norm, and the clipped gradients."""
         self.prepare()
         norm, coefficient = clip_coefficient(self.grads(), self.max_norm)
         grads = self.tiles[0].double()

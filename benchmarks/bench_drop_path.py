@@ -18,7 +18,7 @@ from .__main__ import main
 from .peers import timm_module
 from .runner import Case, NotHere, Options, Provider
 from .saved import OURS
-from .work import check_compiled, compilable
+from .work import compilable, compiled_note
 
 DROP_PROB, RATES = 0.1, (0.1, 0.2, 0.4)
 SHAPES = {"ViT-B's": (64, 197, 768), "small": (64, 9, 64)}
@@ -98,12 +98,9 @@ class AddBench:
 
         torch.manual_seed(0)
         step()
-        check_compiled(name)
-        own_masks = name not in (self.timm, OURS)
-        mask = self.found_mask(out[0].detach()) if own_masks else self.drawn_mask()
-        return Provider({"forward and backward": step}, before=Seeds()), error(
-            [x.detach() for x in out], self.truth(mask)
-        )
+        mask = self.drawn_mask() if name in (self.timm, OURS) else self.found_mask(out[0].detach())
+        found = error([x.detach() for x in out], self.truth(mask))
+        return Provider({"forward and backward": step}, before=Seeds(), note=compiled_note(name)), found
 
     def add(self) -> Tensor:
         """With timm's function, as its models have it."""
@@ -150,8 +147,6 @@ class BlockBench:
 
     def admit(self, name: str) -> tuple[Provider, float]:
         """The sum, and the gradients of the input and of all weights."""
-        if name == OURS and not hasattr(trainops, "stochastic_depth"):
-            raise NotHere("this trainops has no stochastic_depth")
         forward = self.ours if name == OURS else self.add
         inputs = [self.x, *self.branch.parameters()]
         out: list[Tensor] = []

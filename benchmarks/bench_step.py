@@ -12,6 +12,7 @@ import trainops
 
 from .__main__ import main
 from .bench_ema import lerp_foreach, lerp_loop
+from .models import Shapes
 from .peers import ADAMW, SETTINGS, Optimizer, compiled_adamw, on, peer, torch_adamw
 from .runner import Case, NotHere, Options, Provider, Step
 from .saved import OURS
@@ -20,7 +21,6 @@ from .work import (
     DECAY,
     EPS,
     LR,
-    MAX_NORM,
     STEPS,
     WEIGHT_DECAY,
     Expected,
@@ -57,7 +57,7 @@ def composed(make: Callable[[Work], Optimizer], loop: bool = False) -> Callable[
         optimizer, averages = make(work), [p.detach().clone() for p in work.params]
 
         def step() -> None:
-            torch.nn.utils.clip_grad_norm_(work.params, MAX_NORM, foreach=not loop)
+            torch.nn.utils.clip_grad_norm_(work.params, work.max_norm, foreach=not loop)
             optimizer.step()
             lerp(averages, work.params)
 
@@ -73,7 +73,7 @@ def grad_scaled(work: Work) -> Provider:
 
     def step() -> None:
         norm = torch.nn.utils.get_total_norm(work.grads(), foreach=True)
-        optimizer.grad_scale = ((norm + 1e-6) / MAX_NORM).clamp(min=1.0).float()
+        optimizer.grad_scale = ((norm + 1e-6) / work.max_norm).clamp(min=1.0).float()
         optimizer.step()
         lerp_foreach(averages, work.params)
 
@@ -81,7 +81,7 @@ def grad_scaled(work: Work) -> Provider:
 
 
 def compiled(work: Work) -> Provider:
-    """The multi-tensor composition, compiled as one."""
+    """The multi-tensor composition in one function, which the compiler takes apart at the optimizer's step."""
     compile_ = compilable(work)
     composition = composed(compiled_adamw)(work)
     return Provider({"step": compile_(composition.steps["step"])}, composition.results, composition.owned)
@@ -113,7 +113,7 @@ def apex_swa(work: Work) -> Provider:
 
     def step() -> None:
         norm = torch.nn.utils.get_total_norm(work.grads(), foreach=True)
-        optimizer.step(grad_clip_scale=(MAX_NORM / (norm + 1e-6)).clamp(max=1.0))
+        optimizer.step(grad_clip_scale=(work.max_norm / (norm + 1e-6)).clamp(max=1.0))
 
     return Provider({"step": step}, lambda: {"params": work.params, "averages": averages})
 
@@ -121,12 +121,16 @@ def apex_swa(work: Work) -> Provider:
 def ours(work: Work) -> Provider:
     """All in one call. The negative `update_after_step` leaves out the copy with which an EMA begins."""
     ema = trainops.EMA(work.model, DECAY, update_after_step=-2)
-    optimizer = trainops.AdamW(work.params, **SETTINGS, max_grad_norm=MAX_NORM, ema=ema)
+    optimizer = trainops.AdamW(work.params, **SETTINGS, max_grad_norm=work.max_norm, ema=ema)
     return provider(work, optimizer, list(ema.module.parameters()), optimizer.step)
 
 
 class StepWork(Work):
     """New gradients before each step."""
+
+    def __init__(self, shapes: Shapes, options: Options, dtype: torch.dtype) -> None:
+        super().__init__(shapes, options, dtype)
+        self.set_max_norm()
 
     makers: ClassVar = {
         **{name: composed(make, loop=name == "torch loop") for name, make in ADAMW.items()},
@@ -143,7 +147,7 @@ class StepWork(Work):
         average, moments = param.clone(), Moments(torch.zeros_like(param), torch.zeros_like(param))
         for step in range(STEPS):
             self.prepare(step)
-            coefficient = clip_coefficient(self.grads())[1]
+            coefficient = clip_coefficient(self.grads(), self.max_norm)[1]
             adamw_truth(param, coefficient * self.tiles[step].double(), moments, step + 1)
             average.lerp_(param, 1 - DECAY)
         return {"params": expect(param, start), "averages": expect(average, start)}
@@ -151,9 +155,9 @@ class StepWork(Work):
 
 def cases(options: Options) -> Iterator[Case]:
     """Models in both dtypes, and lists of tensors to sweep over."""
-    yield from model_cases("step", StepWork, ELEMENTS, 16, options)
+    yield from model_cases("step", StepWork, ELEMENTS, 22, options)
     if options.models is None and (options.dtypes is None or "float32" in options.dtypes):
-        yield from sweep_cases("step", StepWork, ELEMENTS, 16, options)
+        yield from sweep_cases("step", StepWork, ELEMENTS, 22, options)
 
 
 @pytest.mark.usefixtures("measured")

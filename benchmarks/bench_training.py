@@ -19,14 +19,16 @@ import trainops
 
 from .__main__ import main
 from .bench_ema import lerp_foreach
-from .peers import SETTINGS
 from .runner import Case, Options, Provider, Step
 from .saved import OURS
-from .work import DECAY, MAX_NORM
+from .work import DECAY
 
 # The error of all movement of parameters and of averages, as a share of it. Not element by element: Adam's first
 # steps are as long for gradients that rounding errors have the wrong sign of.
 STEPS, TOLERANCE = 3, 0.03
+
+SETTINGS = {"lr": 1e-3, "weight_decay": 0.05}
+MAX_NORM = 1.0
 
 
 class Net(NamedTuple):
@@ -40,7 +42,7 @@ class Net(NamedTuple):
 
 
 NETS = {
-    "cpu": {"ViT-Ti": Net(192, 12, 197, (2, 16)), "GPT": Net(512, 6, 128, (1, 8), 16384)},
+    "cpu": {"ViT-Ti": Net(192, 12, 197, (2, 8)), "GPT": Net(512, 6, 128, (1, 4), 16384)},
     "cuda": {"ViT-B": Net(768, 12, 197, (8, 128)), "GPT-2": Net(768, 12, 512, (2, 16), 50257)},
 }
 

@@ -9,7 +9,7 @@ from .saved import OURS, caption, ratio
 
 Key = tuple[str, str, str]
 
-CONDITIONS = ("device", "threads", "torch", "backend", "quick", "huge pages", "THP_MEM_ALLOC_ENABLE")
+CONDITIONS = ("device", "threads", "instructions", "torch", "cuda", "backend", "peers", "quick", "huge pages")
 
 
 def by_key(results: dict[str, Any]) -> dict[Key, dict[str, Any]]:

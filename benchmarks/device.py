@@ -9,6 +9,7 @@ from collections.abc import Callable
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -21,16 +22,25 @@ Step = Callable[[], object]
 LIMIT_NUMEL = 2**26  # elements of the tensors that show the bandwidth: far more than any cache holds
 PROFILED_TENSORS = 512  # with more, the profiler takes longer than everything else
 
-os.environ.setdefault("TEARDOWN_CUPTI", "1")  # else the profiler slows down every launch after it
+
+class Sample(NamedTuple):
+    """Seconds that the steps took, and the host to issue them where that is not the same.
+
+    ``held_up``: the device was ready before the host was, so that its times are the host's in part.
+    """
+
+    times: list[float]
+    host: float | None = None
+    held_up: bool = False
 
 
-# How the profiler calls what puts work on a device. The clock that a GPU sleeps by is about as fast as this.
+# How the profiler calls what puts work on a device.
 LAUNCHES = tuple(
     f"cu{api}{call}"
     for api in ("", "da")
     for call in ("LaunchKernel", "LaunchCooperativeKernel", "GraphLaunch", "Memset", "Memcpy")
 )
-SLEEP_HERTZ = 2e9
+SLEEP_HERTZ = 2e9  # about the rate of the clock by which a GPU sleeps
 
 
 class Cpu:
@@ -50,15 +60,15 @@ class Cpu:
         """Fill the cache with something else, by reading: lines that were written would have to be written back."""
         self._other.sum()
 
-    def time(self, steps: list[Step], calls: int) -> tuple[list[float], float | None]:
-        """Seconds per call of each step, one after the other; and the host's, where they are not the same."""
+    def time(self, steps: list[Step], calls: int, host: float) -> Sample:
+        """Seconds per call of each step, one after the other."""
         seconds = []
         for step in steps:
             start = time.perf_counter()
             for _ in range(calls):
                 step()
             seconds.append((time.perf_counter() - start) / calls)
-        return seconds, None
+        return Sample(seconds)
 
     def free_bytes(self) -> int:
         """Memory that can be had; without Linux to ask, as much as anybody wants."""
@@ -69,7 +79,9 @@ class Cpu:
         with contextlib.suppress(OSError, ValueError):  # the limit of a container may read "max"
             group = Path("/sys/fs/cgroup")
             limit = int((group / "memory.max").read_text())
-            found.append(limit - int((group / "memory.current").read_text()))
+            statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            used = int((group / "memory.current").read_text()) - int(statistics.get("inactive_file", 0))
+            found.append(limit - used)
         return min(found)
 
     def extra_bytes(self, step: Step, tensors: int) -> int | None:
@@ -87,7 +99,7 @@ class Cpu:
             most = max(most, held)
         return most
 
-    def launches(self, step: Step) -> int | None:
+    def launches(self, step: Step, tensors: int) -> int | None:
         """There are none to count."""
         return None
 
@@ -101,7 +113,6 @@ class Cuda:
     def __init__(self) -> None:
         size = getattr(torch.cuda.get_device_properties(), "L2_cache_size", 0)
         self._other = torch.zeros(max(2 * size, 2**28) // 4, device="cuda")
-        self._host: dict[int, float] = {}  # seconds that the steps took the host when they were called last
 
     def limit_step(self, a: torch.Tensor, b: torch.Tensor) -> Step:
         """What a GPU's memory does best."""
@@ -111,24 +122,25 @@ class Cuda:
         """Fill the L2 cache with something else, by reading, as on the CPU."""
         self._other.sum()
 
-    def time(self, steps: list[Step], calls: int) -> tuple[list[float], float | None]:
+    def time(self, steps: list[Step], calls: int, host: float) -> Sample:
         """Seconds per call of each step between events, and the host's for all of them.
 
-        The device is kept waiting until the host should have issued everything, as behind a long backward pass: what
-        is measured is its own time. Where a step waits for the device, that is in the figure, too.
+        The device sleeps until the host, which takes ``host`` seconds, should have issued everything, as it would be
+        busy with a long backward pass: what is measured is its own time. That fails where a step waits for the device
+        or launches more than its queue holds.
         """
-        torch.cuda._sleep(int(SLEEP_HERTZ * min(1.0, 1.5 * self._host.get(id(steps), 0.0))))
         events = [torch.cuda.Event(enable_timing=True) for _ in range(len(steps) + 1)]
+        torch.cuda.synchronize()  # what came before takes no place in the queue
+        torch.cuda._sleep(int(SLEEP_HERTZ * min(1.0, 1.5 * host)))
         start = time.perf_counter()
         events[0].record()
         for step, event in zip(steps, events[1:], strict=True):
             for _ in range(calls):
                 step()
             event.record()
-        host = time.perf_counter() - start
+        taken, held_up = time.perf_counter() - start, events[0].query()
         torch.cuda.synchronize()
-        self._host[id(steps)] = host
-        return [a.elapsed_time(b) / 1e3 / calls for a, b in pairwise(events)], host / calls
+        return Sample([a.elapsed_time(b) / 1e3 / calls for a, b in pairwise(events)], taken / calls, held_up)
 
     def free_bytes(self) -> int:
         """Memory that can be had, that of PyTorch's own pool included."""
@@ -144,14 +156,15 @@ class Cuda:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
-    def launches(self, step: Step) -> int | None:
+    def launches(self, step: Step, tensors: int) -> int | None:
         """Kernels, fills and copies that a step launches, by whichever interface; a replayed graph counts as one."""
-        if torch.version.hip is not None:
+        if torch.version.hip is not None or tensors > PROFILED_TENSORS:
             return None
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiler:
             step()
             torch.cuda.synchronize()
-        return sum(e.count for e in profiler.key_averages() if e.key.startswith(LAUNCHES))
+        count = sum(e.count for e in profiler.key_averages() if e.key.startswith(LAUNCHES))
+        return count or None  # where nobody may look
 
 
 Device = Cpu | Cuda
@@ -163,9 +176,14 @@ def open_device(name: str) -> Device:
 
 
 def last_level_cache() -> int:
-    """Bytes of the largest cache; 64 MiB where nobody says."""
-    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    return max((1024 * int(size.removesuffix("K")) for size in sizes if size.endswith("K")), default=2**26)
+    """Bytes of the largest caches, all of them together; 64 MiB where nobody says."""
+    caches: dict[tuple[str, str], int] = {}
+    for path in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index*"):
+        with contextlib.suppress(OSError, ValueError):
+            level, shared, size = ((path / name).read_text().strip() for name in ("level", "shared_cpu_list", "size"))
+            caches[level, shared] = 1024 * int(size.removesuffix("K"))
+    last = max((level for level, _ in caches), default="")
+    return sum(size for (level, _), size in caches.items() if level == last) or 2**26
 
 
 PEERS = ("timm", "torch-optimi", "deepspeed", "bitsandbytes", "apex")

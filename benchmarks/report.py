@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import plots
 from .saved import OURS, Interval, caption, fastest, medians, noise, ratio, share, verdict
 
 TITLES = {
@@ -21,17 +20,27 @@ TITLES = {
     "training": "Training: forward, backward and the tail",
 }
 
+PICTURES_OF = {"step": ("speedup.png", "bandwidth.png", "scaling.png"), "training": ("training.png",)}
+
 METHOD = (
-    "Every provider was compared with float64 before it was timed. Times are medians of interleaved rounds, with the "
-    "caches full of something else before each call (but for DropPath and training). `x` is the time of the fastest "
-    "opponent over that of trainops in the same round, the median of all rounds: above 1, trainops is ahead. Between "
-    "the two numbers after it that median lies with 95% confidence; where they enclose 1, neither is ahead. A/A is "
-    "the same for trainops and trainops again, which is noise. Bandwidth counts the bytes that the best possible "
-    "implementation moves, whatever a provider moves; the last column is trainops' share of the bandwidth of {limit} "
-    "in the same rounds. Extra memory is the most of PyTorch's memory that a call holds beyond what was there before "
-    "it. On the CPU, all of PyTorch's memory is in huge pages where the system gives them. In a training step, "
-    "forward and backward are the same work for all, and count with their mean over the providers of a round."
+    "Every provider was compared with float64 before it was timed. Times are medians of interleaved rounds, with "
+    "the caches full of something else before each call (but for DropPath and training). `x` is the time of the "
+    "fastest opponent over that of trainops in the same round, the median of all rounds: above 1, trainops is "
+    "ahead. Between the two numbers after it that median lies with 95% confidence; where they enclose 1, neither "
+    "is ahead. (Which opponent is the fastest comes from the same rounds, which favours it a little.) A/A is the "
+    "same for trainops and trainops again, which is noise. Bandwidth counts the bytes that the best possible "
+    "implementation moves, whatever a provider moves. Extra memory is the most of PyTorch's memory that a call "
+    "holds beyond what was there before it. In a training step, forward and backward are the same work for all, "
+    "and count with their mean over the providers of a round, in A/A, too."
 )
+METHOD_LIMIT = " The last column is trainops' share of the bandwidth of `{limit}` in the same rounds."
+METHOD_OF = {
+    "cpu": " All of PyTorch's memory is in huge pages where the system gives them.",
+    "cuda": (
+        " The device waits until the host has issued a step, so times are its own; the host's are beside them. Where "
+        "it could not wait so long, times are marked with the share of such rounds."
+    ),
+}
 
 # What some do besides or instead, as far as it is allowed for.
 NOTES = {
@@ -42,7 +51,7 @@ NOTES = {
     "Apex FusedAdamSWA": "writes a copy of the parameters to compute with",
 }
 
-WIDTHS = (14, 38, 9, 11, 26, 11, 6, 12, 12, 10)
+WIDTHS = (14, 37, 9, 11, 31, 11, 6, 12, 12, 9)
 HEADER = ("op", "work", "dtype", "trainops", "fastest opponent", "its time", "x", "95%", "A/A", "of limit")
 LEFT = (0, 1, 2, 4)
 COLOURS = {"ahead": "green", "behind": "yellow"}
@@ -154,12 +163,13 @@ def summary(results: dict[str, Any]) -> Table:
 
 def markdown(results: dict[str, Any], pictures: dict[str, str]) -> str:
     """The report: a table for each op, the pictures, every provider in detail, and who was not timed."""
-    limits = sorted({case["limit"]["name"] for case in results["cases"] if "limit" in case})
-    text = ["# Benchmarks", "", caption(results) + ".", "", METHOD.format(limit=f"`{'`, `'.join(limits)}`"), ""]
+    limits = {case["limit"]["name"] for case in results["cases"] if "limit" in case}
+    method = METHOD + "".join(METHOD_LIMIT.format(limit=limit) for limit in limits)
+    text = ["# Benchmarks", "", caption(results) + ".", "", method + METHOD_OF[results["environment"]["type"]], ""]
     for op in dict.fromkeys(case["op"] for case in results["cases"]):
         cases = [case for case in results["cases"] if case["op"] == op]
         text += [f"## {TITLES.get(op, op)}", ""]
-        text += [f"![{alt}]({name})\n" for name, alt in pictures.items() if name in plots.OF_OP.get(op, ())]
+        text += [f"![{alt}]({name})\n" for name, alt in pictures.items() if name in PICTURES_OF.get(op, ())]
         text += markdown_table(HEADER[1:], [row(case)[1:] for case in cases if "skipped" not in case])
         text += [
             f"- {case['name']}, {case['dtype']}: skipped, {case['skipped']}" for case in cases if "skipped" in case
@@ -196,12 +206,12 @@ DETAILS = (
     "extra memory",
     "launches",
     "host",
+    "note",
 )
 
 
 def detail(case: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     """A line for each provider that was timed."""
-    times = medians(case)
     for name, found in case.get("providers", {}).items():
         if found["status"] != "ok":
             continue
@@ -210,14 +220,20 @@ def detail(case: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             case["name"],
             case["dtype"],
             name,
-            milliseconds(seconds["median"]),
+            milliseconds(seconds["median"]) + held_up(found),
             f"{1e3 * seconds['p20']:.3f} to {1e3 * seconds['p80']:.3f}",
-            f"{seconds['median'] / times[OURS]:.2f}" if OURS in times else "-",
+            "1.00" if name == OURS else f"{found['relative']['median']:.2f}" if "relative" in found else "-",
             f"{found['bytes_per_second'] / 1e9:.1f}" if "bytes_per_second" in found else "",
             f"{found['extra_bytes'] / 1e6:.1f} MB" if found["extra_bytes"] is not None else "",
             str(found["launches"]) if found["launches"] is not None else "",
             milliseconds(host["median"]) if host else "",
+            found.get("note", ""),
         )
+
+
+def held_up(found: dict[str, Any]) -> str:
+    """A mark on times that are the host's in part."""
+    return f" ({100 * found['held_up'] / found['rounds']:.0f}% held up)" if "held_up" in found else ""
 
 
 def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
@@ -229,6 +245,8 @@ def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list
 
 def save(results: dict[str, Any], output: Path, console: Console) -> None:
     """Write the report and its pictures."""
+    from . import plots  # which takes a while to import
+
     output.mkdir(parents=True, exist_ok=True)
     pictures = plots.save(results, output)
     (output / "report.md").write_text(markdown(results, pictures))

@@ -16,10 +16,10 @@ from trainops.backends import check
 from . import report
 from .device import environment, open_device
 from .runner import Case, Options, measure
-from .saved import OURS
+from .saved import AGAIN, OURS
 
 # Seconds of timing for each case, and the least and most rounds.
-FULL, QUICK = (2.0, (15, 101)), (0.4, (3, 15))
+FULL, QUICK = (2.0, (15, 101)), (0.4, (6, 15))
 
 
 def all_cases(ops: list[str], options: Options) -> Iterator[Case]:
@@ -58,6 +58,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
             console.print(report.progress_line(result))
             (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
             progress.advance(task)
+            torch.compiler.reset()  # what is compiled keeps its tensors
     report.save(results, args.output, console)
-    statuses = [case["providers"][OURS] for case in results["cases"] if "providers" in case]
-    return int(any(status["status"] in ("wrong", "failed") for status in statuses))
+    cases_of_ours = [
+        case["providers"].get(name, {}) for case in results["cases"] for name in (OURS, AGAIN) if "providers" in case
+    ]
+    return int(any(found.get("status") in ("wrong", "failed") for found in cases_of_ours))

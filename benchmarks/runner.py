@@ -7,9 +7,11 @@ so that what slows the machine down for a while slows them all. trainops takes p
 two is the noise. So does the operation that shows the bandwidth of the memory.
 """
 
+import contextlib
 import gc
 import math
 import random
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -18,11 +20,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from .device import LIMIT_NUMEL, Device, Step
+from .device import LIMIT_NUMEL, Device, Sample, Step
 from .saved import AGAIN, OURS
 
 WARMUP = 2
-LARGE = 2**31  # bytes: what is left of a provider is freed at once, which takes a third of a second
+LARGE = 2**31  # bytes of memory that a case needs for garbage to be collected after each provider
 
 
 class NotHere(Exception):  # noqa: N818 (nothing is wrong where it is raised)
@@ -56,6 +58,7 @@ class Provider:
     results: Callable[[], dict[str, Any]] = dict
     owned: Callable[[], dict[str, list[torch.Tensor]]] = dict
     before: Step = nothing
+    note: str = ""  # for the report
 
     def step(self) -> None:
         """All of it, once."""
@@ -98,10 +101,13 @@ def measure(case: Case, device: Device, seconds: float, rounds: tuple[int, int])
     """Verify and time a case, in about so many ``seconds`` of timing and at least and at most so many ``rounds``."""
     gc.collect()
     result = case.describe()
-    if (free := device.free_bytes()) < case.need:
-        return result | {"skipped": f"needs {case.need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"}
+    limit_numel = min(LIMIT_NUMEL, -(-(case.bytes or 0) // device.limit_bytes))
+    need = case.need + 8 * limit_numel
+    if (free := device.free_bytes()) < need:
+        return result | {"skipped": f"needs {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"}
     try:
         bench = case.open()
+        limit = device.limit_step(*(torch.ones(limit_numel, device=device.type) for _ in "ab"))
     except Exception as reason:
         return result | {"skipped": message(reason)}
     result["providers"] = found = {}
@@ -112,32 +118,33 @@ def measure(case: Case, device: Device, seconds: float, rounds: tuple[int, int])
             gc.collect()  # optimizers are full of cycles
     if OURS in admitted:
         found[AGAIN] = admit(bench, OURS, admitted, AGAIN)
-    timed = dict(admitted)
-    moved = 0
-    if case.bytes is not None:
-        numel = min(LIMIT_NUMEL, -(-case.bytes // device.limit_bytes))
-        moved = numel * device.limit_bytes
-        a, b = (torch.ones(numel, device=device.type) for _ in "ab")
-        timed[device.limit] = Provider({"limit": device.limit_step(a, b)})
+    timed = admitted if case.bytes is None else admitted | {device.limit: Provider({"limit": limit})}
     gc.disable()
     try:
         samples, failed = interleave(timed, case, device, seconds, rounds)
     finally:
         gc.enable()
-    found |= {name: {"status": "failed", "reason": reason} for name, reason in failed.items()}
-    totals = {name: [sum(times) for times, _ in taken] for name, taken in samples.items()}
+    totals = {name: [sum(sample.times) for sample in taken] for name, taken in samples.items()}
     if samples.pop(device.limit, None):
+        moved = limit_numel * device.limit_bytes
         result["limit"] = limit_of(device.limit, totals.pop(device.limit), moved, totals.get(OURS), case.bytes or 0)
     for name, taken in samples.items():
-        provider = admitted[name]
-        found[name] |= statistics_of(taken, list(provider.steps), case.bytes)
+        found[name] |= statistics_of(taken, list(admitted[name].steps), case.bytes)
         if OURS in totals and name != OURS:
             found[name]["relative"] = relative(totals[name], totals[OURS])
-        provider.before()
-        found[name]["extra_bytes"] = device.extra_bytes(provider.step, case.tensors)
-        provider.before()
-        found[name]["launches"] = device.launches(provider.step)
-    return result
+        found[name] |= count(admitted[name], device, case.tensors)
+    return result | {"providers": found | failed}
+
+
+def count(provider: Provider, device: Device, tensors: int) -> dict[str, int | None]:
+    """Of a step: the memory that it takes besides, and its launches. None where they cannot be told."""
+    counted: dict[str, int | None] = {}
+    for name, of in (("extra_bytes", device.extra_bytes), ("launches", device.launches)):
+        counted[name] = None
+        with contextlib.suppress(Exception):
+            provider.before()
+            counted[name] = of(provider.step, tensors)
+    return counted
 
 
 def limit_of(name: str, times: list[float], moved: int, ours: list[float] | None, bytes_: int) -> dict[str, Any]:
@@ -151,26 +158,24 @@ def admit(bench: Bench, name: str, admitted: dict[str, Provider], alias: str | N
     try:
         provider, error = bench.admit(name)
     except NotHere as reason:
-        return {"status": "not here", "reason": str(reason)}
+        return {"status": "not here", "reason": message(reason)}
     except Exception as reason:
         return {"status": "failed", "reason": message(reason)}
     if not error <= 1.0:  # nor if it is NaN
         return {"status": "wrong", "reason": f"its error is {error:.2g} times what is allowed", "error": error}
     admitted[alias or name] = provider
-    return {"status": "ok", "error": error}
+    return {"status": "ok", "error": error} | ({"note": provider.note} if provider.note else {})
 
 
 def message(reason: Exception) -> str:
-    """An error in a line."""
-    return f"{type(reason).__name__}: {reason}".splitlines()[0]
-
-
-Sample = tuple[list[float], float | None]
+    """An error in a line, without the places of files on this machine."""
+    name = "" if isinstance(reason, NotHere) else f"{type(reason).__name__}: "
+    return re.sub(r"(?<![\w/:])/\S+/", ".../", f"{name}{reason}".splitlines()[0])
 
 
 def interleave(
     providers: dict[str, Provider], case: Case, device: Device, seconds: float, rounds: tuple[int, int]
-) -> tuple[dict[str, list[Sample]], dict[str, str]]:
+) -> tuple[dict[str, list[Sample]], dict[str, dict[str, str]]]:
     """Time every provider once per round, in ever another order: nobody always follows the same one.
 
     Also returns who failed, and why; they have no samples.
@@ -178,9 +183,10 @@ def interleave(
     order, generator = list(providers), random.Random(0)
     steps = {name: list(provider.steps.values()) for name, provider in providers.items()}
     samples: dict[str, list[Sample]] = {name: [] for name in order}
-    failed: dict[str, str] = {}
+    hosts: dict[str, float] = {}
+    failed: dict[str, dict[str, str]] = {}
     count = i = 0
-    while i < WARMUP + count:
+    while order and i < WARMUP + count:
         taken: dict[str, Sample] = {}
         start = time.perf_counter()
         generator.shuffle(order)
@@ -189,9 +195,12 @@ def interleave(
                 providers[name].before()
                 if case.cold:
                     device.flush()
-                taken[name] = device.time(steps[name], case.calls)
-            except Exception as reason:  # noqa: PERF203
-                failed[name] = message(reason)
+                taken[name] = device.time(steps[name], case.calls, hosts.get(name, 0.0))
+            except Exception as reason:
+                failed[name] = {"status": "failed", "reason": message(reason)}
+                continue
+            if (host := taken[name].host) is not None:
+                hosts[name] = min(host * case.calls, hosts.get(name, math.inf))
         order = [name for name in order if name not in failed]
         i += 1
         if i == WARMUP:
@@ -205,22 +214,24 @@ def interleave(
 
 def average_common(taken: dict[str, Sample], common: int) -> None:
     """Give all providers of a round the same times, the means, for the steps that are the same."""
-    for step in range(common):
-        mean = statistics.fmean(times[step] for times, _ in taken.values())
-        for times, _ in taken.values():
-            times[step] = mean
+    for step in range(common if taken else 0):
+        mean = statistics.fmean(sample.times[step] for sample in taken.values())
+        for sample in taken.values():
+            sample.times[step] = mean
 
 
 def statistics_of(samples: list[Sample], labels: list[str], moved: int | None) -> dict[str, Any]:
     """Of all samples of a provider: the time, that of its parts, the host's, and the bandwidth."""
-    seconds = summarise([sum(times) for times, _ in samples])
+    seconds = summarise([sum(sample.times) for sample in samples])
     result: dict[str, Any] = {"seconds": seconds, "rounds": len(samples)}
     if len(labels) > 1:
-        parts = zip(*(times for times, _ in samples), strict=True)
+        parts = zip(*(sample.times for sample in samples), strict=True)
         result["parts"] = {label: summarise(list(part)) for label, part in zip(labels, parts, strict=True)}
-    host = [host for _, host in samples if host is not None]
-    if host:
-        result["host_seconds"] = summarise(host)
+    hosts = [sample.host for sample in samples if sample.host is not None and not sample.held_up]
+    if hosts:
+        result["host_seconds"] = summarise(hosts)
+    if held_up := sum(sample.held_up for sample in samples):
+        result["held_up"] = held_up
     if moved is not None:
         result["bytes_per_second"] = moved / seconds["median"]
     return result

@@ -25,10 +25,11 @@ from benchmarks import (
 )
 from benchmarks.__main__ import parse
 from benchmarks.conftest import pytest_configure
-from benchmarks.device import Cpu
+from benchmarks.device import Cpu, Sample
 from benchmarks.models import MODELS, numel
-from benchmarks.runner import Case, NotHere, Options, Provider, average_common, measure, relative
-from benchmarks.saved import noise, ratio, share, verdict
+from benchmarks.runner import Case, NotHere, Options, Provider, measure, message, relative
+from benchmarks.saved import fastest, noise, ratio, share, verdict
+from benchmarks.saved import relative as relative_of
 
 COUNTS = {
     "1,000 small tensors": (1000, 544_000),
@@ -164,7 +165,9 @@ def test_report_and_compare_from_json_alone(results, tmp_path):
 
 def test_saved_reports_can_be_made_again(tmp_path):
     """Of what is in the repository."""
-    for path in (Path(report.__file__).parent / "results").rglob("results.json"):
+    paths = list((Path(report.__file__).parent / "results").rglob("results.json"))
+    assert paths
+    for path in paths:
         render(lambda console, path=path: report.save(report.load(path), tmp_path, console))
         assert (tmp_path / "report.md").read_text() == (path.parent / "report.md").read_text()
 
@@ -195,7 +198,7 @@ def test_providers_agree_with_float64(bench, dtype):
         assert made.admit(name)[1] <= 0.5, name  # so that larger models have room
 
 
-def step_of(clip=work.MAX_NORM, decay=work.DECAY, every=1, **settings):
+def step_of(clip=1.0, decay=work.DECAY, every=1, **settings):
     """A whole step of PyTorch's, with something wrong."""
 
     def make(made):
@@ -207,7 +210,7 @@ def step_of(clip=work.MAX_NORM, decay=work.DECAY, every=1, **settings):
             calls.append(None)
             if len(calls) % every:
                 return
-            torch.nn.utils.clip_grad_norm_(made.params, clip)
+            torch.nn.utils.clip_grad_norm_(made.params, clip * made.max_norm)
             optimizer.step()
             with torch.no_grad():
                 torch._foreach_lerp_(averages, made.params, 1 - decay)
@@ -219,6 +222,8 @@ def step_of(clip=work.MAX_NORM, decay=work.DECAY, every=1, **settings):
 
 WRONG = {
     "no clipping": step_of(clip=1e6),
+    "clipping to twice the norm": step_of(clip=2.0),
+    "clipping to half the norm": step_of(clip=0.5),
     "no average": step_of(decay=1.0),
     "another decay": step_of(decay=0.8),
     "every other step": step_of(every=2),
@@ -235,7 +240,34 @@ def test_wrong_steps_are_found(name, dtype):
 
     made = Wrong(SMALL, Options(), dtype)
     assert made.admit("right")[1] <= 0.5
-    assert made.admit(name)[1] > 1.5
+    assert made.admit(name)[1] > 1.2
+
+
+@DTYPES
+def test_wrong_averages_are_found(dtype):
+    class Wrong(bench_ema.EmaWork):
+        makers: ClassVar = {
+            "another decay": bench_ema.function(lambda averages, params: torch._foreach_lerp_(averages, params, 0.3)),
+            "nothing": bench_ema.function(lambda averages, params: None),
+        }
+
+    made = Wrong(SMALL, Options(), dtype)
+    for name in made.makers:
+        with torch.no_grad():
+            assert made.admit(name)[1] > 1.2
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "settings", [{"weight_decay": 0.0}, {"betas": (0.5, 0.999)}, {"lr": 0.02}, {"maximize": True}]
+)
+def test_wrong_optimizers_are_found(settings, dtype):
+    class Wrong(bench_adamw.AdamWork):
+        makers: ClassVar = {
+            "wrong": bench_adamw.stepping(lambda w: torch.optim.AdamW(w.params, **{**peers.SETTINGS, **settings}))
+        }
+
+    assert Wrong(SMALL, Options(), dtype).admit("wrong")[1] > 1.5
 
 
 @DTYPES
@@ -258,7 +290,7 @@ def test_every_timed_call_clips():
         before = [grad.clone() for grad in made.grads()]
         provider.step()
         for grad, old in zip(made.grads(), before, strict=True):
-            torch.testing.assert_close(grad, old / 2)
+            torch.testing.assert_close(grad, work.CLIPPED * old, rtol=0.01, atol=0)
 
 
 def test_verified_providers_share_tensors():
@@ -279,8 +311,10 @@ def test_compiled_providers_agree_with_float64():
 def test_what_is_not_compiled_is_found(monkeypatch):
     monkeypatch.setattr(work, "counters", {"stats": {"unique_graphs": 0}, "graph_break": {"a reason": 1}})
     with pytest.raises(RuntimeError, match=r"nothing was compiled.*a reason"):
-        work.check_compiled("torch compiled")
-    work.check_compiled("torch foreach")
+        work.compiled_note("torch compiled")
+    assert work.compiled_note("torch foreach") == ""
+    monkeypatch.setitem(work.counters["stats"], "unique_graphs", 2)
+    assert work.compiled_note("torch compiled") == "2 graphs, 1 break"
 
 
 @DTYPES
@@ -316,23 +350,104 @@ def test_training_agrees_with_float64(monkeypatch):
     assert bench.admit("trainops")[1] > 1.0
 
 
-def test_a_provider_that_fails_while_it_is_timed_is_left_out():
-    class Failing(Bench):
+class Script:
+    """A device on which every provider takes as long as it says, and which notes what is done in which order."""
+
+    type, limit, limit_bytes = "cpu", "the limit", 12
+
+    def __init__(self):
+        self.calls = []
+
+    def limit_step(self, a, b):
+        return lambda: 5e-6  # for the 1,200 bytes of the case
+
+    def free_bytes(self):
+        return 2**40
+
+    def flush(self):
+        self.calls.append("flush")
+
+    def time(self, steps, calls, host):
+        seconds = [step() for step in steps]
+        self.calls.append(seconds[0])
+        return Sample(seconds)
+
+    def extra_bytes(self, step, tensors):
+        return 0
+
+    def launches(self, step, tensors):
+        raise RuntimeError("nobody may look")
+
+
+class Scripted:
+    """Providers by the microseconds that they take."""
+
+    def __init__(self, device, common=None):
+        self.device, self.common = device, common
+
+    def admit(self, name):
+        seconds = {"trainops": 4e-6, "fast": 8e-6, "slow": 20e-6}[name]
+        steps = {"step": lambda: seconds}
+        if self.common:
+            steps = {"common": lambda: self.common[name], **steps}
+        return Provider(steps, before=lambda: self.device.calls.append("before")), 0.1
+
+
+def scripted_case(bench, **options):
+    return Case("step", "scripted", ["fast", "trainops", "slow"], lambda: bench, numel=100, tensors=1, **options)
+
+
+def test_method_and_orientation():
+    device = Script()
+    case = measure(scripted_case(Scripted(device), bytes=1200), device, 0.0, (6, 6))
+    assert {name: found.median for name, found in relative_of(case).items()} == pytest.approx({"fast": 2, "slow": 5})
+    assert (fastest(case), verdict(case)) == ("fast", "ahead")
+    found = ratio(case).median, noise(case).median, share(case).median
+    assert found == pytest.approx((2.0, 1.0, 1.25))
+    assert case["providers"]["trainops"]["launches"] is None
+    timed = [call for call in device.calls if isinstance(call, float)]
+    assert len(timed) == 5 * (2 + 6)  # three providers, one of them twice, and the limit
+    rounds = [tuple(timed[i : i + 5]) for i in range(0, len(timed), 5)]
+    assert len(set(rounds)) > 3  # of other orders
+    for i, call in enumerate(device.calls):
+        if isinstance(call, float):
+            assert device.calls[i - 1] == "flush"
+            assert call == 5e-6 or device.calls[i - 2] == "before"
+
+
+def test_work_in_common_has_the_same_times():
+    device = Script()
+    common = {"trainops": 1e-6, "fast": 3e-6, "slow": 4e-6}
+    case = measure(scripted_case(Scripted(device, common), common=1, cold=False), device, 0.0, (6, 6))
+    assert "flush" not in device.calls
+    parts = {name: found["parts"] for name, found in case["providers"].items()}
+    mean = (1 + 1 + 3 + 4) / 4 * 1e-6
+    assert all(part["common"]["median"] == pytest.approx(mean) for part in parts.values())
+    assert ratio(case).median == pytest.approx((mean + 8e-6) / (mean + 4e-6))
+
+
+def test_providers_that_fail_while_they_are_timed_are_left_out():
+    class Failing(Scripted):
+        failing = ("fast",)
+
         def admit(self, name):
             provider, error = super().admit(name)
-            if name == "right":
+            if name in self.failing:
                 provider.before = lambda: [][0]
             return provider, error
 
-    result = measure(small_case(Failing()), Cpu(), 0.01, (3, 5))
-    assert result["providers"]["right"] == {"status": "failed", "reason": "IndexError: list index out of range"}
-    assert result["providers"]["trainops"]["rounds"] >= 3
+    device = Script()
+    case = measure(scripted_case(Failing(device)), device, 0.0, (6, 6))
+    assert case["providers"]["fast"] == {"status": "failed", "reason": "IndexError: list index out of range"}
+    assert fastest(case) == "slow"
+    Failing.failing = ("fast", "slow", "trainops")
+    case = measure(scripted_case(Failing(device), common=1), device, 0.0, (6, 6))
+    assert {found["status"] for found in case["providers"].values()} == {"failed"}
 
 
-def test_common_work_has_common_times():
-    taken = {"a": ([1.0, 5.0], None), "b": ([3.0, 2.0], None)}
-    average_common(taken, 1)
-    assert taken == {"a": ([2.0, 5.0], None), "b": ([2.0, 2.0], None)}
+def test_reasons_name_no_places():
+    reason = message(OSError("no /home/me/lib/x.so, see https://pytorch.org/docs and a/b"))
+    assert reason == "OSError: no .../x.so, see https://pytorch.org/docs and a/b"
 
 
 def test_reasons_may_have_brackets(results):

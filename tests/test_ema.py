@@ -794,7 +794,7 @@ def test_one_update_a_step(target):
     second = trainops.AdamW(params[1::2], ema=ema, backend=target.backend)
     second.step()  # in place of the first, for all one knows
     before = snapshot(ema.module)
-    with pytest.raises(RuntimeError, match="another optimizer updates this average"):
+    with pytest.raises(RuntimeError, match="another optimizer updates this average in turn"):
         optimizer.step()
     assert same_tensors(ema.module, before)
     assert ema.step == 6
@@ -803,6 +803,26 @@ def test_one_update_a_step(target):
     optimizer.ema = None
     ema.update()
     assert ema.step == 8
+
+
+def test_optimizers_may_follow_each_other():
+    ema = moved(make_net(), Target("reference", "cpu"))
+    first, second = (trainops.AdamW(ema.model.parameters(), ema=ema) for _ in range(2))
+    for optimizer in (first, first, second, second, first):
+        optimizer.step()
+
+
+def test_a_step_that_raises_takes_nothing_over():
+    ema = moved(make_net(), Target("reference", "cpu"))
+    params = list(ema.model.parameters())
+    first, second = (trainops.AdamW(params, ema=ema) for _ in range(2))
+    first.step()
+    params[0].grad = torch.ones_like(params[0]).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        second.step()
+    params[0].grad = None
+    first.step()
+    assert ema.step == 5
 
 
 def test_an_optimizer_that_is_gone_holds_nothing():

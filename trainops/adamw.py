@@ -125,7 +125,8 @@ class AdamW(torch.optim.AdamW):
     @max_grad_norm.setter
     def max_grad_norm(self, max_grad_norm: float | None) -> None:
         if max_grad_norm is not None:
-            if not isinstance(max_grad_norm, (Real, Tensor)) or isinstance(max_grad_norm, bool):
+            is_number = isinstance(max_grad_norm, Real) and not isinstance(max_grad_norm, bool)
+            if not is_number and not (isinstance(max_grad_norm, Tensor) and max_grad_norm.numel() == 1):
                 raise TypeError(f"max_grad_norm must be a number or None, got {max_grad_norm!r:.60}")
             if not max_grad_norm >= 0.0:
                 raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}")

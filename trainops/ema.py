@@ -168,7 +168,8 @@ class EMA:
         self.step = 0
         self._swapped = False
         self._matched: _Matched | None = None
-        self._optimizers: list[weakref.ref[Any]] = []  # that have updated the average, the last one last
+        self._updaters: list[weakref.ref[Any]] = []  # optimizers that have updated the average, the last one last
+        self._updates = 0  # of the last one, in a row
 
     def decay_at(self, step: int) -> float:
         """The decay at call number ``step`` of :meth:`update`, from 1: timm's ``ModelEmaV3.get_decay(step)``.
@@ -203,31 +204,31 @@ class EMA:
             raise
 
     def plan_update(self, optimizer: torch.optim.Optimizer | None = None) -> "Update":
-        """What the next update does. Changes nothing, but remembers the ``optimizer`` that takes part in it.
+        """What the next update does, as a part of the step of an ``optimizer`` or by itself. Changes nothing.
 
         Raises:
             ValueError: the model's weights no longer match the average's.
             RuntimeError: called inside :meth:`swap`, or another one updates the average already.
         """
         self._check_not_swapped("update()")
-        self._check_holder(optimizer)
+        self._check_updater(optimizer)
         matched, step = self._match(), self.step + 1
-        if optimizer is not None and (not self._optimizers or self._optimizers[-1]() is not optimizer):
-            former = [ref for ref in self._optimizers if ref() not in (None, optimizer)]
-            self._optimizers = [*former, weakref.ref(optimizer)]
-        return Update(matched, self.decay_at(step) if step % self.update_every == 0 else None)
+        return Update(matched, self.decay_at(step) if step % self.update_every == 0 else None, optimizer)
 
     def finish_update(self, update: "Update", done: Collection[int] = (), skip: Tensor | None = None) -> None:
         """Count the update; move what is not ``done`` (by ``id`` of the model's tensor), unless ``skip`` is true."""
         pairs, decay = update.matched.pairs, update.decay
-        if decay is None or len(done) == len(pairs):
-            self.step += 1
-            return
-        matched = update.matched.without(done) if done else update.matched
-        update_averages(matched.averages, matched.sources, decay, skip, self.backend)
-        for pair in matched.copied:
-            write(pair.average, pair.source.to(pair.average.device), skip)
+        if decay is not None and len(done) < len(pairs):
+            matched = update.matched.without(done) if done else update.matched
+            update_averages(matched.averages, matched.sources, decay, skip, self.backend)
+            for pair in matched.copied:
+                write(pair.average, pair.source.to(pair.average.device), skip)
         self.step += 1
+        if (optimizer := update.optimizer) is not None:
+            self._updates = self._updates + 1 if self._holder() is optimizer else 1
+            if self._updates == 1:
+                others = [ref for ref in self._updaters if ref() not in (None, optimizer)]
+                self._updaters = [*others, weakref.ref(optimizer)]
 
     def check_model(self) -> "_Matched":
         """Look at every tensor of the model anew; ValueError naming the first that its average does not match."""
@@ -302,7 +303,7 @@ class EMA:
         return f"{type(self).__name__}({type(self.model).__name__}{settings})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_matched": None, "_optimizers": []}  # a copy finds its own
+        return {**self.__dict__, "_matched": None, "_updaters": [], "_updates": 0}  # a copy finds its own
 
     def _match(self) -> "_Matched":
         """Every tensor of the model with its average, as they are now: frameworks replace parameters at will."""
@@ -314,16 +315,17 @@ class EMA:
         if self._swapped:
             raise RuntimeError(f"{what} inside `with ema.swap()`: the model holds the averaged weights")
 
-    def _check_holder(self, optimizer: torch.optim.Optimizer | None) -> None:
+    def _check_updater(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Raise where another one has the average, too: two updates a step are too many.
 
-        An optimizer that is new may take it over from one that nobody uses any more.
+        An optimizer may take it over from another one that is done, but not take turns with it.
         """
         if self._holder() in (None, optimizer):
             return
-        if optimizer is not None and all(ref() is not optimizer for ref in self._optimizers):
+        is_new = all(ref() is not optimizer for ref in self._updaters)
+        if optimizer is not None and (is_new or self._updates > 1):
             return
-        gc.collect()
+        gc.collect()  # perhaps it is only waiting for that
         if self._holder() is None:
             return
         if optimizer is None:
@@ -332,13 +334,13 @@ class EMA:
                 "from it with `optimizer.ema = None`"
             )
         raise RuntimeError(
-            "the step() of another optimizer updates this average, too: give it to the one that steps last, or to "
-            "none and call ema.update()"
+            "another optimizer updates this average in turn with this one: set `optimizer.ema = None` for all but "
+            "the one that steps last, or for all and call ema.update()"
         )
 
     def _holder(self) -> torch.optim.Optimizer | None:
         """The last optimizer to have updated the average, where it has it still."""
-        optimizer = self._optimizers[-1]() if self._optimizers else None
+        optimizer = self._updaters[-1]() if self._updaters else None
         return optimizer if optimizer is not None and optimizer.ema is self else None
 
 
@@ -433,6 +435,7 @@ class Update(NamedTuple):
 
     matched: _Matched
     decay: float | None  # None: this one is passed over
+    optimizer: torch.optim.Optimizer | None = None  # whose step it is a part of
 
     @property
     def fusable(self) -> dict[int, Tensor]:
