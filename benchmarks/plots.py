@@ -112,7 +112,7 @@ def speedup(cases: list[dict[str, Any]]) -> Figure | None:
         axes.set_title(PANELS[op])
         axes.set_xlabel("time relative to trainops")
     handles = [mpl.lines.Line2D([], [], marker="o", ls="", ms=5, color=colour(name), label=name) for name in names]
-    figure.legend(handles=handles, loc="outside upper center", ncols=3 * columns, fontsize=8.5)
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(names), 3 * columns - 1), fontsize=8.5)
     return figure
 
 

@@ -2,17 +2,17 @@
 
 import copy
 import gc
-import operator
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from .backends import check, select
+from .model_pairs import Matched, check_pair, kind, match
 from .reference import write
 from .tensor_table import all_plain, as_real
 
@@ -47,8 +47,8 @@ def ema_update_(
     if len(averages) != len(tensors):
         raise ValueError(f"{len(averages)} averages for {len(tensors)} tensors")
     for i, (average, tensor) in enumerate(zip(averages, tensors, strict=True)):
-        _check_pair(f"tensor {i}", average, tensor)
-        if _kind(average) == "other":
+        check_pair(f"tensor {i}", average, tensor)
+        if kind(average) == "other":
             raise ValueError(f"tensor {i} is {tensor.dtype}; averages are of floating-point numbers")
         if average.device != tensor.device:
             raise ValueError(f"tensor {i} is on {tensor.device}, but its average on {average.device}")
@@ -73,7 +73,7 @@ def get_ema_multi_avg_fn(decay: float = 0.999) -> Callable[[Sequence[Tensor], Se
 
     @torch.no_grad()
     def ema_update(ema_params: Sequence[Tensor], params: Sequence[Tensor], _: Any) -> None:
-        if ema_params and _kind(ema_params[0]) != "other":
+        if ema_params and kind(ema_params[0]) != "other":
             ema_update_(ema_params, params, decay)
         else:
             for average, param in zip(ema_params, params, strict=True):
@@ -167,7 +167,7 @@ class EMA:
         self.backend = backend
         self.step = 0
         self._swapped = False
-        self._matched: _Matched | None = None
+        self._matched: Matched | None = None
         self._updaters: list[weakref.ref[Any]] = []  # optimizers that have updated the average, the last one last
         self._updates = 0  # of the last one, in a row
 
@@ -230,9 +230,9 @@ class EMA:
                 others = [ref for ref in self._updaters if ref() not in (None, optimizer)]
                 self._updaters = [*others, weakref.ref(optimizer)]
 
-    def check_model(self) -> "_Matched":
+    def check_model(self) -> Matched:
         """Look at every tensor of the model anew; ValueError naming the first that its average does not match."""
-        self._matched = _match(self.module, self.model, self.average_buffers)
+        self._matched = match(self.module, self.model, self.average_buffers)
         return self._matched
 
     @contextmanager
@@ -267,7 +267,7 @@ class EMA:
         Raises:
             ValueError: ``model`` has other weights than the average. Nothing has been changed.
         """
-        for pair in _match(self.module, model, self.average_buffers).pairs:
+        for pair in match(self.module, model, self.average_buffers).pairs:
             pair.source.copy_(pair.average)
 
     def state_dict(self) -> dict[str, Any]:
@@ -305,7 +305,7 @@ class EMA:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_matched": None, "_updaters": [], "_updates": 0}  # a copy finds its own
 
-    def _match(self) -> "_Matched":
+    def _match(self) -> Matched:
         """Every tensor of the model with its average, as they are now: frameworks replace parameters at will."""
         if self._matched is None or not self._matched.is_current():
             return self.check_model()
@@ -384,56 +384,10 @@ def _cast(module: nn.Module, device: torch.device | str | int | None, dtype: tor
     return module._apply(cast_once)  # type: ignore[no-untyped-call, no-any-return]
 
 
-class _Slot(NamedTuple):
-    """Where a module keeps one of its tensors."""
-
-    owner: dict[str, Tensor | None]
-    key: str
-
-
-class _Pair(NamedTuple):
-    """A tensor of the model and its average."""
-
-    average: Tensor
-    source: Tensor
-    averaged: bool  # else it is copied
-
-
-class _Pairs:
-    """Pairs of tensors, by what an update does with them."""
-
-    def __init__(self, pairs: list[_Pair]) -> None:
-        self.pairs = pairs
-        self.averages = [pair.average for pair in pairs if pair.averaged]
-        self.sources = [pair.source for pair in pairs if pair.averaged]
-        self.copied = [pair for pair in pairs if not pair.averaged]
-
-    def without(self, done: Collection[int]) -> "_Pairs":
-        """The pairs whose source is not ``done``, by ``id``."""
-        return _Pairs([pair for pair in self.pairs if id(pair.source) not in done])
-
-
-class _Matched(_Pairs):
-    """All pairs of a model and its average, and where they were found."""
-
-    def __init__(self, pairs: list[_Pair], slots: list[_Slot], model: nn.Module) -> None:
-        super().__init__(pairs)
-        self._containers = [x for m in model.modules() for x in (m._parameters, m._buffers, m._modules)]
-        self._size = sum(map(len, self._containers))
-        self.fusable = {id(pair.source): pair.average for pair in pairs if _is_fusable(pair)}
-        self._tensors = [tensor for pair in pairs for tensor in (pair.average, pair.source)]
-        self._owners = [slot.owner for slot in slots]
-        self._keys = [slot.key for slot in slots]
-
-    def is_current(self) -> bool:
-        same = all(map(operator.is_, map(dict.get, self._owners, self._keys), self._tensors))
-        return same and sum(map(len, self._containers)) == self._size
-
-
 class Update(NamedTuple):
     """An update of an average that is about to happen."""
 
-    matched: _Matched
+    matched: Matched
     decay: float | None  # None: this one is passed over
     optimizer: torch.optim.Optimizer | None = None  # whose step it is a part of
 
@@ -441,41 +395,6 @@ class Update(NamedTuple):
     def fusable(self) -> dict[int, Tensor]:
         """The averages that an optimizer's kernel can update, by ``id`` of the model's parameter."""
         return {} if self.decay is None else self.matched.fusable
-
-
-def _is_fusable(pair: _Pair) -> bool:
-    return isinstance(pair.source, nn.Parameter) and pair.average.device == pair.source.device
-
-
-def _slots(module: nn.Module) -> dict[str, _Slot]:
-    """The parameters and buffers of a module by name, tied ones once."""
-    slots: dict[str, _Slot] = {}
-    seen: set[int] = set()
-    for prefix, submodule in module.named_modules():
-        for owner in (submodule._parameters, submodule._buffers):
-            for key, tensor in owner.items():
-                if tensor is not None and id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    slots[f"{prefix}.{key}" if prefix else key] = _Slot(owner, key)
-    return slots
-
-
-def _match(module: nn.Module, model: nn.Module, average_buffers: bool) -> _Matched:
-    """Pairs every tensor of ``model`` with that of ``module``; ValueError naming the first that does not match."""
-    averages, sources = _slots(module), _slots(model)
-    if averages.keys() != sources.keys():
-        name = min(averages.keys() ^ sources.keys())
-        raise ValueError(f"{name} is in {'the average' if name in averages else 'the model'} alone")
-    pairs, slots = [], []
-    for name, average_slot in averages.items():
-        source_slot = sources[name]
-        average = cast(Tensor, average_slot.owner[average_slot.key])
-        source = cast(Tensor, source_slot.owner[source_slot.key])
-        _check_pair(name, average, source)
-        averaged = _kind(average) != "other" and (average_buffers or isinstance(source, nn.Parameter))
-        pairs.append(_Pair(average, source, averaged))
-        slots += [average_slot, source_slot]
-    return _Matched(pairs, slots, model)
 
 
 def _check_type(name: str, value: object, kinds: type | tuple[type, ...], what: str) -> None:
@@ -487,14 +406,3 @@ def _check_unit_interval(name: str, value: float) -> None:
     _check_type(name, value, (Real, torch.SymFloat), "a number")
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} must be in [0, 1], got {value}")
-
-
-def _check_pair(name: str, average: Tensor, tensor: Tensor) -> None:
-    if average.shape != tensor.shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but its average has shape {tuple(average.shape)}")
-    if _kind(average) != _kind(tensor):
-        raise ValueError(f"{name} is {tensor.dtype}, but its average is {average.dtype}")
-
-
-def _kind(x: Tensor) -> str:
-    return "complex" if x.is_complex() else "real" if x.is_floating_point() else "other"

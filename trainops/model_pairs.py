@@ -1,0 +1,102 @@
+"""Every tensor of a model with its average, as both are now: frameworks replace parameters at will."""
+
+import operator
+from collections.abc import Collection
+from typing import NamedTuple, cast
+
+from torch import Tensor, nn
+
+
+class Slot(NamedTuple):
+    """Where a module keeps one of its tensors."""
+
+    owner: dict[str, Tensor | None]
+    key: str
+
+
+class Pair(NamedTuple):
+    """A tensor of the model and its average."""
+
+    average: Tensor
+    source: Tensor
+    averaged: bool  # else it is copied
+
+
+class Pairs:
+    """Pairs of tensors, by what an update does with them."""
+
+    def __init__(self, pairs: list[Pair]) -> None:
+        self.pairs = pairs
+        self.averages = [pair.average for pair in pairs if pair.averaged]
+        self.sources = [pair.source for pair in pairs if pair.averaged]
+        self.copied = [pair for pair in pairs if not pair.averaged]
+
+    def without(self, done: Collection[int]) -> "Pairs":
+        """The pairs whose source is not ``done``, by ``id``."""
+        return Pairs([pair for pair in self.pairs if id(pair.source) not in done])
+
+
+class Matched(Pairs):
+    """All pairs of a model and its average, and where they were found."""
+
+    def __init__(self, pairs: list[Pair], slots: list[Slot], model: nn.Module) -> None:
+        super().__init__(pairs)
+        self._containers = [x for m in model.modules() for x in (m._parameters, m._buffers, m._modules)]
+        self._size = sum(map(len, self._containers))
+        self.fusable = {id(pair.source): pair.average for pair in pairs if _is_fusable(pair)}
+        self._tensors = [tensor for pair in pairs for tensor in (pair.average, pair.source)]
+        self._owners = [slot.owner for slot in slots]
+        self._keys = [slot.key for slot in slots]
+
+    def is_current(self) -> bool:
+        """Whether model and average still have the same tensors in the same places, and no others."""
+        same = all(map(operator.is_, map(dict.get, self._owners, self._keys), self._tensors))
+        return same and sum(map(len, self._containers)) == self._size
+
+
+def _is_fusable(pair: Pair) -> bool:
+    return isinstance(pair.source, nn.Parameter) and pair.average.device == pair.source.device
+
+
+def _slots(module: nn.Module) -> dict[str, Slot]:
+    """The parameters and buffers of a module by name, tied ones once."""
+    slots: dict[str, Slot] = {}
+    seen: set[int] = set()
+    for prefix, submodule in module.named_modules():
+        for owner in (submodule._parameters, submodule._buffers):
+            for key, tensor in owner.items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    slots[f"{prefix}.{key}" if prefix else key] = Slot(owner, key)
+    return slots
+
+
+def match(module: nn.Module, model: nn.Module, average_buffers: bool) -> Matched:
+    """Pairs every tensor of ``model`` with that of ``module``; ValueError naming the first that does not match."""
+    averages, sources = _slots(module), _slots(model)
+    if averages.keys() != sources.keys():
+        name = min(averages.keys() ^ sources.keys())
+        raise ValueError(f"{name} is in {'the average' if name in averages else 'the model'} alone")
+    pairs, slots = [], []
+    for name, average_slot in averages.items():
+        source_slot = sources[name]
+        average = cast(Tensor, average_slot.owner[average_slot.key])
+        source = cast(Tensor, source_slot.owner[source_slot.key])
+        check_pair(name, average, source)
+        averaged = kind(average) != "other" and (average_buffers or isinstance(source, nn.Parameter))
+        pairs.append(Pair(average, source, averaged))
+        slots += [average_slot, source_slot]
+    return Matched(pairs, slots, model)
+
+
+def check_pair(name: str, average: Tensor, tensor: Tensor) -> None:
+    """ValueError naming a tensor whose average has another shape, or is of another kind."""
+    if average.shape != tensor.shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but its average has shape {tuple(average.shape)}")
+    if kind(average) != kind(tensor):
+        raise ValueError(f"{name} is {tensor.dtype}, but its average is {average.dtype}")
+
+
+def kind(x: Tensor) -> str:
+    """Whether a tensor can be averaged, and with which others: "complex", "real" or "other"."""
+    return "complex" if x.is_complex() else "real" if x.is_floating_point() else "other"
