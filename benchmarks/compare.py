@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .saved import OURS, caption, ratio
+from .saved import OURS, caption, fastest, ratio
 
 Key = tuple[str, str, str]
 
@@ -20,6 +20,12 @@ def by_key(results: dict[str, Any]) -> dict[Key, dict[str, Any]]:
 def changed(before: dict[str, float], after: dict[str, float]) -> bool:
     """Whether two times differ by more than their noise: from p20 to p80, they do not overlap."""
     return before["p80"] < after["p20"] or after["p80"] < before["p20"]
+
+
+def ahead_by(case: dict[str, Any]) -> str:
+    """The ratio to the fastest opponent, where it lies with 95% confidence, and who that is."""
+    found = ratio(case)
+    return f"{found.median:.2f} ({found.low:.2f} to {found.high:.2f}) {fastest(case)}" if found else "-"
 
 
 def show(before: dict[str, Any], after: dict[str, Any], console: Console) -> None:
@@ -39,7 +45,7 @@ def show(before: dict[str, Any], after: dict[str, Any], console: Console) -> Non
             change = f"{100 * (second['median'] / first['median'] - 1):+.1f}%"
             cells = [f"{1e3 * x['median']:.3f} ms" for x in (first, second)]
             cells.append(f"[bold]{change}[/]" if changed(first, second) else change)
-        ahead = (f"{value.median:.2f}" if (value := ratio(case[key])) else "-" for case in (old, new))
+        ahead = (ahead_by(case[key]) for case in (old, new))
         table.add_row(*key, *cells, *ahead)
     console.print(table)
     for label, keys in (("before", old.keys() - new.keys()), ("after", new.keys() - old.keys())):

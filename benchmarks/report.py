@@ -26,12 +26,13 @@ METHOD = (
     "Every provider was compared with float64 before it was timed. Times are medians of interleaved rounds, with "
     "the caches full of something else before each call (but for DropPath and training). `x` is the time of the "
     "fastest opponent over that of trainops in the same round, the median of all rounds: above 1, trainops is "
-    "ahead. Between the two numbers after it that median lies with 95% confidence; where they enclose 1, neither "
-    "is ahead. (Which opponent is the fastest comes from the same rounds, which favours it a little.) A/A is the "
-    "same for trainops and trainops again, which is noise. Bandwidth counts the bytes that the best possible "
-    "implementation moves, whatever a provider moves. Extra memory is the most of PyTorch's memory that a call "
-    "holds beyond what was there before it. In a training step, forward and backward are the same work for all, "
-    "and count with their mean over the providers of a round, in A/A, too."
+    "ahead. It is not quite the ratio of the times beside it, which are medians each by themselves. Between the "
+    "two numbers after it that median lies with 95% confidence. (Which opponent is the fastest comes from the "
+    "same rounds, which favours it a little.) A/A is the same for trainops and trainops again, which is noise; "
+    "where a difference is not beyond that and 1 with confidence, the two are level. Bandwidth counts the bytes "
+    "that the best possible implementation moves, whatever a provider moves. Extra memory is the most of "
+    "PyTorch's memory that a call holds beyond what was there before it. In a training step, forward and backward "
+    "are the same work for all, and count with their mean over the providers of a round, in A/A, too."
 )
 METHOD_LIMIT = " The last column is trainops' share of the bandwidth of `{limit}` in the same rounds."
 METHOD_OF = {
@@ -51,7 +52,7 @@ NOTES = {
     "Apex FusedAdamSWA": "writes a copy of the parameters to compute with",
 }
 
-WIDTHS = (14, 37, 9, 11, 31, 11, 6, 12, 12, 9)
+WIDTHS = (14, 37, 9, 11, 31, 11, 12, 12, 12, 9)
 HEADER = ("op", "work", "dtype", "trainops", "fastest opponent", "its time", "x", "95%", "A/A", "of limit")
 LEFT = (0, 1, 2, 4)
 COLOURS = {"ahead": "green", "behind": "yellow"}
@@ -99,7 +100,7 @@ def row(case: dict[str, Any]) -> Row:
         milliseconds(times[OURS]) if OURS in times else "-",
         best or "-",
         milliseconds(times[best]) if best else "-",
-        f"{found.median:.2f}" if found else "-",
+        f"{found.median:.2f}" + ("" if verdict(case) == "ahead" else f" ({verdict(case)})") if found else "-",
         interval(found),
         interval(noise(case)),
         f"{100 * part.median:.0f}%" if part else "",
@@ -165,7 +166,9 @@ def markdown(results: dict[str, Any], pictures: dict[str, str]) -> str:
     """The report: a table for each op, the pictures, every provider in detail, and who was not timed."""
     limits = {case["limit"]["name"] for case in results["cases"] if "limit" in case}
     method = METHOD + "".join(METHOD_LIMIT.format(limit=limit) for limit in limits)
-    text = ["# Benchmarks", "", caption(results) + ".", "", method + METHOD_OF[results["environment"]["type"]], ""]
+    peers = results["environment"].get("peers")
+    about = caption(results) + (f"; {peers}" if peers else "")
+    text = ["# Benchmarks", "", about + ".", "", method + METHOD_OF[results["environment"]["type"]], ""]
     for op in dict.fromkeys(case["op"] for case in results["cases"]):
         cases = [case for case in results["cases"] if case["op"] == op]
         text += [f"## {TITLES.get(op, op)}", ""]

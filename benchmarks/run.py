@@ -45,6 +45,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     device, found = open_device(kind), environment(kind)
     console.print("  ".join(f"[dim]{key}[/] {value}" for key, value in found.items() if value))
     cases = list(all_cases(args.ops, options))
+    duration = "some minutes" if args.quick else "half an hour or more (--quick: some minutes)"
+    console.print(f"{len(cases)} cases: {duration}. Results go to {args.output}.")
     results: dict[str, Any] = {"environment": found | {"quick": args.quick}, "cases": []}
     args.output.mkdir(parents=True, exist_ok=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()

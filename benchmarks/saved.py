@@ -45,16 +45,22 @@ def ratio(case: Case) -> Interval | None:
     return relative(case)[name] if name else None
 
 
-def verdict(case: Case) -> str:
-    """Whether trainops is ahead of its fastest opponent, behind it, or neither with any confidence."""
-    found = ratio(case)
-    return "" if found is None else "ahead" if found.low > 1 else "behind" if found.high < 1 else "level"
-
-
 def noise(case: Case) -> Interval | None:
     """The time of trainops over its own."""
     found = case.get("providers", {}).get(AGAIN, {})
     return Interval(**found["relative"]) if "relative" in found else None
+
+
+def verdict(case: Case) -> str:
+    """Whether trainops is "ahead" of its fastest opponent, "behind" it, or neither with any confidence: "level".
+
+    It takes a difference that is larger than that between trainops and itself, and larger than that with confidence.
+    """
+    found, own = ratio(case), noise(case)
+    if found is None:
+        return ""
+    bar = 1.0 if own is None else max(1.0, own.high, 1 / own.low)
+    return "ahead" if found.low > bar else "behind" if found.high < 1 / bar else "level"
 
 
 def share(case: Case) -> Interval | None:

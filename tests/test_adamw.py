@@ -625,3 +625,23 @@ def test_a_captured_step_is_the_step(target, graphs):
     assert all(map(same_bits, ours, theirs))
     assert optimizer.skipped_steps == twin_optimizer.skipped_steps == 1
     assert same_bits(optimizer.grad_norms, twin_optimizer.grad_norms)
+
+
+def test_an_average_is_checked_whenever_it_is_set():
+    model, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    optimizer = trainops.AdamW(model.parameters())
+    for wrong in (True, torch.optim.swa_utils.AveragedModel(model)):
+        with pytest.raises(TypeError, match=r"ema must be a trainops\.EMA"):
+            optimizer.ema = wrong
+    with pytest.raises(ValueError, match="none of these parameters"):
+        optimizer.ema = trainops.EMA(other)
+    assert optimizer.ema is None
+    optimizer.ema = ema = trainops.EMA(model)
+    assert optimizer.ema is ema
+
+
+@pytest.mark.parametrize("name", ["max_grad_norm", "skip_nonfinite", "ema", "backend"])
+def test_a_group_has_none_of_the_optimizers_settings(name):
+    params = [torch.nn.Parameter(torch.ones(2))]
+    with pytest.raises(ValueError, match=f"{name} is a setting of the optimizer"):
+        trainops.AdamW([{"params": params, name: None}])

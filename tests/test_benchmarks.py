@@ -136,11 +136,22 @@ def test_intervals_are_those_of_the_sign_test(count, low, high):
     assert found == {"median": (count - 1) / 2, "low": low, "high": high}
 
 
-def test_ahead_or_behind_needs_confidence(results):
+@pytest.mark.parametrize(
+    ("low", "high", "own", "word"),
+    [
+        (1.1, 1.3, (0.95, 1.05), "ahead"),
+        (0.9, 1.1, (0.95, 1.05), "level"),
+        (0.7, 0.9, (0.95, 1.05), "behind"),
+        (1.1, 1.3, (0.8, 1.05), "level"),  # trainops is as far from itself
+        (0.7, 0.9, (0.95, 1.5), "level"),
+        (2.0, 2.2, (0.7, 0.9), "ahead"),
+    ],
+)
+def test_ahead_or_behind_needs_confidence(results, low, high, own, word):
     case = json.loads(json.dumps(results["cases"][0]))
-    for low, high, word in ((1.1, 1.3, "ahead"), (0.9, 1.1, "level"), (0.7, 0.9, "behind")):
-        case["providers"]["right"]["relative"] = {"median": (low + high) / 2, "low": low, "high": high}
-        assert verdict(case) == word
+    case["providers"]["right"]["relative"] = {"median": (low + high) / 2, "low": low, "high": high}
+    case["providers"]["trainops again"]["relative"] = {"median": 1.0, "low": own[0], "high": own[1]}
+    assert verdict(case) == word
 
 
 def test_a_case_that_does_not_fit_is_skipped_with_a_line(results):

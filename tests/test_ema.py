@@ -805,6 +805,16 @@ def test_one_update_a_step(target):
     assert ema.step == 8
 
 
+@over_copies
+def test_a_copy_made_within_swap_is_not_swapped(copied):
+    ema = moved(make_net(), Target("reference", "cpu"))
+    with ema.swap():
+        twin = copied(ema)
+    twin.update()
+    with twin.swap():
+        pass
+
+
 def test_optimizers_may_follow_each_other():
     ema = moved(make_net(), Target("reference", "cpu"))
     first, second = (trainops.AdamW(ema.model.parameters(), ema=ema) for _ in range(2))

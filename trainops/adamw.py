@@ -49,9 +49,10 @@ class AdamW(torch.optim.AdamW):
             FSDP1.
         skip_nonfinite: leave everything bit for bit as it was when the norm of the gradients is infinite or NaN.
         ema: an average to update in the same pass, instead of calling ``ema.update()`` after each step, which is then
-            an error. Of several optimizers, give it to the one that steps last. A skipped step leaves the average
-            alone and counts as an update in its warm-up. Every call of ``step()`` is an update, also those of tools
-            that call it to make the state (``torch.distributed.checkpoint``): load the average after the optimizer.
+            an error, as is a second optimizer that takes turns with this one. Of several optimizers, give it to the
+            one that steps last. A skipped step leaves the average alone and counts as an update in its warm-up. Every
+            call of ``step()`` is an update, also those of tools that call it to make the state
+            (``torch.distributed.checkpoint``): load the average after the optimizer.
         backend: see :func:`trainops.backends`; by default it follows the device.
 
     Attributes:
@@ -85,8 +86,6 @@ class AdamW(torch.optim.AdamW):
         ema: EMA | None = None,
         backend: str | None = None,
     ) -> None:
-        if ema is not None and not isinstance(ema, EMA):
-            raise TypeError(f"ema must be a trainops.EMA, got {type(ema).__name__}")
         if differentiable and (max_grad_norm is not None or skip_nonfinite or ema is not None):
             raise ValueError(
                 "differentiable=True runs PyTorch's own step, without max_grad_norm, skip_nonfinite or ema"
@@ -105,9 +104,6 @@ class AdamW(torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
-        own = {id(p) for group in self.param_groups for p in group["params"]}
-        if ema is not None and own and own.isdisjoint(map(id, ema.model.parameters())):
-            raise ValueError("ema follows a model that has none of these parameters")
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
         self.ema = ema
@@ -132,19 +128,37 @@ class AdamW(torch.optim.AdamW):
                 raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}")
         self._max_grad_norm = max_grad_norm
 
+    @property
+    def ema(self) -> EMA | None:
+        """The average that steps update; may be changed between them."""
+        return self._ema
+
+    @ema.setter
+    def ema(self, ema: EMA | None) -> None:
+        if ema is not None:
+            if not isinstance(ema, EMA):
+                raise TypeError(f"ema must be a trainops.EMA, got {type(ema).__name__}")
+            own = {id(p) for group in self.param_groups for p in group["params"]}
+            if own and own.isdisjoint(map(id, ema.model.parameters())):
+                raise ValueError("ema follows a model that has none of these parameters")
+        self._ema = ema
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as in torch.
 
         Raises:
-            ValueError: the group asks for ``decoupled_weight_decay=False``, which is :class:`torch.optim.Adam`.
+            ValueError: the group asks for ``decoupled_weight_decay=False``, which is :class:`torch.optim.Adam`, or
+                has a setting that all groups share.
         """
-        if isinstance(param_group, dict) and not param_group.get("decoupled_weight_decay", True):
-            raise ValueError("decoupled_weight_decay=False is torch.optim.Adam: AdamW's decay is decoupled")
+        if isinstance(param_group, dict):
+            if not param_group.get("decoupled_weight_decay", True):
+                raise ValueError("decoupled_weight_decay=False is torch.optim.Adam: AdamW's decay is decoupled")
+            if shared := [name for name in _OWN_SETTINGS if name in param_group]:
+                raise ValueError(f"{shared[0]} is a setting of the optimizer, not of a group of parameters")
         super().add_param_group(param_group)
 
     def __repr__(self) -> str:
-        names = ("max_grad_norm", "skip_nonfinite", "ema", "backend")
-        own = "".join(f"{name}: {getattr(self, name)}\n" for name in names)
+        own = "".join(f"{name}: {getattr(self, name)}\n" for name in _OWN_SETTINGS)
         return super().__repr__().removesuffix(")") + own + ")"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -282,7 +296,8 @@ class AdamW(torch.optim.AdamW):
         return StepResult(torch.linalg.vector_norm(norms), norms)
 
 
-_OWN_ATTRIBUTES = ("_max_grad_norm", "skip_nonfinite", "ema", "backend", "grad_norm", "grad_norms", "skipped_steps")
+_OWN_SETTINGS = ("max_grad_norm", "skip_nonfinite", "ema", "backend")
+_OWN_ATTRIBUTES = ("_max_grad_norm", "skip_nonfinite", "_ema", "backend", "grad_norm", "grad_norms", "skipped_steps")
 
 
 def _group(settings: dict[str, Any], rows: int) -> AdamWGroup:

@@ -239,8 +239,8 @@ class EMA:
     def swap(self) -> Iterator[None]:
         """Within the ``with`` block, the model has the averaged weights; afterwards its own again, bit for bit.
 
-        The model's tensors stay where they are; their values are exchanged. Needs memory for one more copy of the
-        model meanwhile.
+        The model's tensors stay where they are; their values are exchanged, and what is written into them within the
+        block is lost. Needs memory for one more copy of the model meanwhile.
 
         Raises:
             RuntimeError: already swapped.
@@ -303,7 +303,8 @@ class EMA:
         return f"{type(self).__name__}({type(self.model).__name__}{settings})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_matched": None, "_updaters": [], "_updates": 0}  # a copy finds its own
+        # What is only of this average, and not of a copy.
+        return {**self.__dict__, "_swapped": False, "_matched": None, "_updaters": [], "_updates": 0}
 
     def _match(self) -> Matched:
         """Every tensor of the model with its average, as they are now: frameworks replace parameters at will."""
