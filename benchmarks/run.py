@@ -19,7 +19,7 @@ from .runner import Case, Options, measure
 from .saved import AGAIN, OURS
 
 # Seconds of timing for each case, and the least and most rounds.
-FULL, QUICK = (2.0, (15, 101)), (0.4, (6, 15))
+FULL, QUICK = (2.0, (15, 101)), (0.25, (6, 15))
 
 
 def all_cases(ops: list[str], options: Options) -> Iterator[Case]:
