@@ -167,21 +167,25 @@ def check_samples(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must have at least one dimension, of which the first counts samples")
 
 
-def check_operand(name: str, operand: Tensor | None, branch: Tensor) -> None:
-    """Raise unless a residual or a layer scale, if there is one, can be combined with ``branch``."""
+def check_operand(
+    name: str, operand: Tensor | None, x: Tensor, x_name: str = "branch", each_sample: bool = False
+) -> None:
+    """Raise unless a residual or a layer scale, if there is one, can be combined with ``x``, or with its samples."""
     if operand is None:
         return
     if not isinstance(operand, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(operand).__name__}")
-    if operand.device != branch.device:
-        raise ValueError(f"branch is on {branch.device}, but {name} on {operand.device}")
-    if operand.shape != branch.shape and not fits(operand.shape, branch.shape, enlarges=name == "residual"):
+    if operand.device != x.device:
+        raise ValueError(f"{x_name} is on {x.device}, but {name} on {operand.device}")
+    shape = torch.Size((1, *x.shape[1:])) if each_sample else x.shape
+    if operand.shape != shape and not _fits(operand.shape, shape, enlarges=name == "residual"):
+        what = "each sample of a" if each_sample else "a"
         raise ValueError(
-            f"{name} of shape {tuple(operand.shape)} does not fit a branch of shape {tuple(branch.shape)}"
+            f"{name} of shape {tuple(operand.shape)} does not fit {what} {x_name} of shape {tuple(x.shape)}"
         )
 
 
-def fits(shape: torch.Size, branch: torch.Size, enlarges: bool) -> bool:
+def _fits(shape: torch.Size, branch: torch.Size, enlarges: bool) -> bool:
     """Whether ``shape`` broadcasts with ``branch``, and unless it ``enlarges``, to the branch's own shape."""
     pairs = zip(reversed(shape), reversed(branch), strict=False)
     if enlarges:

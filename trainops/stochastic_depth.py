@@ -14,7 +14,6 @@ from .drop_path import (
     check_samples,
     check_scale_by_keep,
     drop_path_add,
-    fits,
     mask_dtype,
 )
 from .drop_path_autograd import Kept, apply, differentiable, is_transformed
@@ -229,17 +228,7 @@ def _check(
             f"branch must be a function of the residual, got {type(branch).__name__}; for a tensor there "
             "is drop_path_add"
         )
-    if layer_scale is None:
-        return
-    if not isinstance(layer_scale, Tensor):
-        raise TypeError(f"layer_scale must be a tensor, got {type(layer_scale).__name__}")
-    if layer_scale.device != residual.device:
-        raise ValueError(f"residual is on {residual.device}, but layer_scale on {layer_scale.device}")
-    if not fits(layer_scale.shape, torch.Size((1, *residual.shape[1:])), enlarges=False):
-        raise ValueError(
-            f"layer_scale of shape {tuple(layer_scale.shape)} does not fit each sample of a residual of shape "
-            f"{tuple(residual.shape)}"
-        )
+    check_operand("layer_scale", layer_scale, residual, "residual", each_sample=True)
 
 
 def _check_mode(mode: str) -> None:
