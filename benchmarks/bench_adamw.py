@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import ClassVar
 
-import pytest
 import torch
 
 import trainops
@@ -60,8 +59,7 @@ def cases(options: Options) -> Iterator[Case]:
     yield from model_cases("adamw", AdamWork, ELEMENTS, 18, options)
 
 
-@pytest.mark.usefixtures("measured")
-def test_adamw() -> None:
+def test_adamw(measured) -> None:
     """Under pytest-benchmark."""
 
 

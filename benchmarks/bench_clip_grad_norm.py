@@ -4,14 +4,12 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 import trainops
 
 from .__main__ import main
-from .models import Shapes
 from .runner import Case, Options, Provider
 from .saved import OURS
 from .work import Expected, Work, clip_coefficient, compilable, expect, model_cases
@@ -22,10 +20,6 @@ ELEMENTS = 3
 
 class ClipWork(Work):
     """Before each call, gradients of more than the limit: those that were clipped already are left alone."""
-
-    def __init__(self, shapes: Shapes, options: Options, dtype: torch.dtype) -> None:
-        super().__init__(shapes, options, dtype)
-        self.set_max_norm()
 
     def prepare(self, step: int = 0) -> None:
         """The first step's gradients, each time."""
@@ -71,8 +65,7 @@ def cases(options: Options) -> Iterator[Case]:
     yield from model_cases("clip_grad_norm", ClipWork, ELEMENTS, 3, options)
 
 
-@pytest.mark.usefixtures("measured")
-def test_clip_grad_norm() -> None:
+def test_clip_grad_norm(measured) -> None:
     """Under pytest-benchmark."""
 
 

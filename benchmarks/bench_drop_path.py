@@ -8,7 +8,6 @@ import copy
 import sys
 from collections.abc import Callable, Iterator
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -75,6 +74,12 @@ def check_likely(kept: int, batch: int, rate: float) -> None:
         raise RuntimeError(f"{kept} of {batch} samples were kept at a rate of {rate}")
 
 
+def drawn_mask(x: Tensor, rate: float) -> Tensor:
+    """The mask that timm draws for a tensor from the first seed, in float64."""
+    torch.manual_seed(0)
+    return x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - rate).double() / (1 - rate)
+
+
 class AddBench:
     """A residual and a branch, of which samples are dropped. All but compilers draw the same masks from one seed."""
 
@@ -98,7 +103,7 @@ class AddBench:
 
         torch.manual_seed(0)
         step()
-        mask = self.drawn_mask() if name in (self.timm, OURS) else self.found_mask(out[0].detach())
+        mask = drawn_mask(self.branch, DROP_PROB) if name in (self.timm, OURS) else self.found_mask(out[0].detach())
         found = error([x.detach() for x in out], self.truth(mask))
         return Provider({"forward and backward": step}, before=Seeds(), note=compiled_note(name)), found
 
@@ -110,13 +115,6 @@ class AddBench:
     def ours(self) -> Tensor:
         """In one pass."""
         return trainops.drop_path_add(self.residual, self.branch, DROP_PROB, True, layer_scale=self.scale)
-
-    def drawn_mask(self) -> Tensor:
-        """Of the first seed."""
-        torch.manual_seed(0)
-        return self.branch.new_empty((self.branch.shape[0], 1, 1)).bernoulli_(1 - DROP_PROB).double() / (
-            1 - DROP_PROB
-        )
 
     def found_mask(self, out: Tensor) -> Tensor:
         """Of somebody with random numbers of their own."""
@@ -177,8 +175,7 @@ class BlockBench:
             if kept.sum() != round(batch * (1 - self.rate)):
                 raise RuntimeError(f"{int(kept.sum())} of {batch} samples were kept at a rate of {self.rate}")
             return kept * batch / kept.sum()
-        torch.manual_seed(0)
-        return out.new_empty((batch, 1, 1)).bernoulli_(1 - self.rate).double() / (1 - self.rate)
+        return drawn_mask(out, self.rate)
 
     def truth(self, factors: Tensor) -> list[Tensor]:
         """In float64, with these factors."""
@@ -242,8 +239,7 @@ def cases(options: Options) -> Iterator[Case]:
         yield from depth_cases(options)
 
 
-@pytest.mark.usefixtures("measured")
-def test_drop_path() -> None:
+def test_drop_path(measured) -> None:
     """Under pytest-benchmark."""
 
 

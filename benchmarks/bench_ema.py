@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import ClassVar
 
-import pytest
 import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -102,8 +101,7 @@ def cases(options: Options) -> Iterator[Case]:
     yield from model_cases("ema", EmaWork, ELEMENTS, 4, options)
 
 
-@pytest.mark.usefixtures("measured")
-def test_ema() -> None:
+def test_ema(measured) -> None:
     """Under pytest-benchmark."""
 
 

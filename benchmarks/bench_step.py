@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import ClassVar
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -12,7 +11,6 @@ import trainops
 
 from .__main__ import main
 from .bench_ema import lerp_foreach, lerp_loop
-from .models import Shapes
 from .peers import ADAMW, SETTINGS, Optimizer, compiled_adamw, on, peer, torch_adamw
 from .runner import Case, NotHere, Options, Provider, Step
 from .saved import OURS
@@ -128,10 +126,6 @@ def ours(work: Work) -> Provider:
 class StepWork(Work):
     """New gradients before each step."""
 
-    def __init__(self, shapes: Shapes, options: Options, dtype: torch.dtype) -> None:
-        super().__init__(shapes, options, dtype)
-        self.set_max_norm()
-
     makers: ClassVar = {
         **{name: composed(make, loop=name == "torch loop") for name, make in ADAMW.items()},
         "torch fused, grad_scale": grad_scaled,
@@ -160,8 +154,7 @@ def cases(options: Options) -> Iterator[Case]:
         yield from sweep_cases("step", StepWork, ELEMENTS, 22, options)
 
 
-@pytest.mark.usefixtures("measured")
-def test_step() -> None:
+def test_step(measured) -> None:
     """Under pytest-benchmark."""
 
 

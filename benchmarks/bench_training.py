@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
@@ -196,8 +195,7 @@ def cases(options: Options) -> Iterator[Case]:
             )
 
 
-@pytest.mark.usefixtures("measured")
-def test_training() -> None:
+def test_training(measured) -> None:
     """Under pytest-benchmark."""
 
 

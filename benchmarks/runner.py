@@ -132,19 +132,18 @@ def measure(case: Case, device: Device, seconds: float, rounds: tuple[int, int])
         found[name] |= statistics_of(taken, list(admitted[name].steps), case.bytes)
         if OURS in totals and name != OURS:
             found[name]["relative"] = relative(totals[name], totals[OURS])
-        found[name] |= count(admitted[name], device, case.tensors)
+        found[name] |= counted(admitted[name], device, case.tensors)
     return result | {"providers": found | failed}
 
 
-def count(provider: Provider, device: Device, tensors: int) -> dict[str, int | None]:
+def counted(provider: Provider, device: Device, tensors: int) -> dict[str, int | None]:
     """Of a step: the memory that it takes besides, and its launches. None where they cannot be told."""
-    counted: dict[str, int | None] = {}
-    for name, of in (("extra_bytes", device.extra_bytes), ("launches", device.launches)):
-        counted[name] = None
+    found: dict[str, int | None] = {"extra_bytes": None, "launches": None}
+    for name in found:
         with contextlib.suppress(Exception):
             provider.before()
-            counted[name] = of(provider.step, tensors)
-    return counted
+            found[name] = getattr(device, name)(provider.step, tensors)
+    return found
 
 
 def limit_of(name: str, times: list[float], moved: int, ours: list[float] | None, bytes_: int) -> dict[str, Any]:

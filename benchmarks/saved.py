@@ -36,13 +36,12 @@ def relative(case: Case) -> dict[str, Interval]:
 def fastest(case: Case) -> str | None:
     """The opponent to be measured against."""
     others = relative(case)
-    return min(others, key=others.__getitem__) if others else None
+    return min(others, key=others.__getitem__, default=None)
 
 
 def ratio(case: Case) -> Interval | None:
     """The time of the fastest opponent over that of trainops."""
-    name = fastest(case)
-    return relative(case)[name] if name else None
+    return min(relative(case).values(), default=None)
 
 
 def noise(case: Case) -> Interval | None:

@@ -5,6 +5,7 @@ needs to be computed for the tile alone, and still every element of every provid
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -73,12 +74,13 @@ class Work:
         self.start = (0.02 * values).to(dtype)
         self.tiles = [(factor * values.roll(1000 * (i + 1))).to(dtype) for i, factor in enumerate(GRADS)]
         self.expected: dict[str, Expected] | None = None
-        self.max_norm = 0.0
 
-    def set_max_norm(self) -> None:
+    @cached_property
+    def max_norm(self) -> float:
         """Between the norms of the steps' gradients."""
-        self.set_grads(self.tiles[0])
-        self.max_norm = CLIPPED * float(clip_coefficient(self.grads(), 1.0)[0])
+        repeats, rest = divmod(sum(param.numel() for param in self.params), PERIOD)
+        squares = self.tiles[0].double().square()
+        return CLIPPED * float((repeats * squares.sum() + squares[:rest].sum()).sqrt())
 
     def prepare(self, step: int) -> None:
         """Gradients as a backward pass would leave them, other ones at every step."""

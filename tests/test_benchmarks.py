@@ -23,13 +23,14 @@ from benchmarks import (
     report,
     work,
 )
-from benchmarks.__main__ import parse
+from benchmarks.__main__ import BACKENDS, parse
 from benchmarks.conftest import pytest_configure
 from benchmarks.device import Cpu, Sample
 from benchmarks.models import MODELS, numel
 from benchmarks.runner import Case, NotHere, Options, Provider, measure, message, relative
 from benchmarks.saved import fastest, noise, ratio, share, verdict
 from benchmarks.saved import relative as relative_of
+from trainops.backends import NAMES
 
 COUNTS = {
     "1,000 small tensors": (1000, 544_000),
@@ -204,6 +205,7 @@ def test_command_line(capsys):
     assert "compare A.json B.json" in capsys.readouterr().out
     assert parse(["--ops", "ema", "--quick"]).command == "run"
     assert parse(["report", "results.json"]).command == "report"
+    assert tuple(BACKENDS) == NAMES  # which it knows without importing them
 
 
 SMALL = [(3, 5), (7,), (), (1,), (1100,)]
