@@ -8,7 +8,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import DTYPES, TARGETS, Target, assert_contract, exact, same_bits
+from contract import DTYPES, assert_contract, exact, same_bits
+from targets import TARGETS, Target
 from torch.nn import utils as torch_utils
 
 import trainops
@@ -89,13 +90,13 @@ def check_clip(target, grads, norm_type=2.0, max_norm=0.3):
     wide = torch.float64 if any(g.dtype in (torch.float64, torch.complex128) for g in grads) else torch.float32
     assert norm.dtype == wide
     assert norm.device == grads[0].device
-    assert_contract(norm, expected.to(norm), true_norm, f"norm of order {norm_type}")
+    assert_contract(norm, true_norm, expected.to(norm), f"norm of order {norm_type}")
     ours, theirs = ([parts(p.grad) for p in tensors] for tensors in (params, torchs))
     if len(ours) > 10 and target == Target("triton", "cpu"):
         # Of few tensors of five elements, taken as one: PyTorch's largest error in five is a matter of luck.
         ours, theirs, true_grads = [torch.stack(ours)], [torch.stack(theirs)], [np.stack(true_grads)]
     for i, (x, y, true) in enumerate(zip(ours, theirs, true_grads, strict=True)):
-        assert_contract(x, y, true, f"gradient {i}, norm of order {norm_type}")
+        assert_contract(x, true, y, f"gradient {i}, norm of order {norm_type}")
 
 
 def test_matches_exact_for_all_shapes(target, dtype, shapes):
@@ -114,7 +115,7 @@ def test_matches_exact_for_all_layouts(target, dtype, layout):
     view = layout(whole)
     for norm_type in NORM_TYPES:
         norm = trainops.get_total_norm([view], norm_type, backend=target.backend)
-        assert_contract(norm, torch_norm([view], norm_type).to(norm), exact_norm([view], norm_type), str(norm_type))
+        assert_contract(norm, exact_norm([view], norm_type), torch_norm([view], norm_type).to(norm), str(norm_type))
     outside = whole.clone()
     layout(outside).zero_()
     check_clip(target, [view, randn((5,), dtype, target.device)])
@@ -183,7 +184,7 @@ def test_clip_grad_value_is_torchs_for_all_values(target, dtype, clip_value):
 def test_norm_of_expanded(target, dtype, norm_type):
     tensors = [randn((7, 1), dtype, target.device).expand(7, 9), randn((), dtype, target.device).expand(33)]
     norm = trainops.get_total_norm(tensors, norm_type, backend=target.backend)
-    assert_contract(norm, torch_norm(tensors, norm_type).to(norm), exact_norm(tensors, norm_type))
+    assert_contract(norm, exact_norm(tensors, norm_type), torch_norm(tensors, norm_type).to(norm))
 
 
 SPLITS = {
@@ -200,7 +201,7 @@ def test_norm_is_invariant_under_splitting(target, dtype, norm_type, split):
     norm = trainops.get_total_norm([whole], norm_type, backend=target.backend)
     norm_of_pieces = trainops.get_total_norm(split(whole), norm_type, backend=target.backend)
     torchs = torch_norm(split(whole), norm_type).to(norm)
-    assert_contract(norm_of_pieces, torchs, exact_norm([whole], norm_type))
+    assert_contract(norm_of_pieces, exact_norm([whole], norm_type), torchs)
     if target in KERNELS and norm_type in (2.0, 1.0, INF):
         # Sums are accumulated in float64.
         rtol = {torch.float32: torch.finfo(torch.float32).eps, torch.float64: 1e-14}[norm.dtype]

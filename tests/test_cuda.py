@@ -12,7 +12,8 @@ from pathlib import Path
 import cuda_shim
 import pytest
 import torch
-from conftest import DTYPES, SHIM, same_bits
+from contract import DTYPES, same_bits
+from targets import SHIM
 from torch import nn
 
 import trainops
@@ -232,11 +233,11 @@ def test_a_learning_rate_in_memory(dtype):
 UNDER_A_SANITIZER = """
 import sys
 sys.path.insert(0, {tests!r})
-import conftest, test_cuda
-for dtype in conftest.DTYPES:
+import contract, test_cuda
+for dtype in contract.DTYPES:
     aligned = test_cuda.everything(dtype)
     unaligned = test_cuda.everything(dtype, lambda x, role: test_cuda.at_offset(x, (3 + role) % 9))
-    assert all(map(conftest.same_bits, aligned, unaligned))
+    assert all(map(contract.same_bits, aligned, unaligned))
 for dtypes in test_cuda.MIXED:
     test_cuda.after_steps(dtypes=dtypes)
 print("done")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import TARGETS
+from targets import TARGETS
 
 import trainops
 

@@ -10,7 +10,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import assert_contract, exact, same_bits
+from contract import assert_contract, exact, same_bits
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -365,7 +365,7 @@ def check_gradients(target, residual, branch, layer_scale):
     of_sum, kept = exact(grad), exact(grad) * exact(mask)
     truth = [of_sum, kept] if layer_scale is None else [of_sum, kept * exact(layer_scale), kept * exact(branch)]
     for name, our, torchs, true in zip(OPERANDS, *results, truth, strict=False):
-        assert_contract(our, torchs, sum_to(true, our.shape), name)
+        assert_contract(our, sum_to(true, our.shape), torchs, name)
 
 
 @pytest.mark.parametrize("scale_shape", LAYER_SCALES.values(), ids=LAYER_SCALES)
@@ -501,7 +501,7 @@ def test_rows_of_the_gradient(target, shape, layout, dtypes):
         assert same_bits(ours, expected)
         if of is not None:
             true = exact(grad.to(mask.dtype)[rows]) * exact(mask) * exact(branch.nan_to_num())
-            assert_contract(of_scale, of_scale_expected, sum_to(true, layer_scale.shape))
+            assert_contract(of_scale, sum_to(true, layer_scale.shape), of_scale_expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -8,7 +8,8 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import DTYPES, Target, assert_contract, exact, same_bits
+from contract import DTYPES, assert_contract, exact, same_bits
+from targets import Target
 from torch import nn
 from torch.optim import swa_utils
 
@@ -58,7 +59,7 @@ def check_update(target, averages, tensors, decay):
     trainops.ema_update_(averages, tensors, decay, backend=target.backend)
     torch._foreach_lerp_(torchs, [x.to(y.dtype) for x, y in zip(tensors, torchs, strict=True)], 1 - decay)
     for i, average in enumerate(averages):
-        assert_contract(average, torchs[i], true[i], f"average {i}")
+        assert_contract(average, true[i], torchs[i], f"average {i}")
 
 
 # ema_update_.
@@ -103,7 +104,7 @@ def test_matches_exact_after_many_steps(target, dtype, shadow, decay):
     for x in steps:
         trainops.ema_update_([ours], [x], decay, backend=target.backend)
         torchs.lerp_(x.to(ours.dtype), 1 - decay)
-    assert_contract(ours, torchs, true)
+    assert_contract(ours, true, torchs)
 
 
 def every_pair(dtype, device):
@@ -324,7 +325,7 @@ def check_followed(ours, torchs, history, copied):
             finite = average.isfinite()
             assert torch.equal(average[~finite], values[-1][~finite]), name
             true = exact_ema(values[0][finite], [x[finite] for x in values[1:]], 0.9)
-            assert_contract(average[finite], tensors_of(torchs)[name][finite], true, name)
+            assert_contract(average[finite], true, tensors_of(torchs)[name][finite], name)
         else:
             assert same_bits(average, tensors_of(torchs)[name]), name
 

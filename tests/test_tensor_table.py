@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import same_bits
+from contract import same_bits
 from torch import nn
 
 import trainops

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import assert_contract, exact, same_bits
+from contract import assert_contract, exact, same_bits
 
 import trainops
 from trainops import device_table
@@ -807,7 +807,7 @@ def test_error_at_any_step_count_and_scale(device, dtype, step, scale):
         assert own["step"] == step + 1
         results.append((param.detach(), own["exp_avg"], own["exp_avg_sq"]))
     for ours, torchs, truth, what in zip(*results, true, ("param", "exp_avg", "exp_avg_sq"), strict=True):
-        assert_contract(ours, torchs, truth, what)
+        assert_contract(ours, truth, torchs, what)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.999, 1 - 1e-7])

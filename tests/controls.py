@@ -1,0 +1,157 @@
+"""Wrong ways to do what trainops does, which every check of numbers must notice.
+
+Each is the specification with one fault in it: a context manager within which the ``reference`` backend is wrong. A
+check that accepts one of them, where the option it concerns is on, checks nothing.
+"""
+
+import functools
+from contextlib import contextmanager
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+
+from trainops import reference as formulas
+from trainops.backends import reference as kernels
+
+
+def written(groups, *columns):
+    """What a step writes, by the names of its columns; not the step counts."""
+    columns = columns or ("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "averages")
+    return [x for group in groups for name in columns for x in getattr(group, name) if x is not None]
+
+
+def put_back(tensors, saved, where=slice(None)):
+    """Give tensors what they had: everywhere, or in their elements ``where``, counted along the flattened tensor."""
+    for x, old in zip(tensors, saved, strict=True):
+        if x.numel() > 0:
+            changed = x.clone().flatten()
+            changed[where] = old.flatten()[where]
+            x.copy_(changed.view(x.shape))
+
+
+def leaving(where, *columns):
+    """A fault: what kernels write is not written (all of it, or the elements ``where``; all columns, or some)."""
+
+    def in_place(kernel, choose):
+        @functools.wraps(kernel)
+        def wrong(*args, **kwargs):
+            tensors = choose(*args)
+            saved = [x.clone() for x in tensors]
+            result = kernel(*args, **kwargs)
+            put_back(tensors, saved, where)
+            return result
+
+        return wrong
+
+    def returned(kernel):
+        @functools.wraps(kernel)
+        def wrong(*args, **kwargs):
+            result = kernel(*args, **kwargs)
+            for x in result if isinstance(result, tuple) else (result,):
+                if x is not None:
+                    put_back([x], [torch.zeros_like(x)], where)
+            return result
+
+        return wrong
+
+    faults = {"adamw_step": in_place(kernels.adamw_step, lambda groups, *_: written(groups, *columns))}
+    if not columns:
+        faults |= {
+            name: in_place(getattr(kernels, name), lambda tensors, *_: list(tensors))
+            for name in ("scale_", "clamp_", "ema_")
+        }
+        faults |= {name: returned(getattr(kernels, name)) for name in ("drop_path", "drop_path_backward")}
+    return mock.patch.multiple(kernels, **faults)
+
+
+def of_groups(**settings):
+    """A fault: the groups of a step have other settings."""
+
+    def adamw_step(groups, *args, step=kernels.adamw_step):
+        return step([replace(group, **settings) for group in groups], *args)
+
+    return mock.patch.object(kernels, "adamw_step", adamw_step)
+
+
+def wrong_decay():
+    """A fault: averages move a tenth too far."""
+
+    def ema_(averages, tensors, decay, *args, move=kernels.ema_):
+        move(averages, tensors, 1.1 * decay - 0.1, *args)
+
+    return mock.patch.object(kernels, "ema_", ema_)
+
+
+def average_of_the_old_param():
+    """A fault: the average follows the parameter as it was before the step."""
+
+    def adamw_step(groups, control, decay, *args, step=kernels.adamw_step):
+        rows = [row for group in groups for row in zip(group.params, group.averages, strict=True)]
+        followed = [(p.clone(), average, average.clone()) for p, average in rows if average is not None]
+        result = step(groups, control, decay, *args)
+        for param, average, old in followed:
+            average.copy_(old)
+            kernels.ema_([average], [param], decay, result.skipped)
+        return result
+
+    return mock.patch.object(kernels, "adamw_step", adamw_step)
+
+
+@contextmanager
+def wrong_norm(factor=1.01):
+    """The norm is off by a hundredth, and so is what is clipped with it."""
+
+    def grad_norms(*args, norms=kernels.grad_norms):
+        total, each = norms(*args)
+        return total * factor, each * factor
+
+    with mock.patch.object(kernels, "grad_norms", grad_norms):
+        yield
+
+
+@contextmanager
+def truncated():
+    """16-bit results are cut off instead of rounded."""
+
+    def write(target, value, skip=None, right=formulas.write):
+        if target.dtype in (torch.bfloat16, torch.float16):
+            rounded = value.to(target.dtype)
+            nearer_to_zero = (rounded.view(torch.int16) - 1).view(target.dtype)
+            value = torch.where(rounded.double().abs() > value.double().abs(), nearer_to_zero, rounded)
+        right(target, value, skip)
+
+    with mock.patch.object(formulas, "write", write):
+        yield
+
+
+LAST = slice(-1, None)
+
+# Of every op.
+CONTROLS = {
+    "nothing": lambda: leaving(slice(None)),
+    "all_but_the_last_element": lambda: leaving(LAST),
+}
+
+# Of a step of AdamW.
+STEP_CONTROLS = CONTROLS | {
+    "param_kept": lambda: leaving(slice(None), "params"),
+    "exp_avg_kept": lambda: leaving(slice(None), "exp_avgs"),
+    "exp_avg_sq_kept": lambda: leaving(slice(None), "exp_avg_sqs"),
+}
+
+
+# Of a step that moves an average.
+AVERAGE_CONTROLS = {
+    "average_kept": lambda: leaving(slice(None), "averages"),
+    "last_element_kept": lambda: leaving(LAST, "averages"),
+    "average_of_the_old_param": lambda: average_of_the_old_param(),
+    "wrong_decay": lambda: wrong_decay(),
+}
+
+
+def must_fail(control, check, *args, **kwargs):
+    """The check must not accept the fault."""
+    with control(), pytest.raises(AssertionError):
+        check(*args, **kwargs)

@@ -1,0 +1,82 @@
+"""The papers' formulas in extended precision (80 bits on x86), with the terms that each result is made of."""
+
+import numpy as np
+from contract import Exact, exact
+
+ONE = np.longdouble(1)
+
+
+def norm(arrays, order=2.0):
+    """The norm of all arrays as one vector."""
+    every = np.concatenate([np.abs(x).ravel() for x in arrays]) if arrays else np.zeros(1, np.longdouble)
+    if order == np.inf:
+        return every.max(initial=np.longdouble(0))
+    return (every ** np.longdouble(order)).sum() ** (ONE / np.longdouble(order))
+
+
+def clip_coefficient(total_norm, max_norm):
+    """What clipping multiplies gradients with."""
+    return ONE if max_norm is None else min(ONE, max_norm / (total_norm + np.longdouble(1e-6)))
+
+
+def adamw_step(
+    param,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    max_exp_avg_sq,
+    step,
+    *,
+    lr=1e-3,
+    betas=(0.9, 0.999),
+    eps=1e-8,
+    weight_decay=1e-2,
+    amsgrad=False,
+    maximize=False,
+    coefficient=ONE,
+):
+    """Step number ``step`` (from 1) of arXiv:1711.05101, algorithm 2: what each tensor is afterwards, by name."""
+    (beta1, beta2), lr, eps = (np.longdouble(beta) for beta in betas), np.longdouble(lr), np.longdouble(eps)
+    g = grad * (-coefficient if maximize else coefficient)
+    kept, added = beta1 * exp_avg, (1 - beta1) * g
+    m, m_terms = kept + added, np.abs(kept) + np.abs(added)
+    v = beta2 * exp_avg_sq + (1 - beta2) * g * g
+    v_max = np.maximum(max_exp_avg_sq, v) if amsgrad else v
+    step_size = lr / (1 - beta1**step) / (np.sqrt(v_max / (1 - beta2**step)) + eps)
+    decayed = param * (1 - lr * np.longdouble(weight_decay))
+    results = {
+        "param": Exact(decayed - step_size * m, np.abs(decayed) + step_size * m_terms),
+        "exp_avg": Exact(m, m_terms),
+        "exp_avg_sq": Exact(v, v),
+    }
+    return results | ({"max_exp_avg_sq": Exact(v_max, v_max)} if amsgrad else {})
+
+
+def adamw(params, grads, max_norm=None, **options):
+    """All steps, one after the other, for lists of tensors: a dictionary as of ``adamw_step`` for each parameter."""
+    rows = [(exact(p), *(np.zeros(p.shape, np.longdouble) for _ in range(3))) for p in params]
+    for t, step_grads in enumerate(grads, start=1):
+        arrays = [exact(x) for x in step_grads]
+        coefficient = clip_coefficient(norm(arrays), max_norm)
+        results = [
+            adamw_step(p, g, m, v, v_max, t, coefficient=coefficient, **options)
+            for (p, m, v, v_max), g in zip(rows, arrays, strict=True)
+        ]
+        names = ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+        rows = [tuple(result.get(name, result["exp_avg_sq"]).value for name in names) for result in results]
+    return results
+
+
+def ema(average, tensor, decay):
+    """One update of an average."""
+    decay = np.longdouble(decay)
+    moved = average + (1 - decay) * (tensor - average) if decay < 1 else average
+    return Exact(moved, decay * np.abs(average) + (1 - decay) * np.abs(tensor))
+
+
+def ema_of(average, tensors, decay):
+    """The average after it has followed all tensors, one after the other."""
+    average = exact(average)
+    for x in tensors:
+        average = ema(average, exact(x), decay).value
+    return average

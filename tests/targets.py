@@ -1,0 +1,72 @@
+"""The backends and devices that tests are run over: those that are there, and why the others are not."""
+
+import os
+import sys
+from typing import NamedTuple
+
+import pytest
+import torch
+
+# Without a GPU, the Triton kernels are run by Triton's interpreter, which must be chosen before they are imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import cuda_shim
+
+# Nor can the CUDA kernels run: they are compiled for the CPU, as the module that the backend finds.
+SHIM = None
+if not torch.cuda.is_available() and cuda_shim.compiler():
+    path = cuda_shim.build(*os.environ.get("TRAINOPS_SHIM_FLAGS", "").split())
+    sys.modules["trainops._cuda"] = cuda_shim.load(path)
+    SHIM = cuda_shim.Shim(path)
+
+import trainops  # noqa: E402 (finds what has been chosen)
+from trainops.backends import triton as triton_backend  # noqa: E402
+
+
+class Target(NamedTuple):
+    """A backend, and the device that its tensors are on."""
+
+    backend: str
+    device: str
+
+
+REFERENCE = Target("reference", "cpu")
+INTERPRETER = Target("triton", "cpu")
+EVERY = [
+    REFERENCE,
+    Target("cpu", "cpu"),
+    Target("cuda", "cpu"),
+    INTERPRETER,
+    Target("reference", "cuda"),
+    Target("cuda", "cuda"),
+    Target("triton", "cuda"),
+]
+
+
+def absence(target):
+    """Why a target is not there; empty where it is."""
+    backend, device = target
+    if device == "cuda" and not torch.cuda.is_available():
+        return "no CUDA device"
+    if not (found := trainops.backends()[backend]).available:
+        return f"backend {backend}: {found.reason}"
+    if target == Target("cuda", "cpu") and SHIM is None:
+        return "the CUDA kernels are not compiled for the CPU: there is a CUDA device, or no C++ compiler"
+    if target == INTERPRETER and not triton_backend._interpreted():
+        return "the interpreter is off, because there is a CUDA device"
+    return ""
+
+
+TARGETS = [target for target in EVERY if not absence(target)]
+CPU_TARGETS = [target for target in TARGETS if target.device == "cpu"]
+KERNELS = [target for target in TARGETS if target.backend != "reference"]
+
+# For tests of what a target's kernels are not concerned in, one is enough.
+over_kernels = pytest.mark.parametrize("target", KERNELS, indirect=True, ids="-".join)
+over_cpu_targets = pytest.mark.parametrize("target", CPU_TARGETS, indirect=True, ids="-".join)
+
+
+def thorough(when):
+    """Leave cases for which ``when(**params)`` is true to `make test-all`."""
+    return pytest.mark.thorough.with_args(when)
