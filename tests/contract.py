@@ -4,8 +4,8 @@ Against an evaluation in extended precision (``exact.py``):
 
 - float32 and float64: the largest error of a tensor is at most twice that of PyTorch's own implementation in the same
   dtype, plus one unit in the last place of the tensor's largest element.
-- 16 bits: every element is the exact result of one step, rounded to nearest. It is off by at most half a unit in its own
-  last place, plus what float32 arithmetic may lose before the rounding: a share of the terms that the result is made of.
+- 16 bits: every element is the exact result of one step, rounded to nearest. It is off by at most half a unit in its
+  own last place, plus what float32 arithmetic may lose before the rounding: a share of the terms that it is made of.
   The exact step starts from what was stored before it, so that 100 steps are 100 checks.
 
 No bound is infinite. ``controls.py`` has the wrong steps that must not meet them.

@@ -67,6 +67,15 @@ over_kernels = pytest.mark.parametrize("target", KERNELS, indirect=True, ids="-"
 over_cpu_targets = pytest.mark.parametrize("target", CPU_TARGETS, indirect=True, ids="-".join)
 
 
+def over(name, table):
+    return pytest.mark.parametrize(name, table.values(), ids=table.keys())
+
+
+def interpreted(when):
+    """Leave cases of Triton's interpreter, which is slow, to `make test-all`, unless ``when(**params)`` is true."""
+    return thorough(lambda target, **params: target == INTERPRETER and not when(**params))
+
+
 def thorough(when):
     """Leave cases for which ``when(**params)`` is true to `make test-all`."""
     return pytest.mark.thorough.with_args(when)

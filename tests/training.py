@@ -31,6 +31,18 @@ class Model(torch.nn.Module):
         self.params = torch.nn.ParameterList(torch.nn.Parameter(x) for x in tensors)
 
 
+def randn(shape, dtype, device):
+    return torch.randn(shape, dtype=torch.float64, device=device).to(dtype)
+
+
+def with_grads(grads):
+    """Parameters that have these very gradients."""
+    params = [torch.nn.Parameter(torch.zeros(g.shape, dtype=g.dtype, device=g.device)) for g in grads]
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad
+    return params
+
+
 def make_model(shapes, dtype, device):
     return Model([torch.randn(shape, device=device).to(dtype) for shape in shapes])
 
