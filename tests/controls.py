@@ -78,10 +78,10 @@ def of_groups(**settings):
 def wrong_decay():
     """A fault: averages move a tenth too far."""
 
-    def ema_(averages, tensors, decay, *args, move=kernels.ema_):
+    def ema_(averages, tensors, decay, *args, move=formulas.ema_):
         move(averages, tensors, 1.1 * decay - 0.1, *args)
 
-    return mock.patch.object(kernels, "ema_", ema_)
+    return mock.patch.object(formulas, "ema_", ema_)
 
 
 def average_of_the_old_param():
@@ -103,11 +103,11 @@ def average_of_the_old_param():
 def wrong_norm(factor=1.01):
     """The norm is off by a hundredth, and so is what is clipped with it."""
 
-    def grad_norms(*args, norms=kernels.grad_norms):
+    def sum_norms(*args, norms=formulas.sum_norms):
         total, each = norms(*args)
         return total * factor, each * factor
 
-    with mock.patch.object(kernels, "grad_norms", grad_norms):
+    with mock.patch.object(formulas, "sum_norms", sum_norms):
         yield
 
 

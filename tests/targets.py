@@ -64,6 +64,13 @@ KERNELS = [target for target in TARGETS if target.backend != "reference"]
 
 # For tests of what a target's kernels are not concerned in, one is enough.
 over_kernels = pytest.mark.parametrize("target", KERNELS, indirect=True, ids="-".join)
+over_gpu_kernels = pytest.mark.parametrize(
+    "target",
+    [target for target in KERNELS if target.device == "cuda"]
+    or [pytest.param(None, marks=pytest.mark.skip("no GPU"))],
+    ids=str,
+    indirect=True,
+)
 over_cpu_targets = pytest.mark.parametrize("target", CPU_TARGETS, indirect=True, ids="-".join)
 
 

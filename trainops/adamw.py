@@ -57,7 +57,8 @@ class AdamW(torch.optim.AdamW):
 
     Attributes:
         grad_norm: norm of all gradients before clipping, divided by a GradScaler's scale; 0-dim, on the device of
-            the first parameter. None until a step measures it (``max_grad_norm`` or ``skip_nonfinite``).
+            the first parameter. None until a step measures it (``max_grad_norm`` or ``skip_nonfinite``); 0.0 where
+            no parameter has a gradient.
         grad_norms: the same for each parameter that had a gradient, 1-D, in group order.
         skipped_steps: how many steps were skipped; 0-dim int64, on the device of the first parameter.
 
@@ -210,7 +211,7 @@ class AdamW(torch.optim.AdamW):
         if self.skipped_steps.device != device:  # the model was moved
             self.skipped_steps = self.skipped_steps.to(device)
         control = StepControl(
-            self.max_grad_norm,
+            None if self.max_grad_norm is None else float(self.max_grad_norm),
             self.skip_nonfinite,
             getattr(self, "grad_scale", None),
             getattr(self, "found_inf", None),
@@ -275,7 +276,9 @@ class AdamW(torch.optim.AdamW):
         return groups
 
     def _update_groups(self, groups: list[AdamWGroup], control: StepControl, ema_decay: float) -> StepResult:
-        """The general path: any devices, tensor subclasses, layouts."""
+        """The general path: any devices, tensor subclasses, layouts, and no gradient at all."""
+        if not groups:
+            return self._empty_step(control)
         parts = _by_device(groups)
         joint: StepResult | None = None
         if control.measures and (len(parts) > 1 or not all(all_plain(g.params) for g in groups)):
@@ -285,15 +288,27 @@ class AdamW(torch.optim.AdamW):
         for device, part in parts.items():
             result = select(self.backend, device.type).adamw_step(part, control, ema_decay)
             control = replace(control, skipped_steps=None)  # counted
-        return result if joint is None else StepResult(joint.total_norm, joint.norms, result.skipped)
+        if joint is None or joint.total_norm is None or joint.norms is None:
+            return result
+        return StepResult(joint.total_norm.to(joint.norms.dtype), joint.norms, result.skipped)
+
+    def _empty_step(self, control: StepControl) -> StepResult:
+        """The norm of no gradients is 0, as in torch; a step that a GradScaler wants skipped counts all the same."""
+        device = self._device()
+        skipped = None if control.found_inf is None else control.found_inf.to(device) != 0
+        if skipped is not None:
+            self.skipped_steps.add_(skipped)
+        total_norm, norms = (torch.zeros(shape, dtype=torch.float32, device=device) for shape in ((), 0))
+        return StepResult(total_norm, norms, skipped)
 
     def _joint_norm(self, groups: list[AdamWGroup], control: StepControl) -> StepResult:
         """The norms over several devices, or over the shards of a DTensor."""
-        norms = reference.grad_norms([grad for group in groups for grad in group.grads])[1]
+        grads = [grad for group in groups for grad in group.grads]
+        norms = reference.sum_norms(grads)[1]
         norms = norms.full_tensor() if hasattr(norms, "full_tensor") else norms
         if control.grad_scale is not None:
-            norms = norms / control.grad_scale.to(norms.device)
-        return StepResult(torch.linalg.vector_norm(norms), norms)
+            norms = norms / reference.scalar(control.grad_scale, norms.device)
+        return StepResult(torch.linalg.vector_norm(norms), norms.to(reference.norm_dtype(grads)))
 
 
 _OWN_SETTINGS = ("max_grad_norm", "skip_nonfinite", "ema", "backend")

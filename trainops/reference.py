@@ -1,12 +1,14 @@
 """The specification: every op of trainops in plain PyTorch, to be read beside the papers.
 
 The kernels are checked against these functions, and these functions serve where there is no kernel. They work on
-any device and dtype. Arithmetic is in float32 for float32 and 16-bit tensors and in float64 for float64 ones;
-what is stored is rounded once, at the end.
+any device and dtype. Arithmetic is in float32 for float32 and 16-bit parameters and in float64 for float64 ones;
+what is stored is rounded once, at the end. Scalars are computed in float64, and rounded once where they meet tensors.
+Norms are summed in float64. Devices without float64 use float32 instead.
 """
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,31 +19,65 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+@cache
+def scalar_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of scalars and sums on a device: float64, or float32 where it has no float64, as on Apple's GPUs."""
+    try:
+        torch.zeros((), dtype=torch.float64, device=device)
+    except (RuntimeError, TypeError):
+        return torch.float32
+    return torch.float64
+
+
+def scalar(x: Tensor, device: torch.device) -> Tensor:
+    """A 0-dim tensor on ``device``, in the dtype of scalars."""
+    return x.to(device, scalar_dtype(device))
+
+
+def rounded(x: Tensor | float, dtype: torch.dtype) -> Tensor | float:
+    """A scalar in the dtype of the arithmetic that it enters: a 0-dim tensor must not widen another one."""
+    return x.to(dtype) if isinstance(x, Tensor) else x
+
+
 def write(target: Tensor, value: Tensor, skip: Tensor | None = None) -> None:
     """Store ``value`` in ``target``, unless ``skip`` is true: then ``target`` keeps every bit."""
     value = value.to(target.dtype)
     target.copy_(value if skip is None else torch.where(skip.to(target.device), target, value))
 
 
-def grad_norms(tensors: Sequence[Tensor], norm_type: float = 2.0) -> tuple[Tensor, Tensor]:
-    """The norm of all ``tensors`` as one vector (0-dim), and the norm of each (1-D), in float32 or float64."""
+def sum_norms(tensors: Sequence[Tensor], norm_type: float = 2.0) -> tuple[Tensor, Tensor]:
+    """:func:`grad_norms` in the dtype of scalars, before they are rounded."""
 
     def norm(x: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(wide(x), norm_type) if x.numel() else wide(x).sum().abs()
+        dtype = scalar_dtype(x.device)
+        dtype = dtype.to_complex() if x.is_complex() else dtype
+        return torch.linalg.vector_norm(x, norm_type, dtype=dtype) if x.numel() else x.sum(dtype=dtype).abs()
 
-    norms = torch.stack([norm(x).to(tensors[0].device) for x in tensors])
+    norms = torch.stack([scalar(norm(x), tensors[0].device) for x in tensors])
     return torch.linalg.vector_norm(norms, norm_type), norms
 
 
+def norm_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """The dtype in which norms of ``tensors`` are returned: float32 unless one of them is float64."""
+    is_double = any(x.dtype in (torch.float64, torch.complex128) for x in tensors)
+    return torch.float64 if is_double else torch.float32
+
+
+def grad_norms(tensors: Sequence[Tensor], norm_type: float = 2.0) -> tuple[Tensor, Tensor]:
+    """The norm of all ``tensors`` as one vector (0-dim), and the norm of each (1-D), in float32 or float64."""
+    total_norm, norms = sum_norms(tensors, norm_type)
+    return total_norm.to(norm_dtype(tensors)), norms.to(norm_dtype(tensors))
+
+
 def clip_coefficient(total_norm: Tensor, max_norm: float) -> Tensor:
-    """``min(1, max_norm / (total_norm + 1e-6))``; NaN where the norm is NaN."""
-    return torch.clamp(max_norm / (total_norm + 1e-6), max=1.0)
+    """``min(1, max_norm / (total_norm + 1e-6))`` in the dtype of scalars; NaN where the norm is NaN."""
+    return torch.clamp(max_norm / (scalar(total_norm, total_norm.device) + 1e-6), max=1.0)
 
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
     """Multiply every tensor by one coefficient."""
     for x in tensors:
-        write(x, wide(x) * coefficient.to(x.device))
+        write(x, wide(x) * coefficient.to(x.device, wide(x).dtype.to_real()))
 
 
 def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
@@ -73,15 +109,19 @@ def adamw_(
     skip: Tensor | None = None,
 ) -> None:
     """One step of AdamW (arXiv:1711.05101, algorithm 2) for one parameter, AMSGrad with ``max_exp_avg_sq``."""
-    g = wide(grad).to(wide(param).dtype) * coefficient
+    dtype, device = wide(param).dtype, param.device
+    t = step + 1
+    correction1, correction2 = (bias_correction(beta, scalar(t, device)) for beta in (beta1, beta2))
+    lr = scalar(lr, device) if isinstance(lr, Tensor) else lr
+    g = grad.to(dtype) * rounded(coefficient, dtype)
     g = -g if maximize else g
-    t = step.to(g.dtype) + 1
-    m = torch.lerp(wide(exp_avg), g, 1 - beta1)
-    v = wide(exp_avg_sq) * beta2 + (1 - beta2) * g * g
-    v_max = v if max_exp_avg_sq is None else torch.maximum(wide(max_exp_avg_sq), v)
-    denominator = (v_max / bias_correction(beta2, t)).sqrt() + eps
-    update = m / bias_correction(beta1, t) / denominator
-    write(param, wide(param) * (1 - lr * weight_decay) - lr * update, skip)
+    m = torch.lerp(exp_avg.to(dtype), g, 1 - beta1)
+    v = exp_avg_sq.to(dtype) * beta2 + (1 - beta2) * g * g
+    v_max = v if max_exp_avg_sq is None else torch.maximum(max_exp_avg_sq.to(dtype), v)
+    denominator = (v_max / rounded(correction2, dtype)).sqrt() + eps
+    update = m / rounded(correction1, dtype) / denominator
+    kept = param.to(dtype) * rounded(1 - lr * weight_decay, dtype)
+    write(param, kept - rounded(lr, dtype) * update, skip)
     write(exp_avg, m, skip)
     write(exp_avg_sq, v, skip)
     write(step, t, skip)

@@ -102,8 +102,7 @@ def regular_table(
                 layout = torch.empty_like(original)
             regular = _with_layout_of(layout, original)
             if is_written and regular is not original:
-                if torch._debug_has_internal_overlap(original) == 1:
-                    raise RuntimeError("a tensor whose elements share memory cannot be updated in place")
+                check_no_overlap(original)
                 copies.append((original, regular))
             column[row] = regular
         if staged_scalars is not None and (scalar := staged_scalars[row]) is not None and layout is not None:
@@ -116,6 +115,12 @@ def regular_table(
     yield table
     for original, regular in reversed(copies):
         original.copy_(regular)
+
+
+def check_no_overlap(x: Tensor) -> None:
+    """Raise where elements of ``x`` share memory, as those of an expanded tensor do."""
+    if torch._debug_has_internal_overlap(x) == 1:
+        raise RuntimeError("a tensor whose elements share memory cannot be updated in place")
 
 
 def as_real(x: Tensor, written: bool = False) -> Tensor:

@@ -76,7 +76,7 @@ ema_, try_ema_ = ema_operations(_table, _ema)
 def collect(param_groups: list[dict[str, Any]], state: dict[Tensor, Any], averages: dict[int, Tensor]) -> Any:
     """See :class:`trainops.backends._interface.Kernels`."""
     table = _cpu.AdamWTable(param_groups, state, averages)
-    return table if table.regular else None
+    return table if table.regular and table.rows > 0 else None
 
 
 def adamw_step(

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..reference import clamp_, drop_path, drop_path_backward, ema_, grad_norms, scale_
-from ..tensor_table import as_real
+from ..reference import drop_path, drop_path_backward, grad_norms
+from ..tensor_table import as_real, check_no_overlap, local
 from ._interface import AdamWGroup, Backend, Collected, StepControl, StepResult
 
 __all__ = [
@@ -36,6 +36,24 @@ def serves(device_type: str) -> bool:
     return True
 
 
+def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
+    """See :func:`trainops.reference.scale_`."""
+    _check_writable(tensors)
+    reference.scale_(tensors, coefficient)
+
+
+def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
+    """See :func:`trainops.reference.clamp_`."""
+    _check_writable(tensors)
+    reference.clamp_(tensors, bound)
+
+
+def ema_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None) -> None:
+    """See :func:`trainops.reference.ema_`."""
+    _check_writable(averages)
+    reference.ema_(averages, tensors, decay, skip)
+
+
 def try_ema_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None) -> bool:
     """There is no quick way to tell."""
     return False
@@ -49,45 +67,85 @@ def adamw_step(
     groups: Sequence[AdamWGroup], control: StepControl, ema_decay: float, collected: Collected | None = None
 ) -> StepResult:
     """See :class:`trainops.backends._interface.Kernels`."""
-    total_norm, norms = control.total_norm, None
+    rows = [(group, row) for group in groups for row in range(len(group.params))]
+    grads = [as_real(group.grads[row]) for group, row in rows]
+    resolved: list[tuple[Tensor, Tensor]] = []
+    written = [[_writable(getattr(group, name)[row], resolved) for name in _WRITTEN] for group, row in rows]
+
+    device = grads[0].device
+    grad_scale = None if control.grad_scale is None else reference.scalar(control.grad_scale, device)
+    total_norm = None if control.total_norm is None else reference.scalar(control.total_norm, device)
+    norms: Tensor | None = None
     if control.measures:
-        total_norm, norms = grad_norms([as_real(g) for group in groups for g in group.grads])
-        if control.grad_scale is not None:
-            total_norm, norms = total_norm / control.grad_scale, norms / control.grad_scale
+        total_norm, norms = reference.sum_norms(grads)
+        if grad_scale is not None:
+            total_norm, norms = total_norm / grad_scale, norms / grad_scale
     coefficient: Tensor | float = 1.0
     if control.max_norm is not None and total_norm is not None:
         coefficient = reference.clip_coefficient(total_norm, control.max_norm)
-    if control.grad_scale is not None:
-        coefficient = coefficient / control.grad_scale
+    if grad_scale is not None:
+        coefficient = coefficient / grad_scale
     skipped = None if control.found_inf is None else control.found_inf != 0
     if control.skip_nonfinite and total_norm is not None:
         non_finite = ~torch.isfinite(total_norm)
         skipped = non_finite if skipped is None else non_finite | skipped.to(non_finite.device)
     if skipped is not None and control.skipped_steps is not None:
         control.skipped_steps.add_(skipped.to(control.skipped_steps.device))
-    for group in groups:
-        _update_group(group, coefficient, skipped, ema_decay)
-    return StepResult(total_norm, norms, skipped)
+    for (group, row), grad, tensors in zip(rows, grads, written, strict=True):
+        _update_row(group, group.steps[row], grad, tensors, coefficient, skipped, ema_decay)
+    for original, copy in resolved:
+        original.copy_(copy)
+    if total_norm is None or norms is None:
+        return StepResult(control.total_norm, None, skipped)
+    dtype = reference.norm_dtype(grads)
+    return StepResult(total_norm.to(dtype), norms.to(dtype), skipped)
 
 
-def _update_group(group: AdamWGroup, coefficient: Tensor | float, skipped: Tensor | None, ema_decay: float) -> None:
-    for row, param in enumerate(group.params):
-        max_exp_avg_sq, average = group.max_exp_avg_sqs[row], group.averages[row]
-        reference.adamw_(
-            as_real(param, written=True),
-            as_real(group.grads[row]),
-            as_real(group.exp_avgs[row]),
-            as_real(group.exp_avg_sqs[row]),
-            None if max_exp_avg_sq is None else as_real(max_exp_avg_sq),
-            group.steps[row],
-            lr=group.lr,
-            beta1=group.beta1,
-            beta2=group.beta2,
-            eps=group.eps,
-            weight_decay=group.weight_decay,
-            maximize=group.maximize,
-            coefficient=coefficient.to(param.device) if isinstance(coefficient, Tensor) else coefficient,
-            skip=skipped,
-        )
-        if average is not None:
-            ema_([as_real(average, written=True)], [as_real(param)], ema_decay, skipped)
+_WRITTEN = ("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "averages")
+
+
+def _check_writable(tensors: Sequence[Tensor]) -> None:
+    """Raise before anything is written where a tensor cannot be."""
+    for x in tensors:
+        check_no_overlap(local(x))
+
+
+def _writable(x: Tensor | None, resolved: list[tuple[Tensor, Tensor]]) -> Tensor | None:
+    """``x`` as real numbers; where it is lazily conjugated, a copy of it, which is to be copied back."""
+    if x is None:
+        return None
+    _check_writable([x])
+    if x.is_conj():
+        resolved.append((x, x.resolve_conj()))
+        x = resolved[-1][1]
+    return as_real(x, written=True)
+
+
+def _update_row(
+    group: AdamWGroup,
+    step: Tensor,
+    grad: Tensor,
+    written: Sequence[Any],
+    coefficient: Tensor | float,
+    skipped: Tensor | None,
+    ema_decay: float,
+) -> None:
+    param, exp_avg, exp_avg_sq, max_exp_avg_sq, average = written
+    reference.adamw_(
+        param,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        max_exp_avg_sq,
+        step,
+        lr=group.lr,
+        beta1=group.beta1,
+        beta2=group.beta2,
+        eps=group.eps,
+        weight_decay=group.weight_decay,
+        maximize=group.maximize,
+        coefficient=coefficient.to(param.device) if isinstance(coefficient, Tensor) else coefficient,
+        skip=skipped,
+    )
+    if average is not None:
+        reference.ema_([average], [param], ema_decay, skipped)

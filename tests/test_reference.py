@@ -1,0 +1,150 @@
+"""The specification itself, where it is easily wrong: the dtypes of scalars and sums, and devices without float64."""
+
+import numpy as np
+import pytest
+import torch
+from contract import exact, same_bits
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import trainops
+from trainops import reference
+from trainops.backends import select
+
+EPS = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+
+
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1), torch.tensor(0.1, dtype=torch.bfloat16), torch.tensor(1)])
+@pytest.mark.parametrize("dtype", EPS, ids=str)
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_scalars_are_as_float64_sees_them(target, dtype, shape, lr):
+    """One step, of which the decay is nearly all: ``1 - lr * weight_decay`` in float32 is some 5e-8 off."""
+    param = torch.nn.Parameter(torch.full(shape, 1.7, dtype=dtype, device=target.device))
+    param.grad = torch.full(shape, 1e-30, dtype=dtype, device=target.device)
+    lr = lr.to(target.device) if isinstance(lr, torch.Tensor) else lr
+    before = exact(param)
+    trainops.AdamW([param], lr=lr, weight_decay=0.3, eps=1e-3, backend=target.backend).step()
+    true = before * (1 - np.longdouble(float(lr)) * np.longdouble(0.3))
+    assert (np.abs(exact(param) - true) <= 3 * EPS[dtype] * before).all()
+
+
+@pytest.mark.parametrize("settings", [{"max_grad_norm": 0.5}, {}], ids=["clipped", "scaled"])
+def test_a_coefficient_does_not_promote_a_gradient(target, settings):
+    """A 0-dim float32 parameter beside float64 ones, whose norm is float64."""
+    tensors = [
+        torch.ones((), dtype=torch.float32),
+        torch.ones(3, dtype=torch.float64),
+        torch.ones((), dtype=torch.float16),
+    ]
+    params = [torch.nn.Parameter(x.to(target.device, copy=True)) for x in tensors]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer = trainops.AdamW(params, lr=0.1, weight_decay=0.0, backend=target.backend, **settings)
+    optimizer.grad_scale = torch.full((), 2.0, dtype=torch.float64, device=target.device)
+    optimizer.step()
+    for param, x in zip(params, tensors, strict=True):
+        assert param.dtype == x.dtype
+        assert optimizer.state[param]["exp_avg"].dtype == x.dtype
+        torch.testing.assert_close(param.detach().cpu(), x - 0.1)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    norm = trainops.clip_grad_norm_(params, 0.5, backend=target.backend)
+    assert norm.dtype == torch.float64
+    for param, x in zip(params, tensors, strict=True):
+        torch.testing.assert_close(param.grad.cpu(), x * (0.5 / 5**0.5))
+
+
+@pytest.mark.parametrize("norm_type", [0.5, 1.0, 2.0, 3.0, float("inf"), -1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64, torch.float64])
+def test_norms_are_summed_in_float64(target, dtype, norm_type):
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) + 0.1 for shape in [(70001,), (), (3, 5)]]
+    tensors = [(x * (1 + 1j)).to(dtype) if dtype.is_complex else x.to(dtype) for x in tensors]
+    kernels = select(target.backend, target.device)
+    total, norms = (x.double() for x in kernels.grad_norms([x.to(target.device) for x in tensors], norm_type))
+    wide = [np.abs(x.to(torch.complex128).numpy()).astype(np.longdouble) for x in tensors]
+    if norm_type == float("inf"):
+        true = np.array([x.max() for x in wide])
+        true_total = true.max()
+    else:
+        true = np.array([(x**norm_type).sum() ** (1 / np.longdouble(norm_type)) for x in wide])
+        true_total = (true**norm_type).sum() ** (1 / np.longdouble(norm_type))
+    rtol = 1.01 * 2.0**-24 if dtype != torch.float64 else 2.0**-48
+    if target.backend == "triton":
+        rtol *= 8  # which sums a chunk in the type of its elements' arithmetic
+    np.testing.assert_allclose(norms.cpu(), true.astype(float), rtol=rtol)
+    np.testing.assert_allclose(total.cpu(), float(true_total), rtol=rtol)
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """A device that refuses float64, as Apple's GPUs do."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if any(
+            isinstance(x, torch.Tensor) and x.dtype in (torch.float64, torch.complex128) for x in tree_leaves(result)
+        ):
+            raise TypeError("there is no float64 on this device")
+        return result
+
+
+@pytest.fixture
+def without_float64():
+    reference.scalar_dtype.cache_clear()
+    with WithoutFloat64():
+        yield
+    reference.scalar_dtype.cache_clear()
+
+
+def test_devices_without_float64(without_float64):
+    model = torch.nn.Linear(3, 2)
+    ema = trainops.EMA(model, 0.5, backend="reference")
+    options = {"max_grad_norm": 0.5, "skip_nonfinite": True, "amsgrad": True}
+    lr = torch.tensor(0.1)
+    optimizer = trainops.AdamW(model.parameters(), lr=lr, ema=ema, backend="reference", **options)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert optimizer.grad_norm.item() == pytest.approx(8**0.5 / 2)
+    for p, x in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(p.detach(), x * (1 - 0.1 * 1e-2) - 0.1)
+    for norm_type in (1.0, 2.0, 2.5, float("inf")):
+        norm = trainops.clip_grad_norm_(model.parameters(), 0.5, norm_type, backend="reference")
+        assert norm.dtype == torch.float32
+    norm = reference.grad_norms([torch.ones(3, dtype=torch.complex64), torch.ones(0)])[0]
+    assert norm.item() == pytest.approx(3**0.5)
+
+
+# Whatever raises has changed nothing
+
+
+def test_tensors_whose_elements_share_memory_change_nothing(target):
+    first, shared = torch.zeros(3, device=target.device), torch.zeros(1, device=target.device).expand(3)
+    others = [torch.ones(3, device=target.device)] * 2
+    with pytest.raises(RuntimeError, match="share memory"):
+        trainops.ema_update_([first, shared], others, 0.5, backend=target.backend)
+    params = [torch.nn.Parameter(torch.ones(3, device=target.device)) for _ in range(2)]
+    for param, grad in zip(params, (torch.ones(3, device=target.device), shared + 0), strict=True):
+        param.grad = grad
+    params[1].grad = torch.ones(1, device=target.device).expand(3)
+    for clip in (trainops.clip_grad_norm_, trainops.clip_grad_value_):
+        with pytest.raises(RuntimeError, match="share memory"):
+            clip(params, 0.5, backend=target.backend)
+    assert same_bits(params[0].grad, torch.ones_like(params[0]))
+    assert same_bits(first, torch.zeros_like(first))
+
+
+def test_a_lazily_conjugated_parameter_is_updated(target):
+    """Where it lies: its memory holds the conjugates."""
+    base = torch.tensor([1 + 2j, 3 - 1j], device=target.device)
+    param = torch.nn.Parameter(torch.ones(2, dtype=torch.complex64, device=target.device))
+    param.data = base.conj()
+    twin = torch.nn.Parameter(base.conj().resolve_conj().clone())
+    for p in (param, twin):
+        p.grad = torch.tensor([0.5 + 1j, 2 - 3j], device=target.device)
+        trainops.AdamW([p], lr=0.1, backend=target.backend).step()
+    assert param.is_conj()
+    torch.testing.assert_close(param.detach().resolve_conj(), twin.detach())
+    torch.testing.assert_close(base, twin.detach().conj().resolve_conj())
