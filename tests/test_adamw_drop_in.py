@@ -34,7 +34,7 @@ def test_repr_is_torchs_with_what_is_added():
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_state_dicts_go_both_ways_mid_run(target, dtype, options):
-    """Torch, then trainops, then torch again: each 16-bit step of ours by itself, others against torch all the way."""
+    """Torch, then trainops, then torch again. Each 16-bit step of ours is held to the contract, the rest to torch."""
     shapes = [(33, 31), (127,), ()]
     options = {"lr": 0.05} | options
     model, torchs = twins(shapes, dtype, target.device)
