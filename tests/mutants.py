@@ -1,0 +1,446 @@
+"""Small faults that tests must notice, as data: `make mutants` (``mutate.py``) plants them one at a time."""
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """A fault: what stands in a file, exactly once, what is put in its place, and the tests that should notice."""
+
+    name: str
+    file: str
+    tests: tuple[str, ...]
+    old: str
+    new: str
+    no_fault: str = ""  # why the change turned out to be harmless
+
+
+def planted(file, tests, faults):
+    """The faults of one file, each as ``name: (old, new)``, or with the reason why it is no fault."""
+    return [Mutant(name, file, tests, *change) for name, change in faults.items()]
+
+
+def tests_of(*files, k=None):
+    """Arguments for pytest."""
+    return (*(f"tests/test_{file}.py" for file in files), *(("-k", k) if k else ()))
+
+
+CPU_ADAMW = tests_of("adamw", k="cpu-cpu")
+CPU_EMA = tests_of("ema", "ema_fused", k="cpu-cpu")
+CPU_CLIP = tests_of("clip_grad", k="cpu-cpu")
+CPU_DROP_PATH = tests_of("drop_path", "drop_path_gradients", k="cpu-cpu")
+REFERENCE = tests_of("adamw", "ema", "clip_grad", k="reference-cpu")
+
+C_PLUS_PLUS = [
+    *planted(
+        "csrc/math/adamw.h",
+        CPU_ADAMW,
+        {
+            "AdamW: maximize ignored": ("s.maximize ? -grad_coefficient", "s.maximize ? grad_coefficient"),
+            "AdamW: decay with the wrong sign": ("1.0 - s.lr * s.weight_decay", "1.0 + s.lr * s.weight_decay"),
+            "AdamW: decay forgotten": ("param = param * s.keep - ", "param = param - "),
+            "AdamW: beta1 for beta2": ("exp_avg_sq * s.beta2 + s.weight2", "exp_avg_sq * s.beta1 + s.weight2"),
+            "AdamW: bias correction with the other beta": (
+                "1.0 - std::pow(s.beta1, step)",
+                "1.0 - std::pow(s.beta2, step)",
+            ),
+            "AdamW: eps not scaled": ("static_cast<T>(s.eps * correction2_sqrt)", "static_cast<T>(s.eps)"),
+            "AdamW: AMSGrad takes the smaller": ("largest > v || largest", "largest < v || largest"),
+            "AdamW: gradient not scaled": (
+                "const T g = s.coefficient * grad;",
+                "const T g = (s.coefficient < T(0) ? T(-1) : T(1)) * grad;",
+            ),
+            "AdamW: second moment of the unclipped gradient": ("s.weight2 * g * g", "s.weight2 * grad * grad"),
+            "AdamW: first moment of few betas alone": (
+                "g - s.beta1 * difference;",
+                "exp_avg + s.beta1 * difference;",
+            ),
+        },
+    ),
+    *planted(
+        "csrc/math/ema.h",
+        CPU_EMA,
+        {
+            "EMA: weight and complement exchanged": (
+                "average + w.weight * difference;\n  const",
+                "average + w.complement * difference;\n  const",
+            ),
+            "EMA: large weights": ("param - w.complement * difference", "param - w.weight * difference"),
+            "EMA: equal infinities": ("(param == average || w.weight == T(0))", "(w.weight == T(0))"),
+            "EMA: decay 0 is no copy": ("return w.complement == T(0) ? param : kept;", "return kept;"),
+        },
+    ),
+    *planted(
+        "csrc/math/clip_grad_norm.h",
+        CPU_ADAMW,
+        {
+            "clip: no cap at 1": ("return coefficient > 1.0 ? 1.0 : coefficient;", "return coefficient;"),
+        },
+    ),
+    *planted(
+        "csrc/cpu/clip_grad_norm.cpp",
+        CPU_CLIP,
+        {
+            "clip: the norm without its root": ("result.total = std::sqrt(result.total);", ""),
+            "cpu: the tail of a norm": (
+                "for (int64_t i = tail; i < size; ++i)",
+                "for (int64_t i = tail; i < size - 1; ++i)",
+            ),
+            "cpu: a stream of the norm begins at another's place": ("values + s * stream + i", "values + s * i + i"),
+        },
+    ),
+    *planted(
+        "csrc/math/clip_grad_norm.h",
+        CPU_CLIP,
+        {
+            "clip: NaN lost in a maximum": ("(magnitude > total || magnitude != magnitude)", "(magnitude > total)"),
+            "clamp: one side": ("x < -bound ? -bound : x", "x"),
+        },
+    ),
+    *planted(
+        "csrc/math/clip_grad_norm.h",
+        tests_of("adamw", k="scaler and cpu-cpu"),
+        {
+            "clip: the grad scale is not taken out": (
+                "clip_coefficient(norm, max_norm) : 1.0) / grad_scale",
+                "clip_coefficient(norm, max_norm) : 1.0)",
+            ),
+        },
+    ),
+    *planted(
+        "csrc/math/float16.h",
+        CPU_ADAMW,
+        {
+            "bfloat16 truncated": ("bits + 0x7fffu + ((bits >> 16) & 1u)", "bits"),
+        },
+    ),
+    *planted(
+        "csrc/math/float16.h",
+        tests_of("tensor_table"),
+        {
+            "bfloat16: ties to odd": ("bits + 0x7fffu + ((bits >> 16) & 1u)", "bits + 0x8000u - ((bits >> 16) & 1u)"),
+            "float16: subnormal numbers lost": (
+                "sign | (magnitude < 0x0400u ? subnormal : normal)",
+                "sign | (magnitude < 0x0400u ? 0u : normal)",
+            ),
+        },
+    ),
+    *planted(
+        "csrc/math/drop_path.h",
+        CPU_DROP_PATH,
+        {
+            "DropPath: the product is not rounded": (
+                "has_layer_scale ? round(branch * layer_scale) : branch",
+                "has_layer_scale ? branch * layer_scale : branch",
+            ),
+            "DropPath: the mask does not scale": (
+                "return round(scaled * mask);",
+                "return mask == T(0) ? round(scaled * mask) : scaled;",
+            ),
+        },
+    ),
+    *planted(
+        "csrc/cpu/elements.h",
+        CPU_ADAMW,
+        {
+            "cpu: the last odd bfloat16": ("if (size % 2 == 1) apply(size - 1);", ""),
+            "cpu: the last element of a tile": (
+                "for (int64_t i = 0; i < size; ++i) apply(i);",
+                "for (int64_t i = 0; i + 1 < size; ++i) apply(i);",
+            ),
+        },
+    ),
+    *planted(
+        "csrc/cpu/adamw.cpp",
+        tests_of("tensor_table", "types", k="cpu"),
+        {
+            "cpu: exp_avg_sq written to exp_avg": (
+                "store(cell(kExpAvgSq), begin, size, exp_avg_sq);",
+                "store(cell(kExpAvg), begin, size, exp_avg_sq);",
+            ),
+        },
+    ),
+    *planted(
+        "csrc/cpu/adamw.cpp",
+        CPU_EMA,
+        {
+            "cpu: EMA before the update": (
+                "    adamw_tile(param, read(kGrad)",
+                "    if (average) ema_tile(cell(kEMA), cell(kParam), begin, size, ema_decay);\n    adamw_tile(param, read(kGrad)",
+            ),
+        },
+    ),
+    *planted(
+        "csrc/cpu/adamw.cpp",
+        CPU_ADAMW,
+        {
+            "cpu: step counts are not written": ("address) += 1.0f;", "address) + 1.0f;"),
+        },
+    ),
+    *planted(
+        "csrc/cpu/adamw.cpp",
+        tests_of("adamw_drop_in", k="cpu-cpu"),
+        {
+            "cpu: a group's settings for the next": ("if (i == 0 || step != last_step)", "if (step != last_step)"),
+        },
+    ),
+    *planted(
+        "csrc/cpu/convert.h",
+        tests_of("tensor_table", "types", k="cpu"),
+        {
+            "cpu: the dtype of the first tensor for all": (
+                "return cell.address == nullptr || cell.dtype == dtype;",
+                "return true;",
+            ),
+            "cpu: a wide result is not written back": (
+                "if (cell.dtype != dtype_of<S>) write(cell, begin, size, values);",
+                "",
+            ),
+        },
+    ),
+    *planted(
+        "csrc/bindings_cpu.cpp",
+        CPU_ADAMW,
+        {
+            "cpu: found_inf ignored": ("if (found_inf || (skip_nonfinite", "if ((skip_nonfinite"),
+            "cpu: non-finite gradients are not skipped": (
+                "if (found_inf || (skip_nonfinite && !is_finite(norm)))",
+                "if (found_inf)",
+            ),
+        },
+    ),
+    *planted(
+        "csrc/bindings_cpu.cpp",
+        tests_of("adamw", "reference", "triton_numbers", k="cpu"),
+        {
+            "cpu: norms of rows keep the grad scale": ("for (double& row : result.rows) row /= grad_scale;", ""),
+        },
+    ),
+    *planted(
+        "csrc/tensor_table.h",
+        CPU_ADAMW,
+        {
+            "cpu: pieces one element short": (
+                "numel(row) - begin : chunk_numel;",
+                "numel(row) - begin - (begin > 0) : chunk_numel;",
+            ),
+        },
+    ),
+    *planted(
+        "csrc/tensor_table_from_python.h",
+        tests_of("tensor_table"),
+        {
+            "cpu: strides are not compared": ("if (strides[i] != other.strides[i] && numel > 0) return false;", ""),
+            "cpu: gaps count as dense": ("if (i == ndim) return false;", "if (i == ndim) return true;"),
+        },
+    ),
+    *planted(
+        "csrc/cpu/drop_path.h",
+        CPU_DROP_PATH,
+        {
+            "cpu: a sample's mask for the next": (
+                "tile = {tile.sample + 1, 0, tile.size}",
+                "tile = {tile.sample, 0, tile.size}",
+            ),
+        },
+    ),
+    *planted(
+        "csrc/cpu/drop_path.cpp",
+        CPU_DROP_PATH,
+        {
+            "cpu: layer scale starts at the wrong channel": (
+                "layer_scale.data() + begin % period",
+                "layer_scale.data() + tile.begin % period",
+            ),
+        },
+    ),
+    *planted(
+        "csrc/cpu/drop_path_backward.cpp",
+        CPU_DROP_PATH,
+        {
+            "cpu: layer scale's gradient forgets rows": (
+                "row + step < size; row += 2 * step",
+                "row + 2 * step < size; row += 2 * step",
+            ),
+        },
+    ),
+]
+
+PYTHON = [
+    *planted(
+        "trainops/reference.py",
+        REFERENCE,
+        {
+            "reference: 1 for 1 - beta2": ("(1 - beta2) * g * g", "g * g"),
+            "reference: bias correction at the old step": ("    t = step + 1\n", "    t = step + 2\n"),
+            "reference: EMA the wrong way": ("torch.lerp(old, new, 1 - decay)", "torch.lerp(new, old, 1 - decay)"),
+            "reference: skipped values are written": ("torch.where(skip.to(target.device), target, value)", "value"),
+            "reference: unclipped": ("torch.clamp(max_norm /", "torch.clamp(1e30 + max_norm /"),
+            "reference: norm of the norms' sum": (
+                "return torch.linalg.vector_norm(norms, norm_type), norms",
+                "return norms.sum(), norms",
+            ),
+        },
+    ),
+    *planted(
+        "trainops/reference.py",
+        tests_of("drop_path", "stochastic_depth", k="reference-cpu"),
+        {
+            "reference: the mask is not scaled": (
+                "mask.div_(keep_prob) if keep_prob > 0.0 and",
+                "mask if keep_prob > 0.0 and",
+            ),
+            "reference: dropped branches are read": (
+                "        branch = torch.where(mask != 0, branch, 0)\n",
+                "        pass\n",
+            ),
+            "reference: rows of the gradient forgotten": (
+                "(grad if rows is None else grad.index_select(0, rows))",
+                "grad[: len(mask)]",
+            ),
+        },
+    ),
+    *planted(
+        "trainops/adamw.py",
+        tests_of("adamw", "adamw_drop_in", "ema_fused", k="cpu-cpu or reference-cpu or not target"),
+        {
+            "AdamW: state of new parameters is kept when a step raises": (
+                "                    del self.state[param]\n",
+                "                    pass\n",
+            ),
+            "AdamW: gradients of other shapes are taken": (
+                "if x is not None and (x.shape != param.shape or",
+                "if x is not None and (False or",
+            ),
+            "AdamW: found_inf is not looked for": ('getattr(self, "found_inf", None)', "None"),
+            "AdamW: the decay of the average is that of no update": (
+                "0.0 if update is None or update.decay is None else update.decay",
+                "0.0",
+            ),
+            "AdamW: settings are lost in copies": ('_OWN_ATTRIBUTES = ("_max_grad_norm", ', "_OWN_ATTRIBUTES = ("),
+            "AdamW: autograd is not told": (
+                "            torch.autograd.graph.increment_version([*params, *averages.values()])\n            result = kernels",
+                "            result = kernels",
+            ),
+            "AdamW: a group's maximize is that of all": ('maximize=settings["maximize"],', "maximize=False,"),
+        },
+    ),
+    *planted(
+        "trainops/ema.py",
+        tests_of("ema_model", "ema_fused", k="cpu-cpu or reference-cpu or test_decay or test_bad or copy"),
+        {
+            "EMA: warm-up is off by one step": (
+                "step - self.update_after_step - 1)",
+                "step - self.update_after_step)",
+            ),
+            "EMA: every step is an update": ("if step % self.update_every == 0 else None", ""),
+            "EMA: swapped weights are not given back": ("pair.source.copy_(own)", "pass"),
+            "EMA: what is done is done again": (
+                "matched = update.matched.without(done) if done else update.matched",
+                "matched = update.matched",
+            ),
+            "EMA: a skipped step copies buffers": (
+                "write(pair.average, pair.source.to(pair.average.device), skip)",
+                "write(pair.average, pair.source.to(pair.average.device))",
+            ),
+            "EMA: replaced tensors are not noticed": (
+                "if self._matched is None or not self._matched.is_current():",
+                "if self._matched is None:",
+            ),
+        },
+    ),
+    *planted(
+        "trainops/model_pairs.py",
+        tests_of("ema_model", k="cpu-cpu or reference-cpu or mismatch"),
+        {
+            "pairs: buffers are averaged always": ("(average_buffers or isinstance(source, nn.Parameter))", "True"),
+            "pairs: shapes are not compared": (
+                "if average.shape != tensor.shape:",
+                "if average.ndim != tensor.ndim:",
+            ),
+        },
+    ),
+    *planted(
+        "trainops/clip_grad.py",
+        tests_of("clip_grad", "clip_grad_drop_in", k="cpu-cpu or reference-cpu"),
+        {
+            "clip: a gradient given twice": ("if len(set(addresses)) < len(addresses):", "if False:"),
+            "clip: raises where all is finite": (
+                "not math.isfinite(total_norm.item())",
+                "math.isfinite(total_norm.item())",
+            ),
+            "clip: autograd is not told": (
+                "    torch.autograd.graph.increment_version(grads)\n    for kernels, part in _by_device(grads, backend):\n        kernels.scale_",
+                "    for kernels, part in _by_device(grads, backend):\n        kernels.scale_",
+            ),
+        },
+    ),
+    *planted(
+        "trainops/tensor_table.py",
+        tests_of("tensor_table", "ema", "clip_grad", k="cpu"),
+        {
+            "tables: staged results are not copied back": ("        original.copy_(regular)\n", "        pass\n"),
+            "tables: strides of a gradient are ignored": (
+                "if x.stride() == layout.stride() and not x.is_neg():",
+                "if not x.is_neg():",
+            ),
+            "tables: lazily negated tensors are read as they lie": (
+                "if x.stride() == layout.stride() and not x.is_neg():",
+                "if x.stride() == layout.stride():",
+            ),
+        },
+    ),
+    *planted(
+        "trainops/device_table.py",
+        tests_of("device_table"),
+        {
+            "device tables: a layout for other dtypes": ("        tuple(map(_dtype, column)),\n", ""),
+            "device tables: a layout for other strides": (
+                "None if contiguous else tuple(map(Tensor.size, column)) + tuple(map(Tensor.stride, column))",
+                "contiguous",
+            ),
+            "device tables: a layout for other groups": (
+                "groups and tuple(map(tuple, groups)), len(columns)",
+                "len(columns)",
+            ),
+            "device tables: uploads of another stream": (
+                "key = (words, device, torch.cuda.current_stream(device).cuda_stream)",
+                "key = (words, device)",
+            ),
+            "device tables: chunks of other rows": (
+                "torch.repeat_interleave(torch.tensor(order",
+                "torch.repeat_interleave(torch.tensor(sorted(order)",
+            ),
+        },
+    ),
+    *planted(
+        "trainops/drop_path_autograd.py",
+        tests_of("drop_path_gradients", "stochastic_depth", k="cpu-cpu or reference-cpu"),
+        {
+            "autograd: a repeated operand's gradient": (
+                "grad.sum_to_size(unlike[0]).to(unlike[1])",
+                "grad.expand(unlike[0]).to(unlike[1])",
+            ),
+            "autograd: the mask of other samples": (
+                "ctx.save_for_backward(mask.index_select(0, kept.chosen), layer_scale",
+                "ctx.save_for_backward(mask[: len(kept.chosen)], layer_scale",
+            ),
+        },
+    ),
+    *planted(
+        "trainops/stochastic_depth.py",
+        tests_of("stochastic_depth", k="cpu-cpu or reference-cpu"),
+        {
+            "stochastic depth: scaled by the rate": (
+                '(count / batch if mode == "fixed" else 1 - drop_prob)',
+                "(1 - drop_prob)",
+            ),
+            "stochastic depth: one sample too few": (
+                "max(1, round(batch * (1 - drop_prob)))",
+                "max(1, round(batch * (1 - drop_prob)) - 1)",
+            ),
+            "stochastic depth: rows of the wrong samples": ("rows = permutation.argsort()", "rows = permutation"),
+        },
+    ),
+]
+
+MUTANTS = [*C_PLUS_PLUS, *PYTHON]
