@@ -13,7 +13,7 @@ RUN := $(VENV)/bin/python
 SETUP := $(VENV)/.built
 endif
 
-SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -name '*.pyc')
 CXX_SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CLANG_FORMAT = $(shell $(RUN) -c "import sysconfig; print(sysconfig.get_path('scripts'))")/clang-format
 

@@ -7,10 +7,8 @@ import importlib.util
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 import sysconfig
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,51 +19,6 @@ ROOT = HERE.parent.parent
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
 
 
-def compiler():
-    """The C++ compiler as a command, or None where there is none."""
-    command = shlex.split(os.environ.get("CXX", "g++"))
-    return command if shutil.which(command[0]) else None
-
-
-def build(*flags):
-    """The extension module ``_cuda`` for CPU tensors; what was built before of the same sources is used again."""
-    sources = [
-        ROOT / "csrc" / "bindings_cuda.cpp",
-        *sorted((ROOT / "csrc" / "cuda").glob("*.cu")),
-        HERE / "cuda_shim.cpp",
-    ]
-    headers = [*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"), HERE / "cuda_runtime.h"]
-    command = [*compiler(), *FLAGS, "-DTRAINOPS_DEVICE_TYPE=1", *flags]
-    content = repr((command, sys.version, pybind11.__version__)).encode()
-    content += b"".join(path.read_bytes() for path in [*sources, *sorted(headers)])
-    folder = ROOT / "build" / "cuda_shim" / hashlib.sha256(content).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    module = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of several test processes, one builds
-        if not module.exists():
-            with tempfile.TemporaryDirectory() as scratch:
-                built = Path(scratch) / module.name
-                compile_all(command, sources, Path(scratch), built)
-                shutil.move(built, module)
-    return module
-
-
-def compile_all(command, sources, scratch, module):
-    include = [f"-I{path}" for path in (HERE, pybind11.get_include(), sysconfig.get_path("include"))]
-    objects = [scratch / f"{source.name}.o" for source in sources]
-    jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
-    pending = [
-        [*command, *include, "-x", "c++", "-c", str(source), "-o", str(target)]
-        for source, target in zip(sources, objects, strict=True)
-    ]
-    for first in range(0, len(pending), jobs):
-        running = [subprocess.Popen(part) for part in pending[first : first + jobs]]
-        if any([process.wait() for process in running]):  # noqa: C419 (waits for all)
-            raise RuntimeError("the CUDA sources do not compile as C++")
-    subprocess.run([*command, "-shared", *map(str, objects), "-o", str(module)], check=True)
-
-
 def load(path, name="trainops._cuda"):
     """Import a module that was built, as the package's own."""
     spec = importlib.util.spec_from_file_location(name, path)
@@ -74,10 +27,38 @@ def load(path, name="trainops._cuda"):
     return module
 
 
+ninja_build = load(ROOT / "csrc" / "ninja_build.py", "ninja_build")
+
+
+def compiler():
+    """The C++ compiler as a command, or None where there is none."""
+    command = shlex.split(os.environ.get("CXX", "g++"))
+    return command if shutil.which(command[0]) else None
+
+
+def build(*flags):
+    """The extension module ``_cuda`` for CPU tensors; only what changed since the last time is compiled."""
+    sources = [ROOT / "csrc" / "bindings_cuda.cpp", *(ROOT / "csrc" / "cuda").glob("*.cu"), HERE / "cuda_shim.cpp"]
+    relative = sorted(path.relative_to(ROOT).as_posix() for path in sources)
+    command = [*compiler(), *FLAGS, "-DTRAINOPS_DEVICE_TYPE=1", *flags]
+    folders = (HERE.relative_to(ROOT), pybind11.get_include(), sysconfig.get_path("include"))
+    cxx = [*command, *(f"-I{folder}" for folder in folders), "-x", "c++"]
+    name = hashlib.sha256(repr((command, sys.version)).encode()).hexdigest()[:16]
+    module = Path("build", "cuda_shim", name, f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}")
+    (ROOT / module.parent).mkdir(parents=True, exist_ok=True)
+    with open(ROOT / module.parent / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several test processes, one builds
+        version = ninja_build.answer(*compiler(), "--version").partition("\n")[0]
+        compilers = {".cpp": cxx, ".cu": cxx}
+        ninja_build.build_module(module, relative, compilers, [*command, "-shared"], [], version, quiet=True)
+    return ROOT / module
+
+
 class Shim:
     """What tests may see and choose."""
 
     def __init__(self, path):
+        self.path = path
         self.library = ctypes.CDLL(str(path))
 
     def launches(self):
