@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,8 @@ class BuildBackends(build_ext):
         # pip's own build folders are temporary; this one is not, and is named after the interpreter that it is for.
         name = Path(self.get_ext_filename(ext.name)).name
         module = Path("build", "ninja", Path(name).stem, name)
+        if self.force:
+            shutil.rmtree(ROOT / module.parent, ignore_errors=True)
         build_module(module, ext.sources, compilers, [*cxx, *shared], libraries, version)
         return ROOT / module
 

@@ -77,7 +77,7 @@ def compiled(output):
     return sorted(re.findall(r"compile (\S+)", output))
 
 
-def test_both_backends_then_nothing_to_do_then_a_fault(tree):
+def test_build_again_with_nothing_to_do_by_force_and_with_a_fault(tree):
     status, output = tree.setup()
     assert status == 0, output
     assert compiled(output) == sorted(SOURCES)
@@ -89,6 +89,10 @@ def test_both_backends_then_nothing_to_do_then_a_fault(tree):
     assert status == 0, output
     assert compiled(output) == []
     assert tree.modules() == ["_cpu", "_cuda"]
+
+    status, output = tree.setup("build_ext", "--inplace", "--force")
+    assert status == 0, output
+    assert compiled(output) == sorted(SOURCES)
 
     # One backend fails: its binary is gone, its compiler's words are shown, and the other backend is there.
     (tree.root / "csrc/cpu/ema.cpp").write_text("fault")
