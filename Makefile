@@ -20,7 +20,7 @@ CLANG_FORMAT = $(shell $(RUN) -c "import sysconfig; print(sysconfig.get_path('sc
 # Tests run in one process per core where pytest-xdist is there to do it.
 PARALLEL = $(shell $(RUN) -c "import xdist" 2>/dev/null && echo --numprocesses=auto)
 
-.PHONY: build demo test lint bench inspect format clean
+.PHONY: build demo test test-all mutants lint bench inspect format clean
 
 build: $(SETUP)
 	$(RUN) -m trainops
@@ -31,6 +31,15 @@ demo: $(SETUP)
 test: $(SETUP)
 	$(RUN) -m pytest $(PARALLEL)
 	$(MAKE) inspect
+
+# Every case of every test, the sanitizers, and what takes long. Above all, more than the interpreter has time for.
+test-all: $(SETUP)
+	$(RUN) -m pytest $(PARALLEL) --thorough
+	$(MAKE) inspect THOROUGH=1
+
+# Plants faults, one at a time, and shows which ones no test notices: half an hour. `make mutants ONLY=cpu,ema` has some.
+mutants: $(SETUP)
+	$(RUN) tests/mutate.py $(if $(ONLY),--only $(ONLY))
 
 lint: $(SETUP)
 	$(RUN) -m ruff check .

@@ -19,7 +19,7 @@ def planted(file, tests, faults):
     return [Mutant(name, file, tests, *change) for name, change in faults.items()]
 
 
-def tests_of(*files, k=None):
+def tests_of(*files, k=""):  # noqa: PT028 (no test)
     """Arguments for pytest."""
     return (*(f"tests/test_{file}.py" for file in files), *(("-k", k) if k else ()))
 
@@ -163,10 +163,12 @@ C_PLUS_PLUS = [
         "csrc/cpu/adamw.cpp",
         CPU_EMA,
         {
-            "cpu: EMA before the update": (
-                "    adamw_tile(param, read(kGrad)",
-                "    if (average) ema_tile(cell(kEMA), cell(kParam), begin, size, ema_decay);\n    adamw_tile(param, read(kGrad)",
+            "cpu: EMA before the update, too": (
+                "    const auto read = [&](AdamWColumn column)",
+                "    if (average) ema_tile(cell(kEMA), cell(kParam), begin, size, ema_decay);\n"
+                "    const auto read = [&](AdamWColumn column)",
             ),
+            "cpu: EMA forgotten": ("if (average) ema_tile(cell(kEMA), cell(kParam), begin, size, ema_decay);", ""),
         },
     ),
     *planted(
@@ -316,10 +318,10 @@ PYTHON = [
                 "0.0 if update is None or update.decay is None else update.decay",
                 "0.0",
             ),
-            "AdamW: settings are lost in copies": ('_OWN_ATTRIBUTES = ("_max_grad_norm", ', "_OWN_ATTRIBUTES = ("),
+            "AdamW: settings are lost in copies": ('= ("_max_grad_norm", "skip', '= ("skip'),
             "AdamW: autograd is not told": (
-                "            torch.autograd.graph.increment_version([*params, *averages.values()])\n            result = kernels",
-                "            result = kernels",
+                "_version([*params, *averages.values()])\n            result = kernels",
+                "_version([])\n            result = kernels",
             ),
             "AdamW: a group's maximize is that of all": ('maximize=settings["maximize"],', "maximize=False,"),
         },
@@ -369,8 +371,8 @@ PYTHON = [
                 "math.isfinite(total_norm.item())",
             ),
             "clip: autograd is not told": (
-                "    torch.autograd.graph.increment_version(grads)\n    for kernels, part in _by_device(grads, backend):\n        kernels.scale_",
-                "    for kernels, part in _by_device(grads, backend):\n        kernels.scale_",
+                "_version(grads)\n    for kernels, part in _by_device(grads, backend):\n        kernels.scale_",
+                "_version([])\n    for kernels, part in _by_device(grads, backend):\n        kernels.scale_",
             ),
         },
     ),

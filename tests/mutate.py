@@ -30,21 +30,18 @@ TIME_LIMIT = 600  # seconds for the tests of one mutant: a fault may make them h
 def tracked():
     """The files of the source, as they are now."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
-    return sorted(name for name in names if name and (ROOT / name).is_file())
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return sorted(name for name in names if (ROOT / name).is_file())
 
 
 def fingerprint():
     """What outcomes depend on."""
+    folders = {"csrc", "tests", "trainops", "triton_kernels", "setup.py"}
     digest = hashlib.sha256()
     for name in tracked():
-        if name.startswith(("csrc/", "triton_kernels/", "trainops/", "tests/")) and name.endswith(
-            (".py", ".h", ".cpp")
-        ):
+        if name.split("/")[0] in folders and not name.endswith(".md"):
             digest.update(name.encode() + (ROOT / name).read_bytes())
-        elif name.endswith((".cu", ".cuh")) or name in ("setup.py", "pyproject.toml"):
-            digest.update(name.encode() + (ROOT / name).read_bytes())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()
 
 
 def copy_tree():
@@ -99,6 +96,13 @@ def test(selections):
     return run(sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *selections)
 
 
+def must_pass(selections):
+    """Without a fault, the tests notice none."""
+    status, output = test(selections)
+    if status != 0:
+        raise SystemExit(f"{' '.join(selections)} does not pass without a mutant:\n{output[-4000:]}")
+
+
 def plant(mutant):
     """Whether the tests notice the mutant, and which one did."""
     path = TREE / mutant.file
@@ -122,7 +126,7 @@ def write_table(outcomes):
     lines = [
         "# Mutants",
         "",
-        "`make mutants` plants these faults one at a time (`tests/mutants.py`) and runs the tests that should notice.",
+        "`make mutants` plants these faults (`mutants.py`) one at a time and runs the tests that should notice.",
         "",
         "| fault | file | noticed by |",
         "| --- | --- | --- |",
@@ -130,9 +134,8 @@ def write_table(outcomes):
     for mutant in MUTANTS:
         outcome, by = outcomes.get(mutant.name, ("not tried", ""))
         shown = f"`{by.removeprefix('tests/')}`" if outcome == NOTICED else outcome
-        lines.append(
-            f"| {mutant.name} | `{mutant.file}` | {f'no fault: {mutant.no_fault}' if mutant.no_fault else shown} |"
-        )
+        shown = f"no fault: {mutant.no_fault}" if mutant.no_fault else shown
+        lines.append(f"| {mutant.name} | `{mutant.file}` | {shown} |")
     (ROOT / "tests" / "MUTANTS.md").write_text("\n".join(lines) + "\n")
 
 
@@ -153,12 +156,11 @@ def main():
     if pending:
         copy_tree()
         build()
-        status, output = test(
-            sorted({name.split("::")[0] for m in pending for name in m.tests if name.startswith("tests/")})
-        )
-        if status != 0:
-            raise SystemExit(f"the tests do not pass without a mutant:\n{output[-4000:]}")
+    passing = set()
     for i, mutant in enumerate(pending, start=1):
+        if mutant.tests not in passing:
+            must_pass(mutant.tests)
+            passing.add(mutant.tests)
         began = time.monotonic()
         outcomes[mutant.name] = plant(mutant)
         OUTCOMES.write_text(json.dumps({"fingerprint": fingerprint(), "outcomes": outcomes}, indent=1))
