@@ -35,10 +35,13 @@ constexpr int64_t kChunkNumel = 1 << 16;
 // can be widened and narrowed there.
 constexpr int64_t kTileNumel = 1024;
 
+// False in a forked child where OpenMP would wait for threads of the parent (parallel.cpp).
+bool may_use_threads();
+
 // Calls body(index) for every index below `count`.
 template <typename Body>
 void for_each_in_parallel(int64_t count, Body body) {
-  const bool parallel = count > 1;
+  const bool parallel = count > 1 && may_use_threads();
   (void)parallel;
 #pragma omp parallel for schedule(dynamic) if (parallel)
   for (int64_t i = 0; i < count; ++i) body(i);

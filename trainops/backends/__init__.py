@@ -6,6 +6,8 @@ from functools import cache
 
 import torch
 
+# Loaded at once, because it has to see every fork of the process (csrc/cpu/parallel.cpp); the others when first used.
+from . import cpu as _cpu  # noqa: F401
 from ._interface import AdamWGroup, Backend, Kernels, StepControl, StepResult
 
 __all__ = ["AdamWGroup", "Backend", "Kernels", "StepControl", "StepResult", "backends", "check", "select"]
