@@ -196,6 +196,7 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import trainops
     imported = sorted({name.partition(".")[0] for name in set(sys.modules) - before})
+    warned_on_import = len(caught)
 
     def train(optimizer_class, **options):
         torch.manual_seed(0)
@@ -219,7 +220,8 @@ with warnings.catch_warnings(record=True) as caught:
 
 found = {name: (backend.available, backend.reason) for name, backend in trainops.backends().items()}
 warned = [(w.category.__name__, str(w.message)) for w in caught]
-print(json.dumps({"file": trainops.__file__, "imported": imported, "found": found, "warned": warned}))
+report = {"imported": imported, "found": found, "warned": warned, "warned_on_import": warned_on_import}
+print(json.dumps({"file": trainops.__file__, **report}))
 """
 
 
@@ -268,3 +270,5 @@ def test_everything_works_with_a_broken_extension_after_one_warning(tmp_path):
     [(category, message)] = report["warned"]
     assert category == "RuntimeWarning"
     assert why in message
+    # It is loaded before anything can fork: see csrc/cpu/parallel.cpp.
+    assert report["warned_on_import"] == 1
