@@ -1,9 +1,13 @@
-"""AdamW on the shards of DTensors, over two processes: the weights and the norm of the unsharded step."""
+"""AdamW over two processes: on the shards of DTensors, and on gradients that are views of DDP's buckets."""
+
+import importlib
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from contract import same_bits
 from targets import TARGETS
+from torch import nn
 
 import trainops
 
@@ -29,10 +33,18 @@ def train(param, grads, **options):
 
 
 def on_each_rank(rank, path, backend):
+    distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=RANKS)
+    check_shards(backend)
+    check_bucket_views(rank, backend, torch.float32, set_to_none=False)
+    check_bucket_views(rank, backend, torch.bfloat16, set_to_none=True)
+    distributed.destroy_process_group()
+
+
+def check_shards(backend):
+    """The weights and the norm are those of the unsharded step."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-    distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=RANKS)
     mesh = init_device_mesh("cpu", (RANKS,))
     options = {"max_grad_norm": 0.5, "skip_nonfinite": True, "backend": backend}
     true, true_optimizer = train(torch.nn.Parameter(torch.ones(5, 3)), full_grads(), **options)
@@ -49,9 +61,42 @@ def on_each_rank(rank, path, backend):
         torch.testing.assert_close(optimizer.grad_norm, true_optimizer.grad_norm)
         exp_avg = optimizer.state[param]["exp_avg"].full_tensor()
         torch.testing.assert_close(exp_avg, next(iter(true_optimizer.state.values()))["exp_avg"])
-    distributed.destroy_process_group()
 
 
+def check_bucket_views(rank, backend, dtype, set_to_none):
+    """Gradients that lie in DDP's buckets, at whatever address, make the steps of gradients of their own."""
+    of_views, views = train_ddp(rank, backend, dtype, set_to_none, gradient_as_bucket_view=True)
+    of_own, own = train_ddp(rank, backend, dtype, set_to_none, gradient_as_bucket_view=False)
+    assert all(x.data_ptr() % 16 == 0 for x in own)
+    assert any(x.data_ptr() % 16 != 0 for x in views), "no gradient is at an odd address"
+    what = f"{dtype}, set_to_none={set_to_none}"
+    assert len(of_views) == len(of_own), what
+    assert all(map(same_bits, of_views, of_own)), what
+
+
+def train_ddp(rank, backend, dtype, set_to_none, gradient_as_bucket_view):
+    """All tensors of the training, and the gradients."""
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(3, 67), nn.Tanh(), nn.Linear(67, 35)).to(dtype)
+    ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=gradient_as_bucket_view)
+    ema = trainops.EMA(model, 0.9, backend=backend)
+    optimizer = trainops.AdamW(ddp.parameters(), lr=0.1, max_grad_norm=0.5, ema=ema, backend=backend)
+    results = []
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(RANKS * step + rank)
+        optimizer.zero_grad(set_to_none)
+        ddp(torch.randn(11, 3, generator=generator).to(dtype)).square().sum().backward()
+        optimizer.step()
+        results.append(optimizer.grad_norm)
+    results += [x.detach() for x in (*model.parameters(), *ema.module.parameters())]
+    results += [x for state in optimizer.state.values() for x in state.values()]
+    return results, [param.grad for param in model.parameters()]
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 @pytest.mark.parametrize("target", [x for x in TARGETS if x.device == "cpu"], indirect=True, ids="-".join)
-def test_shards_give_the_unsharded_step(target, tmp_path):
-    mp.spawn(on_each_rank, args=(tmp_path / "store", target.backend), nprocs=RANKS)
+def test_shards_and_views_of_buckets(target, tmp_path):
+    # Forked processes import nothing again. PyTorch's autograd cannot be forked where there are CUDA devices.
+    importlib.import_module("torch.distributed.tensor")
+    method = "fork" if "fork" in mp.get_all_start_methods() and not torch.cuda.is_available() else "spawn"
+    mp.start_processes(on_each_rank, (tmp_path / "store", target.backend), nprocs=RANKS, start_method=method)
