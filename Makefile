@@ -35,7 +35,8 @@ test: $(SETUP)
 # Every case of every test, the sanitizers, and what takes long. Above all, more than the interpreter has time for.
 test-all: $(SETUP)
 	$(RUN) -m pytest $(PARALLEL) --thorough
-	$(MAKE) inspect THOROUGH=1
+	$(RUN) -m pytest -m large
+	$(MAKE) inspect
 
 # Plants faults, one at a time, and shows which ones no test notices: half an hour. `make mutants ONLY=cpu,ema` has some.
 mutants: $(SETUP)

@@ -16,7 +16,9 @@ import cuda_shim
 # Nor can the CUDA kernels run: they are compiled for the CPU, as the module that the backend finds.
 SHIM = None
 if not torch.cuda.is_available() and cuda_shim.compiler():
-    path = cuda_shim.build(*os.environ.get("TRAINOPS_SHIM_FLAGS", "").split())
+    # An access of 16 bytes at an odd address is an error on a GPU; here it is one as well, by an illegal instruction.
+    strict = "-fsanitize=alignment -fsanitize-undefined-trap-on-error"
+    path = cuda_shim.build(*os.environ.get("TRAINOPS_SHIM_FLAGS", strict).split())
     sys.modules["trainops._cuda"] = cuda_shim.load(path)
     SHIM = cuda_shim.Shim(path)
 

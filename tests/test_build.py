@@ -16,8 +16,8 @@ from pathlib import Path
 
 import cuda_shim
 import pytest
-from conftest import SHIM
 from cuda_shim import ROOT, ninja_build
+from targets import SHIM
 
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "csrc/ninja_build.py", "csrc/nvcc.py")

@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import cuda_shim
 import pytest
 import torch
-from conftest import TARGETS, Target, same_bits
+from contract import same_bits
+from targets import TARGETS, Target
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
