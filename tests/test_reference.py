@@ -1,4 +1,4 @@
-"""The specification itself, where it is easily wrong: the dtypes of scalars and sums, and devices without float64."""
+"""Where backends disagreed: dtypes of scalars and sums, devices without float64, and state that fits no parameter."""
 
 import numpy as np
 import pytest
@@ -148,3 +148,67 @@ def test_a_lazily_conjugated_parameter_is_updated(target):
     assert param.is_conj()
     torch.testing.assert_close(param.detach().resolve_conj(), twin.detach())
     torch.testing.assert_close(base, twin.detach().conj().resolve_conj())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            {"exp_avg_sq": torch.zeros(2, dtype=torch.int64)},
+            r"exp_avg_sq of torch\.int64 does not fit .* torch\.float32",
+        ),
+        ({"exp_avg": torch.zeros(2, dtype=torch.complex64)}, r"exp_avg of torch\.complex64 does not fit"),
+        ({"step": torch.zeros(2)}, "step must be a one-element tensor"),
+        ({"step": 1}, "step must be a one-element tensor"),
+    ],
+)
+def test_state_of_another_kind_changes_nothing(target, spoil, message):
+    params = [torch.nn.Parameter(torch.ones(2, device=target.device)) for _ in range(2)]
+    optimizer = trainops.AdamW(params, backend=target.backend)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    before = params[0].detach().clone()
+    spoil = {name: x.to(target.device) if isinstance(x, torch.Tensor) else x for name, x in spoil.items()}
+    optimizer.state[params[1]].update(spoil)
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    assert same_bits(params[0].detach(), before)
+    assert optimizer.state[params[0]]["step"] == 1
+
+
+@pytest.mark.parametrize(
+    "step", [torch.tensor(3.0), torch.tensor([3.0]), torch.tensor(3), torch.tensor([[3.0]]).double()]
+)
+@pytest.mark.parametrize("shape", [(), (2,)])
+def test_step_counts_of_any_kind(target, shape, step):
+    param = torch.nn.Parameter(torch.ones(shape, device=target.device))
+    optimizer = trainops.AdamW([param], backend=target.backend)
+    state = {name: torch.zeros(shape, device=target.device) for name in ("exp_avg", "exp_avg_sq")}
+    optimizer.state[param] = {"step": step.to(target.device, copy=True), **state}
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert torch.equal(optimizer.state[param]["step"].cpu(), step + 1)
+    correction1, correction2 = 1 - 0.9**4, 1 - 0.999**4
+    expected = 1 - 1e-5 - 1e-3 * (0.1 / correction1) / (0.001 / correction2) ** 0.5
+    torch.testing.assert_close(param.detach(), torch.full_like(param, expected), rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.999, 1 - 1e-7])
+def test_bias_corrections_do_not_cancel(target, beta):
+    """While gradients stay the same, each step is ``lr`` long: what corrections lose shows in float64."""
+    param = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64, device=target.device))
+    optimizer = trainops.AdamW([param], lr=0.5, betas=(beta, beta), eps=0.0, weight_decay=0.0, backend=target.backend)
+    for step in range(1, 4):
+        param.grad = torch.tensor([1.0, -2.0, 1e-3], dtype=torch.float64, device=target.device)
+        optimizer.step()
+        torch.testing.assert_close(param.detach(), -0.5 * step * param.grad.sign(), rtol=1e-14, atol=0)
+
+
+def test_max_grad_norm_may_be_a_tensor(target):
+    """Of one element, in any shape: it must not make a 0-dim gradient one of another shape."""
+    param = torch.nn.Parameter(torch.ones((), device=target.device))
+    param.grad = torch.full_like(param, 4.0)
+    optimizer = trainops.AdamW([param], max_grad_norm=torch.tensor([2.0]), betas=(0.0, 0.9), backend=target.backend)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[param]["exp_avg"].cpu(), torch.tensor(2.0))

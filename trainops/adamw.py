@@ -11,6 +11,7 @@ from torch import Tensor
 from . import reference
 from .backends import AdamWGroup, StepControl, StepResult, check, select
 from .ema import EMA
+from .model_pairs import kind
 from .tensor_table import aligned, all_plain
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -348,13 +349,18 @@ def _check_rows(group: AdamWGroup) -> None:
     for row, param in enumerate(group.params):
         for name in AdamWGroup.COLUMNS[1:-1]:
             x = getattr(group, name)[row]
-            if x is not None and (x.shape != param.shape or x.device != param.device):
+            if x is None:
+                continue
+            if x.shape != param.shape or x.device != param.device:
                 raise RuntimeError(
                     f"{name.removesuffix('s')} of shape {tuple(x.shape)} on {x.device} does not fit a parameter of "
                     f"shape {tuple(param.shape)} on {param.device}"
                 )
-        if not isinstance(group.steps[row], Tensor):
-            raise RuntimeError(f"the state's step must be a one-element tensor, got {group.steps[row]!r}")  # noqa: TRY004
+            if kind(x) != kind(param):
+                raise RuntimeError(f"{name.removesuffix('s')} of {x.dtype} does not fit a parameter of {param.dtype}")
+        step = group.steps[row]
+        if not isinstance(step, Tensor) or step.numel() != 1:
+            raise RuntimeError(f"the state's step must be a one-element tensor, got {step!r:.60}")
 
 
 def _by_device(groups: list[AdamWGroup]) -> dict[torch.device, list[AdamWGroup]]:

@@ -48,8 +48,15 @@ def learning_rate(group):
 
 @triton.jit
 def bias_correction(beta, step):
-    """``1 - beta ** step`` in float64; 1 for a beta of 0."""
-    return 1.0 - tl.where(beta > 0.0, tl.exp(step * tl.log(tl.where(beta > 0.0, beta, 1.0))), 0.0)
+    """``1 - beta ** step`` in float64, 1 for a beta of 0.
+
+    Not as it stands, which cancels: ``expm1(x) = (e - 1) * x / log(e)`` with ``e = exp(x)``, errors of which cancel.
+    """
+    x = step * tl.log(tl.where(beta > 0.0, beta, 0.5))
+    power = tl.exp(x)
+    quotient = x / tl.where(power == 1.0, 1.0, tl.log(power))
+    correction = tl.where(power == 1.0, -x, tl.where(power > 0.0, (1.0 - power) * quotient, 1.0))
+    return tl.where(beta > 0.0, correction, 1.0)
 
 
 @triton.jit

@@ -92,7 +92,7 @@ def adamw_step(
     if skipped is not None and control.skipped_steps is not None:
         control.skipped_steps.add_(skipped.to(control.skipped_steps.device))
     for (group, row), grad, tensors in zip(rows, grads, written, strict=True):
-        _update_row(group, group.steps[row], grad, tensors, coefficient, skipped, ema_decay)
+        _update_row(group, group.steps[row].reshape(()), grad, tensors, coefficient, skipped, ema_decay)
     for original, copy in resolved:
         original.copy_(copy)
     if total_norm is None or norms is None:
