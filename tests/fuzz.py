@@ -1,0 +1,294 @@
+"""Random optimizers: what a fuzzer draws, how two backends go through it, and what their results are held to.
+
+The contract, for every element of every tensor that a step writes: with ``exact`` one step in extended precision from
+what was stored before it, a backend stores what rounding some number within ``ROUNDINGS`` units of the arithmetic's
+precision, times the magnitudes of the terms, of ``exact`` gives. Numbers that are not finite must be those of
+``reference``.
+"""
+
+import copy
+import pickle
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+
+import trainops
+
+# The same cases in every run, or ten thousand others in each: `pytest --hypothesis-profile=thorough`.
+_COMMON: dict[str, Any] = {
+    "deadline": None,
+    "database": None,
+    "report_multiple_bugs": False,
+    "phases": [Phase.explicit, Phase.generate, Phase.shrink],
+    "suppress_health_check": list(HealthCheck),
+}
+settings.register_profile("default", derandomize=True, max_examples=100, **_COMMON)
+settings.register_profile("thorough", print_blob=True, max_examples=3000, **_COMMON)
+settings.load_profile("default")
+
+FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+SHAPES = [(), (0,), (1,), (2,), (5,), (7, 3), (1, 4), (2, 0, 3), (2, 3, 4, 5), (33, 31), (1023,), (1025,)]
+LAYOUTS = ["plain", "offset 1", "offset 3", "offset 8", "transposed", "channels last", "gaps"]
+STEP_DTYPES = dict(zip(FLOATS, [torch.float32, torch.float64, torch.int64, torch.float32], strict=True))
+STATE = ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"]
+
+# How far an element may be off, in units of 2**-24 or 2**-53 and of the magnitudes of its terms.
+ROUNDINGS = 8.0
+
+GUARD = 16  # elements on both sides of a tensor, which nobody may write
+GUARD_VALUE = -7.25
+
+
+class Guards:
+    """The memory around and between the elements of the tensors of one backend."""
+
+    def __init__(self) -> None:
+        self.guards: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def place(self, x: torch.Tensor, layout: str) -> torch.Tensor:
+        """A copy of ``x`` in a layout, amid memory that must stay as it is."""
+        name, _, offset = layout.partition(" ")
+        if name == "expanded":
+            return x[:1].clone().expand(x.shape) if x.ndim and x.numel() else x.clone()
+        dense = x.clone(memory_format=torch.contiguous_format)
+        if name == "transposed" and x.ndim >= 2:
+            dense = dense.transpose(-1, -2).contiguous().transpose(-1, -2)
+        elif layout == "channels last" and x.ndim == 4:
+            dense = dense.contiguous(memory_format=torch.channels_last)
+        step = 2 if name == "gaps" else 1
+        start = GUARD + (int(offset) if name == "offset" else 0)
+        base = torch.full((start + step * x.numel() + GUARD,), GUARD_VALUE, dtype=x.dtype)
+        strides = [step * stride for stride in dense.stride()]
+        view = base.as_strided(x.shape, strides, start)
+        view.fill_(0)
+        self.guards.append((base, base == GUARD_VALUE))
+        return view.copy_(dense)
+
+    def check(self) -> None:
+        for base, untouched in self.guards:
+            assert (base[untouched] == GUARD_VALUE).all(), "memory beside a tensor was written"
+
+
+# What is drawn
+
+
+@dataclass
+class Row:
+    """A parameter, and how it, its gradient, its state and its average lie in memory."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    layout: str
+    grad_layout: str
+    group: int
+
+
+@dataclass
+class Step:
+    """A step, and what is done to the optimizer before it."""
+
+    scale: float  # of the gradients
+    missing: list[bool]  # by row, repeated as often as needed
+    poison: float | None
+    grad_scale: float | None
+    found_inf: float | None
+    before: str
+    layout: str  # what "replace" and "restate" make of tensors
+    dtype: torch.dtype
+
+
+@dataclass
+class Case:
+    rows: list[Row]
+    groups: list[dict[str, Any]]
+    settings: dict[str, Any]
+    ema: dict[str, Any] | None
+    fused: bool
+    steps: list[Step]
+    seed: int = 0
+
+
+def lists_of_rows(shapes: Any, dtypes: Any, most: int) -> Any:
+    layout = st.sampled_from([*LAYOUTS[:1] * 3, *LAYOUTS])
+    grad_layout = st.sampled_from([*LAYOUTS[:1] * 3, *LAYOUTS, "expanded"])
+    row = st.builds(Row, shapes, dtypes, layout, grad_layout, st.integers(0, 2))
+    return st.lists(row, min_size=1, max_size=most)
+
+
+def rates() -> Any:
+    tensors = [torch.tensor(x, dtype=dtype) for x in (0.1, [1e-2]) for dtype in FLOATS[:3]]
+    return st.sampled_from([1e-3, 0.0, 0.1, *tensors, torch.tensor(1)])
+
+
+GROUPS = st.fixed_dictionaries(
+    {},
+    optional={
+        "lr": rates(),
+        "betas": st.tuples(*2 * [st.sampled_from([0.9, 0.0, 0.3, 0.5, 0.999, 1 - 1e-7])]),
+        "eps": st.sampled_from([1e-8, 1e-3, 0.0]),
+        "weight_decay": st.sampled_from([0.0, 0.01, 0.5, 3.0]),
+        "amsgrad": st.booleans(),
+        "maximize": st.booleans(),
+    },
+)
+SETTINGS = st.fixed_dictionaries(
+    {},
+    optional={
+        "max_grad_norm": st.sampled_from([0.5, 0.0, 1e-3, 1e9, float("inf"), torch.tensor([0.25])]),
+        "skip_nonfinite": st.booleans(),
+    },
+)
+AVERAGES = st.fixed_dictionaries(
+    {"decay": st.sampled_from([0.9, 0.0, 0.3, 0.5, 0.9999, 1.0])},
+    optional={
+        "dtype": st.sampled_from(FLOATS),
+        "warmup": st.booleans(),
+        "min_decay": st.sampled_from([0.0, 0.6]),
+        "update_after_step": st.sampled_from([-2, 0, 1]),
+        "update_every": st.sampled_from([1, 2]),
+        "average_buffers": st.booleans(),
+    },
+)
+NOTHING = ["nothing"] * 4
+STEPS = st.builds(
+    Step,
+    scale=st.sampled_from([1.0, 1e-3, 30.0]),
+    missing=st.lists(st.booleans(), max_size=3).map(lambda x: x if len(x) > 1 else [False]),
+    poison=st.sampled_from([None] * 5 + [float("nan"), float("inf"), -float("inf")]),
+    grad_scale=st.sampled_from([None, None, 1.0, 3.0, 65536.0]),
+    found_inf=st.sampled_from([None, None, 0.0, 0.0, 1.0]),
+    before=st.sampled_from([*NOTHING, "reload", "pickle", "replace", "restate", "cast", "late"]),
+    layout=st.sampled_from(LAYOUTS),
+    dtype=st.sampled_from(FLOATS),
+)
+
+
+def cases(shapes: Any, most_rows: int = 6, most_steps: int = 4) -> Any:
+    """Cases over parameters of some shapes: of one dtype, of several, or complex ones among them."""
+    dtypes = [
+        *(st.just(dtype) for dtype in FLOATS),
+        st.sampled_from(FLOATS),
+        st.sampled_from([torch.complex64, torch.complex128, torch.float32]),
+    ]
+    return st.builds(
+        Case,
+        rows=st.sampled_from(dtypes).flatmap(lambda dtype: lists_of_rows(shapes, dtype, most_rows)),
+        groups=st.lists(GROUPS, min_size=1, max_size=3),
+        settings=SETTINGS,
+        ema=st.none() | AVERAGES,
+        fused=st.booleans(),
+        steps=st.lists(STEPS, min_size=1, max_size=most_steps),
+        seed=st.integers(0, 7),
+    )
+
+
+# How a backend goes through it
+
+
+class Model(torch.nn.Module):
+    def __init__(self, params: list[torch.Tensor], buffer: torch.Tensor) -> None:
+        super().__init__()
+        self.params = torch.nn.ParameterList(torch.nn.Parameter(x) for x in params)
+        self.register_buffer("buffer", buffer)
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+
+@dataclass
+class World:
+    """A case's model, optimizer and average on one backend."""
+
+    case: Case
+    backend: str
+    guards: Guards = field(default_factory=Guards)
+
+    def __post_init__(self) -> None:
+        case, generator = self.case, torch.Generator().manual_seed(self.case.seed)
+        tensors = [self.guards.place(randoms(row.shape, row.dtype, generator), row.layout) for row in case.rows]
+        self.model = Model(tensors, torch.randn(3, generator=generator))
+        self.ema = None if case.ema is None else trainops.EMA(self.model, **case.ema, backend=self.backend)
+        if self.ema is not None:
+            for average, row in zip(self.ema.module.params, case.rows, strict=True):
+                average.data = self.guards.place(average.data, row.grad_layout.replace("expanded", "gaps"))
+        self.optimizer = self.make_optimizer()
+
+    def make_optimizer(self) -> trainops.AdamW:
+        groups = [{**copy.deepcopy(group), "params": []} for group in self.case.groups]
+        for param, row in zip(self.model.params, self.case.rows, strict=True):
+            groups[row.group % len(groups)]["params"].append(param)
+        own = {**copy.deepcopy(self.case.settings), "ema": self.ema if self.case.fused else None}
+        return trainops.AdamW(groups, **own, backend=self.backend)
+
+    def prepare(self, step: Step) -> None:
+        """What frameworks do between steps."""
+        optimizer = self.optimizer
+        if step.before == "reload":
+            self.optimizer = self.make_optimizer()
+            self.optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            optimizer.ema = None
+        elif step.before == "pickle":
+            whole = pickle.loads(pickle.dumps((self.model, self.ema, optimizer)))
+            self.model, self.ema, self.optimizer = whole
+        for param in self.model.params if step.before in ("replace", "cast") else ():
+            data = param.data.to(step.dtype) if step.before == "cast" and not param.is_complex() else param.data
+            param.grad = None
+            param.data = self.guards.place(data, step.layout)
+        for state in optimizer.state.values() if step.before in ("restate", "late") else ():
+            if step.before == "late":
+                state["step"] = (
+                    torch.tensor(10_000.0).to(STEP_DTYPES[step.dtype]).reshape([1] * (step.layout != "plain"))
+                )
+                continue
+            for name in STATE:
+                if name in state:
+                    x = state[name] if state[name].is_complex() else state[name].to(step.dtype)
+                    state[name] = self.guards.place(x, step.layout)
+        with torch.no_grad():
+            self.model.buffer.add_(0.5)
+            self.model.count.add_(1)
+
+    def set_grads(self, step: Step, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        missing = (step.missing * len(self.case.rows))[: len(self.case.rows)]
+        scale = step.scale * (step.grad_scale or 1.0 if step.scale < 10 else 1.0)
+        for row, param, is_missing in zip(self.case.rows, self.model.params, missing, strict=True):
+            grad = randoms(param.shape, param.dtype, generator, scale)
+            if step.poison is not None and grad.numel():
+                grad.view(-1)[int(torch.randint(grad.numel(), (), generator=generator))] = step.poison
+            param.grad = None if is_missing else self.guards.place(grad, row.grad_layout)
+
+    def step(self, step: Step) -> None:
+        for name in ("grad_scale", "found_inf"):
+            if (value := getattr(step, name)) is not None:
+                setattr(self.optimizer, name, torch.tensor(value))
+        try:
+            self.optimizer.step()
+            if self.ema is not None and not self.case.fused:
+                self.ema.update()
+        finally:
+            for name in ("grad_scale", "found_inf"):
+                vars(self.optimizer).pop(name, None)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything that a step may write, by name."""
+        found = {f"param {i}": p.detach() for i, p in enumerate(self.model.params)}
+        for i, param in enumerate(self.model.params):
+            found |= {f"{name} {i}": x for name, x in self.optimizer.state.get(param, {}).items()}
+        if self.ema is not None:
+            found |= {f"average {i}": x.detach() for i, x in enumerate(self.ema.module.params)}
+            found |= {"average of buffer": self.ema.module.buffer, "average of count": self.ema.module.count}
+        return found
+
+    def follow(self, other: "World") -> None:
+        """Take over the numbers of another backend, bit for bit."""
+        theirs = other.tensors()
+        for name, x in self.tensors().items():
+            x.copy_(theirs[name])
+
+
+def randoms(shape: Any, dtype: torch.dtype, generator: torch.Generator, scale: float = 1.0) -> torch.Tensor:
+    """Normal numbers with some zeros among them."""
+    x = torch.randn(shape, generator=generator, dtype=torch.complex128 if dtype.is_complex else torch.float64)
+    return (scale * x * (torch.rand(shape, generator=generator) > 0.05)).to(dtype)

@@ -1,0 +1,216 @@
+"""What the results of a fuzzed step are held to: one step in extended precision, from what was stored before it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from fuzz import ROUNDINGS, Step, World
+
+UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+DOUBLES = (torch.float64, torch.complex128)
+
+
+def real(x: torch.Tensor) -> torch.Tensor:
+    x = x.detach().resolve_conj()
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
+def exact(x: torch.Tensor) -> np.ndarray:
+    return real(x).double().numpy().astype(np.longdouble)
+
+
+def arithmetic(*tensors: torch.Tensor) -> torch.dtype:
+    return torch.float64 if any(x.dtype in DOUBLES for x in tensors) else torch.float32
+
+
+def as_stored(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """Extended precision, rounded to a dtype on the way that tensors take."""
+    wide = torch.from_numpy(np.asarray(x, np.float64))
+    if not dtype.is_floating_point:
+        return wide.numpy()
+    return (wide if dtype == torch.float64 else wide.float()).to(dtype).double().numpy()
+
+
+@dataclass
+class Expected:
+    """What a tensor should hold: up to ``slack`` from ``exact``, and rounded once."""
+
+    exact: np.ndarray
+    slack: np.ndarray
+
+    @np.errstate(all="ignore")
+    def check(self, what: str, got: torch.Tensor, others: torch.Tensor) -> None:
+        """Hold ``got`` to it; where it is not finite, to what another backend has."""
+        ours, theirs = (real(x).double().numpy() for x in (got, others))
+        assert ours.shape == theirs.shape, what
+        assert got.dtype == others.dtype, what
+        low, high = (as_stored(x, real(got).dtype) for x in (self.exact - self.slack, self.exact + self.slack))
+        same = (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))
+        good = np.where(np.isfinite(self.exact) & np.isfinite(self.slack), (low <= ours) & (ours <= high), same)
+        if not good.all():
+            at = tuple(np.argwhere(~good)[0].tolist())
+            wanted = f"{self.exact[at]!r} within {self.slack[at]!r}; another backend has {theirs[at]!r}"
+            raise AssertionError(f"{what} is {ours[at]!r} at {at}, expected {wanted}")
+
+
+@np.errstate(all="ignore")
+def expected_adamw(
+    group: dict[str, Any], step: float, g: np.ndarray, slack: float, stored: dict[str, np.ndarray]
+) -> dict[str, Expected]:
+    """AdamW of arXiv:1711.05101 on one parameter; ``g`` is its clipped gradient, ``step`` counts from 1."""
+    lr, weight_decay, eps = (np.longdouble(float(group[name])) for name in ("lr", "weight_decay", "eps"))
+    beta1, beta2 = (np.longdouble(float(beta)) for beta in group["betas"])
+    p, m, v = stored["param"], stored["exp_avg"], stored["exp_avg_sq"]
+    g = -g if group["maximize"] else g
+    correction1, correction2 = (-np.expm1(step * np.log1p(beta - 1)) for beta in (beta1, beta2))
+    near, far = np.abs(m) + (1 - beta1) * (np.abs(g) + np.abs(m)), np.abs(g) + beta1 * (np.abs(g) + np.abs(m))
+    terms_m = near if beta1 > 0.5 else far
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g * g
+    largest = np.maximum(stored["max_exp_avg_sq"], v) if group["amsgrad"] else v
+    denominator = np.sqrt(largest / correction2) + eps
+    new = p * (1 - lr * weight_decay) - lr * (m / correction1) / denominator
+    terms_p = np.abs(p) * (1 + lr * weight_decay) + lr * terms_m / correction1 / denominator
+    result = {"exp_avg": (m, terms_m), "exp_avg_sq": (v, v), "param": (new, terms_p)}
+    if group["amsgrad"]:
+        result["max_exp_avg_sq"] = (largest, largest)
+    return {name: Expected(x, slack * np.abs(terms)) for name, (x, terms) in result.items()}
+
+
+@np.errstate(all="ignore")
+def expected_average(average: torch.Tensor, source: torch.Tensor, decay: float) -> Expected:
+    old, new = exact(average), exact(source)
+    if decay in (0.0, 1.0):
+        return Expected(new if decay == 0.0 else old, np.zeros_like(old))
+    weight = 1 - np.longdouble(decay)
+    moved = np.where(old == new, old, np.longdouble(decay) * old + weight * new)
+    return Expected(moved, ROUNDINGS * UNIT[arithmetic(average, source)] * (np.abs(old) + np.abs(new)))
+
+
+@dataclass
+class Norms:
+    """Of a step's gradients, by the index of the parameter, and what follows from them."""
+
+    each: dict[int, np.longdouble]
+    total: np.longdouble
+    skipped: bool
+    coefficient: np.longdouble
+    slack: float  # relative
+
+    @classmethod
+    @np.errstate(all="ignore")
+    def of(cls, world: World, step: Step, grads: dict[int, np.ndarray]) -> "Norms":
+        scale = np.longdouble(1.0 if step.grad_scale is None else step.grad_scale)
+        each = {i: np.sqrt((g * g).sum()) / scale for i, g in grads.items()}
+        total = np.sqrt(sum((norm * norm for norm in each.values()), np.longdouble(0.0)))
+        settings = world.case.settings
+        skipped = bool(step.found_inf) or (settings.get("skip_nonfinite", False) and not np.isfinite(total))
+        coefficient = 1 / scale
+        if (max_norm := settings.get("max_grad_norm")) is not None:
+            coefficient = np.minimum(1, np.longdouble(float(max_norm)) / (total + np.longdouble(1e-6))) / scale
+        slack = sums_slack(world.backend, [world.model.params[i].grad for i in grads])
+        return cls(each, total, skipped, coefficient, slack if max_norm is not None else 0.0)
+
+
+def sums_slack(backend: str, tensors: list[torch.Tensor]) -> float:
+    """How far a norm may be off: sums are in float64, but within a program of triton in the tensor's arithmetic."""
+    slack = (8 + sum(real(x).numel() for x in tensors) / 8) * UNIT[torch.float64]
+    narrow = backend == "triton" and any(x.dtype not in DOUBLES for x in tensors)
+    return slack + ROUNDINGS * UNIT[torch.float32] * narrow
+
+
+@np.errstate(all="ignore")
+def check_norms(world: World, norms: Norms, rows: list[int], grads: list[torch.Tensor]) -> None:
+    settings, optimizer = world.case.settings, world.optimizer
+    if "max_grad_norm" not in settings and not settings.get("skip_nonfinite"):
+        assert optimizer.grad_norm is None
+        return
+    dtype = arithmetic(*grads)
+    slack = [*(sums_slack(world.backend, [grad]) for grad in grads), sums_slack(world.backend, grads)]
+    true = np.array([*(norms.each[i] for i in rows), norms.total], np.longdouble)
+    got = torch.cat([optimizer.grad_norms, optimizer.grad_norm.reshape(1)])
+    assert got.dtype == dtype
+    # What is not finite needs no other backend to compare with: both norms and sums of them are.
+    Expected(true, np.array(slack) * true).check("grad_norm", got, torch.from_numpy(as_stored(true, dtype)).to(dtype))
+
+
+@np.errstate(all="ignore")
+def check_step(world: World, step: Step, before: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> None:
+    """Hold what a step has made of ``before`` to the contract; ``others`` is what another backend made of it."""
+    after, params = world.tensors(), list(world.model.params)
+    groups = {p: group for group in world.optimizer.param_groups for p in group["params"]}
+    order = [i for p in groups for i in range(len(params)) if params[i] is p and p.grad is not None]
+    grads = {i: exact(params[i].grad) for i in order}
+    norms = Norms.of(world, step, grads)
+    check_norms(world, norms, order, [params[i].grad for i in order])
+    assert list(after) == list(others)
+
+    expected: dict[str, Expected] = {}
+    for i in () if norms.skipped else order:
+        p = before[f"param {i}"]
+        slack = ROUNDINGS * UNIT[arithmetic(params[i])] + 2 * norms.slack
+        names = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if groups[params[i]]["amsgrad"] else [])]
+        stored = {name: exact(before.get(f"{name} {i}", torch.zeros_like(p))) for name in names} | {"param": exact(p)}
+        count = before.get(f"step {i}", torch.zeros(())).item() + 1
+        g = grads[i] * norms.coefficient
+        for name, x in expected_adamw(groups[params[i]], count, g, slack, stored).items():
+            expected[f"{name} {i}"] = x
+        shape = after[f"step {i}"].shape
+        expected[f"step {i}"] = Expected(np.full(shape, np.longdouble(count)), np.zeros(shape))
+    if world.ema is not None and not (world.case.fused and norms.skipped):
+        count = world.ema.step
+        if count % world.ema.update_every == 0:
+            decay = world.ema.decay_at(count)
+            for i in range(len(params)):
+                expected[f"average {i}"] = expected_average(before[f"average {i}"], after[f"param {i}"], decay)
+            buffers = before["average of buffer"], world.model.buffer
+            expected["average of buffer"] = expected_average(*buffers, decay if world.ema.average_buffers else 0.0)
+            expected["average of count"] = expected_average(before["average of count"], world.model.count, 0.0)
+    for name, x in after.items():
+        if name in expected:
+            expected[name].check(name, x, others[name])
+        elif name in before:
+            assert torch.equal(as_bytes(x), as_bytes(before[name])), f"{name} has changed"
+        else:
+            assert norms.skipped, f"{name} was made by nobody"
+    world.guards.check()
+
+
+def as_bytes(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=x.dtype).copy_(x.detach()).reshape(-1).view(torch.uint8)
+
+
+# Clipping by itself
+
+
+@np.errstate(all="ignore")
+def check_total_norm(
+    backend: str, got: torch.Tensor, other: torch.Tensor, tensors: list[torch.Tensor], order: float
+) -> None:
+    magnitudes = [exact(x) for x in tensors]
+    magnitudes = [
+        np.hypot(x[..., 0], x[..., 1]) if tensor.is_complex() else np.abs(x)
+        for x, tensor in zip(magnitudes, tensors, strict=True)
+    ]
+    every = np.concatenate([x.ravel() for x in magnitudes])
+    assert got.dtype == arithmetic(*tensors)
+    if order == float("inf"):
+        true = every.max(initial=np.longdouble(0.0))
+    elif order > 0:
+        true = (every ** np.longdouble(order)).sum() ** (1 / np.longdouble(order))
+    else:  # which every backend leaves to the same function
+        assert torch.equal(got, other) or (got.isnan() and other.isnan())
+        return
+    slack = sums_slack(backend, tensors) * max(1, 2 / order)
+    Expected(np.asarray(true), np.asarray(slack * true)).check("norm", got, other)
+
+
+def clip_coefficient(norm: torch.Tensor, max_norm: float) -> np.ndarray:
+    return np.minimum(1, np.longdouble(float(max_norm)) / (exact(norm) + np.longdouble(1e-6)))
+
+
+@np.errstate(all="ignore")
+def clipped_exactly(grad: torch.Tensor, coefficient: np.ndarray) -> Expected:
+    g = exact(grad) * coefficient
+    return Expected(g, 3 * UNIT[arithmetic(grad)] * np.abs(g))
