@@ -26,7 +26,7 @@ _COMMON: dict[str, Any] = {
     "suppress_health_check": list(HealthCheck),
 }
 settings.register_profile("default", derandomize=True, max_examples=100, **_COMMON)
-settings.register_profile("thorough", print_blob=True, max_examples=3000, **_COMMON)
+settings.register_profile("thorough", print_blob=True, max_examples=1700, **_COMMON)
 settings.load_profile("default")
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -51,6 +51,11 @@ class Guards:
     def place(self, x: torch.Tensor, layout: str) -> torch.Tensor:
         """A copy of ``x`` in a layout, amid memory that must stay as it is."""
         name, _, offset = layout.partition(" ")
+        if name == "lazy":  # conjugated, or the negative imaginary part of what is
+            if x.is_complex():
+                return self.place(x.conj().resolve_conj(), "offset 3").conj()
+            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+            return torch.complex(x.to(wide), -x.to(wide)).conj().imag if x.dtype == wide else x.clone()
         if name == "expanded":
             return x[:1].clone().expand(x.shape) if x.ndim and x.numel() else x.clone()
         dense = x.clone(memory_format=torch.contiguous_format)
@@ -77,13 +82,14 @@ class Guards:
 
 @dataclass
 class Row:
-    """A parameter, and how it, its gradient, its state and its average lie in memory."""
+    """A parameter, and how it, its gradient and its average lie in memory."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     layout: str
     grad_layout: str
     group: int
+    grad_dtype: torch.dtype | None  # where not that of the parameter
 
 
 @dataclass
@@ -113,8 +119,9 @@ class Case:
 
 def lists_of_rows(shapes: Any, dtypes: Any, most: int) -> Any:
     layout = st.sampled_from([*LAYOUTS[:1] * 3, *LAYOUTS])
-    grad_layout = st.sampled_from([*LAYOUTS[:1] * 3, *LAYOUTS, "expanded"])
-    row = st.builds(Row, shapes, dtypes, layout, grad_layout, st.integers(0, 2))
+    grad_layout = st.sampled_from([*LAYOUTS[:1] * 3, *LAYOUTS, "expanded", "lazy"])
+    grad_dtype = st.sampled_from([None] * 6 + FLOATS) if hasattr(torch.Tensor, "grad_dtype") else st.none()
+    row = st.builds(Row, shapes, dtypes, layout, grad_layout, st.integers(0, 2), grad_dtype)
     return st.lists(row, min_size=1, max_size=most)
 
 
@@ -211,7 +218,9 @@ class World:
         self.ema = None if case.ema is None else trainops.EMA(self.model, **case.ema, backend=self.backend)
         if self.ema is not None:
             for average, row in zip(self.ema.module.params, case.rows, strict=True):
-                average.data = self.guards.place(average.data, row.grad_layout.replace("expanded", "gaps"))
+                average.data = self.guards.place(
+                    average.data, "gaps" if row.grad_layout in ("expanded", "lazy") else row.grad_layout
+                )
         self.optimizer = self.make_optimizer()
 
     def make_optimizer(self) -> trainops.AdamW:
@@ -254,7 +263,11 @@ class World:
         missing = (step.missing * len(self.case.rows))[: len(self.case.rows)]
         scale = step.scale * (step.grad_scale or 1.0 if step.scale < 10 else 1.0)
         for row, param, is_missing in zip(self.case.rows, self.model.params, missing, strict=True):
-            grad = randoms(param.shape, param.dtype, generator, scale)
+            dtype = param.dtype if row.grad_dtype is None or param.is_complex() else row.grad_dtype
+            param.grad = None
+            if getattr(param, "grad_dtype", dtype) != dtype:
+                param.grad_dtype = dtype
+            grad = randoms(param.shape, dtype, generator, scale)
             if step.poison is not None and grad.numel():
                 grad.view(-1)[int(torch.randint(grad.numel(), (), generator=generator))] = step.poison
             param.grad = None if is_missing else self.guards.place(grad, row.grad_layout)

@@ -12,7 +12,7 @@ DOUBLES = (torch.float64, torch.complex128)
 
 
 def real(x: torch.Tensor) -> torch.Tensor:
-    x = x.detach().resolve_conj()
+    x = x.detach().resolve_conj().resolve_neg()
     return torch.view_as_real(x) if x.is_complex() else x
 
 
@@ -206,6 +206,7 @@ def check_total_norm(
     Expected(np.asarray(true), np.asarray(slack * true)).check("norm", got, other)
 
 
+@np.errstate(all="ignore")
 def clip_coefficient(norm: torch.Tensor, max_norm: float) -> np.ndarray:
     return np.minimum(1, np.longdouble(float(max_norm)) / (exact(norm) + np.longdouble(1e-6)))
 

@@ -99,7 +99,7 @@ def spoil(world, how, i):
     """Make a tensor of parameter ``i`` one that no step can take."""
     param = world.model.params[i]
     if how == "sparse":
-        param.grad = torch.ones_like(param).to_sparse()
+        param.grad = torch.ones_like(param.grad).to_sparse()
     elif how == "average":
         world.ema.module.params[i] = torch.nn.Parameter(torch.zeros(4, 5), requires_grad=False)
     else:
@@ -170,7 +170,8 @@ def lists_of_tensors(draw, most=5, complex_too=True):
 
 def placed(drawn, role="layout"):
     guards = fuzz.Guards()
-    return guards, [guards.place(x, getattr(row, role).replace("expanded", "plain")) for x, row in drawn]
+    layouts = [getattr(row, role) for _, row in drawn]
+    return guards, [guards.place(x, layout) for (x, _), layout in zip(drawn, layouts, strict=True)]
 
 
 def clipped(drawn, backend, clip, *args):
@@ -289,6 +290,11 @@ def dropped(drawn, backend, drop_prob, scale_by_keep):
     return [out.detach(), *grads], [*(x is layer_scale for x in inputs)]
 
 
+def order(x):
+    """Of the elements in memory: dimensions of size 1 have no say in it."""
+    return [step for size, step in zip(x.shape, x.stride(), strict=True) if size > 1 and x.numel()]
+
+
 @on(CPU, CUDA, TRITON)
 @given(drawn=branches(), drop_prob=st.sampled_from([0.5, 0.1, 0.0, 1.0]), scale_by_keep=st.booleans())
 @examples(40)
@@ -301,9 +307,9 @@ def test_drop_path(target, drawn, drop_prob, scale_by_keep):
             assert got is expected
             continue
         assert got.dtype == expected.dtype
-        assert got.stride() == expected.stride()
+        assert order(got) == order(expected)
         if is_sum:  # over samples and positions, in another order: terms are some two at most
-            terms = drawn[0][0].numel() / got.numel() / (1 - drop_prob or 1)
+            terms = drawn[0][0].numel() / max(1, got.numel()) / (1 - drop_prob or 1)
             tolerance = {"rtol": torch.finfo(got.dtype).eps, "atol": 2.0**-23 * terms}
             torch.testing.assert_close(got, expected, **tolerance, equal_nan=True)
         else:
