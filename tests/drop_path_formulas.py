@@ -79,9 +79,8 @@ def assert_equal(ours, expected, what=""):
 def assert_same_bits(ours, expected, what=""):
     """The same bits; but every NaN is as good as any other: PyTorch's own depends on its vector width."""
     if not same_values(ours, expected):
-        raise AssertionError(
-            f"{what}: {ours.dtype} {tuple(ours.shape)} differs from {expected.dtype} {tuple(expected.shape)}"
-        )
+        shapes = f"{ours.dtype} {tuple(ours.shape)}, expected {expected.dtype} {tuple(expected.shape)}"
+        raise AssertionError(f"{what}: other bits: {shapes}")
 
 
 def with_specials(x):
