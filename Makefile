@@ -52,9 +52,7 @@ bench: $(SETUP)
 	$(RUN) -m benchmarks run $(if $(QUICK),--quick) --output outputs/benchmarks
 
 inspect: $(SETUP)
-	$(RUN) -m benchmarks.inspect_cpu
-	$(RUN) -m benchmarks.inspect_cuda
-	TRITON_INTERPRET=0 $(RUN) -m benchmarks.inspect_triton
+	TRITON_INTERPRET=0 $(RUN) -m benchmarks.inspect_all $(if $(QUICK),--quick)
 
 format: $(SETUP)
 	$(RUN) -m ruff check --fix .

@@ -10,11 +10,14 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from trainops.backends.cpu import _cpu
+
+from .inspect_cache import key_of, remembered
 
 WIDTHS = {"zmm": 64, "ymm": 32, "xmm": 16}
 LEAST = {"avx512": 32, "avx2": 32, "default": 16}  # GCC may choose 32 bytes where it could have 64
@@ -47,6 +50,14 @@ def widest_registers(path: str) -> dict[str, dict[str, int]]:
     return {name: found for name, found in widest.items() if found}
 
 
+def find(module: str) -> dict[str, dict[str, int]]:
+    """As ``widest_registers``, or what it found before in the same module."""
+    version = subprocess.run(["objdump", "--version"], capture_output=True, text=True, check=True).stdout
+    key = key_of(version, Path(module), Path(__file__))
+    widest: dict[str, dict[str, int]] = remembered(key, lambda: widest_registers(module))
+    return widest
+
+
 def main() -> int:
     """Print the table; 1 if a loop is narrower than it should be."""
     if _cpu is None or shutil.which("objdump") is None:
@@ -54,7 +65,7 @@ def main() -> int:
         return 0
     table = Table("loop", *LEAST, title="widest registers, bytes")
     narrow = False
-    for name, found in sorted(widest_registers(_cpu.__file__).items()):
+    for name, found in sorted(find(_cpu.__file__).items()):
         table.add_row(name, *(str(found.get(isa, "-")) for isa in LEAST))
         narrow |= any(found.get(isa, least) < least for isa, least in LEAST.items())
     Console(width=160).print(table)

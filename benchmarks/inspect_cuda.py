@@ -4,19 +4,24 @@
 
 Reads the machine code in the built module: registers, stack, local and static shared memory, and the accesses to
 global memory of 16 bytes. Exits with 1 where a kernel uses stack or local memory, or where a streaming kernel lacks
-16-byte accesses. Needs cuobjdump, which the CUDA toolkit has, and Triton's wheel.
+16-byte accesses. Needs cuobjdump, which the CUDA toolkit has, and Triton's wheel. What was found in a module is kept.
 """
 
 import importlib.util
+import itertools
+import os
 import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
+
+from .inspect_cache import key_of, remembered
 
 # 16-byte reads and writes that each streaming kernel needs: for each tensor, one for every half of a pack of float32
 # and, in kernels that serve both, one for a pack of float64.
@@ -76,8 +81,8 @@ def name_of(symbol: str) -> str | None:
 def read(program: str, module: str) -> dict[tuple[str, str], Kernel]:
     """Every kernel of the module, by name and architecture."""
 
-    def output(option: str) -> list[str]:
-        command = [program, option, module]
+    def output(*options: str) -> list[str]:
+        command = [program, *options, module]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
     kernels: dict[tuple[str, str], Kernel] = {}
@@ -90,7 +95,10 @@ def read(program: str, module: str) -> dict[tuple[str, str], Kernel]:
         elif name and architecture and (found := dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", line))):
             numbers = (int(found[key]) for key in ("REG", "STACK", "LOCAL", "SHARED"))
             kernels[name, architecture] = Kernel(*numbers)
-    for line in output("-sass"):
+    architectures = sorted({architecture for _, architecture in kernels})
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # it takes two seconds for each
+        listings = list(pool.map(lambda architecture: output("-sass", "-arch", architecture), architectures))
+    for line in itertools.chain(*listings):
         if match := re.match(r"arch = (\w+)", line.strip()):
             architecture = match[1]
         elif match := re.match(r"\s*Function : (\S+)", line):
@@ -100,6 +108,16 @@ def read(program: str, module: str) -> dict[tuple[str, str], Kernel]:
             field = "loads" if match[1] == "LDG" else "stores"
             kernels[name, architecture] = kernel._replace(**{field: getattr(kernel, field) + 1})
     return kernels
+
+
+def find(program: str, module: str) -> dict[tuple[str, str], Kernel]:
+    """As ``read``, or what it found before in the same module."""
+
+    def listed() -> list[Any]:
+        return [[*key, *kernel] for key, kernel in read(program, module).items()]
+
+    rows = remembered(key_of(Path(program), Path(module), Path(__file__)), listed)
+    return {(name, architecture): Kernel(*numbers) for name, architecture, *numbers in rows}
 
 
 def fault(name: str, kernel: Kernel) -> str:
@@ -118,7 +136,7 @@ def main() -> int:
         print("nothing to inspect: " + ("there is no cuobjdump" if spec else "the cuda backend was not built"))
         return 0
     table = Table("kernel", "target", "registers", "stack", "local", "shared", "16-byte loads", "stores", "fault")
-    kernels = read(program, spec.origin)
+    kernels = find(program, spec.origin)
     faults = {key: fault(key[0], kernel) for key, kernel in kernels.items()}
     for key, kernel in sorted(kernels.items()):
         table.add_row(*key, *map(str, kernel), faults[key])

@@ -1,0 +1,128 @@
+"""The inspection of machine code: what it finds wrong, what it compiles, and what it keeps."""
+
+import pytest
+from targets import TARGETS
+
+from benchmarks import inspect_cache, inspect_cuda, inspect_triton
+from benchmarks.inspect_triton import TARGETS as GPUS
+from benchmarks.inspect_triton import Found, every_task, expected, fault, sample
+
+pytestmark = pytest.mark.skipif(
+    not any(target.backend == "triton" for target in TARGETS), reason="Triton is not installed"
+)
+
+
+@pytest.fixture(autouse=True)
+def folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(inspect_cache, "FOLDER", tmp_path)
+    return tmp_path
+
+
+def variant_of(kernel):
+    return next(task.variant for task in every_task() if task.variant.kernel == kernel)
+
+
+def right(variant):
+    return Found(32, 0, *expected(variant), narrow_stores=variant.narrow_stores or 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, ""),
+        ({"spilled": 8}, "spills"),
+        ({"wide_loads": 0}, "loads are not all wide"),
+        ({"wide_stores": 0}, "stores are not all wide"),
+        ({"narrow_stores": 9}, "narrow stores"),
+    ],
+)
+def test_faults_of_triton_kernels(change, message):
+    variant = variant_of("drop_path_backward")
+    assert fault(variant, right(variant)._replace(**change)) == message
+
+
+def test_accesses_that_are_no_multiple_are_a_fault():
+    variant = variant_of("ema")
+    loads, _ = expected(variant)
+    assert fault(variant, right(variant)._replace(wide_loads=2 * loads)) == ""
+    assert fault(variant, right(variant)._replace(wide_loads=2 * loads - 1)) == "loads are not all wide"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, ""),
+        ({"stack": 16}, "uses stack"),
+        ({"local": 16}, "uses local memory"),
+        ({"loads": 0}, "narrow loads"),
+        ({"stores": 0}, "narrow stores"),
+    ],
+)
+def test_faults_of_cuda_kernels(change, message):
+    kernel = inspect_cuda.Kernel(32, 0, 0, 0, *inspect_cuda.LEAST["ema_kernel"])
+    assert inspect_cuda.fault("ema_kernel", kernel._replace(**change)) == message
+
+
+def test_the_sample_has_every_variant_and_each_kernel_for_both_vendors():
+    tasks = sample()
+    assert [task.variant for task in tasks] == list(inspect_triton.variants())
+    targets = {}
+    for variant, target in tasks:
+        targets.setdefault((variant.module, variant.kernel), set()).add(GPUS[target][0])
+    assert all(found == {"cuda", "hip"} for found in targets.values())
+    assert {task.target for task in tasks} == set(GPUS)
+
+
+class Kernel:
+    """Has a hash of its source, as under the interpreter there is none."""
+
+    version = 1
+
+    def __init__(self, variant):
+        self.cache_key = variant.kernel, self.version
+
+
+def test_keys_are_those_of_all_that_a_result_depends_on(monkeypatch):
+    monkeypatch.setattr(inspect_triton, "kernel_of", Kernel)
+    tasks = every_task()
+    keys = [inspect_triton.key(task) for task in tasks]
+    assert len(set(keys)) == len(tasks)
+    assert keys == [inspect_triton.key(task) for task in tasks]
+    monkeypatch.setattr(Kernel, "version", 2)
+    assert not set(keys) & {inspect_triton.key(task) for task in tasks}
+
+
+def test_what_is_known_is_not_compiled_again(monkeypatch):
+    monkeypatch.setattr(inspect_triton, "kernel_of", Kernel)
+    monkeypatch.setattr(inspect_triton, "ProcessPoolExecutor", None)
+    tasks = every_task()[:3]
+    for i, task in enumerate(tasks):
+        inspect_cache.keep(inspect_triton.key(task), Found(i, 0, 2, 1))
+    assert list(inspect_triton.find(tasks)) == [(task, Found(i, 0, 2, 1)) for i, task in enumerate(tasks)]
+    with pytest.raises(TypeError, match="not callable"):
+        list(inspect_triton.find(every_task()[:4]))
+
+
+def test_what_was_found_is_kept(folder):
+    key, calls = inspect_cache.key_of("a", ("b", 1)), []
+
+    def find():
+        calls.append(None)
+        return {"registers": 32}
+
+    for _ in range(2):
+        assert inspect_cache.remembered(key, find) == {"registers": 32}
+    assert len(calls) == 1
+    assert [path.name for path in folder.iterdir()] == [f"{key}.json"]
+    (folder / f"{key}.json").write_text('{"registers"')  # cut off
+    assert inspect_cache.remembered(key, find) == {"registers": 32}
+    assert len(calls) == 2
+
+
+def test_keys_see_what_files_hold(tmp_path):
+    path = tmp_path / "module.so"
+    path.write_bytes(b"one")
+    before = inspect_cache.key_of(path)
+    path.write_bytes(b"two")
+    assert inspect_cache.key_of(path) != before
+    assert inspect_cache.key_of("a", "b") != inspect_cache.key_of("ab")
