@@ -7,6 +7,7 @@ import pytest
 import torch
 from contract import DTYPES
 from targets import INTERPRETER, TARGETS
+from triton_fixtures import device, divide, launches, small_blocks, tables, uploads  # noqa: F401 (fixtures)
 
 import trainops
 from trainops.backends import triton as triton_backend
@@ -22,6 +23,12 @@ SHAPES = {
     "mixed": [(), (0,), (1,), (7,), (64, 3), (127,), (33, 31), (1025,), (2, 3, 5, 7), (70001,)],
     "many": [(5,)] * 300,
 }
+
+# Files about one backend, which have nothing to do without it; test_targets.py says why it is missing.
+OF_BACKENDS = {"cpu": "test_tensor_table.py", "cuda": "test_cuda*.py", "triton": "test_triton_*.py"}
+collect_ignore_glob = [
+    files for backend, files in OF_BACKENDS.items() if all(target.backend != backend for target in TARGETS)
+]
 
 if triton_backend._interpreted() and trainops.backends()["triton"].available:
     importlib.import_module("interpreter").mend()

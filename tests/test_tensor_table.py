@@ -9,8 +9,6 @@ import trainops
 from trainops.backends import cpu
 from trainops.tensor_table import describe
 
-pytestmark = pytest.mark.skipif(not cpu.probe().available, reason=f"backend cpu: {cpu.probe().reason}")
-
 DLPACK_API = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 PLAIN_TYPES = (torch.Tensor, nn.Parameter)
 
