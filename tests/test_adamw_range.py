@@ -1,21 +1,125 @@
 """Steps of AdamW on numbers that training may meet late, or with tiny, large or broken gradients."""
 
+from unittest import mock
+
 import pytest
 import torch
-from contract import assert_contract, exact
-from controls import STEP_CONTROLS, must_fail, of_groups, truncated
+from contract import DTYPES, assert_contract, exact
+from controls import STEP_CONTROLS, kernels, must_fail
 from exact import adamw_step
-from targets import INTERPRETER, REFERENCE, over_kernels, thorough
-from training import STATES
+from targets import REFERENCE, over_kernels
 
 import trainops
 
 NAN, INF = float("nan"), float("inf")
-FLOAT16 = torch.float16
-NUMEL = 73  # a whole block of vectors, and a tail
+NUMEL = 73  # whole vectors, and a tail
 OPTIONS = {"lr": 0.05, "betas": (0.9, 0.999), "weight_decay": 0.3}
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 STEPS = [0, 1, 10, 100_000]
 SCALES = [1e-25, 1e-12, 1e-6, 1.0, 1e15]
-# float16 holds neither the squares of other gradients nor what is made of them.
-CASES = [(dtype, scale) for dtype in DTYPES for scale in SCALES if dtype != FLOAT16 or scale == 1.0]
+# float16 holds neither gradients of other scales nor their squares.
+CASES = [(dtype, scale) for dtype in DTYPES for scale in SCALES if dtype != torch.float16 or scale == 1.0]
+over_cases = pytest.mark.parametrize(("dtype", "scale"), CASES, ids=str)
+
+
+def one_step(make, param, grad, state, device, **options):
+    """What an optimizer makes of a parameter whose state is given."""
+    p = torch.nn.Parameter(param.to(device, copy=True))
+    p.grad = grad.to(device)
+    optimizer = make([p], **OPTIONS, **options)
+    optimizer.state[p] = {name: x.to(device, copy=True) for name, x in state.items()}
+    if make is torch.optim.AdamW:
+        optimizer.state[p]["step"] = state["step"].clone()
+    optimizer.step()
+    assert optimizer.state[p]["step"] == state["step"] + 1
+    return {"param": p.detach(), **optimizer.state[p]}
+
+
+def check_range(target, dtype, scale, step):
+    """A step after ``step`` others, with gradients of such a size."""
+    generator = torch.Generator().manual_seed(step)
+    param, grad, exp_avg = (torch.randn(NUMEL, generator=generator) for _ in range(3))
+    exp_avg_sq = torch.rand(NUMEL, generator=generator, dtype=torch.float64)
+    started = 1.0 if step else 0.0
+    param, grad, exp_avg = param.to(dtype), (scale * grad).to(dtype), (started * 0.3 * scale * exp_avg).to(dtype)
+    state = {"step": torch.tensor(float(step)), "exp_avg": exp_avg, "exp_avg_sq": started * scale**2 * exp_avg_sq}
+    state["exp_avg_sq"] = state["exp_avg_sq"].to(dtype)
+    eps = 1e-4 if dtype == torch.float16 else 1e-8
+    arrays = [exact(x) for x in (param, grad, *(state[name] for name in MOMENTS))]
+    true = adamw_step(*arrays, None, step + 1, eps=eps, **OPTIONS)
+    ours = one_step(trainops.AdamW, param, grad, state, target.device, eps=eps, backend=target.backend)
+    torchs = one_step(torch.optim.AdamW, param, grad, state, target.device, eps=eps, foreach=False)
+    for name, result in true.items():
+        assert_contract(ours[name], result, torchs[name], name)
+
+
+@over_kernels
+@over_cases
+@pytest.mark.parametrize("step", STEPS)
+def test_error_at_any_step_count_and_scale(target, dtype, scale, step):
+    check_range(target, dtype, scale, step)
+
+
+@over_kernels
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.999, 1 - 1e-7])
+def test_error_of_the_bias_correction(target, beta):
+    """A first step from nothing is ``lr`` long, whatever the betas: the corrections cancel what they correct."""
+    p = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64, device=target.device))
+    p.grad = torch.tensor([1.0, -2.0, 1e-3], dtype=torch.float64, device=target.device)
+    trainops.AdamW([p], lr=0.5, betas=(beta, beta), eps=0.0, backend=target.backend).step()
+    torch.testing.assert_close(p.detach(), -0.5 * p.grad.sign(), rtol=1e-8, atol=0)
+
+
+@over_kernels
+def test_nan_and_infinity_pass_through_as_in_torch(target, dtype):
+    grad = torch.tensor([NAN, INF, -INF, 0.0, -0.0, 1.0]).to(target.device, dtype)
+    results = []
+    for make, chosen in ((trainops.AdamW, {"backend": target.backend}), (torch.optim.AdamW, {"foreach": False})):
+        param = torch.nn.Parameter(torch.ones(6, dtype=dtype, device=target.device))
+        param.grad = grad.clone()
+        optimizer = make([param], lr=0.1, eps=1e-3, amsgrad=True, **chosen)
+        for _ in range(2):
+            optimizer.step()
+        state = optimizer.state[param]
+        results.append((param.detach(), *(state[name] for name in (*MOMENTS, "max_exp_avg_sq"))))
+    for ours, torchs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, torchs, equal_nan=True)
+
+
+# Controls: what the first check must notice.
+
+
+def counting_twice():
+    """A fault: the bias corrections are those of the next step."""
+
+    def adamw_step(groups, *args, step=kernels.adamw_step):
+        steps = [x for group in groups for x in group.steps]
+        for x in steps:
+            x.add_(1)
+        result = step(groups, *args)
+        for x in steps:
+            x.sub_(1)
+        return result
+
+    return mock.patch.object(kernels, "adamw_step", adamw_step)
+
+
+def has_no_say(control, dtype, scale):
+    """Squares that underflow are nothing, kept or not."""
+    return control == "exp_avg_sq_kept" and scale == 1e-25 and dtype != torch.float64
+
+
+@pytest.mark.parametrize("step", STEPS)
+@over_cases
+def test_a_wrong_step_is_noticed(dtype, scale, step):
+    for name, control in STEP_CONTROLS.items():
+        if not has_no_say(name, dtype, scale):
+            must_fail(control, check_range, REFERENCE, dtype, scale, step)
+
+
+# Where the gradient is much less than eps, or the corrections are 1, the count of steps does not matter.
+@pytest.mark.parametrize("step", STEPS[:3])
+@pytest.mark.parametrize(("dtype", "scale"), [case for case in CASES if case[1] >= 1e-6], ids=str)
+def test_a_wrong_count_of_steps_is_noticed(dtype, scale, step):
+    must_fail(counting_twice, check_range, REFERENCE, dtype, scale, step)
