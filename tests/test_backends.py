@@ -186,18 +186,30 @@ def point_at_build(monkeypatch, folder, record):
         (folder / "_build.json").write_text(json.dumps(record))
 
 
-# Run in an interpreter of its own, in a folder with a copy of the package.
+# Run in an interpreter of its own, with folders that each hold a copy of the package.
 USE_EVERYTHING = """
 import json, sys, warnings
 import torch
 
-before = set(sys.modules)
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    import trainops
-    imported = sorted({name.partition(".")[0] for name in set(sys.modules) - before})
-    warned_on_import = len(caught)
+def report(folder, is_built):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trainops"]:
+        del sys.modules[name]
+    sys.path[0] = folder
+    if not is_built:  # a package that is installed in place may find its extension elsewhere
+        sys.modules["trainops._cpu"] = None
+    before = set(sys.modules)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        import trainops
+        imported = sorted({name.partition(".")[0] for name in set(sys.modules) - before})
+        warned_on_import = len(caught)
+        use(trainops)
+    found = {name: (backend.available, backend.reason) for name, backend in trainops.backends().items()}
+    warned = [(w.category.__name__, str(w.message)) for w in caught]
+    report = {"imported": imported, "found": found, "warned": warned, "warned_on_import": warned_on_import}
+    return {"file": trainops.__file__, **report}
 
+def use(trainops):
     def train(optimizer_class, **options):
         torch.manual_seed(0)
         model = torch.nn.Linear(5, 5)
@@ -214,33 +226,43 @@ with warnings.catch_warnings(record=True) as caught:
     assert trainops.clip_grad_norm_(ours.parameters(), 1e-3) > 1e-3
     torch.testing.assert_close(trainops.get_total_norm([p.grad for p in ours.parameters()]), torch.tensor(1e-3))
     trainops.clip_grad_value_(ours.parameters(), 1e-5)
-    trainops.EMA(ours, decay=0.5).update()
+    assert max(p.grad.abs().max() for p in ours.parameters()) <= 1e-5
+    ema = trainops.EMA(ours, decay=0.5)
+    with torch.no_grad():
+        ours.bias.add_(1)
+    old = ema.module.bias.clone()
+    ema.update()
+    assert not torch.equal(ema.module.bias, old)
     x = torch.ones(64, 5)
     assert set(trainops.drop_path_add(x, x, 0.5, True).unique().tolist()) == {1.0, 3.0}
 
-found = {name: (backend.available, backend.reason) for name, backend in trainops.backends().items()}
-warned = [(w.category.__name__, str(w.message)) for w in caught]
-report = {"imported": imported, "found": found, "warned": warned, "warned_on_import": warned_on_import}
-print(json.dumps({"file": trainops.__file__, **report}))
+print(json.dumps([report(folder, state != "missing") for state, folder in json.loads(sys.argv[1]).items()]))
 """
 
+# The extension in such a copy, and the record of its build.
+EXTENSIONS = {"missing": (None, None), "broken": (b"not a library", {"cpu": {"built_with": "gcc"}})}
 
-def use_everything(folder, prologue="", extension=None, record=None):
-    """What ``USE_EVERYTHING`` reports of our Python files with such an extension, and such a record of its build."""
+
+def use_everything(folder):
+    """What ``USE_EVERYTHING`` reports of our Python files, by the state of the extension."""
     suffixes = importlib.machinery.EXTENSION_SUFFIXES
-    package = folder / "trainops"
     not_built = shutil.ignore_patterns("_build.json", "__pycache__", *(f"*{suffix}" for suffix in suffixes))
-    shutil.copytree(Path(trainops.__file__).parent, package, ignore=not_built)
-    if record is not None:
-        (package / "_build.json").write_text(json.dumps(record))
-    if extension is not None:
-        (package / f"_cpu{suffixes[0]}").write_bytes(extension)
-    command = [sys.executable, "-c", prologue + USE_EVERYTHING]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    folders = {state: folder / state for state in EXTENSIONS}
+    for state, (extension, record) in EXTENSIONS.items():
+        package = folders[state] / "trainops"
+        shutil.copytree(Path(trainops.__file__).parent, package, ignore=not_built)
+        if record is not None:
+            (package / "_build.json").write_text(json.dumps(record))
+        if extension is not None:
+            (package / f"_cpu{suffixes[0]}").write_bytes(extension)
+    where = json.dumps({state: str(folder) for state, folder in folders.items()})
+    command = [sys.executable, "-c", USE_EVERYTHING, where]
+    done = subprocess.run(command, cwd=folders["missing"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert Path(report["file"]).resolve().parent == package.resolve()
-    return report
+    found = dict(zip(folders, json.loads(done.stdout.splitlines()[-1]), strict=True))
+    for state, report in found.items():
+        assert Path(report["file"]).resolve().parent == (folders[state] / "trainops").resolve()
+    return found
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="no SIGPIPE on this platform")
@@ -252,23 +274,19 @@ def test_the_table_may_be_cut_short():
     assert process.returncode == -signal.SIGPIPE
 
 
-def test_everything_works_without_an_extension(tmp_path):
-    # A package that is installed in place may find its extension by other ways than the folder it is in.
-    report = use_everything(tmp_path, "import sys; sys.modules['trainops._cpu'] = None")
-    available, why = report["found"]["cpu"]
+def test_everything_works_without_an_extension_and_with_a_broken_one_after_a_warning(tmp_path):
+    """Both in one process, which it takes seconds to start."""
+    reports = use_everything(tmp_path)
+    available, why = reports["missing"]["found"]["cpu"]
     assert not available
     assert "not built" in why
-    assert report["warned"] == []
-    assert "triton" not in report["imported"]
-
-
-def test_everything_works_with_a_broken_extension_after_one_warning(tmp_path):
-    report = use_everything(tmp_path, extension=b"not a library", record={"cpu": {"built_with": "gcc"}})
-    available, why = report["found"]["cpu"]
+    assert reports["missing"]["warned"] == []
+    assert "triton" not in reports["missing"]["imported"]
+    available, why = reports["broken"]["found"]["cpu"]
     assert not available
     assert "built but does not load" in why
-    [(category, message)] = report["warned"]
+    [(category, message)] = reports["broken"]["warned"]
     assert category == "RuntimeWarning"
     assert why in message
     # It is loaded before anything can fork: see csrc/cpu/parallel.cpp.
-    assert report["warned_on_import"] == 1
+    assert reports["broken"]["warned_on_import"] == 1
