@@ -1,0 +1,147 @@
+"""Steps of AdamW on parameters, moments and averages of different types: every pair of them, aligned and not."""
+
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+from contract import DTYPES, assert_contract, exact
+from controls import AVERAGE_CONTROLS, STEP_CONTROLS, kernels, leaving, must_fail
+from exact import adamw_step, ema
+from targets import REFERENCE, thorough
+from training import STATES, Model
+
+import trainops
+
+FLOAT64, NARROW = torch.float64, (torch.bfloat16, torch.float16)
+SHAPES = ((33, 31), (127,), ())
+DECAY, OPTIONS = 0.9, {"lr": 0.05, "betas": (0.7, 0.8), "eps": 1e-3, "weight_decay": 0.3}
+STEPS = 100_000  # before this one: the corrections of the moments' bias are 1, to the last bit
+
+# Types of parameter, moments and average.
+TYPES = [(param, state, average) for param in DTYPES for state in DTYPES for average in DTYPES]
+
+
+def is_no_sample(types, **_):
+    """Each pair of types occurs once among those that are left."""
+    param, state, average = map(DTYPES.index, types)
+    return average != (param + state) % len(DTYPES)
+
+
+over_types = pytest.mark.parametrize("types", TYPES, ids=lambda types: "-".join(str(x)[6:] for x in types))
+
+
+def at_offset(x, offset):
+    """A copy of ``x`` that begins so many elements into its memory."""
+    return torch.cat((x.new_zeros(offset), x.flatten()))[offset:].view(x.shape)
+
+
+def assert_stored(ours, true, arithmetic, what):
+    """Hold to the contract what is stored of arithmetic that may be less wide."""
+    if ours.dtype == FLOAT64 and arithmetic != FLOAT64:
+        assert torch.equal(ours.float().double(), ours), what
+        ours = ours.float()
+    assert_contract(ours, true, what=what)
+
+
+def check_types(target, types, is_aligned):
+    """One step of a parameter of each shape, whose tensors lie at different offsets where they are not aligned."""
+    param_type, state_type, average_type = types
+    torch.manual_seed(0)
+
+    def draw(shape, dtype, role):
+        return at_offset(torch.randn(shape).to(target.device, dtype), 0 if is_aligned else 1 + role)
+
+    model = Model([draw(shape, param_type, 0) for shape in SHAPES])
+    average = trainops.EMA(model, DECAY, dtype=average_type, update_after_step=-2, backend=target.backend)
+    optimizer = trainops.AdamW(model.parameters(), **OPTIONS, amsgrad=True, ema=average, backend=target.backend)
+    true = []
+    for p, shadow in zip(model.params, average.module.params, strict=True):
+        p.grad, shadow.data = draw(p.shape, param_type, 1), draw(p.shape, average_type, 2)
+        moments = {name: draw(p.shape, state_type, role) for role, name in enumerate(STATES, start=3)}
+        for name in STATES[1:]:
+            moments[name].abs_()
+        optimizer.state[p] = {"step": torch.tensor(float(STEPS), device=target.device), **moments}
+        arrays = [exact(x) for x in (p, p.grad, *moments.values())]
+        true.append((adamw_step(*arrays, STEPS + 1, **OPTIONS, amsgrad=True), exact(shadow)))
+    optimizer.step()
+    for i, (p, shadow) in enumerate(zip(model.params, average.module.params, strict=True)):
+        ours, (results, before) = {"param": p.detach(), **optimizer.state[p]}, true[i]
+        for name, result in results.items():
+            assert_stored(ours[name], result, param_type, f"{name} {i}")
+        wide = FLOAT64 if FLOAT64 in (param_type, average_type) else torch.float32
+        assert_stored(shadow.detach(), ema(before, exact(p), DECAY), wide, f"average {i}")
+        assert ours["step"] == STEPS + 1
+        assert [x.dtype for x in (ours["exp_avg"], ours["exp_avg_sq"], shadow)] == [state_type] * 2 + [average_type]
+
+
+@thorough(is_no_sample)
+@over_types
+@pytest.mark.parametrize("is_aligned", [True, False], ids=["aligned", "unaligned"])
+def test_a_step_of_any_types_is_exact(target, types, is_aligned):
+    check_types(target, types, is_aligned)
+
+
+# Controls: what the check must notice.
+
+
+def reinterpreted(column):
+    """A fault: 16-bit numbers of a column are taken for those of the other 16-bit type."""
+
+    def other(x):
+        return x.view(NARROW[1 - NARROW.index(x.dtype)])
+
+    def adamw_step(groups, *args, step=kernels.adamw_step):
+        return step([replace(group, **{column: list(map(other, getattr(group, column)))}) for group in groups], *args)
+
+    return mock.patch.object(kernels, "adamw_step", adamw_step)
+
+
+def exchanged():
+    """A fault: each of the moments is written where the other belongs."""
+
+    def adamw_step(groups, *args, step=kernels.adamw_step):
+        result = step(groups, *args)
+        for group in groups:
+            for x, y in zip(group.exp_avgs, group.exp_avg_sqs, strict=True):
+                x[...], y[...] = y.clone(), x.clone()
+        return result
+
+    return mock.patch.object(kernels, "adamw_step", adamw_step)
+
+
+def in_float32():
+    """A fault: the arithmetic on float64 is in float32."""
+
+    def adamw_step(groups, *args, step=kernels.adamw_step):
+        names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
+        columns = [{name: [x.float() for x in getattr(group, name)] for name in names} for group in groups]
+        result = step([replace(group, **own) for group, own in zip(groups, columns, strict=True)], *args)
+        for group, own in zip(groups, columns, strict=True):
+            for name in names:
+                for x, y in zip(getattr(group, name), own[name], strict=True):
+                    x.copy_(y)
+        return result
+
+    return mock.patch.object(kernels, "adamw_step", adamw_step)
+
+
+WRONG = STEP_CONTROLS | AVERAGE_CONTROLS
+WRONG |= {"max_exp_avg_sq_kept": lambda: leaving(slice(None), "max_exp_avg_sqs"), "moments_exchanged": exchanged}
+
+
+@thorough(is_no_sample)
+@over_types
+def test_a_wrong_step_is_noticed(types):
+    for control in WRONG.values():
+        must_fail(control, check_types, REFERENCE, types, is_aligned=True)
+
+
+@pytest.mark.parametrize("column", ["params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "averages"])
+@pytest.mark.parametrize("narrow", NARROW, ids=str)
+def test_a_wrong_16_bit_type_is_noticed(narrow, column):
+    must_fail(lambda: reinterpreted(column), check_types, REFERENCE, (narrow,) * 3, is_aligned=True)
+
+
+def test_arithmetic_that_is_not_wide_enough_is_noticed():
+    must_fail(in_float32, check_types, REFERENCE, (FLOAT64,) * 3, is_aligned=True)
