@@ -1,0 +1,110 @@
+"""What lies next to a tensor in memory is neither read nor written."""
+
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+from contract import same_bits
+from controls import kernels as reference
+from controls import must_fail
+from targets import REFERENCE, over_kernels
+
+import trainops
+from trainops.backends import select
+
+NUMELS = (0, 1, 37, 4096 + 5, 8192, 8192 + 4096 + 3)
+MARGIN = 16  # elements on either side, which keep what is aligned as it is
+
+
+class Fenced:
+    """A copy of a tensor in the middle of memory that has a larger number elsewhere."""
+
+    def __init__(self, x, offset, fence):
+        self.memory = torch.full((offset + x.numel() + MARGIN,), fence, dtype=x.dtype, device=x.device)
+        self.tensor = self.memory[offset : offset + x.numel()].view(x.shape)
+        self.tensor.copy_(x)
+        self.outside = torch.ones_like(self.memory, dtype=torch.bool)
+        self.outside[offset : offset + x.numel()] = False
+        self.before = self.memory[self.outside]
+
+    def is_whole(self):
+        return same_bits(self.memory[self.outside], self.before)
+
+
+def step(kernels, target, tensors):
+    """A step whose columns are the tensors, six to a row."""
+    model = torch.nn.Module()
+    model.params = torch.nn.ParameterList(torch.nn.Parameter(x) for x in tensors[::6])
+    ema = trainops.EMA(model, 0.9, update_after_step=-2, backend=target.backend)
+    options = {"lr": 0.1, "amsgrad": True, "max_grad_norm": 1.0, "skip_nonfinite": True}
+    optimizer = trainops.AdamW(model.parameters(), **options, ema=ema, backend=target.backend)
+    for row, (p, shadow) in enumerate(zip(model.params, ema.module.params, strict=True)):
+        _, p.grad, *state, shadow.data = tensors[6 * row : 6 * row + 6]
+        names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+        optimizer.state[p] = {"step": torch.tensor(1.0, device=p.device), **dict(zip(names, state, strict=True))}
+    optimizer.step()
+    assert optimizer.skipped_steps == 0
+    return [optimizer.grad_norm, optimizer.grad_norms]
+
+
+def scale(kernels, target, tensors):
+    kernels.scale_(tensors, torch.tensor(0.5, device=target.device))
+
+
+# What to do with so many tensors of each size.
+OPS = {
+    "step": (step, 6),
+    "norms": (lambda kernels, target, tensors: [x for p in (1.0, 2.0) for x in kernels.grad_norms(tensors, p)], 1),
+    "maxima": (lambda kernels, target, tensors: kernels.grad_norms(tensors, torch.inf), 1),
+    "scale": (scale, 1),
+    "clamp": (lambda kernels, target, tensors: kernels.clamp_(tensors, 0.5), 1),
+    "ema": (lambda kernels, target, tensors: kernels.ema_(tensors[::2], tensors[1::2], 0.7), 2),
+}
+
+
+def check_ends(target, dtype, op, offset=MARGIN):
+    run, count = OPS[op]
+    kernels = select(target.backend, target.device)
+    torch.manual_seed(0)
+    plain = [torch.rand(numel).to(target.device, dtype) for numel in NUMELS for _ in range(count)]
+    fenced = [Fenced(x, offset, fence=-3.0 - i) for i, x in enumerate(plain)]
+    results = run(kernels, target, [x.tensor for x in fenced]) or []
+    expected = run(kernels, target, plain) or []
+    assert all(x.is_whole() for x in fenced)
+    assert all(map(same_bits, results, expected))
+    assert all(map(same_bits, [x.tensor for x in fenced], plain))
+
+
+@over_kernels
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("offset", [MARGIN, 1], ids=["aligned", "unaligned"])
+def test_what_is_beyond_the_ends_is_left_alone(target, dtype, op, offset):
+    check_ends(target, dtype, op, offset)
+
+
+def longer(x):
+    """With one element more than there is, where there is memory for it."""
+    room = x.untyped_storage().nbytes() // x.itemsize - x.storage_offset()
+    return x.as_strided((min(room, x.numel() + 1),), (1,))
+
+
+def one_further():
+    """A fault: every kernel takes an element more."""
+
+    def on_lists(kernel):
+        return lambda *args: kernel(*(list(map(longer, x)) if isinstance(x, list) else x for x in args))
+
+    def adamw_step(groups, *args, step=reference.adamw_step):
+        names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "averages")
+        columns = [{name: list(map(longer, getattr(group, name))) for name in names} for group in groups]
+        return step([replace(group, **own) for group, own in zip(groups, columns, strict=True)], *args)
+
+    faults = {name: on_lists(getattr(reference, name)) for name in ("grad_norms", "scale_", "clamp_", "ema_")}
+    return mock.patch.multiple(reference, adamw_step=adamw_step, **faults)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_element_too_many_is_noticed(dtype, op):
+    check_ends(REFERENCE, dtype, op)
+    must_fail(one_further, check_ends, REFERENCE, dtype, op)
