@@ -8,6 +8,7 @@ import torch
 from contract import DTYPES, assert_contract, exact
 from controls import AVERAGE_CONTROLS, STEP_CONTROLS, kernels, leaving, must_fail
 from exact import adamw_step, ema
+from surroundings import MARGIN, Surrounded
 from targets import REFERENCE, thorough
 from training import STATES, Model
 
@@ -37,11 +38,6 @@ def is_no_sample(types, **_):
 over_types = pytest.mark.parametrize("types", TYPES, ids=lambda types: "-".join(str(x)[6:] for x in types))
 
 
-def at_offset(x, offset):
-    """A copy of ``x`` that begins so many elements into its memory."""
-    return torch.cat((x.new_zeros(offset), x.flatten()))[offset:].view(x.shape)
-
-
 def assert_stored(ours, true, arithmetic, what):
     """Hold to the contract what is stored of arithmetic that may be less wide."""
     if ours.dtype == FLOAT64 and arithmetic != FLOAT64:
@@ -54,9 +50,12 @@ def check_types(target, types, is_aligned):
     """One step of a parameter of each shape, whose tensors lie at different offsets where they are not aligned."""
     param_type, *state_types, average_type = types
     torch.manual_seed(0)
+    every = []
 
     def draw(shape, dtype, role):
-        return at_offset(torch.randn(shape).to(target.device, dtype), 0 if is_aligned else 1 + role)
+        x = torch.randn(shape).to(target.device, dtype)
+        every.append(Surrounded(x if role < 4 else x.abs(), MARGIN if is_aligned else 1 + role))
+        return every[-1].tensor
 
     model = Model([draw(shape, param_type, 0) for shape in SHAPES])
     average = trainops.EMA(model, DECAY, dtype=average_type, update_after_step=-2, backend=target.backend)
@@ -65,12 +64,11 @@ def check_types(target, types, is_aligned):
     for p, shadow in zip(model.params, average.module.params, strict=True):
         p.grad, shadow.data = draw(p.shape, param_type, 1), draw(p.shape, average_type, 2)
         moments = {name: draw(p.shape, state_types[i], 3 + i) for i, name in enumerate(STATES)}
-        for name in STATES[1:]:
-            moments[name].abs_()
         optimizer.state[p] = {"step": torch.tensor(float(STEPS), device=target.device), **moments}
         arrays = [exact(x) for x in (p, p.grad, *moments.values())]
         true.append((adamw_step(*arrays, STEPS + 1, **OPTIONS, amsgrad=True), exact(shadow)))
     optimizer.step()
+    assert all(x.is_whole() for x in every)
     for i, (p, shadow) in enumerate(zip(model.params, average.module.params, strict=True)):
         ours, (results, before) = {"param": p.detach(), **optimizer.state[p]}, true[i]
         for name, result in results.items():

@@ -8,28 +8,13 @@ import torch
 from contract import same_bits
 from controls import kernels as reference
 from controls import must_fail
+from surroundings import MARGIN, Surrounded
 from targets import REFERENCE, over_kernels
 
 import trainops
 from trainops.backends import select
 
 NUMELS = (0, 1, 37, 4096 + 5, 8192, 8192 + 4096 + 3)
-MARGIN = 16  # elements on either side, which keep what is aligned as it is
-
-
-class Fenced:
-    """A copy of a tensor in the middle of memory that has a larger number elsewhere."""
-
-    def __init__(self, x, offset, fence):
-        self.memory = torch.full((offset + x.numel() + MARGIN,), fence, dtype=x.dtype, device=x.device)
-        self.tensor = self.memory[offset : offset + x.numel()].view(x.shape)
-        self.tensor.copy_(x)
-        self.outside = torch.ones_like(self.memory, dtype=torch.bool)
-        self.outside[offset : offset + x.numel()] = False
-        self.before = self.memory[self.outside]
-
-    def is_whole(self):
-        return same_bits(self.memory[self.outside], self.before)
 
 
 def step(kernels, target, tensors):
@@ -68,12 +53,13 @@ def check_ends(target, dtype, op, offset=MARGIN):
     kernels = select(target.backend, target.device)
     torch.manual_seed(0)
     plain = [torch.rand(numel).to(target.device, dtype) for numel in NUMELS for _ in range(count)]
-    fenced = [Fenced(x, offset, fence=-3.0 - i) for i, x in enumerate(plain)]
-    results = run(kernels, target, [x.tensor for x in fenced]) or []
-    expected = run(kernels, target, plain) or []
-    assert all(x.is_whole() for x in fenced)
-    assert all(map(same_bits, results, expected))
-    assert all(map(same_bits, [x.tensor for x in fenced], plain))
+    results = []
+    for outside in (-3.0, -9.0):
+        every = [Surrounded(x, offset, outside - i) for i, x in enumerate(plain)]
+        norms = run(kernels, target, [x.tensor for x in every]) or []
+        results.append([*norms, *(x.tensor for x in every)])
+        assert all(x.is_whole() for x in every)
+    assert all(map(same_bits, *results))
 
 
 @over_kernels
