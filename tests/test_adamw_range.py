@@ -1,5 +1,6 @@
 """Steps of AdamW on numbers that training may meet late, or with tiny, large or broken gradients."""
 
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -8,6 +9,7 @@ from contract import DTYPES, assert_contract, exact
 from controls import STEP_CONTROLS, kernels, must_fail
 from exact import adamw_step
 from targets import REFERENCE, over_kernels
+from training import check_one_step, make_grads, make_model, set_grads
 
 import trainops
 
@@ -59,6 +61,31 @@ def check_range(target, dtype, scale, step):
 @pytest.mark.parametrize("step", STEPS)
 def test_error_at_any_step_count_and_scale(target, dtype, scale, step):
     check_range(target, dtype, scale, step)
+
+
+# Rows of one step: each thread of a block of 256 advances four step counts at a time.
+ROWS = {"cuda": 1030, "cpu": 300, "triton": 40, "reference": 40}
+
+
+def check_rows(target):
+    """A step of two groups, whose parameters have taken different numbers of steps before."""
+    count = ROWS[target.backend]
+    model = make_model([(3,)] * count, torch.float32, target.device)
+    set_grads(model.params, make_grads([(3,)] * count, torch.float32, target.device, 1)[0])
+    params = list(model.params)
+    groups = [{"params": params[:36]}, {"params": params[36:], "lr": 0.2, "betas": (0.5, 0.7), "maximize": True}]
+    optimizer = trainops.AdamW(groups, lr=0.05, max_grad_norm=1.0, backend=target.backend)
+    steps = [float(i % 8 + 8 * (i // 24)) for i in range(count)]  # that of 8 rows on is the same, or not
+    for p, step in zip(params, steps, strict=True):
+        moments = {"exp_avg": torch.randn_like(p.detach()), "exp_avg_sq": torch.rand_like(p.detach())}
+        optimizer.state[p] = {"step": torch.tensor(step, device=target.device), **moments}
+    check_one_step(optimizer)
+    assert [optimizer.state[p]["step"].item() for p in params] == [step + 1 for step in steps]
+
+
+@over_kernels
+def test_every_row_has_a_step_count_and_settings_of_its_own(target):
+    check_rows(target)
 
 
 @over_kernels
@@ -123,3 +150,30 @@ def test_a_wrong_step_is_noticed(dtype, scale, step):
 @pytest.mark.parametrize(("dtype", "scale"), [case for case in CASES if case[1] >= 1e-6], ids=str)
 def test_a_wrong_count_of_steps_is_noticed(dtype, scale, step):
     must_fail(counting_twice, check_range, REFERENCE, dtype, scale, step)
+
+
+def of_the_first_row():
+    """A fault: every parameter of a group is said to have taken as many steps as the first."""
+
+    def adamw_step(groups, *args, step=kernels.adamw_step):
+        return step([replace(group, steps=[group.steps[0].clone() for _ in group.steps]) for group in groups], *args)
+
+    return mock.patch.object(kernels, "adamw_step", adamw_step)
+
+
+def of_the_first_group():
+    """A fault: all groups have the learning rate of the first."""
+
+    def adamw_step(groups, *args, step=kernels.adamw_step):
+        return step([replace(group, lr=groups[0].lr) for group in groups], *args)
+
+    return mock.patch.object(kernels, "adamw_step", adamw_step)
+
+
+WRONG_ROWS = STEP_CONTROLS | {"step_of_the_first_row": of_the_first_row, "lr_of_the_first_group": of_the_first_group}
+
+
+@pytest.mark.parametrize("control", WRONG_ROWS.values(), ids=WRONG_ROWS)
+def test_a_wrong_row_is_noticed(control):
+    check_rows(REFERENCE)
+    must_fail(control, check_rows, REFERENCE)
