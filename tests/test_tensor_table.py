@@ -3,6 +3,7 @@
 import pytest
 import torch
 from contract import same_bits
+from targets import over_cpu_targets, thorough
 from torch import nn
 
 import trainops
@@ -228,10 +229,25 @@ def adamw_from_a_checkpoint(optimizer_class, values, arranged, step_dtype, **opt
     return [*(p.detach() for p in params), optimizer.state[params[1]]["step"], *state.values()]
 
 
+# For the device backends, whose tables have the same reader or the same rules.
+FEW_IRREGULAR = ("channels_last", "channels_last_grad", "expanded_grad", "gaps_in_all", "negated_grad")
+FEW_IRREGULAR += ("complex_conjugated_grad", "float64_step_and_gaps")
+
+
+def is_of_a_device_backend(target):
+    return target.backend in ("cuda", "triton")
+
+
+@thorough(
+    lambda target, irregular, precision: (
+        is_of_a_device_backend(target) and (irregular not in FEW_IRREGULAR or precision == torch.float64)
+    )
+)
 @pytest.mark.parametrize("precision", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize(("param", "grad", "state", "special"), IRREGULAR.values(), ids=IRREGULAR)
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_irregular_rows(backend, param, grad, state, special, precision):
+@pytest.mark.parametrize("irregular", IRREGULAR)
+@over_cpu_targets
+def test_irregular_rows(target, irregular, precision):
+    backend, (param, grad, state, special) = target.backend, IRREGULAR[irregular]
     shape, step_dtype = special.get("shape", (4, 3, 5, 6)), special.get("step_dtype", torch.float32)
     dtype = precision.to_complex() if special.get("is_complex") else precision
     values = torch.randn(shape, dtype=dtype), torch.randn(2, *shape, dtype=dtype), torch.randn(3, *shape, dtype=dtype)
@@ -375,10 +391,11 @@ def test_an_average_of_an_unsupported_dtype_raises_and_changes_nothing():
 MOVES = ["param", "grad", "average", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"]
 
 
+@thorough(lambda target, dtype, moved: is_of_a_device_backend(target) and dtype != torch.float32)
 @pytest.mark.parametrize("moved", MOVES)
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_tensors_that_move_between_steps_are_followed(backend, dtype, moved):
-    results = []
+@over_cpu_targets
+def test_tensors_that_move_between_steps_are_followed(target, dtype, moved):
+    backend, results = target.backend, []
     for moves in (False, True):
         torch.manual_seed(0)
         model = nn.Linear(7, 5).to(dtype)
@@ -403,9 +420,9 @@ def test_tensors_that_move_between_steps_are_followed(backend, dtype, moved):
     assert all(map(same_bits, *results))
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_tensors_that_are_replaced_between_steps_are_followed(backend):
-    results = []
+@over_cpu_targets
+def test_tensors_that_are_replaced_between_steps_are_followed(target):
+    backend, results = target.backend, []
     for optimizer_class, options in ((trainops.AdamW, {"backend": backend}), (torch.optim.AdamW, {"foreach": False})):
         p = nn.Parameter(torch.ones(5))
         optimizer = optimizer_class([p], lr=0.1, **options)
