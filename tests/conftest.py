@@ -1,7 +1,7 @@
 """What every test module is run over, and which cases belong to `make test-all`."""
 
 import gc
-import importlib
+import importlib.util
 
 import pytest
 import torch
@@ -40,9 +40,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line(
-        "markers", "thorough(when): cases for which when(**params) is true run in `make test-all`"
-    )
+    marker = "thorough(when): cases for which when(**params) is true run in `make test-all`"
+    config.addinivalue_line("markers", marker)
+    if importlib.util.find_spec("hypothesis"):
+        importlib.import_module("fuzz").choose("thorough" if config.getoption("--thorough") else "default")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -19,6 +19,11 @@ def clip_coefficient(total_norm, max_norm):
     return ONE if max_norm is None else min(ONE, max_norm / (total_norm + np.longdouble(1e-6)))
 
 
+def bias_correction(beta, step):
+    """``1 - beta**step`` without the cancellation."""
+    return -np.expm1(step * np.log1p(beta - 1)) if beta > 0 else ONE
+
+
 def adamw_step(
     param,
     grad,
@@ -36,13 +41,13 @@ def adamw_step(
     coefficient=ONE,
 ):
     """Step number ``step`` (from 1) of arXiv:1711.05101, algorithm 2: what each tensor is afterwards, by name."""
-    (beta1, beta2), lr, eps = (np.longdouble(beta) for beta in betas), np.longdouble(lr), np.longdouble(eps)
+    beta1, beta2, lr, eps = (np.longdouble(float(x)) for x in (*betas, lr, eps))
     g = grad * (-coefficient if maximize else coefficient)
     kept, added = beta1 * exp_avg, (1 - beta1) * g
     m, m_terms = kept + added, np.abs(kept) + np.abs(added)
     v = beta2 * exp_avg_sq + (1 - beta2) * g * g
     v_max = np.maximum(max_exp_avg_sq, v) if amsgrad else v
-    step_size = lr / (1 - beta1**step) / (np.sqrt(v_max / (1 - beta2**step)) + eps)
+    step_size = lr / bias_correction(beta1, step) / (np.sqrt(v_max / bias_correction(beta2, step)) + eps)
     decayed = param * (1 - lr * np.longdouble(weight_decay))
     results = {
         "param": Exact(decayed - step_size * m, np.abs(decayed) + step_size * m_terms),

@@ -1,10 +1,4 @@
-"""Random optimizers: what a fuzzer draws, how two backends go through it, and what their results are held to.
-
-The contract, for every element of every tensor that a step writes: with ``exact`` one step in extended precision from
-what was stored before it, a backend stores what rounding some number within ``ROUNDINGS`` units of the arithmetic's
-precision, times the magnitudes of the terms, of ``exact`` gives. Numbers that are not finite must be those of
-``reference``.
-"""
+"""Random optimizers: what a fuzzer draws, and how a backend goes through it. `fuzz_contract.py` has the contract."""
 
 import copy
 import pickle
@@ -17,26 +11,32 @@ from hypothesis import strategies as st
 
 import trainops
 
-# The same cases in every run, or ten thousand others in each: `pytest --hypothesis-profile=thorough`.
-_COMMON: dict[str, Any] = {
-    "deadline": None,
-    "database": None,
-    "report_multiple_bugs": False,
-    "phases": [Phase.explicit, Phase.generate, Phase.shrink],
-    "suppress_health_check": list(HealthCheck),
+# The same cases in every run, or with `--thorough` ten thousand others in each.
+PROFILES: dict[str, dict[str, Any]] = {
+    "default": {"derandomize": True, "max_examples": 100},
+    "thorough": {"print_blob": True, "max_examples": 1700},
 }
-settings.register_profile("default", derandomize=True, max_examples=100, **_COMMON)
-settings.register_profile("thorough", print_blob=True, max_examples=1700, **_COMMON)
-settings.load_profile("default")
+
+
+def choose(profile: str) -> None:
+    """Make a profile that of the tests which are defined from now on."""
+    settings.register_profile(
+        profile,
+        deadline=None,
+        database=None,
+        report_multiple_bugs=False,
+        phases=[Phase.explicit, Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+        **PROFILES[profile],
+    )
+    settings.load_profile(profile)
+
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [(), (0,), (1,), (2,), (5,), (7, 3), (1, 4), (2, 0, 3), (2, 3, 4, 5), (33, 31), (1023,), (1025,)]
 LAYOUTS = ["plain", "offset 1", "offset 3", "offset 8", "transposed", "channels last", "gaps"]
 STEP_DTYPES = dict(zip(FLOATS, [torch.float32, torch.float64, torch.int64, torch.float32], strict=True))
 STATE = ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"]
-
-# How far an element may be off, in units of 2**-24 or 2**-53 and of the magnitudes of its terms.
-ROUNDINGS = 8.0
 
 GUARD = 16  # elements on both sides of a tensor, which nobody may write
 GUARD_VALUE = -7.25

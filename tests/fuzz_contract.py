@@ -5,7 +5,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from fuzz import ROUNDINGS, Step, World
+from contract import TOLERANCES
+from exact import adamw_step
+from fuzz import Step, World
 
 UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 DOUBLES = (torch.float64, torch.complex128)
@@ -58,24 +60,11 @@ class Expected:
 def expected_adamw(
     group: dict[str, Any], step: float, g: np.ndarray, slack: float, stored: dict[str, np.ndarray]
 ) -> dict[str, Expected]:
-    """AdamW of arXiv:1711.05101 on one parameter; ``g`` is its clipped gradient, ``step`` counts from 1."""
-    lr, weight_decay, eps = (np.longdouble(float(group[name])) for name in ("lr", "weight_decay", "eps"))
-    beta1, beta2 = (np.longdouble(float(beta)) for beta in group["betas"])
-    p, m, v = stored["param"], stored["exp_avg"], stored["exp_avg_sq"]
-    g = -g if group["maximize"] else g
-    correction1, correction2 = (-np.expm1(step * np.log1p(beta - 1)) for beta in (beta1, beta2))
-    near, far = np.abs(m) + (1 - beta1) * (np.abs(g) + np.abs(m)), np.abs(g) + beta1 * (np.abs(g) + np.abs(m))
-    terms_m = near if beta1 > 0.5 else far
-    m = beta1 * m + (1 - beta1) * g
-    v = beta2 * v + (1 - beta2) * g * g
-    largest = np.maximum(stored["max_exp_avg_sq"], v) if group["amsgrad"] else v
-    denominator = np.sqrt(largest / correction2) + eps
-    new = p * (1 - lr * weight_decay) - lr * (m / correction1) / denominator
-    terms_p = np.abs(p) * (1 + lr * weight_decay) + lr * terms_m / correction1 / denominator
-    result = {"exp_avg": (m, terms_m), "exp_avg_sq": (v, v), "param": (new, terms_p)}
-    if group["amsgrad"]:
-        result["max_exp_avg_sq"] = (largest, largest)
-    return {name: Expected(x, slack * np.abs(terms)) for name, (x, terms) in result.items()}
+    """A step on one parameter; ``g`` is its clipped gradient, ``step`` counts from 1."""
+    options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")}
+    largest = stored.get("max_exp_avg_sq", stored["exp_avg_sq"])
+    results = adamw_step(stored["param"], g, stored["exp_avg"], stored["exp_avg_sq"], largest, step, **options)
+    return {name: Expected(x.value, slack * np.abs(x.terms)) for name, x in results.items()}
 
 
 @np.errstate(all="ignore")
@@ -85,7 +74,7 @@ def expected_average(average: torch.Tensor, source: torch.Tensor, decay: float) 
         return Expected(new if decay == 0.0 else old, np.zeros_like(old))
     weight = 1 - np.longdouble(decay)
     moved = np.where(old == new, old, np.longdouble(decay) * old + weight * new)
-    return Expected(moved, ROUNDINGS * UNIT[arithmetic(average, source)] * (np.abs(old) + np.abs(new)))
+    return Expected(moved, TOLERANCES[arithmetic(average, source)].terms * (np.abs(old) + np.abs(new)))
 
 
 @dataclass
@@ -117,7 +106,7 @@ def sums_slack(backend: str, tensors: list[torch.Tensor]) -> float:
     """How far a norm may be off: sums are in float64, but within a program of triton in the tensor's arithmetic."""
     slack = (8 + sum(real(x).numel() for x in tensors) / 8) * UNIT[torch.float64]
     narrow = backend == "triton" and any(x.dtype not in DOUBLES for x in tensors)
-    return slack + ROUNDINGS * UNIT[torch.float32] * narrow
+    return slack + TOLERANCES[torch.float32].terms * narrow
 
 
 @np.errstate(all="ignore")
@@ -149,7 +138,7 @@ def check_step(world: World, step: Step, before: dict[str, torch.Tensor], others
     expected: dict[str, Expected] = {}
     for i in () if norms.skipped else order:
         p = before[f"param {i}"]
-        slack = ROUNDINGS * UNIT[arithmetic(params[i])] + 2 * norms.slack
+        slack = TOLERANCES[arithmetic(params[i])].terms + 2 * norms.slack
         names = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if groups[params[i]]["amsgrad"] else [])]
         stored = {name: exact(before.get(f"{name} {i}", torch.zeros_like(p))) for name in names} | {"param": exact(p)}
         count = before.get(f"step {i}", torch.zeros(())).item() + 1

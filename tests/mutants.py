@@ -27,7 +27,7 @@ def tests_of(*files, k=""):  # noqa: PT028 (no test)
 CPU_ADAMW = tests_of("adamw", k="cpu-cpu")
 CPU_EMA = tests_of("ema", "ema_fused", k="cpu-cpu")
 CPU_CLIP = tests_of("clip_grad", k="cpu-cpu")
-CPU_DROP_PATH = tests_of("drop_path", "drop_path_gradients", k="cpu-cpu")
+CPU_DROP_PATH = tests_of("drop_path", "drop_path_gradients", "drop_path_rows", k="cpu-cpu")
 REFERENCE = tests_of("adamw", "ema", "clip_grad", k="reference-cpu")
 
 C_PLUS_PLUS = [
@@ -40,8 +40,8 @@ C_PLUS_PLUS = [
             "AdamW: decay forgotten": ("param = param * s.keep - ", "param = param - "),
             "AdamW: beta1 for beta2": ("exp_avg_sq * s.beta2 + s.weight2", "exp_avg_sq * s.beta1 + s.weight2"),
             "AdamW: bias correction with the other beta": (
-                "1.0 - std::pow(s.beta1, step)",
-                "1.0 - std::pow(s.beta2, step)",
+                "bias_correction(s.beta1, step)",
+                "bias_correction(s.beta2, step)",
             ),
             "AdamW: eps not scaled": ("static_cast<T>(s.eps * correction2_sqrt)", "static_cast<T>(s.eps)"),
             "AdamW: AMSGrad takes the smaller": ("largest > v || largest", "largest < v || largest"),
@@ -151,7 +151,7 @@ C_PLUS_PLUS = [
     ),
     *planted(
         "csrc/cpu/adamw.cpp",
-        tests_of("tensor_table", "types", k="cpu"),
+        tests_of("tensor_table", "adamw_types", k="cpu"),
         {
             "cpu: exp_avg_sq written to exp_avg": (
                 "store(cell(kExpAvgSq), begin, size, exp_avg_sq);",
@@ -187,7 +187,7 @@ C_PLUS_PLUS = [
     ),
     *planted(
         "csrc/cpu/convert.h",
-        tests_of("tensor_table", "types", k="cpu"),
+        tests_of("tensor_table", "adamw_types", k="cpu"),
         {
             "cpu: the dtype of the first tensor for all": (
                 "return cell.address == nullptr || cell.dtype == dtype;",
@@ -310,8 +310,8 @@ PYTHON = [
                 "                    pass\n",
             ),
             "AdamW: gradients of other shapes are taken": (
-                "if x is not None and (x.shape != param.shape or",
-                "if x is not None and (False or",
+                "if x.shape != param.shape or x.device",
+                "if x.device",
             ),
             "AdamW: found_inf is not looked for": ('getattr(self, "found_inf", None)', "None"),
             "AdamW: the decay of the average is that of no update": (
@@ -437,8 +437,8 @@ PYTHON = [
                 "(1 - drop_prob)",
             ),
             "stochastic depth: one sample too few": (
-                "max(1, round(batch * (1 - drop_prob)))",
-                "max(1, round(batch * (1 - drop_prob)) - 1)",
+                "min(batch, max(1, round(batch * (1 - drop_prob))))",
+                "min(batch, max(1, round(batch * (1 - drop_prob)) - 1))",
             ),
             "stochastic depth: rows of the wrong samples": ("rows = permutation.argsort()", "rows = permutation"),
         },

@@ -10,28 +10,15 @@ An outcome counts for the source and the tests that it was found with. The table
 import argparse
 import hashlib
 import json
-import os
-import shutil
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 from mutants import MUTANTS
+from scratch import ROOT, Tree, tracked
 
-ROOT = Path(__file__).parent.parent
-SCRATCH = ROOT / "build" / "mutants"
-TREE = SCRATCH / "tree"
-OUTCOMES = SCRATCH / "outcomes.json"
+OUTCOMES = ROOT / "build" / "mutants.json"
 NOTICED, UNNOTICED = "noticed", "UNNOTICED"
-TIME_LIMIT = 600  # seconds for the tests of one mutant: a fault may make them hang
-
-
-def tracked():
-    """The files of the source, as they are now."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    return sorted(name for name in names if (ROOT / name).is_file())
+LIMIT = 600  # seconds for the tests of one mutant: a fault may make them hang
 
 
 def fingerprint():
@@ -44,81 +31,37 @@ def fingerprint():
     return digest.hexdigest()
 
 
-def copy_tree():
-    """The source and what is built of it. Files that have not changed keep their times: nothing is built again."""
-    TREE.mkdir(parents=True, exist_ok=True)
-    names = set(tracked())
-    for name in names:
-        restore(name)
-    for old in TREE.rglob("*"):
-        name = old.relative_to(TREE).as_posix()
-        is_built = name.startswith("build/") or old.suffix == ".so" or old.name == "_build.json"
-        if old.is_file() and not old.is_symlink() and name not in names and not is_built:
-            old.unlink()
-    link = TREE / "trainops" / "triton_kernels"  # in place of the installed package
-    if not link.is_symlink():
-        link.symlink_to("../triton_kernels")
+def test(tree, selections):
+    return tree.run("-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *selections, limit=LIMIT)
 
 
-def restore(name):
-    source, target = ROOT / name, TREE / name
-    if not target.exists() or target.read_bytes() != source.read_bytes():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source, target)
-
-
-def run(*command):
-    """The exit status of a command in the copy, and what it printed; no status if it did not end in time."""
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "TRAINOPS_SKIP": "cuda", "TRAINOPS_REQUIRE": "cpu"}
-    try:
-        done = subprocess.run(
-            command,
-            cwd=TREE,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=TIME_LIMIT,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return None, f"did not end within {TIME_LIMIT} s"
-    return done.returncode, done.stdout
-
-
-def build():
-    status, output = run(sys.executable, "setup.py", "build_ext", "--inplace")
-    if status != 0:
-        raise SystemExit(f"the copy does not build:\n{output}")
-
-
-def test(selections):
-    return run(sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *selections)
-
-
-def must_pass(selections):
+def must_pass(tree, selections):
     """Without a fault, the tests notice none."""
-    status, output = test(selections)
+    status, output = test(tree, selections)
     if status != 0:
         raise SystemExit(f"{' '.join(selections)} does not pass without a mutant:\n{output[-4000:]}")
 
 
-def plant(mutant):
+def plant(tree, mutant):
     """Whether the tests notice the mutant, and which one did."""
-    path = TREE / mutant.file
+    path = tree.path / mutant.file
     path.write_text(path.read_text().replace(mutant.old, mutant.new))
     try:
         if mutant.file.startswith("csrc/") and not mutant.file.startswith("csrc/cuda/"):
-            build()  # the tests build the CUDA kernels themselves
-        status, output = test(mutant.tests)
+            tree.build()  # the tests build the CUDA kernels themselves
+        status, output = test(tree, mutant.tests)
     finally:
-        restore(mutant.file)
+        tree.restore(mutant.file)
     if status == 0:
         return UNNOTICED, ""
-    failed = [line.split(" ")[1] for line in output.splitlines() if line.startswith("FAILED ")]
-    if status is not None and not failed:
-        raise SystemExit(f"{mutant.name}: its tests could not be run:\n{output[-4000:]}")
-    return NOTICED, failed[0] if failed else output
+    failed = [
+        line.split(" ")[1] for line in output.splitlines() if line.startswith(("FAILED ", "ERROR ")) and "::" in line
+    ]
+    if failed:
+        return NOTICED, failed[0]
+    if status is None or status < 0:
+        return NOTICED, output if status is None else f"signal {-status}"
+    raise SystemExit(f"{mutant.name}: its tests could not be run:\n{output[-4000:]}")
 
 
 def write_table(outcomes):
@@ -154,15 +97,15 @@ def main():
     pending = [m for m in chosen if arguments.again or m.name not in outcomes]
     print(f"{len(chosen)} mutants, {len(chosen) - len(pending)} of them known", flush=True)
     if pending:
-        copy_tree()
-        build()
+        tree = Tree("mutants", TRAINOPS_SKIP="cuda", TRAINOPS_REQUIRE="cpu")
+        tree.build()
     passing = set()
     for i, mutant in enumerate(pending, start=1):
         if mutant.tests not in passing:
-            must_pass(mutant.tests)
+            must_pass(tree, mutant.tests)
             passing.add(mutant.tests)
         began = time.monotonic()
-        outcomes[mutant.name] = plant(mutant)
+        outcomes[mutant.name] = plant(tree, mutant)
         OUTCOMES.write_text(json.dumps({"fingerprint": fingerprint(), "outcomes": outcomes}, indent=1))
         outcome, by = outcomes[mutant.name]
         print(f"[{i}/{len(pending)}] {time.monotonic() - began:4.0f} s  {outcome}  {mutant.name}  {by}", flush=True)
