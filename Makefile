@@ -20,7 +20,7 @@ CLANG_FORMAT = $(shell $(RUN) -c "import sysconfig; print(sysconfig.get_path('sc
 # Tests run in one process per core where pytest-xdist is there to do it.
 PARALLEL = $(shell $(RUN) -c "import xdist" 2>/dev/null && echo --numprocesses=auto)
 
-.PHONY: build demo test test-all mutants lint bench inspect format clean
+.PHONY: build demo test test-all mutants coverage lint bench inspect format clean
 
 build: $(SETUP)
 	$(RUN) -m trainops
@@ -32,15 +32,19 @@ test: $(SETUP)
 	$(RUN) -m pytest $(PARALLEL)
 	$(MAKE) inspect
 
-# Every case of every test, the sanitizers, and what takes long. Above all, more than the interpreter has time for.
+# Every case of every test, with the sanitizers and what needs 17 GiB of memory: an hour or two.
 test-all: $(SETUP)
 	$(RUN) -m pytest $(PARALLEL) --thorough
 	$(RUN) -m pytest -m large
 	$(MAKE) inspect
 
-# Plants faults, one at a time, and shows which ones no test notices: half an hour. `make mutants ONLY=cpu,ema` has some.
+# Plants faults, one at a time, and shows which ones no test notices: an hour. `make mutants ONLY=cpu,ema` has some.
 mutants: $(SETUP)
 	$(RUN) tests/mutate.py $(if $(ONLY),--only $(ONLY))
+
+# The lines that the tests run, in Python and in C++. `make coverage ALL=1`: those of `make test-all`.
+coverage: $(SETUP)
+	$(RUN) tests/coverage_of_lines.py $(if $(ALL),--thorough)
 
 lint: $(SETUP)
 	$(RUN) -m ruff check .
