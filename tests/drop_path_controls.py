@@ -5,9 +5,13 @@ from unittest import mock
 
 import torch
 from controls import cut_off
+from targets import thorough
 
 from trainops.backends import reference as kernels
 from trainops.backends.reference import drop_path, drop_path_backward
+
+# The contract has two rules, and each has two dtypes.
+two_dtypes = thorough(lambda dtype, **_: dtype in (torch.float64, torch.float16))
 
 
 def keep(mask):

@@ -83,6 +83,11 @@ def assert_same_bits(ours, expected, what=""):
         raise AssertionError(f"{what}: other bits: {shapes}")
 
 
+def draws_of(dtype, shape):
+    """How often to draw operands: a single 16-bit number may come out right by chance."""
+    return 8 if shape in ((), (1,)) and dtype in NARROW else 1
+
+
 def with_specials(x):
     """``x`` with zeros of both signs, infinities and NaN in it."""
     for i, value in enumerate((0.0, -0.0, math.inf, -math.inf, math.nan)):

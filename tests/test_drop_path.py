@@ -6,7 +6,7 @@ import pytest
 import torch
 from contract import same_bits
 from controls import must_fail
-from drop_path_controls import wrong_forward
+from drop_path_controls import two_dtypes, wrong_forward
 from drop_path_formulas import (
     LAYER_SCALES,
     LAYOUTS,
@@ -76,6 +76,7 @@ def check_add(target, residual, branch, drop_prob=0.3, training=True, scale_by_k
     assert_equal(ours, timms)
 
 
+@thorough(lambda target, scale_by_keep, **_: target == INTERPRETER and not scale_by_keep)
 @scaling
 @pytest.mark.parametrize("shape", RANKS, ids=lambda shape: f"rank{len(shape)}")
 def test_drop_path_is_timms(target, dtype, shape, scale_by_keep):
@@ -94,6 +95,7 @@ def test_drop_path_returns_its_input_where_nothing_can_drop(target, drop_prob, t
     assert torch.equal(state, generator_state(target.device))
 
 
+@thorough(lambda scale_by_keep, scale_shape, **_: not scale_by_keep and scale_shape not in (None, (7,)))
 @scaling
 @pytest.mark.parametrize("scale_shape", LAYER_SCALES.values(), ids=LAYER_SCALES)
 def test_drop_path_add_is_timms(target, dtype, scale_shape, scale_by_keep):
@@ -192,6 +194,8 @@ def test_a_dropped_sample_is_its_residual_to_the_bit(target, layer_scale):
 # Controls: what the checks above must notice.
 
 
+@two_dtypes
+@thorough(lambda drop_prob, **_: drop_prob == 0.5)
 @faults
 @pytest.mark.parametrize("drop_prob", [0.3, 0.5])
 @pytest.mark.parametrize("shape", RANKS, ids=lambda shape: f"rank{len(shape)}")
@@ -200,14 +204,15 @@ def test_a_wrong_drop_path_is_noticed(dtype, shape, drop_prob, fault):
     must_fail(lambda: wrong_forward(fault), check_drop_path, REFERENCE, x, drop_prob)
 
 
+@two_dtypes
+@thorough(lambda drop_prob, **_: drop_prob == 0.5)
 @faults
+@pytest.mark.parametrize("drop_prob", [0.3, 0.5])
 @pytest.mark.parametrize("scale_shape", LAYER_SCALES.values(), ids=LAYER_SCALES)
-def test_a_wrong_add_is_noticed(dtype, scale_shape, fault):
+def test_a_wrong_add_is_noticed(dtype, scale_shape, drop_prob, fault):
     residual, branch, layer_scale = operands(dtype, "cpu", scale_shape)
-    for drop_prob in (0.3, 0.5):
-        must_fail(
-            lambda: wrong_forward(fault), check_add, REFERENCE, residual, branch, drop_prob, layer_scale=layer_scale
-        )
+    args = (REFERENCE, residual, branch, drop_prob)
+    must_fail(lambda: wrong_forward(fault), check_add, *args, layer_scale=layer_scale)
 
 
 @faults
@@ -225,6 +230,7 @@ def test_a_wrong_add_of_mixed_dtypes_is_noticed(dtypes, fault):
     must_fail(lambda: wrong_forward(fault), check_add, REFERENCE, residual, branch, 0.1, layer_scale=layer_scale)
 
 
+@two_dtypes
 @pytest.mark.parametrize("scale_shape", [shape for shape in LAYER_SCALES.values() if shape is not None], ids=str)
 def test_a_forgotten_layer_scale_is_noticed(dtype, scale_shape):
     residual, branch, layer_scale = operands(dtype, "cpu", scale_shape)
@@ -256,6 +262,7 @@ def test_another_layout_is_noticed(layout):
     must_fail(lambda: wrong_forward("contiguous"), check_drop_path, REFERENCE, x, 0.3)
 
 
+@two_dtypes
 @pytest.mark.parametrize("fault", ["leaking", "of_another_seed"])
 @some_scales
 def test_a_dropped_sample_that_has_an_effect_is_noticed(dtype, scale_shape, fault):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from contract import assert_contract, same_bits
 from controls import must_fail
-from drop_path_controls import wrong_gradient
+from drop_path_controls import two_dtypes, wrong_gradient
 from drop_path_formulas import (
     LAYER_SCALES,
     LAYOUTS,
@@ -15,6 +15,7 @@ from drop_path_formulas import (
     SOME_LAYER_SCALES,
     adding,
     assert_equal,
+    draws_of,
     exact_gradients,
     gradients,
     operands,
@@ -24,7 +25,7 @@ from drop_path_formulas import (
     timm_mask,
     with_broken_dropped_samples,
 )
-from targets import REFERENCE, thorough
+from targets import REFERENCE, interpreted, thorough
 
 import trainops
 
@@ -53,6 +54,8 @@ BROADCASTS = [
     ((), (4, 3)),
 ]
 
+FOR_SHAPES = (torch.float32, torch.bfloat16)  # where types and shapes have nothing to do with each other
+
 FAULTS = ["nothing", "last_element", "unscaled", "of_another_seed", "leaking"]
 
 scales = pytest.mark.parametrize("scale_shape", LAYER_SCALES.values(), ids=LAYER_SCALES)
@@ -76,8 +79,8 @@ def check_gradients(target, residual, branch, layer_scale, drop_prob=0.3, scale_
 
 
 def check_draws(target, dtype, scale_shape, scale_by_keep=True):
-    """Of several operands where a gradient is a single number, which may come out right by chance."""
-    draws = [operands(dtype, target.device, scale_shape) for _ in range(8 if scale_shape in ((), (1,)) else 1)]
+    """Of as many operands as it takes for a wrong gradient to be seen."""
+    draws = [operands(dtype, target.device, scale_shape) for _ in range(draws_of(dtype, scale_shape))]
     for inputs in draws:
         check_gradients(target, *inputs, scale_by_keep=scale_by_keep)
 
@@ -91,12 +94,15 @@ def check_same_gradients(target, residual, branch, layer_scale):
         assert_equal(our, without, name)
 
 
+# The mask is drawn before any kernel is called: for these, an unscaled one is another number.
+@thorough(lambda scale_by_keep, scale_shape, **_: not scale_by_keep and scale_shape != (7,))
 @pytest.mark.parametrize("scale_by_keep", [True, False], ids=["scaled", "unscaled"])
 @scales
 def test_gradients(target, dtype, scale_shape, scale_by_keep):
     check_draws(target, dtype, scale_shape, scale_by_keep)
 
 
+@interpreted(lambda dtype, shape, **_: dtype in FOR_SHAPES or shape == (16, 50, 24))
 @pytest.mark.parametrize("shape", LAYER_SCALED_SHAPES, ids=str)
 def test_gradients_of_layer_scale(target, dtype, shape):
     check_gradients(target, *operands(dtype, target.device, shape[-1:], shape))
@@ -133,6 +139,7 @@ def test_a_dropped_samples_branch_is_of_no_effect_on_gradients(target, dtype, sc
     check_same_gradients(target, *operands(dtype, target.device, scale_shape))
 
 
+@interpreted(lambda dtype, unaligned, **_: dtype in FOR_SHAPES or unaligned == (0, 1, 2))
 @pytest.mark.parametrize("unaligned", [(), (0,), (1,), (2,), (0, 1, 2)], ids=str)
 def test_gradients_have_the_same_bits_again(target, dtype, unaligned):
     inputs = operands(dtype, target.device, (24,), (6, 50, 24))
@@ -207,12 +214,14 @@ def notices(operand, fault, check, *args, **kwargs):
     must_fail(lambda: wrong_gradient(operand, fault), check, REFERENCE, *args, **kwargs)
 
 
+@two_dtypes
 @pytest.mark.parametrize("fault", [*FAULTS, "last_sample"])
 @scales
 def test_a_wrong_gradient_of_the_branch_is_noticed(dtype, scale_shape, fault):
     notices("branch", fault, check_draws, dtype, scale_shape)
 
 
+@two_dtypes
 @pytest.mark.parametrize("fault", [*FAULTS, "forgets_a_sample"])
 @pytest.mark.parametrize("scale_shape", [shape for shape in LAYER_SCALES.values() if shape is not None], ids=str)
 def test_a_wrong_gradient_of_layer_scale_is_noticed(dtype, scale_shape, fault):
@@ -221,10 +230,12 @@ def test_a_wrong_gradient_of_layer_scale_is_noticed(dtype, scale_shape, fault):
 
 @pytest.mark.parametrize("shape", [(3, 7, 1), (16, 50, 24), (3, 9, 9, 96), (5, 3, 130), (3, 3, 1500)], ids=str)
 @pytest.mark.parametrize("fault", [*FAULTS, "forgets_a_sample"])
+@pytest.mark.parametrize("dtype", FOR_SHAPES, ids=str)
 def test_a_wrong_gradient_of_layer_scale_is_noticed_for_all_shapes(dtype, shape, fault):
     notices("layer_scale", fault, check_gradients, *operands(dtype, "cpu", shape[-1:], shape))
 
 
+@two_dtypes
 @pytest.mark.parametrize("scale_shape", [shape for shape in LAYER_SCALES.values() if shape is not None], ids=str)
 def test_a_forgotten_layer_scale_is_noticed(dtype, scale_shape):
     notices("branch", "no_layer_scale", check_draws, dtype, scale_shape)
@@ -252,6 +263,7 @@ def test_a_wrong_gradient_is_noticed_where_shapes_broadcast(residual_shape, bran
     notices("branch", fault, check_gradients, torch.randn(residual_shape), torch.randn(branch_shape), None)
 
 
+@two_dtypes
 @pytest.mark.parametrize("scale_shape", [(7,), (1, 5, 1, 1)], ids=str)
 def test_a_dropped_sample_that_has_an_effect_on_gradients_is_noticed(dtype, scale_shape):
     notices("layer_scale", "leaking", check_same_gradients, *operands(dtype, "cpu", scale_shape))

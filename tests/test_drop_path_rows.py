@@ -161,6 +161,7 @@ def test_backward_is_the_formula(target, shape, dtypes, branch_given, layer_scal
     check_backward(target, shape, dtypes, branch_given, layer_scaled)
 
 
+@thorough(lambda dtype, shape, **_: dtype == torch.bfloat16 and shape != (5, 41, 3))
 @pytest.mark.parametrize("target", [target for target in KERNELS if target.backend == "triton"], ids="-".join)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(6, 9, 32), (5, 41, 3), (300, 2)], ids=str)
