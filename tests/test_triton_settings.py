@@ -157,24 +157,6 @@ def test_averages_of_another_type(device, kind, average):
 
 
 @pytest.mark.parametrize("shape", [(), (1,)], ids=["0-dim", "1-element"])
-@pytest.mark.parametrize("kind", [FLOAT32, FLOAT64], ids=["float32", "float64"])
-def test_a_grad_scale_is_taken_out(device, kind, shape):
-    model = model_of([(NUMEL,), (), (0,)], device)
-    scaled = twin(model)
-    for p in scaled.params:
-        p.grad *= 1024
-    ours, other = adamw(scaled, max_grad_norm=0.5, skip_nonfinite=True), adamw(model, max_grad_norm=0.5)
-    ours.grad_scale = torch.full(shape, 1024.0, dtype=kind, device=device)
-    ours.found_inf = torch.zeros(shape, dtype=kind, device=device)
-    ours.step()
-    other.step()
-    assert_same(everything(ours), everything(other))
-    assert same_bits(ours.grad_norm, other.grad_norm)
-    assert same_bits(ours.grad_norms, other.grad_norms)
-    assert ours.skipped_steps == 0
-
-
-@pytest.mark.parametrize("shape", [(), (1,)], ids=["0-dim", "1-element"])
 def test_found_inf_skips(device, shape):
     model = model_of([(5,), ()], device)
     optimizer = adamw(model, ema=trainops.EMA(model, 0.9, backend="triton"))
