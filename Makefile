@@ -30,7 +30,7 @@ demo: $(SETUP)
 
 test: $(SETUP)
 	$(RUN) -m pytest $(PARALLEL)
-	$(MAKE) inspect
+	$(MAKE) inspect QUICK=1
 
 # Every case of every test, with the sanitizers and what needs 17 GiB of memory: an hour or two.
 test-all: $(SETUP)

@@ -1,4 +1,4 @@
-"""All inspections in one process, as `make inspect` runs them. With ``--quick``, a sample of Triton's compilations."""
+"""All inspections in one process, as `make inspect` runs them. With ``--quick``, a sample of what Triton compiles."""
 
 import sys
 

@@ -96,7 +96,6 @@ def kernel_of(variant: Variant) -> Any:
 def key(task: Task) -> str:
     """Of all that is found depends on. Triton hashes a kernel with the functions and the constants that it uses."""
     import triton
-
     from trainops.triton_kernels import _common
 
     variant, target = task
@@ -108,10 +107,9 @@ def compile_task(task: Task) -> Found:
     """Compile for a target, without a device, and read the machine code."""
     import triton
     import triton.language as tl
+    from trainops.triton_kernels import _common
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-
-    from trainops.triton_kernels import _common
 
     variant, target = task
     kernel = kernel_of(variant)
