@@ -285,7 +285,7 @@ PYTHON = [
     ),
     *planted(
         "trainops/reference.py",
-        tests_of("drop_path", "stochastic_depth", k="reference-cpu"),
+        tests_of("drop_path", "drop_path_gradients", "stochastic_depth", k="reference-cpu or formula"),
         {
             "reference: the mask is not scaled": (
                 "mask.div_(keep_prob) if keep_prob > 0.0 and",

@@ -207,6 +207,20 @@ def test_func_grad(target):
         torch.testing.assert_close(our, expected)
 
 
+@pytest.mark.parametrize("scale_shape", [(7,), (1, 5, 1, 1)], ids=str)
+def test_a_dropped_samples_branch_is_of_no_effect_on_gradients_of_the_formula(scale_shape):
+    """Function transforms and compilers take the derivative of the specification: nothing times NaN is NaN."""
+    residual, branch, layer_scale = operands(torch.float32, "cpu", scale_shape)
+    _, broken = with_broken_dropped_samples(branch)
+
+    def loss(layer_scale, branch):
+        out = seeded(trainops.drop_path_add, residual, branch, 0.5, True, layer_scale=layer_scale)
+        return out.square().sum()
+
+    ours, expected = (torch.func.grad(loss)(layer_scale, x) for x in (broken, branch))
+    assert_equal(ours, expected)
+
+
 # Controls: what the checks above must notice.
 
 
