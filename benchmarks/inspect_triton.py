@@ -86,6 +86,13 @@ def constants_of(variant: Variant) -> dict[str, Any]:
     return variant.constants | {"CHUNK": _common.CHUNK, "BLOCK": block}
 
 
+def threads() -> int:
+    """Of a program."""
+    from trainops.triton_kernels import _common
+
+    return int(_common.THREADS)
+
+
 def kernel_of(variant: Variant) -> Any:
     """The kernel itself."""
     from trainops import triton_kernels
@@ -96,10 +103,9 @@ def kernel_of(variant: Variant) -> Any:
 def key(task: Task) -> str:
     """Of all that is found depends on. Triton hashes a kernel with the functions and the constants that it uses."""
     import triton
-    from trainops.triton_kernels import _common
 
     variant, target = task
-    source = kernel_of(variant).cache_key, variant, constants_of(variant), _common.THREADS
+    source = kernel_of(variant).cache_key, variant, constants_of(variant), threads()
     return key_of(triton.__version__, source, TARGETS[target], Path(__file__))
 
 
@@ -107,7 +113,6 @@ def compile_task(task: Task) -> Found:
     """Compile for a target, without a device, and read the machine code."""
     import triton
     import triton.language as tl
-    from trainops.triton_kernels import _common
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -125,7 +130,7 @@ def compile_task(task: Task) -> Found:
     compiled = triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned),
         target=gpu,
-        options={"num_warps": _common.THREADS // gpu.warp_size, "enable_fp_fusion": False},
+        options={"num_warps": threads() // gpu.warp_size, "enable_fp_fusion": False},
     )
     if gpu.backend == "hip":
         return read_amdgcn(compiled.asm["amdgcn"])
@@ -166,9 +171,7 @@ def run(*command: object) -> str:
 
 def wide_accesses(variant: Variant, dtypes: tuple[str, ...]) -> int:
     """How many accesses of 16 bytes a thread makes for one block of each of these tensors."""
-    from trainops.triton_kernels._common import THREADS
-
-    return sum(block_numel(variant.reads + variant.writes) // THREADS * SIZES[dtype] // 16 for dtype in dtypes)
+    return sum(block_numel(variant.reads + variant.writes) // threads() * SIZES[dtype] // 16 for dtype in dtypes)
 
 
 def expected(variant: Variant) -> tuple[int, int]:

@@ -41,6 +41,10 @@ def test_faults_of_triton_kernels(change, message):
     assert fault(variant, right(variant)._replace(**change)) == message
 
 
+def test_a_variant_as_it_should_be_has_no_fault():
+    assert {fault(variant, right(variant)) for variant in inspect_triton.variants()} == {""}
+
+
 def test_accesses_that_are_no_multiple_are_a_fault():
     variant = variant_of("ema")
     loads, _ = expected(variant)
