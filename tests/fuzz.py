@@ -36,7 +36,6 @@ FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [(), (0,), (1,), (2,), (5,), (7, 3), (1, 4), (2, 0, 3), (2, 3, 4, 5), (33, 31), (1023,), (1025,)]
 LAYOUTS = ["plain", "offset 1", "offset 3", "offset 8", "transposed", "channels last", "gaps"]
 STEP_DTYPES = dict(zip(FLOATS, [torch.float32, torch.float64, torch.int64, torch.float32], strict=True))
-STATE = ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"]
 
 GUARD = 16  # elements on both sides of a tensor, which nobody may write
 GUARD_VALUE = -7.25
@@ -102,12 +101,14 @@ class Step:
     grad_scale: float | None
     found_inf: float | None
     before: str
-    layout: str  # what "replace" and "restate" make of tensors
-    dtype: torch.dtype
+    layout: str  # of what is replaced before it
+    dtype: torch.dtype  # likewise
 
 
 @dataclass
 class Case:
+    """An optimizer with its model and average, and what it goes through."""
+
     rows: list[Row]
     groups: list[dict[str, Any]]
     settings: dict[str, Any]
@@ -218,9 +219,8 @@ class World:
         self.ema = None if case.ema is None else trainops.EMA(self.model, **case.ema, backend=self.backend)
         if self.ema is not None:
             for average, row in zip(self.ema.module.params, case.rows, strict=True):
-                average.data = self.guards.place(
-                    average.data, "gaps" if row.grad_layout in ("expanded", "lazy") else row.grad_layout
-                )
+                layout = "gaps" if row.grad_layout in ("expanded", "lazy") else row.grad_layout
+                average.data = self.guards.place(average.data, layout)
         self.optimizer = self.make_optimizer()
 
     def make_optimizer(self) -> trainops.AdamW:
@@ -240,20 +240,20 @@ class World:
         elif step.before == "pickle":
             whole = pickle.loads(pickle.dumps((self.model, self.ema, optimizer)))
             self.model, self.ema, self.optimizer = whole
-        for param in self.model.params if step.before in ("replace", "cast") else ():
-            data = param.data.to(step.dtype) if step.before == "cast" and not param.is_complex() else param.data
-            param.grad = None
-            param.data = self.guards.place(data, step.layout)
-        for state in optimizer.state.values() if step.before in ("restate", "late") else ():
-            if step.before == "late":
-                state["step"] = (
-                    torch.tensor(10_000.0).to(STEP_DTYPES[step.dtype]).reshape([1] * (step.layout != "plain"))
-                )
-                continue
-            for name in STATE:
-                if name in state:
-                    x = state[name] if state[name].is_complex() else state[name].to(step.dtype)
-                    state[name] = self.guards.place(x, step.layout)
+        elif step.before in ("replace", "cast"):
+            for param in self.model.params:
+                casts = step.before == "cast" and not param.is_complex()
+                param.grad = None
+                param.data = self.guards.place(param.data.to(step.dtype) if casts else param.data, step.layout)
+        elif step.before == "restate":
+            for state in optimizer.state.values():
+                for name in state.keys() - {"step"}:
+                    x = state[name]
+                    state[name] = self.guards.place(x if x.is_complex() else x.to(step.dtype), step.layout)
+        elif step.before == "late":
+            count = torch.tensor(10_000.0 if step.layout == "plain" else [10_000.0])
+            for state in optimizer.state.values():
+                state["step"] = count.to(STEP_DTYPES[step.dtype], copy=True)
         with torch.no_grad():
             self.model.buffer.add_(0.5)
             self.model.count.add_(1)
@@ -261,7 +261,7 @@ class World:
     def set_grads(self, step: Step, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         missing = (step.missing * len(self.case.rows))[: len(self.case.rows)]
-        scale = step.scale * (step.grad_scale or 1.0 if step.scale < 10 else 1.0)
+        scale = step.scale * (step.grad_scale or 1.0)
         for row, param, is_missing in zip(self.case.rows, self.model.params, missing, strict=True):
             dtype = param.dtype if row.grad_dtype is None or param.is_complex() else row.grad_dtype
             param.grad = None
