@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import os
 
 import pytest
 import torch
@@ -33,6 +34,11 @@ collect_ignore_glob = [
 if triton_backend._interpreted() and trainops.backends()["triton"].available:
     importlib.import_module("interpreter").mend()
     gc.set_threshold(100_000)  # the interpreter makes thousands of small objects a step
+
+
+# Test processes share the cores: threads of one would wait for those of another. Tests of threads choose a number.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):

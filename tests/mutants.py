@@ -1,4 +1,7 @@
-"""Small faults that tests must notice, as data: `make mutants` (``mutate.py``) plants them one at a time."""
+"""Small faults that tests must notice, as data: `make mutants` (``mutate.py``) plants them one at a time.
+
+Here are those of C++ and Python; ``mutants_gpu.py`` has those of Triton and CUDA.
+"""
 
 from typing import NamedTuple
 
@@ -444,5 +447,3 @@ PYTHON = [
         },
     ),
 ]
-
-MUTANTS = [*C_PLUS_PLUS, *PYTHON]

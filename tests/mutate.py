@@ -13,10 +13,12 @@ import json
 import sys
 import time
 
-from mutants import MUTANTS
+from mutants import C_PLUS_PLUS, PYTHON
+from mutants_gpu import TRITON_AND_CUDA
 from scratch import ROOT, Tree, tracked
 
 OUTCOMES = ROOT / "build" / "mutants.json"
+MUTANTS = [*C_PLUS_PLUS, *PYTHON, *TRITON_AND_CUDA]
 NOTICED, UNNOTICED = "noticed", "UNNOTICED"
 LIMIT = 600  # seconds for the tests of one mutant: a fault may make them hang
 

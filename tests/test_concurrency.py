@@ -11,7 +11,7 @@ import cuda_shim
 import pytest
 import torch
 from contract import same_bits
-from targets import TARGETS, Target
+from targets import INTERPRETER, TARGETS, Target
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -253,37 +253,38 @@ def at_once(*works):
         return [future.result() for future in [pool.submit(run, work) for work in works]]
 
 
-@pytest.fixture
-def threaded(target):
-    """A target whose kernels two threads may launch."""
-    if target == Target("triton", "cpu"):
-        pytest.skip("Triton's interpreter keeps the number of the running program in a global variable")
-    return target
+# Triton's interpreter keeps the number of the running program in a global variable.
+over_threaded_targets = pytest.mark.parametrize(
+    "target", [target for target in TARGETS if target != INTERPRETER], indirect=True, ids="-".join
+)
 
 
+@over_threaded_targets
 @pytest.mark.usefixtures("frequent_switches")
-def test_two_threads_that_step_at_once(threaded):
-    works = [lambda seed=seed: train(threaded, size_for(threaded), seed) for seed in (1, 2)]
+def test_two_threads_that_step_at_once(target):
+    works = [lambda seed=seed: train(target, size_for(target), seed) for seed in (1, 2)]
     expected = [work() for work in works]
     for _ in range(3):
         for found, alone in zip(at_once(*works), expected, strict=True):
             assert_same_bits(found, alone)
 
 
+@over_threaded_targets
 @pytest.mark.usefixtures("frequent_switches")
-def test_two_threads_that_use_each_op_at_once(threaded):
-    works = [lambda seed=seed: use_each_op(threaded, size_for(threaded), seed) for seed in (1, 2)]
+def test_two_threads_that_use_each_op_at_once(target):
+    works = [lambda seed=seed: use_each_op(target, size_for(target), seed) for seed in (1, 2)]
     expected = [work() for work in works]
     for _ in range(3):
         for found, alone in zip(at_once(*works), expected, strict=True):
             assert_same_bits(found, alone)
 
 
+@over_threaded_targets
 @pytest.mark.usefixtures("frequent_switches")
-def test_two_threads_that_draw_at_once(threaded):
+def test_two_threads_that_draw_at_once(target):
     def drop(value):
-        x = torch.full((64, 3000), value, device=threaded.device)
-        return [trainops.drop_path_add(x, x, 0.5, True, backend=threaded.backend) for _ in range(5)]
+        x = torch.full((64, 3000), value, device=target.device)
+        return [trainops.drop_path_add(x, x, 0.5, True, backend=target.backend) for _ in range(5)]
 
     for value, results in zip((1.0, 2.0), at_once(lambda: drop(1.0), lambda: drop(2.0)), strict=True):
         first = torch.stack(results)[..., :1]

@@ -28,10 +28,14 @@ def test_timm_itself():
     assert repr(trainops.DropPath(0.3)) == repr(timm.DropPath(0.3))
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_in_a_model_of_timm(monkeypatch, training):
+def test_in_a_model_of_timm(monkeypatch):
     vision_transformer = installed("timm.models.vision_transformer")
+    for training in (True, False):
+        with monkeypatch.context() as patch:
+            check_model_of_timm(vision_transformer, patch, training)
 
+
+def check_model_of_timm(vision_transformer, monkeypatch, training):
     def build():
         torch.manual_seed(0)
         size = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
@@ -47,10 +51,14 @@ def test_in_a_model_of_timm(monkeypatch, training):
         assert_equal(our, expected)
 
 
-@pytest.mark.parametrize("mode", ["row", "batch"])
-@pytest.mark.parametrize("drop_prob", [0.0, 0.3, 1.0])
-def test_torchvision_itself(mode, drop_prob):
-    torchvisions = installed("torchvision.ops").StochasticDepth(drop_prob, mode)
+def test_torchvision_itself():
+    ops = installed("torchvision.ops")
+    for drop_prob in (0.0, 0.3, 1.0):
+        for mode in ("row", "batch"):
+            check_torchvision(ops.StochasticDepth(drop_prob, mode), mode, drop_prob)
+
+
+def check_torchvision(torchvisions, mode, drop_prob):
     x = torch.randn(16, 7)
     ours = trainops.DropPath(drop_prob)
     for seed in range(5):

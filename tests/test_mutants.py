@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from mutants import MUTANTS
+from mutate import MUTANTS
 
 ROOT = Path(__file__).parent.parent
 
