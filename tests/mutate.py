@@ -20,15 +20,17 @@ from scratch import ROOT, Tree, tracked
 OUTCOMES = ROOT / "build" / "mutants.json"
 MUTANTS = [*C_PLUS_PLUS, *PYTHON, *TRITON_AND_CUDA]
 NOTICED, UNNOTICED = "noticed", "UNNOTICED"
+SOURCES = {"csrc", "trainops", "triton_kernels", "setup.py"}
 LIMIT = 600  # seconds for the tests of one mutant: a fault may make them hang
 
 
-def fingerprint():
-    """What outcomes depend on."""
-    folders = {"csrc", "tests", "trainops", "triton_kernels", "setup.py"}
-    digest = hashlib.sha256()
+def fingerprint(mutant):
+    """What the outcome of a mutant depends on: itself, the source, its tests, and what all tests share."""
+    digest = hashlib.sha256(repr(mutant).encode())
     for name in tracked():
-        if name.split("/")[0] in folders and not name.endswith(".md"):
+        folder, _, file = name.partition("/")
+        is_shared = folder == "tests" and not file.startswith(("test_", "mut"))
+        if folder in SOURCES or is_shared or name in mutant.tests:
             digest.update(name.encode() + (ROOT / name).read_bytes())
     return digest.hexdigest()
 
@@ -66,7 +68,7 @@ def plant(tree, mutant):
     raise SystemExit(f"{mutant.name}: its tests could not be run:\n{output[-4000:]}")
 
 
-def write_table(outcomes):
+def write_table(found):
     """The mutants with their outcomes, in Markdown."""
     lines = [
         "# Mutants",
@@ -76,8 +78,7 @@ def write_table(outcomes):
         "| fault | file | noticed by |",
         "| --- | --- | --- |",
     ]
-    for mutant in MUTANTS:
-        outcome, by = outcomes.get(mutant.name, ("not tried", ""))
+    for mutant, (outcome, by) in found.items():
         shown = f"`{by.removeprefix('tests/')}`" if outcome == NOTICED else outcome
         shown = f"no fault: {mutant.no_fault}" if mutant.no_fault else shown
         lines.append(f"| {mutant.name} | `{mutant.file}` | {shown} |")
@@ -94,9 +95,9 @@ def main():
     if not chosen:
         raise SystemExit(f"no mutant has {arguments.only!r} in its name or file")
 
-    known = json.loads(OUTCOMES.read_text()) if OUTCOMES.exists() else {}
-    outcomes = known["outcomes"] if known.get("fingerprint") == fingerprint() else {}
-    pending = [m for m in chosen if arguments.again or m.name not in outcomes]
+    outcomes = json.loads(OUTCOMES.read_text()) if OUTCOMES.exists() else {}
+    keys = {mutant: fingerprint(mutant) for mutant in MUTANTS}
+    pending = [m for m in chosen if arguments.again or keys[m] not in outcomes]
     print(f"{len(chosen)} mutants, {len(chosen) - len(pending)} of them known", flush=True)
     if pending:
         tree = Tree("mutants", TRAINOPS_SKIP="cuda", TRAINOPS_REQUIRE="cpu")
@@ -107,15 +108,15 @@ def main():
             must_pass(tree, mutant.tests)
             passing.add(mutant.tests)
         began = time.monotonic()
-        outcomes[mutant.name] = plant(tree, mutant)
-        OUTCOMES.write_text(json.dumps({"fingerprint": fingerprint(), "outcomes": outcomes}, indent=1))
-        outcome, by = outcomes[mutant.name]
+        outcome, by = outcomes[keys[mutant]] = plant(tree, mutant)
+        OUTCOMES.write_text(json.dumps(outcomes, indent=1))
         print(f"[{i}/{len(pending)}] {time.monotonic() - began:4.0f} s  {outcome}  {mutant.name}  {by}", flush=True)
-    write_table(outcomes)
-    survivors = [m for m in chosen if outcomes[m.name][0] == UNNOTICED]
-    print(
-        "\n".join(["survivors:", *(f"  {m.name}  ({m.file})" for m in survivors)] if survivors else ["no survivors"])
-    )
+    found = {mutant: outcomes.get(key, ("not tried", "")) for mutant, key in keys.items()}
+    write_table(found)
+    survivors = [mutant for mutant in chosen if found[mutant][0] == UNNOTICED]
+    print("survivors:" if survivors else "no survivors")
+    for mutant in survivors:
+        print(f"  {mutant.name}  ({mutant.file})")
     return bool(survivors)
 
 
