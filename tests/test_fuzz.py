@@ -64,7 +64,7 @@ def go_through(case, target):
 
 
 @on(CPU)
-@given(case=fuzz.cases(st.sampled_from([*fuzz.SHAPES * 4, (65_537,)])))
+@given(case=fuzz.cases(st.sampled_from([*fuzz.SHAPES * 10, (65_537,)])))
 @examples(150)
 def test_steps(target, case):
     go_through(case, target)

@@ -77,6 +77,16 @@ def test_norms_are_summed_in_float64(target, dtype, norm_type):
     np.testing.assert_allclose(total.cpu(), float(true_total), rtol=rtol)
 
 
+def test_norm_of_order_0_of_complex_numbers_does_not_warn(target):
+    params = [torch.nn.Parameter(torch.zeros(3, dtype=torch.complex64, device=target.device)) for _ in range(2)]
+    for param in params:
+        param.grad = torch.tensor([1j, 0, 2], device=target.device)
+    # The norm of the norms, as in torch: how many of them are not zero.
+    assert trainops.get_total_norm([params[0].grad], 0, backend=target.backend) == 1
+    kernels = select(target.backend, target.device)
+    assert kernels.grad_norms([p.grad for p in params], 0.0)[1].tolist() == [2, 2]
+
+
 class WithoutFloat64(TorchDispatchMode):
     """A device that refuses float64, as Apple's GPUs do."""
 

@@ -50,7 +50,8 @@ def sum_norms(tensors: Sequence[Tensor], norm_type: float = 2.0) -> tuple[Tensor
 
     def norm(x: Tensor) -> Tensor:
         dtype = scalar_dtype(x.device)
-        dtype = dtype.to_complex() if x.is_complex() else dtype
+        if x.is_complex():  # torch's norm of order 0 warns that it is cast to real numbers
+            x = x.to(dtype.to_complex()).abs()
         return torch.linalg.vector_norm(x, norm_type, dtype=dtype) if x.numel() else x.sum(dtype=dtype).abs()
 
     norms = torch.stack([scalar(norm(x), tensors[0].device) for x in tensors])
