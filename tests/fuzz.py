@@ -14,7 +14,7 @@ import trainops
 # The same cases in every run, or with `--thorough` ten thousand others in each.
 PROFILES: dict[str, dict[str, Any]] = {
     "default": {"derandomize": True, "max_examples": 100},
-    "thorough": {"print_blob": True, "max_examples": 1700},
+    "thorough": {"print_blob": True, "max_examples": 1400},
 }
 
 

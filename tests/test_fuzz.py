@@ -65,7 +65,7 @@ def go_through(case, target):
 
 @on(CPU)
 @given(case=fuzz.cases(st.sampled_from([*fuzz.SHAPES * 10, (65_537,)])))
-@examples(150)
+@examples(250)
 def test_steps(target, case):
     go_through(case, target)
 
