@@ -110,6 +110,18 @@ def test_no_gradients_at_all(target, options):
     assert same_bits(optimizer.grad_norms, torch.zeros(0, device=target.device))
 
 
+def test_a_grad_scaler_steps_without_gradients(target):
+    """It then sets found_inf to a number, the sum of no tensors."""
+    model = make_model([(2,)], torch.float32, target.device)
+    optimizer = trainops.AdamW(model.parameters(), max_grad_norm=1.0, backend=target.backend)
+    scaler = torch.amp.GradScaler(target.device, init_scale=4.0)
+    scaler.scale(torch.ones((), device=target.device))
+    before = model.params[0].detach().clone()
+    scaler.step(optimizer)
+    assert same_bits(model.params[0].detach(), before)
+    assert (optimizer.skipped_steps, optimizer.grad_norm) == (0, 0)
+
+
 @pytest.mark.parametrize("found_inf", [0.0, 1.0])
 def test_a_step_without_gradients_is_skipped_as_any_other(target, found_inf):
     model = make_model([(2,)], torch.float32, target.device)
@@ -118,7 +130,7 @@ def test_a_step_without_gradients_is_skipped_as_any_other(target, found_inf):
     with torch.no_grad():
         model.params[0].add_(1.0)
     before = ema.module.params[0].clone()
-    optimizer.found_inf = torch.full((), found_inf, device=target.device)
+    optimizer.found_inf = torch.full((1,), found_inf, device=target.device)
     optimizer.step()
     assert optimizer.skipped_steps == found_inf
     assert same_bits(ema.module.params[0].detach(), before if found_inf else model.params[0].detach())
@@ -179,8 +191,10 @@ def test_copies_and_pickles_go_on_alike(target, copy_of):
     run(optimizer, model.params, grads[:2])
     copied = copy_of(optimizer)
     assert copied._step_supports_amp_scaling
+    before = snapshot(model, optimizer, ema)
     for each in (optimizer, copied):
         run(each, each.param_groups[0]["params"], grads[2:])
+    assert not any(map(same_bits, snapshot(model, optimizer, ema), before))
     assert all(map(same_bits, optimizer.param_groups[0]["params"], copied.param_groups[0]["params"]))
     assert all(map(same_bits, optimizer.ema.module.params, copied.ema.module.params))
     assert same_bits(optimizer.grad_norm, copied.grad_norm)
@@ -219,8 +233,10 @@ def test_same_bits_with_any_number_of_threads(shapes):
             torch.set_num_threads(n)
             torch.manual_seed(0)
             model = make_model(shapes, torch.float32, "cpu")
+            before = [p.detach().clone() for p in model.params]
             optimizer = trainops.AdamW(model.parameters(), max_grad_norm=0.1)
             run(optimizer, model.params, make_grads(shapes, torch.float32, "cpu", 3))
+            assert not any(map(same_bits, model.params, before))
             results.append([*model.params, optimizer.grad_norm, optimizer.grad_norms])
     finally:
         torch.set_num_threads(threads)
@@ -272,6 +288,9 @@ def test_max_grad_norm_may_be_changed(target):
     optimizer.step()
     assert torch.equal(param, torch.ones_like(param))
     assert copy.deepcopy(optimizer).max_grad_norm == 0
+    optimizer.max_grad_norm = 1.0
+    optimizer.step()
+    assert (param < 1.0).all()
 
 
 def test_weight_decay_is_decoupled_in_every_group():

@@ -157,6 +157,7 @@ def test_a_lazily_conjugated_parameter_is_updated(target):
         p.grad = torch.tensor([0.5 + 1j, 2 - 3j], device=target.device)
         trainops.AdamW([p], lr=0.1, backend=target.backend).step()
     assert param.is_conj()
+    assert not torch.isclose(twin.detach(), torch.tensor([1 - 2j, 3 + 1j], device=target.device)).any()
     torch.testing.assert_close(param.detach().resolve_conj(), twin.detach())
     torch.testing.assert_close(base, twin.detach().conj().resolve_conj())
 
@@ -186,6 +187,19 @@ def test_state_of_another_kind_changes_nothing(target, spoil, message):
         optimizer.step()
     assert same_bits(params[0].detach(), before)
     assert optimizer.state[params[0]]["step"] == 1
+
+
+def test_a_step_that_raises_leaves_no_new_state(target):
+    params = [torch.nn.Parameter(torch.ones(2, device=target.device)) for _ in range(2)]
+    optimizer = trainops.AdamW(params, backend=target.backend)
+    params[0].grad = torch.ones_like(params[0])
+    optimizer.step()
+    optimizer.state[params[0]]["exp_avg"] = torch.zeros(3, device=target.device)
+    params[1].grad = torch.ones_like(params[1])
+    with pytest.raises(RuntimeError, match="exp_avg of shape"):
+        optimizer.step()
+    assert list(optimizer.state) == params[:1]
+    assert torch.equal(params[1], torch.ones_like(params[1]))
 
 
 @pytest.mark.parametrize(

@@ -214,8 +214,8 @@ class AdamW(torch.optim.AdamW):
         control = StepControl(
             None if self.max_grad_norm is None else float(self.max_grad_norm),
             self.skip_nonfinite,
-            getattr(self, "grad_scale", None),
-            getattr(self, "found_inf", None),
+            self._from_scaler("grad_scale"),
+            self._from_scaler("found_inf"),
             skipped_steps=self.skipped_steps,
         )
         kernels = select(self.backend, device.type)
@@ -243,6 +243,13 @@ class AdamW(torch.optim.AdamW):
         if control.max_norm is not None or control.skip_nonfinite:
             self.grad_norm, self.grad_norms = result.total_norm, result.norms
         return averages.keys() if all_averaged else averages.keys() & set(map(id, params)), result
+
+    def _from_scaler(self, name: str) -> Tensor | None:
+        """What a GradScaler has set, as a 0-dim tensor: its found_inf is a number where there are no gradients."""
+        value = getattr(self, name, None)
+        if value is None:
+            return None
+        return (value if isinstance(value, Tensor) else torch.tensor(float(value), device="cpu")).reshape(())
 
     def _gather(self, averages: dict[int, Tensor]) -> list[AdamWGroup]:
         """The parameters that have a gradient, with their state, which is made where there is none yet."""
@@ -281,17 +288,18 @@ class AdamW(torch.optim.AdamW):
         if not groups:
             return self._empty_step(control)
         parts = _by_device(groups)
-        joint: StepResult | None = None
+        joint: tuple[Tensor, Tensor] | None = None
         if control.measures and (len(parts) > 1 or not all(all_plain(g.params) for g in groups)):
             joint = self._joint_norm(groups, control)
-            control = replace(control, total_norm=joint.total_norm)
+            control = replace(control, total_norm=joint[0])
         result = StepResult()
         for device, part in parts.items():
             result = select(self.backend, device.type).adamw_step(part, control, ema_decay)
             control = replace(control, skipped_steps=None)  # counted
-        if joint is None or joint.total_norm is None or joint.norms is None:
+        if joint is None:
             return result
-        return StepResult(joint.total_norm.to(joint.norms.dtype), joint.norms, result.skipped)
+        total_norm, norms = joint
+        return StepResult(total_norm.to(norms.dtype), norms, result.skipped)
 
     def _empty_step(self, control: StepControl) -> StepResult:
         """The norm of no gradients is 0, as in torch; a step that a GradScaler wants skipped counts all the same."""
@@ -302,14 +310,14 @@ class AdamW(torch.optim.AdamW):
         total_norm, norms = (torch.zeros(shape, dtype=torch.float32, device=device) for shape in ((), 0))
         return StepResult(total_norm, norms, skipped)
 
-    def _joint_norm(self, groups: list[AdamWGroup], control: StepControl) -> StepResult:
-        """The norms over several devices, or over the shards of a DTensor."""
+    def _joint_norm(self, groups: list[AdamWGroup], control: StepControl) -> tuple[Tensor, Tensor]:
+        """The norms over several devices, or over the shards of a DTensor: of all (unrounded), and of each."""
         grads = [grad for group in groups for grad in group.grads]
         norms = reference.sum_norms(grads)[1]
         norms = norms.full_tensor() if hasattr(norms, "full_tensor") else norms
         if control.grad_scale is not None:
             norms = norms / reference.scalar(control.grad_scale, norms.device)
-        return StepResult(torch.linalg.vector_norm(norms), norms.to(reference.norm_dtype(grads)))
+        return torch.linalg.vector_norm(norms), norms.to(reference.norm_dtype(grads))
 
 
 _OWN_SETTINGS = ("max_grad_norm", "skip_nonfinite", "ema", "backend")

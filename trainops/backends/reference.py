@@ -73,8 +73,7 @@ def adamw_step(
     written = [[_writable(getattr(group, name)[row], resolved) for name in _WRITTEN] for group, row in rows]
 
     device = grads[0].device
-    # A scaler's tensors may have one element instead of no dimension.
-    grad_scale = None if control.grad_scale is None else reference.scalar(control.grad_scale, device).reshape(())
+    grad_scale = None if control.grad_scale is None else reference.scalar(control.grad_scale, device)
     total_norm = None if control.total_norm is None else reference.scalar(control.total_norm, device)
     norms: Tensor | None = None
     if control.measures:
@@ -86,7 +85,7 @@ def adamw_step(
         coefficient = reference.clip_coefficient(total_norm, control.max_norm)
     if grad_scale is not None:
         coefficient = coefficient / grad_scale
-    skipped = None if control.found_inf is None else control.found_inf.reshape(()) != 0
+    skipped = None if control.found_inf is None else control.found_inf != 0
     if control.skip_nonfinite and total_norm is not None:
         non_finite = ~torch.isfinite(total_norm)
         skipped = non_finite if skipped is None else non_finite | skipped.to(non_finite.device)
