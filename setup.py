@@ -46,13 +46,13 @@ def sources(*patterns: str) -> list[str]:
 def cpu_extension() -> Pybind11Extension:
     # Contraction to fused multiply-add is off so that every instruction set gives the same bits.
     flags = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
-    openmp = [] if DARWIN else ["-fopenmp"]
+    openmp = [] if DARWIN else ["-fopenmp", "-pthread"]
     return Pybind11Extension(
         "trainops._cpu",
         sources("csrc/bindings_cpu.cpp", "csrc/cpu/*.cpp"),
         cxx_std=17,
         extra_compile_args=flags + openmp,
-        extra_link_args=openmp,
+        extra_link_args=[*openmp, *([] if DARWIN else ["-ldl"])],
     )
 
 

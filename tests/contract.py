@@ -99,7 +99,7 @@ def assert_contract(ours, true, torchs=None, what=""):
 
 
 def within(values, dtype):
-    """What is beyond the dtype's numbers as the first number there, which is where rounding makes infinities."""
+    """Clamp to the first number beyond the dtype's range, so that infinities compare like any other rounding."""
     largest = np.longdouble(torch.finfo(dtype).max)
     beyond = largest + ulp(largest, dtype)
     return np.clip(values, -beyond, beyond)

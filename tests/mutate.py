@@ -4,14 +4,19 @@
     python tests/mutate.py --only cpu,ema      those whose name or file has one of these words
     python tests/mutate.py --again             also those whose outcome is known
 
-An outcome counts for the source and the tests that it was found with. The table goes to ``tests/MUTANTS.md``.
+An outcome counts for the source and the tests that it was found with. When all are known, the table goes to
+``tests/MUTANTS.md``.
 """
 
 import argparse
 import hashlib
 import json
+import os
+import queue
+import re
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from mutants import C_PLUS_PLUS, PYTHON
 from mutants_gpu import TRITON_AND_CUDA
@@ -35,37 +40,53 @@ def fingerprint(mutant):
     return digest.hexdigest()
 
 
-def test(tree, selections):
-    return tree.run("-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *selections, limit=LIMIT)
+class Workers:
+    """As many copies of the source as mutants are tried at a time."""
 
+    def __init__(self, jobs):
+        self.trees = queue.Queue()
+        for i in range(jobs):
+            self.trees.put(Tree(f"mutants-{i}", TRAINOPS_SKIP="cuda", TRAINOPS_REQUIRE="cpu"))
+        self.passing = set()
 
-def must_pass(tree, selections):
-    """Without a fault, the tests notice none."""
-    status, output = test(tree, selections)
-    if status != 0:
-        raise SystemExit(f"{' '.join(selections)} does not pass without a mutant:\n{output[-4000:]}")
+    def outcome(self, mutant):
+        """Whether the tests notice the mutant, which one does, and in how many seconds."""
+        tree = self.trees.get()
+        try:
+            tree.build()
+            if mutant.tests not in self.passing:
+                status, output = test(tree, mutant.tests)
+                if status != 0:
+                    raise RuntimeError(f"{' '.join(mutant.tests)} does not pass without a mutant:\n{output[-4000:]}")
+                self.passing.add(mutant.tests)
+            began = time.monotonic()
+            return *plant(tree, mutant), time.monotonic() - began
+        finally:
+            self.trees.put(tree)
 
 
 def plant(tree, mutant):
-    """Whether the tests notice the mutant, and which one did."""
+    """Whether the tests notice the mutant, and which one does."""
     path = tree.path / mutant.file
-    path.write_text(path.read_text().replace(mutant.old, mutant.new))
+    original = path.read_text()
+    path.write_text(original.replace(mutant.old, mutant.new))
     try:
         if mutant.file.startswith("csrc/") and not mutant.file.startswith("csrc/cuda/"):
             tree.build()  # the tests build the CUDA kernels themselves
         status, output = test(tree, mutant.tests)
     finally:
-        tree.restore(mutant.file)
+        path.write_text(original)
     if status == 0:
         return UNNOTICED, ""
-    failed = [
-        line.split(" ")[1] for line in output.splitlines() if line.startswith(("FAILED ", "ERROR ")) and "::" in line
-    ]
-    if failed:
-        return NOTICED, failed[0]
+    if noticed := re.search(r"^(?:FAILED|ERROR) (\S+?::.*?)(?: - .*)?$", output, re.MULTILINE):
+        return NOTICED, noticed[1]
     if status is None or status < 0:
         return NOTICED, output if status is None else f"signal {-status}"
-    raise SystemExit(f"{mutant.name}: its tests could not be run:\n{output[-4000:]}")
+    raise RuntimeError(f"{mutant.name}: its tests could not be run:\n{output[-4000:]}")
+
+
+def test(tree, selections):
+    return tree.run("-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *selections, limit=LIMIT)
 
 
 def write_table(found):
@@ -78,7 +99,8 @@ def write_table(found):
         "| fault | file | noticed by |",
         "| --- | --- | --- |",
     ]
-    for mutant, (outcome, by) in found.items():
+    for mutant in MUTANTS:
+        outcome, by = found.get(mutant, ("", ""))
         shown = f"`{by.removeprefix('tests/')}`" if outcome == NOTICED else outcome
         shown = f"no fault: {mutant.no_fault}" if mutant.no_fault else shown
         lines.append(f"| {mutant.name} | `{mutant.file}` | {shown} |")
@@ -88,6 +110,7 @@ def write_table(found):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="words of names or files, separated by commas")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at a time")
     parser.add_argument("--again", action="store_true", help="also those whose outcome is known")
     arguments = parser.parse_args()
     words = arguments.only.split(",") if arguments.only else [""]
@@ -99,20 +122,21 @@ def main():
     keys = {mutant: fingerprint(mutant) for mutant in MUTANTS}
     pending = [m for m in chosen if arguments.again or keys[m] not in outcomes]
     print(f"{len(chosen)} mutants, {len(chosen) - len(pending)} of them known", flush=True)
-    if pending:
-        tree = Tree("mutants", TRAINOPS_SKIP="cuda", TRAINOPS_REQUIRE="cpu")
-        tree.build()
-    passing = set()
-    for i, mutant in enumerate(pending, start=1):
-        if mutant.tests not in passing:
-            must_pass(tree, mutant.tests)
-            passing.add(mutant.tests)
-        began = time.monotonic()
-        outcome, by = outcomes[keys[mutant]] = plant(tree, mutant)
-        OUTCOMES.write_text(json.dumps(outcomes, indent=1))
-        print(f"[{i}/{len(pending)}] {time.monotonic() - began:4.0f} s  {outcome}  {mutant.name}  {by}", flush=True)
-    found = {mutant: outcomes.get(key, ("not tried", "")) for mutant, key in keys.items()}
-    write_table(found)
+    workers = Workers(min(arguments.jobs, len(pending)))
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        running = {pool.submit(workers.outcome, mutant): mutant for mutant in pending}
+        try:
+            for i, done in enumerate(as_completed(running), start=1):
+                mutant, (outcome, by, seconds) = running[done], done.result()
+                outcomes[keys[mutant]] = outcome, by
+                OUTCOMES.write_text(json.dumps(outcomes, indent=1))
+                print(f"[{i}/{len(pending)}] {seconds:4.0f} s  {outcome}  {mutant.name}  {by}", flush=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    found = {mutant: outcomes[key] for mutant, key in keys.items() if key in outcomes}
+    if all(mutant in found or mutant.no_fault for mutant in MUTANTS):
+        write_table(found)
     survivors = [mutant for mutant in chosen if found[mutant][0] == UNNOTICED]
     print("survivors:" if survivors else "no survivors")
     for mutant in survivors:

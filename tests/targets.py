@@ -64,7 +64,6 @@ TARGETS = [target for target in EVERY if not absence(target)]
 CPU_TARGETS = [target for target in TARGETS if target.device == "cpu"]
 KERNELS = [target for target in TARGETS if target.backend != "reference"]
 
-# For tests of what a target's kernels are not concerned in, one is enough.
 over_kernels = pytest.mark.parametrize("target", KERNELS, indirect=True, ids="-".join)
 over_gpu_kernels = pytest.mark.parametrize(
     "target",

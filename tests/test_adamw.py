@@ -48,7 +48,7 @@ def test_clipping_matches_exact(target, dtype, max_norm, steps):
     np.testing.assert_allclose(optimizer.grad_norm.item(), np.sqrt((norms**2).sum()), rtol=1e-6)
 
 
-# In float64, scalars such as 1 - beta2 are no more exact than the results: test_ema.py has its averages.
+# Not float64: test_ema_fused.py shows that a fused average has the bits of a separate update; test_ema.py checks those.
 NARROW = [torch.bfloat16, torch.float16]
 AVERAGES = [*((dtype, None) for dtype in (torch.float32, *NARROW)), *((dtype, torch.float32) for dtype in NARROW)]
 

@@ -87,7 +87,7 @@ def solve(grads, norm_type, max_norm):
     return Solution(bound, true_norm, torch_norm(grads, norm_type), true, [parts(p.grad) for p in torchs])
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=256)
 def solved(shapes, dtype, norm_type):
     """Gradients of such shapes, and what they are clipped to: the same for every backend."""
     torch.default_generator.manual_seed(1)

@@ -78,7 +78,7 @@ def snapshot(model, optimizer, ema):
     return [x.detach().clone() for x in every]
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def problem(shapes, dtype, steps):
     """The same parameters and gradients for every backend."""
     generator = torch.Generator().manual_seed(len(shapes) + steps)
@@ -87,7 +87,7 @@ def problem(shapes, dtype, steps):
     return params, [[(s * torch.randn(shape, generator=generator)).to(dtype) for shape in shapes] for s in scales]
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def solution(shapes, dtype, steps, max_norm, options):
     """What the problem comes to exactly, and with PyTorch's implementation: parameters and states."""
     params, grads = problem(shapes, dtype, steps)

@@ -50,7 +50,8 @@ def learning_rate(group):
 def bias_correction(beta, step):
     """``1 - beta ** step`` in float64, 1 for a beta of 0.
 
-    Not as it stands, which cancels: ``expm1(x) = (e - 1) * x / log(e)`` with ``e = exp(x)``, errors of which cancel.
+    ``1 - exp(x)`` loses digits where ``exp(x)`` is near 1. Kahan's ``(1 - e) * x / log(e)`` with ``e = exp(x)`` does
+    not: the rounding of ``e`` is in both factors.
     """
     x = step * tl.log(tl.where(beta > 0.0, beta, 0.5))
     power = tl.exp(x)

@@ -14,16 +14,17 @@
 namespace trainops::cpu {
 namespace {
 
-// Of a thread, because each thread that runs a loop has OpenMP threads of its own.
+// thread_local, because every thread that runs a parallel loop has OpenMP threads of its own.
 thread_local bool has_lost_threads = false;
 
 #ifdef TRAINOPS_GNU_OPENMP
 thread_local bool has_ended_threads = false;
 
+// Looked up, because libraries before GCC 9 do not have it; and not while forking, when a lock may be held.
+const auto pause_all = reinterpret_cast<int (*)(int)>(dlsym(RTLD_DEFAULT, "omp_pause_resource_all"));
+
 void before_fork() {
-  // Looked up, because libraries before GCC 9 do not have it. 1 is omp_pause_soft.
-  const auto pause = reinterpret_cast<int (*)(int)>(dlsym(RTLD_DEFAULT, "omp_pause_resource_all"));
-  has_ended_threads = pause != nullptr && pause(1) == 0;
+  has_ended_threads = pause_all != nullptr && pause_all(1) == 0;  // 1 is omp_pause_soft
 }
 
 void in_child() { has_lost_threads = has_lost_threads || !has_ended_threads; }
