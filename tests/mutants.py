@@ -1,6 +1,6 @@
 """Small faults that tests must notice, as data: `make mutants` (``mutate.py``) plants them one at a time.
 
-Here are those of C++ and Python; ``mutants_gpu.py`` has those of Triton and CUDA.
+Here are those of C++; ``mutants_python.py`` has those of Python, ``mutants_gpu.py`` those of Triton and CUDA.
 """
 
 from typing import NamedTuple
@@ -31,7 +31,6 @@ CPU_ADAMW = tests_of("adamw", k="cpu-cpu")
 CPU_EMA = tests_of("ema", "ema_fused", k="cpu-cpu")
 CPU_CLIP = tests_of("clip_grad", k="cpu-cpu")
 CPU_DROP_PATH = tests_of("drop_path", "drop_path_gradients", "drop_path_rows", k="cpu-cpu")
-REFERENCE = tests_of("adamw", "ema", "clip_grad", k="reference-cpu")
 
 C_PLUS_PLUS = [
     *planted(
@@ -88,7 +87,10 @@ C_PLUS_PLUS = [
                 "for (int64_t i = tail; i < size; ++i)",
                 "for (int64_t i = tail; i < size - 1; ++i)",
             ),
-            "cpu: a stream of the norm begins at another's place": ("values + s * stream + i", "values + s * i + i"),
+            "cpu: a stream of the norm begins at another's place": (
+                "values + s * stream + i",
+                "values + s / 2 * stream + i",
+            ),
         },
     ),
     *planted(
@@ -215,7 +217,7 @@ C_PLUS_PLUS = [
     ),
     *planted(
         "csrc/bindings_cpu.cpp",
-        tests_of("adamw", "reference", "triton_numbers", k="cpu"),
+        tests_of("grad_scale", k="cpu-cpu"),
         {
             "cpu: norms of rows keep the grad scale": ("for (double& row : result.rows) row /= grad_scale;", ""),
         },
@@ -268,182 +270,49 @@ C_PLUS_PLUS = [
             ),
         },
     ),
-]
-
-PYTHON = [
     *planted(
-        "trainops/reference.py",
-        REFERENCE,
+        "csrc/math/float16.h",
+        tests_of("tensor_table"),
         {
-            "reference: 1 for 1 - beta2": ("(1 - beta2) * g * g", "g * g"),
-            "reference: bias correction at the old step": ("    t = step + 1\n", "    t = step + 2\n"),
-            "reference: EMA the wrong way": ("torch.lerp(old, new, 1 - decay)", "torch.lerp(new, old, 1 - decay)"),
-            "reference: skipped values are written": ("torch.where(skip.to(target.device), target, value)", "value"),
-            "reference: unclipped": ("torch.clamp(max_norm /", "torch.clamp(1e30 + max_norm /"),
-            "reference: norm of the norms' sum": (
-                "return torch.linalg.vector_norm(norms, norm_type), norms",
-                "return norms.sum(), norms",
+            "float16 truncated": (
+                "(magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13",
+                "(magnitude - 0x38000000u) >> 13",
+            ),
+            "float16: infinity from 65520 on is lost": (
+                "magnitude >= 0x47800000u ? 0x7c00u",
+                "magnitude >= 0x47800000u ? 0x7bffu",
             ),
         },
     ),
     *planted(
-        "trainops/reference.py",
-        tests_of("drop_path", "drop_path_gradients", "stochastic_depth", k="reference-cpu or formula"),
+        "csrc/cpu/parallel.cpp",
+        tests_of("concurrency", k="cpu-cpu or pause"),
         {
-            "reference: the mask is not scaled": (
-                "mask.div_(keep_prob) if keep_prob > 0.0 and",
-                "mask if keep_prob > 0.0 and",
-            ),
-            "reference: dropped branches are read": (
-                "        branch = torch.where(mask != 0, branch, 0)\n",
-                "        pass\n",
-            ),
-            "reference: rows of the gradient forgotten": (
-                "(grad if rows is None else grad.index_select(0, rows))",
-                "grad[: len(mask)]",
+            "cpu: a forked child waits for its parent's threads": (
+                "has_lost_threads || !has_ended_threads",
+                "has_lost_threads",
+            )
+        },
+    ),
+    *planted(
+        "csrc/cpu/ema.cpp",
+        tests_of("ema", k="cpu-cpu"),
+        {
+            "cpu: a float32 average of float64 weights in float32": (
+                "average.dtype == DType::float64 || param.dtype == DType::float64",
+                "average.dtype == DType::float64",
             ),
         },
     ),
     *planted(
-        "trainops/adamw.py",
-        tests_of("adamw", "adamw_drop_in", "ema_fused", k="cpu-cpu or reference-cpu or not target"),
+        "csrc/python_tables.h",
+        tests_of("adamw", "ema_fused", k="cpu-cpu"),
         {
-            "AdamW: state of new parameters is kept when a step raises": (
-                "                    del self.state[param]\n",
-                "                    pass\n",
+            "tables: AMSGrad forgotten from the second step on": (
+                "amsgrad ? PyDict_GetItem(own, names_.max_exp_avg_sq) : Py_None",
+                "Py_None",
             ),
-            "AdamW: gradients of other shapes are taken": (
-                "if x.shape != param.shape or x.device",
-                "if x.device",
-            ),
-            "AdamW: found_inf is not looked for": ('getattr(self, "found_inf", None)', "None"),
-            "AdamW: the decay of the average is that of no update": (
-                "0.0 if update is None or update.decay is None else update.decay",
-                "0.0",
-            ),
-            "AdamW: settings are lost in copies": ('= ("_max_grad_norm", "skip', '= ("skip'),
-            "AdamW: autograd is not told": (
-                "_version([*params, *averages.values()])\n            result = kernels",
-                "_version([])\n            result = kernels",
-            ),
-            "AdamW: a group's maximize is that of all": ('maximize=settings["maximize"],', "maximize=False,"),
-        },
-    ),
-    *planted(
-        "trainops/ema.py",
-        tests_of("ema_model", "ema_fused", k="cpu-cpu or reference-cpu or test_decay or test_bad or copy"),
-        {
-            "EMA: warm-up is off by one step": (
-                "step - self.update_after_step - 1)",
-                "step - self.update_after_step)",
-            ),
-            "EMA: every step is an update": ("if step % self.update_every == 0 else None", ""),
-            "EMA: swapped weights are not given back": ("pair.source.copy_(own)", "pass"),
-            "EMA: what is done is done again": (
-                "matched = update.matched.without(done) if done else update.matched",
-                "matched = update.matched",
-            ),
-            "EMA: a skipped step copies buffers": (
-                "write(pair.average, pair.source.to(pair.average.device), skip)",
-                "write(pair.average, pair.source.to(pair.average.device))",
-            ),
-            "EMA: replaced tensors are not noticed": (
-                "if self._matched is None or not self._matched.is_current():",
-                "if self._matched is None:",
-            ),
-        },
-    ),
-    *planted(
-        "trainops/model_pairs.py",
-        tests_of("ema_model", k="cpu-cpu or reference-cpu or mismatch"),
-        {
-            "pairs: buffers are averaged always": ("(average_buffers or isinstance(source, nn.Parameter))", "True"),
-            "pairs: shapes are not compared": (
-                "if average.shape != tensor.shape:",
-                "if average.ndim != tensor.ndim:",
-            ),
-        },
-    ),
-    *planted(
-        "trainops/clip_grad.py",
-        tests_of("clip_grad", "clip_grad_drop_in", k="cpu-cpu or reference-cpu"),
-        {
-            "clip: a gradient given twice": ("if len(set(addresses)) < len(addresses):", "if False:"),
-            "clip: raises where all is finite": (
-                "not math.isfinite(total_norm.item())",
-                "math.isfinite(total_norm.item())",
-            ),
-            "clip: autograd is not told": (
-                "_version(grads)\n    for kernels, part in _by_device(grads, backend):\n        kernels.scale_",
-                "_version([])\n    for kernels, part in _by_device(grads, backend):\n        kernels.scale_",
-            ),
-        },
-    ),
-    *planted(
-        "trainops/tensor_table.py",
-        tests_of("tensor_table", "ema", "clip_grad", k="cpu"),
-        {
-            "tables: staged results are not copied back": ("        original.copy_(regular)\n", "        pass\n"),
-            "tables: strides of a gradient are ignored": (
-                "if x.stride() == layout.stride() and not x.is_neg():",
-                "if not x.is_neg():",
-            ),
-            "tables: lazily negated tensors are read as they lie": (
-                "if x.stride() == layout.stride() and not x.is_neg():",
-                "if x.stride() == layout.stride():",
-            ),
-        },
-    ),
-    *planted(
-        "trainops/device_table.py",
-        tests_of("device_table"),
-        {
-            "device tables: a layout for other dtypes": ("        tuple(map(_dtype, column)),\n", ""),
-            "device tables: a layout for other strides": (
-                "None if contiguous else tuple(map(Tensor.size, column)) + tuple(map(Tensor.stride, column))",
-                "contiguous",
-            ),
-            "device tables: a layout for other groups": (
-                "groups and tuple(map(tuple, groups)), len(columns)",
-                "len(columns)",
-            ),
-            "device tables: uploads of another stream": (
-                "key = (words, device, torch.cuda.current_stream(device).cuda_stream)",
-                "key = (words, device)",
-            ),
-            "device tables: chunks of other rows": (
-                "torch.repeat_interleave(torch.tensor(order",
-                "torch.repeat_interleave(torch.tensor(sorted(order)",
-            ),
-        },
-    ),
-    *planted(
-        "trainops/drop_path_autograd.py",
-        tests_of("drop_path_gradients", "stochastic_depth", k="cpu-cpu or reference-cpu"),
-        {
-            "autograd: a repeated operand's gradient": (
-                "grad.sum_to_size(unlike[0]).to(unlike[1])",
-                "grad.expand(unlike[0]).to(unlike[1])",
-            ),
-            "autograd: the mask of other samples": (
-                "ctx.save_for_backward(mask.index_select(0, kept.chosen), layer_scale",
-                "ctx.save_for_backward(mask[: len(kept.chosen)], layer_scale",
-            ),
-        },
-    ),
-    *planted(
-        "trainops/stochastic_depth.py",
-        tests_of("stochastic_depth", k="cpu-cpu or reference-cpu"),
-        {
-            "stochastic depth: scaled by the rate": (
-                '(count / batch if mode == "fixed" else 1 - drop_prob)',
-                "(1 - drop_prob)",
-            ),
-            "stochastic depth: one sample too few": (
-                "min(batch, max(1, round(batch * (1 - drop_prob))))",
-                "min(batch, max(1, round(batch * (1 - drop_prob)) - 1))",
-            ),
-            "stochastic depth: rows of the wrong samples": ("rows = permutation.argsort()", "rows = permutation"),
+            "tables: averages found are not counted": ("    averaged += average != nullptr;\n", ""),
         },
     ),
 ]

@@ -64,10 +64,6 @@ TRITON_AND_CUDA = [
                 "moved(average, stored.to(AVERAGE_WIDE)",
                 "moved(average, param.to(AVERAGE_WIDE)",
             ),
-            "triton: EMA towards another parameter": (
-                "moved(average, stored.to(AVERAGE_WIDE)",
-                "moved(average, (param / keep + divide(exp_avg, second_moment + 1.0)).to(AVERAGE_WIDE)",
-            ),
         },
     ),
     *planted(
@@ -421,6 +417,44 @@ TRITON_AND_CUDA = [
             "cuda: DropPath: the last channel's gradient": (
                 "if (column < end) totals_of_warps",
                 "if (column < end - 1) totals_of_warps",
+            ),
+        },
+    ),
+    *planted(
+        "csrc/cuda/packs.cuh",
+        tests_of("cuda", "adamw_types", "ends", k="cuda"),
+        {
+            "cuda: addresses at multiples of 8 are aligned": ("together_ % 16 != 0", "together_ % 8 != 0"),
+            "cuda: halves of a 16-bit pack far apart": (
+                "second = packed_ ? kHalf<T> : kHalf<T> * threads_",
+                "second = kHalf<T> * threads_",
+            ),
+            "cuda: second halves beyond the end": ("sizeof(T) == 4 && second < span.body", "sizeof(T) == 4"),
+            "cuda: one element too many in whole packs": (
+                "((end - begin) & -granule)",
+                "((end - begin + 1) & -granule)",
+            ),
+        },
+    ),
+    *planted(
+        "csrc/bindings_cuda.cpp",
+        tests_of("adamw", "grad_scale", k="cuda-cpu"),
+        {
+            "cuda: the grad scale for found_inf": (
+                "args.found_inf = at<const float>(found_inf)",
+                "args.found_inf = at<const float>(grad_scale)",
+            ),
+            "cuda: max_grad_norm is not passed on": ("args.clips = clips;", "args.clips = false;"),
+        },
+    ),
+    *planted(
+        "csrc/cuda/clip_grad_norm.cu",
+        (),
+        {
+            "cuda: a factor of 1 is multiplied with": (
+                "if (factor != 1.0) update_table",
+                "update_table",
+                "multiplying with 1 gives the same bits; the branch saves the reading",
             ),
         },
     ),

@@ -18,8 +18,9 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
-from mutants import C_PLUS_PLUS, PYTHON
+from mutants import C_PLUS_PLUS
 from mutants_gpu import TRITON_AND_CUDA
+from mutants_python import PYTHON
 from scratch import ROOT, Tree, tracked
 
 OUTCOMES = ROOT / "build" / "mutants.json"

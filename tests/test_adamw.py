@@ -48,7 +48,7 @@ def test_clipping_matches_exact(target, dtype, max_norm, steps):
     np.testing.assert_allclose(optimizer.grad_norm.item(), np.sqrt((norms**2).sum()), rtol=1e-6)
 
 
-# Not float64: test_ema_fused.py shows that a fused average has the bits of a separate update; test_ema.py checks those.
+# Not float64: a fused average has the bits of a separate update (test_ema_fused.py), which test_ema.py checks.
 NARROW = [torch.bfloat16, torch.float16]
 AVERAGES = [*((dtype, None) for dtype in (torch.float32, *NARROW)), *((dtype, torch.float32) for dtype in NARROW)]
 

@@ -22,7 +22,7 @@ over_moving_decays = pytest.mark.parametrize("decay", MOVING_DECAYS)
 
 
 def far_away(shape, dtype, target, decay):
-    """A tensor so far from averages of normal numbers that an update moves them by several units in the last place."""
+    """A tensor so far from normal numbers that averages of these move by several units in the last place."""
     return (0.4 / (1 - decay) + randn(shape, torch.float64, target.device)).to(dtype)
 
 

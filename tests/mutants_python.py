@@ -1,0 +1,214 @@
+"""Faults of the Python package: see ``mutants.py``."""
+
+from mutants import planted, tests_of
+
+REFERENCE = tests_of("adamw", "ema", "clip_grad", k="reference-cpu")
+
+PYTHON = [
+    *planted(
+        "trainops/backends/reference.py",
+        tests_of("reference", "adamw", "ema", "clip_grad", k="reference-cpu"),
+        {
+            "reference: tensors that share memory are written": (
+                "        check_no_overlap(local(x))\n",
+                "        pass\n",
+            ),
+            "reference: conjugated parameters are not written back": (
+                "        original.copy_(copy)\n",
+                "        pass\n",
+            ),
+            "reference: found_inf ignored": ("control.found_inf != 0", "control.found_inf == 3"),
+        },
+    ),
+    *planted(
+        "trainops/backends/_drop_path.py",
+        tests_of("drop_path", "drop_path_gradients", "stochastic_depth", k="cpu-cpu"),
+        {
+            "DropPath: negated operands are read as they lie": ("            or x.is_neg()\n", ""),
+            "DropPath: channels of the wrong dimension": (
+                "_lies_in(layer_scale, 1 - len(shape)",
+                "_lies_in(layer_scale, -1",
+            ),
+        },
+    ),
+    *planted(
+        "trainops/reference.py",
+        REFERENCE,
+        {
+            "reference: 1 for 1 - beta2": ("(1 - beta2) * g * g", "g * g"),
+            "reference: bias correction at the old step": ("    t = step + 1\n", "    t = step + 2\n"),
+            "reference: EMA the wrong way": ("torch.lerp(old, new, 1 - decay)", "torch.lerp(new, old, 1 - decay)"),
+            "reference: skipped values are written": ("torch.where(skip.to(target.device), target, value)", "value"),
+            "reference: a learning rate in float32": ("lr = scalar(lr, device) if", "lr = lr.float() if"),
+            "reference: unclipped": ("torch.clamp(max_norm /", "torch.clamp(1e30 + max_norm /"),
+            "reference: norm of the norms' sum": (
+                "return vector_norm(norms, norm_type), norms",
+                "return norms.sum(), norms",
+            ),
+        },
+    ),
+    *planted(
+        "trainops/reference.py",
+        tests_of("drop_path", "drop_path_gradients", "stochastic_depth", k="reference-cpu or formula"),
+        {
+            "reference: the mask is not scaled": (
+                "mask.div_(keep_prob) if keep_prob > 0.0 and",
+                "mask if keep_prob > 0.0 and",
+            ),
+            "reference: dropped branches are read": (
+                "        branch = torch.where(mask != 0, branch, 0)\n",
+                "        pass\n",
+            ),
+            "reference: rows of the gradient forgotten": (
+                "(grad if rows is None else grad.index_select(0, rows))",
+                "grad[: len(mask)]",
+            ),
+        },
+    ),
+    *planted(
+        "trainops/adamw.py",
+        tests_of("adamw", "adamw_drop_in", "ema_fused", "reference", k="cpu-cpu or reference-cpu or not target"),
+        {
+            "AdamW: state of new parameters is kept when a step raises": (
+                "                    del self.state[param]\n",
+                "                    pass\n",
+            ),
+            "AdamW: moments of integers are taken": ("if kind(x) != kind(param):", "if False:"),
+            "AdamW: a step without gradients is not skipped": (
+                "            self.skipped_steps.add_(skipped)\n",
+                "            pass\n",
+            ),
+            "AdamW: gradients of other shapes are taken": (
+                "if x.shape != param.shape or x.device",
+                "if x.device",
+            ),
+            "AdamW: found_inf is not looked for": ('self._from_scaler("found_inf")', "None"),
+            "AdamW: the decay of the average is that of no update": (
+                "0.0 if update is None or update.decay is None else update.decay",
+                "0.0",
+            ),
+            "AdamW: autograd is not told": (
+                "_version([*params, *averages.values()])\n            result = kernels",
+                "_version([])\n            result = kernels",
+            ),
+            "AdamW: maximize is ignored": ('maximize=settings["maximize"],', "maximize=False,"),
+        },
+    ),
+    *planted(
+        "trainops/ema.py",
+        tests_of("ema_model", "ema_fused", k="cpu-cpu or reference-cpu or test_decay or test_bad or copy"),
+        {
+            "EMA: warm-up is off by one step": (
+                "step - self.update_after_step - 1)",
+                "step - self.update_after_step)",
+            ),
+            "EMA: every step is an update": ("if step % self.update_every == 0 else None", ""),
+            "EMA: swapped weights are not given back": ("pair.source.copy_(own)", "pass"),
+            "EMA: what is done is done again": (
+                "matched = update.matched.without(done) if done else update.matched",
+                "matched = update.matched",
+            ),
+            "EMA: a skipped step copies buffers": (
+                "write(pair.average, pair.source.to(pair.average.device), skip)",
+                "write(pair.average, pair.source.to(pair.average.device))",
+            ),
+            "EMA: replaced tensors are not noticed": (
+                "if self._matched is None or not self._matched.is_current():",
+                "if self._matched is None:",
+            ),
+        },
+    ),
+    *planted(
+        "trainops/model_pairs.py",
+        tests_of("ema_model", k="cpu-cpu or reference-cpu or mismatch"),
+        {
+            "pairs: buffers are averaged always": ("(average_buffers or isinstance(source, nn.Parameter))", "True"),
+            "pairs: shapes are not compared": (
+                "if average.shape != tensor.shape:",
+                "if average.ndim != tensor.ndim:",
+            ),
+        },
+    ),
+    *planted(
+        "trainops/clip_grad.py",
+        tests_of("clip_grad", "clip_grad_drop_in", k="cpu-cpu or reference-cpu"),
+        {
+            "clip: a gradient given twice": ("if len(set(addresses)) < len(addresses):", "if False:"),
+            "clip: raises where all is finite": (
+                "not math.isfinite(total_norm.item())",
+                "math.isfinite(total_norm.item())",
+            ),
+            "clip: autograd is not told": (
+                "_version(grads)\n    for kernels, part in _by_device(grads, backend):\n        kernels.scale_",
+                "_version([])\n    for kernels, part in _by_device(grads, backend):\n        kernels.scale_",
+            ),
+        },
+    ),
+    *planted(
+        "trainops/tensor_table.py",
+        tests_of("tensor_table", "ema", "clip_grad", k="cpu"),
+        {
+            "tables: staged results are not copied back": ("        original.copy_(regular)\n", "        pass\n"),
+            "tables: strides of a gradient are ignored": (
+                "if x.stride() == layout.stride() and not x.is_neg():",
+                "if not x.is_neg():",
+            ),
+            "tables: lazily negated tensors are read as they lie": (
+                "if x.stride() == layout.stride() and not x.is_neg():",
+                "if x.stride() == layout.stride():",
+            ),
+        },
+    ),
+    *planted(
+        "trainops/device_table.py",
+        tests_of("device_table"),
+        {
+            "device tables: a layout for other dtypes": ("        tuple(map(_dtype, column)),\n", ""),
+            "device tables: a layout for other strides": (
+                "None if contiguous else tuple(map(Tensor.size, column)) + tuple(map(Tensor.stride, column))",
+                "contiguous",
+            ),
+            "device tables: a layout for other groups": (
+                "groups and tuple(map(tuple, groups)), len(columns)",
+                "len(columns)",
+            ),
+            "device tables: uploads of another stream": (
+                "key = (words, device, torch.cuda.current_stream(device).cuda_stream)",
+                "key = (words, device)",
+            ),
+            "device tables: chunks of other rows": (
+                "torch.repeat_interleave(torch.tensor(order",
+                "torch.repeat_interleave(torch.tensor(sorted(order)",
+            ),
+        },
+    ),
+    *planted(
+        "trainops/drop_path_autograd.py",
+        tests_of("drop_path_gradients", "stochastic_depth", k="cpu-cpu or reference-cpu"),
+        {
+            "autograd: a repeated operand's gradient": (
+                "grad.sum_to_size(unlike[0]).to(unlike[1])",
+                "grad.expand(unlike[0]).to(unlike[1])",
+            ),
+            "autograd: the mask of other samples": (
+                "ctx.save_for_backward(mask.index_select(0, kept.chosen), layer_scale",
+                "ctx.save_for_backward(mask[: len(kept.chosen)], layer_scale",
+            ),
+        },
+    ),
+    *planted(
+        "trainops/stochastic_depth.py",
+        tests_of("stochastic_depth", k="cpu-cpu or reference-cpu"),
+        {
+            "stochastic depth: scaled by the rate": (
+                '(count / batch if mode == "fixed" else 1 - drop_prob)',
+                "(1 - drop_prob)",
+            ),
+            "stochastic depth: one sample too few": (
+                "min(batch, max(1, round(batch * (1 - drop_prob))))",
+                "min(batch, max(1, round(batch * (1 - drop_prob)) - 1))",
+            ),
+            "stochastic depth: rows of the wrong samples": ("rows = permutation.argsort()", "rows = permutation"),
+        },
+    ),
+]
