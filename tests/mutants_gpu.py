@@ -103,7 +103,7 @@ TRITON_AND_CUDA = [
     ),
     *planted(
         "triton_kernels/adamw.py",
-        tests_of("triton_settings"),
+        tests_of("grad_scale", k="triton-cpu"),
         {
             "triton: the grad scale taken out twice": (
                 "factor = inverse_scale * tl.where(ratio",
