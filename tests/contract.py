@@ -46,9 +46,15 @@ class Exact(NamedTuple):
     terms: np.ndarray
 
 
+def real(x):
+    """The numbers of a tensor that may be lazily conjugated or negated; complex ones as pairs of real ones."""
+    x = x.detach().resolve_conj().resolve_neg()
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
 def exact(x):
-    """A tensor in extended precision."""
-    return x.detach().double().cpu().numpy().astype(np.longdouble)
+    """A tensor in extended precision; complex numbers as pairs of real ones."""
+    return real(x).double().cpu().numpy().astype(np.longdouble)
 
 
 def ulp(values, dtype):
@@ -109,7 +115,7 @@ def same_bits(a, b):
     """Whether two tensors agree bit for bit, signs of zero and NaN included."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    as_bytes = [x.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for x in (a, b)]
+    as_bytes = [real(x).cpu().contiguous().reshape(-1).view(torch.uint8) for x in (a, b)]
     return torch.equal(*as_bytes)
 
 

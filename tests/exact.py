@@ -14,9 +14,22 @@ def norm(arrays, order=2.0):
     return (every ** np.longdouble(order)).sum() ** (ONE / np.longdouble(order))
 
 
+def magnitudes(x):
+    """Of a tensor's elements."""
+    true = exact(x)
+    return np.hypot(true[..., 0], true[..., 1]) if x.is_complex() else np.abs(true)
+
+
 def clip_coefficient(total_norm, max_norm):
-    """What clipping multiplies gradients with."""
-    return ONE if max_norm is None else min(ONE, max_norm / (total_norm + np.longdouble(1e-6)))
+    """What clipping multiplies gradients with; NaN where the norm is NaN."""
+    if max_norm is None:
+        return ONE
+    return np.minimum(ONE, np.longdouble(float(max_norm)) / (total_norm + np.longdouble(1e-6)))
+
+
+def lerp(start, end, weight):
+    """From one to the other; of infinities it makes what ``torch.lerp`` makes of them."""
+    return start + weight * (end - start) if weight < 0.5 else end - (1 - weight) * (end - start)
 
 
 def bias_correction(beta, step):
@@ -43,8 +56,7 @@ def adamw_step(
     """Step number ``step`` (from 1) of arXiv:1711.05101, algorithm 2: what each tensor is afterwards, by name."""
     beta1, beta2, lr, eps = (np.longdouble(float(x)) for x in (*betas, lr, eps))
     g = grad * (-coefficient if maximize else coefficient)
-    kept, added = beta1 * exp_avg, (1 - beta1) * g
-    m, m_terms = kept + added, np.abs(kept) + np.abs(added)
+    m, m_terms = lerp(exp_avg, g, 1 - beta1), beta1 * np.abs(exp_avg) + (1 - beta1) * np.abs(g)
     v = beta2 * exp_avg_sq + (1 - beta2) * g * g
     v_max = np.maximum(max_exp_avg_sq, v) if amsgrad else v
     step_size = lr / bias_correction(beta1, step) / (np.sqrt(v_max / bias_correction(beta2, step)) + eps)
@@ -73,9 +85,12 @@ def adamw(params, grads, max_norm=None, **options):
 
 
 def ema(average, tensor, decay):
-    """One update of an average."""
+    """One update of an average: decay 0 copies, decay 1 keeps, and equal values stay, infinities included."""
+    if decay in (0, 1):
+        moved = average if decay else tensor
+        return Exact(moved, np.zeros_like(moved))  # no arithmetic, which could lose something
     decay = np.longdouble(decay)
-    moved = average + (1 - decay) * (tensor - average) if decay < 1 else average
+    moved = np.where(average == tensor, average, lerp(average, tensor, 1 - decay))
     return Exact(moved, decay * np.abs(average) + (1 - decay) * np.abs(tensor))
 
 

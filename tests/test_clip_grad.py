@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from contract import DTYPES, assert_contract, exact, same_bits, same_values
+from contract import DTYPES, assert_contract, exact, real, same_bits, same_values
 from controls import CONTROLS, must_fail, truncated, wrong_norm
-from exact import clip_coefficient, norm
+from exact import clip_coefficient, magnitudes, norm
 from targets import KERNELS, REFERENCE, interpreted, over, over_kernels, thorough
 from torch.nn import utils as torch_utils
 from training import randn, with_grads
@@ -38,18 +38,8 @@ over_layouts = over("layout", LAYOUTS)
 over_norm_types = pytest.mark.parametrize("norm_type", NORM_TYPES)
 
 
-def parts(x):
-    """Complex numbers as pairs of real ones."""
-    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x.resolve_neg()
-
-
-def magnitudes(x):
-    true = exact(parts(x))
-    return np.hypot(true[..., 0], true[..., 1]) if x.is_complex() else np.abs(true)
-
-
 def exact_norm(tensors, norm_type=2.0):
-    return norm([magnitudes(x) for x in tensors], norm_type)
+    return norm(list(map(magnitudes, tensors)), norm_type)
 
 
 def torch_norm(tensors, norm_type=2.0):
@@ -83,8 +73,8 @@ def solve(grads, norm_type, max_norm):
     torchs = with_grads(copy.deepcopy(grads))
     # PyTorch has no inf-norm of empty tensors.
     torch_utils.clip_grad_norm_([p for p in torchs if p.numel()], bound, norm_type)
-    true = [exact(parts(g)) * coefficient for g in grads]
-    return Solution(bound, true_norm, torch_norm(grads, norm_type), true, [parts(p.grad) for p in torchs])
+    true = [exact(g) * coefficient for g in grads]
+    return Solution(bound, true_norm, torch_norm(grads, norm_type), true, [real(p.grad) for p in torchs])
 
 
 @functools.lru_cache(maxsize=256)
@@ -104,7 +94,7 @@ def check_clip(target, grads, norm_type=2.0, max_norm=0.3, solution=None):
     assert total.dtype == wide
     assert total.device == grads[0].device
     assert_contract(total, solution.norm, solution.torchs_norm.to(total), f"norm of order {norm_type}")
-    ours, torchs, true = [parts(p.grad) for p in params], solution.torchs, solution.grads
+    ours, torchs, true = [real(p.grad) for p in params], solution.torchs, solution.grads
     if len(ours) > 10 and len({x.shape for x in ours}) == 1:
         # Many small tensors are taken as one: PyTorch's largest error in five elements is a matter of luck.
         ours, torchs, true = [torch.stack(ours)], [torch.stack(torchs)], [np.stack(true)]
