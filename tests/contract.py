@@ -115,8 +115,8 @@ def same_bits(a, b):
     """Whether two tensors agree bit for bit, signs of zero and NaN included."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    as_bytes = [real(x).cpu().contiguous().reshape(-1).view(torch.uint8) for x in (a, b)]
-    return torch.equal(*as_bytes)
+    dense = [real(x).cpu().clone(memory_format=torch.contiguous_format) for x in (a, b)]
+    return torch.equal(*(x.reshape(-1).view(torch.uint8) for x in dense))
 
 
 def same_values(a, b):

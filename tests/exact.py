@@ -11,6 +11,8 @@ def norm(arrays, order=2.0):
     every = np.concatenate([np.abs(x).ravel() for x in arrays]) if arrays else np.zeros(1, np.longdouble)
     if order == np.inf:
         return every.max(initial=np.longdouble(0))
+    if order == 0:
+        return np.longdouble(np.count_nonzero(every))
     return (every ** np.longdouble(order)).sum() ** (ONE / np.longdouble(order))
 
 

@@ -2,16 +2,20 @@
 
 import copy
 import pickle
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
+from surroundings import MARGIN, Surrounded
+from targets import Target
+from training import Model
 
 import trainops
 
-# The same cases in every run, or with `--thorough` ten thousand others in each.
+# The same cases in every run, or with `--thorough` ten thousand others in each. ``max_examples`` is in percent of the
+# number that each test asks for: see ``examples`` in test_fuzz.py.
 PROFILES: dict[str, dict[str, Any]] = {
     "default": {"derandomize": True, "max_examples": 100},
     "thorough": {"print_blob": True, "max_examples": 1400},
@@ -37,18 +41,17 @@ SHAPES = [(), (0,), (1,), (2,), (5,), (7, 3), (1, 4), (2, 0, 3), (2, 3, 4, 5), (
 LAYOUTS = ["plain", "offset 1", "offset 3", "offset 8", "transposed", "channels last", "gaps"]
 STEP_DTYPES = dict(zip(FLOATS, [torch.float32, torch.float64, torch.int64, torch.float32], strict=True))
 
-GUARD = 16  # elements on both sides of a tensor, which nobody may write
-GUARD_VALUE = -7.25
-
 
 class Guards:
-    """The memory around and between the elements of the tensors of one backend."""
+    """The memory around and between the elements of the tensors of one backend, on its device."""
 
-    def __init__(self) -> None:
-        self.guards: list[tuple[torch.Tensor, torch.Tensor]] = []
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.every: list[Surrounded] = []
 
     def place(self, x: torch.Tensor, layout: str) -> torch.Tensor:
         """A copy of ``x`` in a layout, amid memory that must stay as it is."""
+        x = x.to(self.device)
         name, _, offset = layout.partition(" ")
         if name == "lazy":  # conjugated, or the negative imaginary part of what is
             if x.is_complex():
@@ -62,18 +65,12 @@ class Guards:
             dense = dense.transpose(-1, -2).contiguous().transpose(-1, -2)
         elif layout == "channels last" and x.ndim == 4:
             dense = dense.contiguous(memory_format=torch.channels_last)
-        step = 2 if name == "gaps" else 1
-        start = GUARD + (int(offset) if name == "offset" else 0)
-        base = torch.full((start + step * x.numel() + GUARD,), GUARD_VALUE, dtype=x.dtype)
-        strides = [step * stride for stride in dense.stride()]
-        view = base.as_strided(x.shape, strides, start)
-        view.fill_(0)
-        self.guards.append((base, base == GUARD_VALUE))
-        return view.copy_(dense)
+        start = MARGIN + (int(offset) if name == "offset" else 0)
+        self.every.append(Surrounded(dense, start, step=2 if name == "gaps" else 1))
+        return self.every[-1].tensor
 
     def check(self) -> None:
-        for base, untouched in self.guards:
-            assert (base[untouched] == GUARD_VALUE).all(), "memory beside a tensor was written"
+        assert all(x.is_whole() for x in self.every), "memory beside a tensor was written"
 
 
 # What is drawn
@@ -196,27 +193,22 @@ def cases(shapes: Any, most_rows: int = 6, most_steps: int = 4) -> Any:
 # How a backend goes through it
 
 
-class Model(torch.nn.Module):
-    def __init__(self, params: list[torch.Tensor], buffer: torch.Tensor) -> None:
-        super().__init__()
-        self.params = torch.nn.ParameterList(torch.nn.Parameter(x) for x in params)
-        self.register_buffer("buffer", buffer)
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
-
-
 @dataclass
 class World:
-    """A case's model, optimizer and average on one backend."""
+    """A case's model, optimizer and average on one target."""
 
     case: Case
-    backend: str
-    guards: Guards = field(default_factory=Guards)
+    target: Target
+    skipped: int = 0  # steps, as they should be counted
 
     def __post_init__(self) -> None:
+        self.guards = Guards(self.target.device)
         case, generator = self.case, torch.Generator().manual_seed(self.case.seed)
         tensors = [self.guards.place(randoms(row.shape, row.dtype, generator), row.layout) for row in case.rows]
-        self.model = Model(tensors, torch.randn(3, generator=generator))
-        self.ema = None if case.ema is None else trainops.EMA(self.model, **case.ema, backend=self.backend)
+        self.model = Model(tensors)
+        self.model.register_buffer("buffer", torch.randn(3, generator=generator).to(self.target.device))
+        self.model.register_buffer("count", torch.zeros((), dtype=torch.int64, device=self.target.device))
+        self.ema = None if case.ema is None else trainops.EMA(self.model, **case.ema, backend=self.target.backend)
         if self.ema is not None:
             for average, row in zip(self.ema.module.params, case.rows, strict=True):
                 layout = "gaps" if row.grad_layout in ("expanded", "lazy") else row.grad_layout
@@ -228,7 +220,7 @@ class World:
         for param, row in zip(self.model.params, self.case.rows, strict=True):
             groups[row.group % len(groups)]["params"].append(param)
         own = {**copy.deepcopy(self.case.settings), "ema": self.ema if self.case.fused else None}
-        return trainops.AdamW(groups, **own, backend=self.backend)
+        return trainops.AdamW(groups, **own, backend=self.target.backend)
 
     def prepare(self, step: Step) -> None:
         """What frameworks do between steps."""
@@ -237,6 +229,7 @@ class World:
             self.optimizer = self.make_optimizer()
             self.optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
             optimizer.ema = None
+            self.skipped = 0  # no checkpoint has the count
         elif step.before == "pickle":
             whole = pickle.loads(pickle.dumps((self.model, self.ema, optimizer)))
             self.model, self.ema, self.optimizer = whole
@@ -251,7 +244,7 @@ class World:
                     x = state[name]
                     state[name] = self.guards.place(x if x.is_complex() else x.to(step.dtype), step.layout)
         elif step.before == "late":
-            count = torch.tensor(10_000.0 if step.layout == "plain" else [10_000.0])
+            count = torch.tensor(10_000.0 if step.layout == "plain" else [10_000.0], device=self.target.device)
             for state in optimizer.state.values():
                 state["step"] = count.to(STEP_DTYPES[step.dtype], copy=True)
         with torch.no_grad():
@@ -275,7 +268,7 @@ class World:
     def step(self, step: Step) -> None:
         for name in ("grad_scale", "found_inf"):
             if (value := getattr(step, name)) is not None:
-                setattr(self.optimizer, name, torch.tensor(value))
+                setattr(self.optimizer, name, torch.tensor(value, device=self.target.device))
         try:
             self.optimizer.step()
             if self.ema is not None and not self.case.fused:
