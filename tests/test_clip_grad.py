@@ -164,6 +164,13 @@ def test_matches_exact_for_complex(target, norm_type, complex_dtype, conjugated)
     check_clip(target, [g.conj() for g in grads] if conjugated else grads, norm_type)
 
 
+def test_an_infinite_part_of_a_complex_number_leaves_the_other_part_alone(target):
+    [param] = with_grads([torch.tensor([complex(torch.inf, 3.0), 4.0], device=target.device)])
+    trainops.clip_grads_with_norm_(param, 1.0, torch.tensor(2.0, device=target.device), backend=target.backend)
+    expected = torch.tensor([[torch.inf, 1.5], [2.0, 0.0]], device=target.device)
+    torch.testing.assert_close(torch.view_as_real(param.grad), expected)
+
+
 @pytest.mark.parametrize("size", [1, 2, 127])
 @over_norm_types
 def test_matches_exact_for_lazily_negated(target, norm_type, size):

@@ -38,8 +38,11 @@ def serves(device_type: str) -> bool:
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
     """See :func:`trainops.reference.scale_`."""
-    _check_writable(tensors)
-    reference.scale_(tensors, coefficient)
+    resolved: list[tuple[Tensor, Tensor]] = []
+    # As real numbers: a product of complex ones makes NaN of what stands beside an infinity.
+    reference.scale_([_writable(x, resolved) for x in tensors], coefficient)
+    for original, copy in resolved:
+        original.copy_(copy)
 
 
 def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
@@ -110,7 +113,7 @@ def _check_writable(tensors: Sequence[Tensor]) -> None:
         check_no_overlap(local(x))
 
 
-def _writable(x: Tensor | None, resolved: list[tuple[Tensor, Tensor]]) -> Tensor | None:
+def _writable(x: Any, resolved: list[tuple[Tensor, Tensor]]) -> Any:
     """``x`` as real numbers; where it is lazily conjugated, a copy of it, which is to be copied back."""
     if x is None:
         return None
