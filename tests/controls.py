@@ -11,15 +11,18 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten
 
 from trainops import reference as formulas
 from trainops.backends import reference as kernels
 
+NARROW = (torch.bfloat16, torch.float16)
+COLUMNS = ("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "averages")
+
 
 def written(groups, *columns):
     """What a step writes, by the names of its columns; not the step counts."""
-    columns = columns or ("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "averages")
-    return [x for group in groups for name in columns for x in getattr(group, name) if x is not None]
+    return [x for group in groups for name in columns or COLUMNS for x in getattr(group, name) if x is not None]
 
 
 def put_back(tensors, saved, where=slice(None)):
@@ -107,15 +110,21 @@ def cut_off(value, dtype):
 
 
 @contextmanager
-def truncated():
-    """16-bit results are cut off instead of rounded."""
+def truncated(*columns):
+    """16-bit results are cut off instead of rounded: all of them, or these columns of a step."""
+    chosen = set()  # the addresses of these
+
+    def adamw_step(groups, *args, step=kernels.adamw_step):
+        chosen.clear()
+        chosen.update(x.data_ptr() for x in written(groups, *columns))
+        return step(groups, *args)
 
     def write(target, value, skip=None, right=formulas.write):
-        if target.dtype in (torch.bfloat16, torch.float16):
+        if target.dtype in NARROW and (not columns or target.data_ptr() in chosen):
             value = cut_off(value, target.dtype)
         right(target, value, skip)
 
-    with mock.patch.object(formulas, "write", write):
+    with mock.patch.object(kernels, "adamw_step", adamw_step), mock.patch.object(formulas, "write", write):
         yield
 
 
@@ -144,7 +153,16 @@ AVERAGE_CONTROLS = {
 }
 
 
+passed = set()  # the checks, with their arguments, that accept the specification
+
+
 def must_fail(control, check, *args, **kwargs):
-    """The check must not accept the fault."""
+    """The check must accept the specification, and not the fault."""
+    leaves, structure = tree_flatten((args, kwargs))
+    call = (check, structure, *leaves)
+    if call not in passed:
+        with torch.random.fork_rng(devices=[]):  # the fault is given the same random numbers
+            check(*args, **kwargs)
+        passed.add(call)
     with control(), pytest.raises(AssertionError):
         check(*args, **kwargs)

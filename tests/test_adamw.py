@@ -104,10 +104,28 @@ def test_clipping_to_a_wrong_norm_is_noticed(dtype, max_norm):
     must_fail(wrong_norm, check_steps, REFERENCE, dtype, SHAPES, {"lr": LR}, max_norm=max_norm)
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+# Each column by itself. Only AMSGrad has the last one, and without clipping a beta1 of 0 makes no rounding.
+TRUNCATED = [
+    (options, column, max_norm)
+    for options in OPTIONS
+    for column in ("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
+    for max_norm in (None, 0.5)
+    if (column != "max_exp_avg_sqs" or OPTIONS[options].get("amsgrad"))
+    and (options, column, max_norm) != ("zero_betas", "exp_avgs", None)
+]
+
+
+@pytest.mark.parametrize(("options", "column", "max_norm"), TRUNCATED)
 @pytest.mark.parametrize("narrow", NARROW, ids=str)
-def test_truncation_is_noticed(narrow, options):
-    must_fail(truncated, check_steps, REFERENCE, narrow, SHAPES, {"lr": LR} | options)
+def test_truncation_is_noticed(narrow, options, column, max_norm):
+    options = {"lr": LR} | OPTIONS[options]
+    must_fail(lambda: truncated(column), check_steps, REFERENCE, narrow, SHAPES, options, max_norm=max_norm)
+
+
+@pytest.mark.parametrize("column", ["params", "exp_avgs", "exp_avg_sqs", "averages"])
+@pytest.mark.parametrize("narrow", NARROW, ids=str)
+def test_truncation_is_noticed_with_averages(narrow, column):
+    must_fail(lambda: truncated(column), check_averages, REFERENCE, narrow, None, steps=1)
 
 
 @pytest.mark.parametrize("control", AVERAGE_CONTROLS.values(), ids=AVERAGE_CONTROLS.keys())

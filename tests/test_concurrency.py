@@ -11,7 +11,7 @@ import cuda_shim
 import pytest
 import torch
 from contract import same_bits
-from targets import INTERPRETER, TARGETS, Target
+from targets import CPU_TARGETS, INTERPRETER, TARGETS, Target, over_cpu_targets
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -23,8 +23,6 @@ SHORT, LONG = 20, 40  # seconds that a child of the test, and one that has a chi
 HAS_FORK = "fork" in multiprocessing.get_all_start_methods()
 
 needs_cpu = pytest.mark.skipif(not cpu.probe().available, reason=f"backend cpu: {cpu.probe().reason}")
-CPU_TARGETS = [target for target in TARGETS if target.device == "cpu"]
-each_cpu_target = pytest.mark.parametrize("target", CPU_TARGETS, indirect=True, ids="-".join)
 
 
 def forks(test):
@@ -71,6 +69,7 @@ def train(target, numel, seed=0):
     optimizer = trainops.AdamW(
         model.parameters(), lr=0.1, max_grad_norm=0.5, skip_nonfinite=True, ema=ema, backend=backend
     )
+    before = [x.detach().clone() for x in (*model, *ema.module)]
     results = []
     for step in range(4):
         for param in model:
@@ -80,6 +79,7 @@ def train(target, numel, seed=0):
         optimizer.step()
         results += [optimizer.grad_norm, optimizer.grad_norms]
     assert optimizer.skipped_steps.item() == 1
+    assert not any(map(same_bits, (*model, *ema.module), before))
     return [*results, *model, *ema.module, *(x for state in optimizer.state.values() for x in state.values())]
 
 
@@ -95,16 +95,21 @@ def use_each_op(target, numel, seed=0):
     averages = [random(numel), random(5)]
     for param in params:
         param.grad = random(*param.shape)
+    grads = [param.grad for param in params]
+    versions = [[x.clone() for x in (*grads, *averages)]]
     norms = [trainops.clip_grad_norm_(params, 0.1, norm, backend=backend) for norm in (2.0, 1.0, float("inf"))]
+    versions.append([x.clone() for x in grads])
     trainops.clip_grad_value_(params, 1e-7, backend=backend)
     trainops.ema_update_(averages, params, 0.5, backend=backend)
+    versions.append([*grads, *averages])
+    assert not any(same_bits(*pair) for i in (0, 1) for pair in zip(versions[i], versions[i + 1], strict=False))
 
     kernels = select(backend, device)
     residual, branch, layer_scale = random(6, numel // 48, 8), random(6, numel // 48, 8), random(8)
     mask = torch.tensor([2.0, 0.0, 2.0, 2.0, 0.0, 2.0], device=device).reshape(6, 1, 1)
     out = kernels.drop_path(branch, mask, residual, layer_scale)
     of_branch, of_layer_scale = kernels.drop_path_backward(residual, branch, mask, layer_scale)
-    return [*norms, *(param.grad for param in params), *averages, out, of_branch, of_layer_scale]
+    return [*norms, *versions[1], *versions[2], out, of_branch, of_layer_scale]
 
 
 def draw(target, numel):
@@ -136,7 +141,7 @@ def in_forked_child(work, seconds=SHORT):
 
 
 @forks
-@each_cpu_target
+@over_cpu_targets
 @pytest.mark.usefixtures("four_threads")
 def test_a_forked_child_gives_the_bits_of_its_parent(target):
     def everything():
@@ -192,7 +197,9 @@ class Batches(Dataset):
 
 
 @forks
-@pytest.mark.parametrize("target", CPU_TARGETS[:-1], indirect=True, ids="-".join)  # the interpreter is slow
+@pytest.mark.parametrize(  # the interpreter is slow
+    "target", [target for target in CPU_TARGETS if target != INTERPRETER], indirect=True, ids="-".join
+)
 @pytest.mark.usefixtures("four_threads")
 def test_the_workers_of_a_dataloader_give_the_same_bits(target):
     loader = DataLoader(

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from contract import same_bits
-from targets import TARGETS
+from targets import over_cpu_targets
 from torch import nn
 
 import trainops
@@ -48,6 +48,7 @@ def check_shards(backend):
     mesh = init_device_mesh("cpu", (RANKS,))
     options = {"max_grad_norm": 0.5, "skip_nonfinite": True, "backend": backend}
     true, true_optimizer = train(torch.nn.Parameter(torch.ones(5, 3)), full_grads(), **options)
+    assert ((true - 1).abs() > 0.01).all()
 
     shares = {  # how the gradient is spread, and each rank's part of it; the parameter's own placement
         "sharded": (Shard(0), lambda grad: distribute_tensor(grad, mesh, [Shard(0)])),
@@ -81,6 +82,8 @@ def train_ddp(rank, backend, dtype, set_to_none, gradient_as_bucket_view):
     ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=gradient_as_bucket_view)
     ema = trainops.EMA(model, 0.9, backend=backend)
     optimizer = trainops.AdamW(ddp.parameters(), lr=0.1, max_grad_norm=0.5, ema=ema, backend=backend)
+    trained = [*model.parameters(), *ema.module.parameters()]
+    before = [x.detach().clone() for x in trained]
     results = []
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(RANKS * step + rank)
@@ -88,13 +91,14 @@ def train_ddp(rank, backend, dtype, set_to_none, gradient_as_bucket_view):
         ddp(torch.randn(11, 3, generator=generator).to(dtype)).square().sum().backward()
         optimizer.step()
         results.append(optimizer.grad_norm)
-    results += [x.detach() for x in (*model.parameters(), *ema.module.parameters())]
+    assert not any(map(same_bits, trained, before))
+    results += [x.detach() for x in trained]
     results += [x for state in optimizer.state.values() for x in state.values()]
     return results, [param.grad for param in model.parameters()]
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-@pytest.mark.parametrize("target", [x for x in TARGETS if x.device == "cpu"], indirect=True, ids="-".join)
+@over_cpu_targets
 def test_shards_and_views_of_buckets(target, tmp_path):
     # Forked processes import nothing again. PyTorch's autograd cannot be forked where there are CUDA devices.
     importlib.import_module("torch.distributed.tensor")

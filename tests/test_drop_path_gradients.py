@@ -43,6 +43,8 @@ LAYER_SCALED_SHAPES = [
     (3, 3, 1500),
 ]
 
+NUMBERS = [(0,), (1,), (1025,)]
+
 # Shapes of a residual and a branch that broadcast, in either direction.
 BROADCASTS = [
     ((4, 3), (1, 3)),
@@ -106,6 +108,13 @@ def test_gradients(target, dtype, scale_shape, scale_by_keep):
 @pytest.mark.parametrize("shape", LAYER_SCALED_SHAPES, ids=str)
 def test_gradients_of_layer_scale(target, dtype, shape):
     check_gradients(target, *operands(dtype, target.device, shape[-1:], shape))
+
+
+@pytest.mark.parametrize("shape", NUMBERS, ids=str)
+def test_gradients_of_numbers(target, shape):
+    """Each sample is a number."""
+    for scale_shape in (None, shape, ()):
+        check_gradients(target, *operands(torch.float32, target.device, scale_shape, shape))
 
 
 def test_gradients_of_several_chunks(target):
@@ -247,6 +256,12 @@ def test_a_wrong_gradient_of_layer_scale_is_noticed(dtype, scale_shape, fault):
 @pytest.mark.parametrize("dtype", FOR_SHAPES, ids=str)
 def test_a_wrong_gradient_of_layer_scale_is_noticed_for_all_shapes(dtype, shape, fault):
     notices("layer_scale", fault, check_gradients, *operands(dtype, "cpu", shape[-1:], shape))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("operand", ["branch", "layer_scale"])
+def test_a_wrong_gradient_of_numbers_is_noticed(operand, fault):
+    notices(operand, fault, check_gradients, *operands(torch.float32, "cpu", (1025,), (1025,)))
 
 
 @two_dtypes

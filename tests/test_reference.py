@@ -137,8 +137,7 @@ def test_tensors_whose_elements_share_memory_change_nothing(target):
     with pytest.raises(RuntimeError, match="share memory"):
         trainops.ema_update_([first, shared], others, 0.5, backend=target.backend)
     params = [torch.nn.Parameter(torch.ones(3, device=target.device)) for _ in range(2)]
-    for param, grad in zip(params, (torch.ones(3, device=target.device), shared + 0), strict=True):
-        param.grad = grad
+    params[0].grad = torch.ones(3, device=target.device)
     params[1].grad = torch.ones(1, device=target.device).expand(3)
     for clip in (trainops.clip_grad_norm_, trainops.clip_grad_value_):
         with pytest.raises(RuntimeError, match="share memory"):
@@ -172,21 +171,26 @@ def test_a_lazily_conjugated_parameter_is_updated(target):
         ({"exp_avg": torch.zeros(2, dtype=torch.complex64)}, r"exp_avg of torch\.complex64 does not fit"),
         ({"step": torch.zeros(2)}, "step must be a one-element tensor"),
         ({"step": 1}, "step must be a one-element tensor"),
+        ({"exp_avg": torch.zeros(5)}, r"exp_avg of shape \(5,\) on .* does not fit a parameter of"),
+        ({"exp_avg": torch.zeros(1).expand(2)}, "share memory"),
     ],
+    ids=["integers", "complex", "steps", "number", "shape", "overlap"],
 )
-def test_state_of_another_kind_changes_nothing(target, spoil, message):
+def test_state_that_does_not_fit_changes_nothing(target, spoil, message):
     params = [torch.nn.Parameter(torch.ones(2, device=target.device)) for _ in range(2)]
     optimizer = trainops.AdamW(params, backend=target.backend)
     for param in params:
         param.grad = torch.ones_like(param)
     optimizer.step()
-    before = params[0].detach().clone()
-    spoil = {name: x.to(target.device) if isinstance(x, torch.Tensor) else x for name, x in spoil.items()}
-    optimizer.state[params[1]].update(spoil)
+    for name, x in spoil.items():
+        if isinstance(x, torch.Tensor):
+            x = x.to(target.device).as_strided(x.shape, x.stride())  # a copy on another device has no overlap
+        optimizer.state[params[1]][name] = x
+    tensors = [*params, *(x for p in params for x in optimizer.state[p].values() if isinstance(x, torch.Tensor))]
+    before = [x.detach().clone() for x in tensors]
     with pytest.raises(RuntimeError, match=message):
         optimizer.step()
-    assert same_bits(params[0].detach(), before)
-    assert optimizer.state[params[0]]["step"] == 1
+    assert all(map(same_bits, tensors, before))
 
 
 def test_a_step_that_raises_leaves_no_new_state(target):

@@ -7,7 +7,7 @@ from targets import over_cpu_targets, thorough
 from torch import nn
 
 import trainops
-from trainops.backends import cpu
+from trainops.backends import cpu, select
 from trainops.tensor_table import describe
 
 DLPACK_API = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
@@ -333,10 +333,15 @@ def everything(dtype, shapes, place):
     averages, sources = ([place(x[i], i) for x in randoms] for i in (6, 7))
     trainops.ema_update_(averages, sources, 0.9, backend="cpu")
     norm = trainops.clip_grad_norm_(params, 0.5, backend="cpu")
+    for role, tensors in ((0, params), (1, [p.grad for p in params]), (5, ema.module.params), (6, averages)):
+        assert not any(same_bits(x, old[role]) for x, old in zip(tensors, randoms, strict=True) if x.numel())
     dropped = trainops.drop_path_add(averages[-1], sources[-1], 0.5, True, layer_scale=params[0], backend="cpu")
+    mask = torch.ones(len(sources[-1]), *[1] * (sources[-1].ndim - 1), dtype=dtype)
+    mask[::3] = 0
+    of_branch = select("cpu", "cpu").drop_path_backward(averages[-1], sources[-1], mask, params[0].detach())
     states = [x for p in params for x in optimizer.state[p].values()]
     norms = [optimizer.grad_norm, optimizer.grad_norms, norm]
-    return [*norms, *params, *(p.grad for p in params), *states, *ema.module.params, *averages, dropped]
+    return [*norms, *params, *(p.grad for p in params), *states, *ema.module.params, *averages, dropped, *of_branch]
 
 
 def test_unaligned_addresses_give_the_same_bits(dtype):

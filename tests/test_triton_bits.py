@@ -165,6 +165,7 @@ def test_the_division_into_blocks_and_chunks_changes_no_bit(device, divide, nume
     assert norms[0][1].item() == pytest.approx(float(true), rel=1e-6)
 
 
+@pytest.mark.large
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_elements_beyond_32_bits(device):
     """The last chunk of a long tensor, whose memory is otherwise never touched.
