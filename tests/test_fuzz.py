@@ -160,7 +160,7 @@ WRONG = st.builds(
 @on(CPU, CUDA, TRITON)
 @pytest.mark.parametrize("how", SPOIL)
 @given(case=WRONG)
-@examples(5)
+@examples(4)
 def test_what_no_step_can_take(target, case, how):
     go_wrong(case, target, how)
 
