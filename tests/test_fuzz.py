@@ -178,7 +178,7 @@ def lists_of_tensors(draw, most=5, complex_too=True):
     tensors = [
         fuzz.randoms(row.shape, row.dtype, generator, draw(st.sampled_from([1.0, 1e-3, 30.0]))) for row in rows
     ]
-    poison = draw(st.sampled_from([None] * 5 + [float("nan"), float("inf"), -float("inf")]))
+    poison = draw(st.sampled_from([None] * 3 + [float("nan"), float("inf"), -float("inf")]))
     if poison is not None and tensors[0].numel():
         tensors[0].view(-1)[-1] = poison
     return list(zip(tensors, rows, strict=True))
@@ -209,7 +209,7 @@ def clipped(drawn, target, clip, *args):
     max_norm=st.sampled_from([0.5, 0.0, 1e9, float("inf"), torch.tensor(0.25)]),
     error_if_nonfinite=st.booleans(),
 )
-@examples(30)
+@examples(40)
 def test_clip_grad_norm(target, drawn, norm_type, max_norm, error_if_nonfinite):
     grads = [grad for grad, _ in drawn]
     total = total_norm(grads, norm_type)
