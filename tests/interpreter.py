@@ -33,9 +33,9 @@ def mend():
         return interpreter._LangPatchScope()
 
     def halves(reduction, x):
-        # Adds the second half to the first, again and again; an odd number of rows that is left is NumPy's to add up.
-        # NumPy adds up all rows of a block one after another, which is less exact than any GPU, and float64's contract
-        # can tell. On a GPU each thread adds up its few elements one after another, and threads are joined by halves.
+        # Adds the second half to the first, again and again. NumPy adds up what is left: one row, or an odd number.
+        # By itself NumPy adds up all rows of a block one after another. That is less exact than any GPU, where each
+        # thread adds up its few elements so and threads are joined by halves, and float64's contract can tell.
         data, axis = x.handle.data, reduction.axis
         data, axis = (data.reshape(-1), 0) if axis is None else (data, axis)
         while (size := data.shape[axis]) > 1 and size % 2 == 0:

@@ -45,7 +45,13 @@ def make_step(dtypes=(torch.float32,) * 3, place=lambda x, role: x.clone(), devi
     model.params = nn.ParameterList(nn.Parameter(place(randn(s, dtype, device), 0)) for s in SHAPES)
     params = list(model.params)
     ema = trainops.EMA(model, 0.9, dtype=average_dtype, backend="cuda")
-    options = {"lr": 0.1, "betas": (0.9, 0.99), "amsgrad": True, "max_grad_norm": 1.0, "skip_nonfinite": True} | options
+    options = {
+        "lr": 0.1,
+        "betas": (0.9, 0.99),
+        "amsgrad": True,
+        "max_grad_norm": 1.0,
+        "skip_nonfinite": True,
+    } | options
     optimizer = trainops.AdamW(params, ema=ema, backend="cuda", **options)
     for p, average in zip(params, ema.module.params, strict=True):
         p.grad = place(randn(p.shape, dtype, device), 1)
@@ -218,7 +224,10 @@ def test_a_step_is_that_of_the_cpu_backend(dtypes, aligned):
 
 
 def is_long(chunks, norm_type):
-    return chunks > 40 and (chunks, norm_type) not in [(2048, 2.0), *((2049, order) for order in (1.0, 2.0, math.inf))]
+    return chunks > 40 and (chunks, norm_type) not in [
+        (2048, 2.0),
+        *((2049, order) for order in (1.0, 2.0, math.inf)),
+    ]
 
 
 # The norm adds up partial sums by one thread, a warp or the block.

@@ -14,6 +14,7 @@ from triton_fixtures import (
     ROLES,
     WHOLE,
     adamw,
+    assert_moved,
     assert_same,
     everything,
     model_of,
@@ -132,6 +133,7 @@ def test_the_same_inputs_give_the_same_bits(device, dtype):
         optimizer = adamw(again, **WHOLE, ema=trainops.EMA(again, 0.9, backend="triton"))
         optimizer.step()
         results.append([*everything(optimizer), optimizer.grad_norm, optimizer.grad_norms])
+    assert_moved(results[0], model.params)
     assert_same(results[0], results[1])
     assert_same(results[0], results[2])
 
@@ -157,6 +159,8 @@ def test_the_division_into_blocks_and_chunks_changes_no_bit(device, divide, nume
         trainops.clip_grad_value_(again.params, 0.5, backend="triton")
         trainops.ema_update_([p.grad for p in again.params], again.params, 0.3, backend="triton")
         results.append([*everything(optimizer), *(p.grad for p in again.params)])
+        assert_moved(results[-1], model.params)
+        assert_moved(results[-1][-len(model.params) :], [p.grad for p in model.params])
         norms.append(torch.stack([optimizer.grad_norm, *optimizer.grad_norms]))
     for result, norm in zip(results, norms, strict=True):
         assert_same(result, results[0])
