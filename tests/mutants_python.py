@@ -14,8 +14,12 @@ PYTHON = [
                 "        pass\n",
             ),
             "reference: conjugated parameters are not written back": (
-                "        original.copy_(copy)\n",
-                "        pass\n",
+                "        original.copy_(copy)\n    if total_norm",
+                "        pass\n    if total_norm",
+            ),
+            "reference: conjugated gradients are not written back": (
+                "        original.copy_(copy)\n\n\ndef clamp_",
+                "        pass\n\n\ndef clamp_",
             ),
             "reference: found_inf ignored": ("control.found_inf != 0", "control.found_inf == 3"),
         },
