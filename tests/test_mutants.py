@@ -1,9 +1,9 @@
-"""The list of mutants fits the source. `make mutants` plants them."""
+"""The list of mutants fits the source, and the table of what noticed them is whole. `make mutants` makes it."""
 
 from pathlib import Path
 
 import pytest
-from mutate import MUTANTS
+from mutate import MUTANTS, UNNOTICED
 
 ROOT = Path(__file__).parent.parent
 
@@ -17,3 +17,10 @@ def test_a_mutant_can_be_planted(mutant):
 
 def test_names_are_unique():
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
+
+
+def test_every_mutant_was_noticed():
+    rows = (ROOT / "tests" / "MUTANTS.md").read_text().splitlines()
+    named = {row.split(" | ")[0].removeprefix("| ") for row in rows if row.startswith("| ")}
+    assert named >= {mutant.name for mutant in MUTANTS}
+    assert not [row for row in rows if UNNOTICED in row]
