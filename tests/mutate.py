@@ -4,8 +4,8 @@
     python tests/mutate.py --only cpu,ema      those whose name or file has one of these words
     python tests/mutate.py --again             also those whose outcome is known
 
-An outcome counts for the source and the tests that it was found with. When all are known, the table goes to
-``tests/MUTANTS.md``.
+An outcome counts for the source and the tests that it was found with; with others, the mutant is planted again. When
+every mutant has been tried, the table of the last outcomes goes to ``tests/MUTANTS.md``.
 """
 
 import argparse
@@ -90,8 +90,8 @@ def test(tree, selections):
     return tree.run("-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *selections, limit=LIMIT)
 
 
-def write_table(found):
-    """The mutants with their outcomes, in Markdown."""
+def write_table(known):
+    """The mutants with their last outcomes, in Markdown."""
     lines = [
         "# Mutants",
         "",
@@ -101,7 +101,7 @@ def write_table(found):
         "| --- | --- | --- |",
     ]
     for mutant in MUTANTS:
-        outcome, by = found.get(mutant, ("", ""))
+        _, outcome, by = known.get(mutant.name, ("", "", ""))
         shown = f"`{by.removeprefix('tests/')}`" if outcome == NOTICED else outcome
         shown = f"no fault: {mutant.no_fault}" if mutant.no_fault else shown
         lines.append(f"| {mutant.name} | `{mutant.file}` | {shown} |")
@@ -119,9 +119,10 @@ def main():
     if not chosen:
         raise SystemExit(f"no mutant has {arguments.only!r} in its name or file")
 
-    outcomes = json.loads(OUTCOMES.read_text()) if OUTCOMES.exists() else {}
-    keys = {mutant: fingerprint(mutant) for mutant in MUTANTS}
-    pending = [m for m in chosen if arguments.again or keys[m] not in outcomes]
+    # By the name of the mutant: what the outcome was found with, the outcome, and what noticed it.
+    known = json.loads(OUTCOMES.read_text()) if OUTCOMES.exists() else {}
+    keys = {mutant: fingerprint(mutant) for mutant in chosen}
+    pending = [m for m in chosen if arguments.again or m.name not in known or known[m.name][0] != keys[m]]
     print(f"{len(chosen)} mutants, {len(chosen) - len(pending)} of them known", flush=True)
     workers = Workers(min(arguments.jobs, len(pending)))
     with ThreadPoolExecutor(arguments.jobs) as pool:
@@ -129,16 +130,15 @@ def main():
         try:
             for i, done in enumerate(as_completed(running), start=1):
                 mutant, (outcome, by, seconds) = running[done], done.result()
-                outcomes[keys[mutant]] = outcome, by
-                OUTCOMES.write_text(json.dumps(outcomes, indent=1))
+                known[mutant.name] = keys[mutant], outcome, by
+                OUTCOMES.write_text(json.dumps(known, indent=1))
                 print(f"[{i}/{len(pending)}] {seconds:4.0f} s  {outcome}  {mutant.name}  {by}", flush=True)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    found = {mutant: outcomes[key] for mutant, key in keys.items() if key in outcomes}
-    if all(mutant in found or mutant.no_fault for mutant in MUTANTS):
-        write_table(found)
-    survivors = [mutant for mutant in chosen if found[mutant][0] == UNNOTICED]
+    if all(mutant.name in known or mutant.no_fault for mutant in MUTANTS):
+        write_table(known)
+    survivors = [mutant for mutant in chosen if known[mutant.name][1] == UNNOTICED]
     print("survivors:" if survivors else "no survivors")
     for mutant in survivors:
         print(f"  {mutant.name}  ({mutant.file})")
