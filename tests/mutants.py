@@ -286,7 +286,7 @@ C_PLUS_PLUS = [
     ),
     *planted(
         "csrc/cpu/parallel.cpp",
-        tests_of("concurrency", k="cpu-cpu or pause"),
+        tests_of("concurrency", k="old_openmp"),
         {
             "cpu: a forked child waits for its parent's threads": (
                 "has_lost_threads || !has_ended_threads",
