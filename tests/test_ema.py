@@ -54,14 +54,14 @@ def test_matches_exact_for_all_decays_and_dtypes(target, dtypes, decay):
     check_update(target, averages, tensors, decay)
 
 
-@pytest.mark.parametrize("average_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("average_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_averages_of_float64_are_rounded_once(target, average_dtype):
     """The arithmetic is in float64 where either is, so that nothing is lost before the rounding."""
     (average,), (x,) = far_apart([(1025,)], average_dtype, torch.float64, target)
     true = exact_ema(exact(average), exact(x), 0.9).value
     trainops.ema_update_([average], [x], 0.9, backend=target.backend)
     expected = torch.from_numpy(true.astype("float64"))
-    torch.testing.assert_close(average.cpu(), expected.to(average_dtype), rtol=1e-15, atol=0)
+    torch.testing.assert_close(average.cpu(), expected.to(average_dtype), rtol=0, atol=0)
 
 
 def test_matches_exact_for_several_dtypes_at_once(target):
