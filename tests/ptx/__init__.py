@@ -1,0 +1,96 @@
+"""Executes the compiled code of GPU kernels (PTX) on the CPU.
+
+It finds what a GPU would not tell: races, accesses outside of tensors, barriers that not all threads reach.
+"""
+
+import ctypes
+import struct
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from . import build
+
+SYNCHRONIZES = ("bar", "membar", "fence")
+
+
+class Site(NamedTuple):
+    """A barrier or fence of a kernel."""
+
+    kernel: str
+    index: int
+    opcode: str
+    where: str
+
+
+class Machine:
+    """What tests may see and choose."""
+
+    def __init__(self):
+        self.library = build.machine()
+        for name in ("ptx_kernel", "ptx_site", "ptx_run", "ptx_launches"):
+            getattr(self.library, name).restype = ctypes.c_char_p if name != "ptx_kernel" else ctypes.c_void_p
+
+    def kernel(self, name):
+        found = self.library.ptx_kernel(name.encode())
+        if found is None:
+            raise KeyError(name)
+        return ctypes.c_void_p(found)
+
+    def run(self, name, blocks, threads, *arguments, shared_bytes=0):
+        """Launch a kernel with tensors, or numbers as `struct` packs them. A fault is a RuntimeError."""
+        kernel = self.kernel(name)
+        packed = bytearray()
+        for index, argument in enumerate(arguments):
+            content = struct.pack("<Q", argument.data_ptr()) if hasattr(argument, "data_ptr") else argument
+            offset = self.library.ptx_parameter(kernel, index, 0)
+            assert len(content) == self.library.ptx_parameter(kernel, index, 1)
+            packed[len(packed) :] = bytes(offset - len(packed)) + content
+        fault = self.library.ptx_run(kernel, blocks, threads, bytes(packed) + bytes(8), shared_bytes)
+        if fault is not None:
+            raise RuntimeError(fault.decode())
+
+    @contextmanager
+    def schedule(self, resident=1, seed=0, races=False, missing_blocks=0):
+        """Run so many blocks at a time; interrupt threads where a seed says; leave the last ones out."""
+        self.library.ptx_schedule(resident, seed, races, missing_blocks)
+        try:
+            yield
+        finally:
+            self.library.ptx_schedule(1, 0, False, 0)
+
+    @contextmanager
+    def memory(self, device=0):
+        """Tensors are made on a device of the machine, which knows their ends."""
+        self.library.ptx_allocate_here(1)
+        self.library.ptx_set_device(device)
+        try:
+            yield
+        finally:
+            self.library.ptx_set_device(0)
+            self.library.ptx_allocate_here(0)
+
+    def synchronizations(self, name):
+        """The barriers and fences of a kernel."""
+        kernel, index = self.kernel(name), 0
+        while (opcode := self.library.ptx_site(kernel, index, 1)) is not None:
+            if opcode.decode().startswith(SYNCHRONIZES):
+                yield Site(name, index, opcode.decode(), self.library.ptx_site(kernel, index, 0).decode())
+            index += 1
+
+    @contextmanager
+    def without(self, site):
+        """Run a kernel as if this barrier or fence were not there."""
+        self.library.ptx_remove(self.kernel(site.kernel), site.index, 1)
+        try:
+            yield
+        finally:
+            self.library.ptx_remove(self.kernel(site.kernel), site.index, 0)
+
+    def launches(self):
+        """Device and name of the kernels that were launched since it was last asked."""
+        found = self.library.ptx_launches().decode().split()
+        return [(int(device), name) for device, _, name in (launch.partition(":") for launch in found)]
+
+    def fail(self, launch):
+        """Let the n-th launch from now on fail."""
+        self.library.ptx_fail(launch)

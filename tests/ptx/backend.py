@@ -1,0 +1,45 @@
+"""The CUDA backend with its compiled kernels executed by the machine."""
+
+import re
+from contextlib import contextmanager
+
+import cuda_shim
+import torch
+
+from trainops.backends import cuda
+from trainops.device_table import Recent, uploaded
+
+from . import Machine, build
+
+
+class CudaBackend:
+    """In place of the backend's module, while it is active."""
+
+    def __init__(self):
+        self.machine = Machine()
+        path, self.texts = build.cuda_module()
+        self.module = cuda_shim.load(path, "ptx._cuda")
+        self.configure(cuda.describe, getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
+
+    def configure(self, describe, api):
+        """Choose how the module sees tensors."""
+        self.module.configure(api, describe, (torch.Tensor, torch.nn.Parameter))
+
+    @contextmanager
+    def active(self):
+        """Tensors that are made meanwhile, and these alone, lie where the machine can reach them."""
+        names = ("_cuda", "_scratches", "uploaded")
+        before = {name: getattr(cuda, name) for name in names}
+        cuda._cuda, cuda._scratches = self.module, Recent(32)
+        cuda.uploaded = lambda words, device: uploaded(words, device).clone()
+        try:
+            with self.machine.memory():
+                yield
+        finally:
+            for name, value in before.items():
+                setattr(cuda, name, value)
+
+    def kernels(self):
+        """The names of all kernels, by the stem of their source."""
+        pattern = re.compile(r"\.entry\s+(\w+)")
+        return {stem: pattern.findall(text) for stem, text in self.texts.items()}

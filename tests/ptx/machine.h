@@ -1,0 +1,85 @@
+// What the C++ that translate.py writes sees of the machine: one Thread for each thread of a grid. machine.cpp runs
+// them.
+#pragma once
+
+#include "arithmetic.h"
+
+namespace ptx {
+
+enum class Access { read, write, atomic };
+enum class Scope { block, device };
+enum class Order { relaxed, acquire, release, acquire_release };
+enum class Vote { any, all, count };
+enum class Shuffle { up, down, bfly, idx };
+
+// An instruction that touches memory or waits for others. The last allocation that it touched is known to be there.
+struct Site {
+  const char* opcode;
+  const char* where;     // in the source
+  bool removed = false;  // a barrier or fence that tests have taken out
+  u64 begin = 0, end = 0, launch = 0;
+};
+
+struct __attribute__((visibility("default"))) Thread {
+  u32 thread, block, threads, blocks, id;  // id: in the grid
+  const char* parameters;
+  u32 parameter_bytes;
+
+  // Where bytes lie in the host's memory. A fault unless the access is aligned to its size and inside of what is
+  // there.
+  char* global(u64 address, u32 size, Access access, Site& site);
+  char* shared(u32 offset, u32 size, Access access, Site& site);
+  char* generic(u64 address, u32 size, Access access, Site& site);  // of global memory, or of the parameters
+  const char* parameter(u64 offset, u32 size, Site& site);
+
+  void barrier(u32 index, Site& site);
+  u32 barrier_vote(u32 index, Vote vote, bool value, Site& site);
+  void fence(Scope scope, Site& site);
+  void warp_barrier(u32 mask, Site& site);
+  u32 shuffle(Shuffle kind, u32 value, u32 operand, u32 limits, u32 mask, bool& inside, Site& site);
+  u32 ballot(bool value, u32 mask, Site& site);
+  [[noreturn]] void trap(Site& site);
+
+  template <typename T>
+  T atomic_add(u64 address, T value, Order order, Scope scope, Site& site) {
+    char* const bytes = global(address, sizeof(T), Access::atomic, site);
+    synchronize(address, order, scope);
+    T before;
+    std::memcpy(&before, bytes, sizeof before);
+    const T after = before + value;
+    std::memcpy(bytes, &after, sizeof after);
+    return before;
+  }
+
+ private:
+  void synchronize(u64 address, Order order, Scope scope);
+};
+
+template <typename T>
+T read(const char* bytes) {
+  T value;
+  std::memcpy(&value, bytes, sizeof value);
+  return value;
+}
+template <typename T>
+void write(char* bytes, T value) {
+  std::memcpy(bytes, &value, sizeof value);
+}
+
+struct Parameter {
+  u32 offset, size;
+};
+
+struct Kernel {
+  const char* name;
+  void (*run)(Thread&);
+  const Parameter* parameters;
+  u32 parameter_count, parameter_bytes, shared_bytes, most_threads;
+  Site* sites;
+  u32 site_count;
+};
+
+// Makes kernels known by their names; those of the same name are replaced.
+__attribute__((visibility("default"))) void add_kernels(const Kernel* kernels, u32 count);
+
+}  // namespace ptx

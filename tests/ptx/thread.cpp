@@ -1,0 +1,161 @@
+// What the threads of a grid can do: reach memory, and wait for each other.
+#include <algorithm>
+
+#include "launch.h"
+
+namespace ptx {
+namespace {
+
+u32 arrive(u32 index, const Site& site, Vote vote, bool value) {
+  if (index >= kBarriers) fault(&site, "there are 16 barriers");
+  Block& block = own_block();
+  Barrier& barrier = block.barriers[index];
+  const u32 turn = barrier.passed;
+  u32& votes = barrier.votes[turn % 2];
+  if (barrier.arrived == 0) votes = 0;
+  if (barrier.arrived > 0 && barrier.site != &site) {
+    fault(&site, "threads of a block meet at different barriers, the other one" + place(barrier.site));
+  }
+  barrier.site = &site;
+  votes += value;
+  const u32 threads = own_thread().threads;
+  if (++barrier.arrived < threads) {
+    wait_for(barrier.passed, turn, site);
+  } else {
+    if (races()) {
+      std::vector<u32> all;
+      for (u32 i = 0; i < threads; ++i) all.push_back(own_thread().id - own_thread().thread + i);
+      races()->meet(all);
+    }
+    barrier.arrived = 0;
+    ++barrier.passed;
+  }
+  return vote == Vote::count ? votes : vote == Vote::any ? votes > 0 : votes == threads;
+}
+
+// The values of the lanes of `mask`, when all have come. A barrier orders what they do; a shuffle does not.
+const u32* exchange(u32 value, u32 mask, const Site& site, bool is_barrier = false) {
+  const u32 lane = own_thread().thread % kWarp, warp_index = own_thread().thread / kWarp;
+  Warp& warp = own_block().warps[warp_index];
+  const u32 lanes = std::min(kWarp, own_thread().threads - warp_index * kWarp);
+  mask &= static_cast<u32>((u64(1) << lanes) - 1);
+  if ((mask >> lane & 1) == 0) fault(&site, "a lane's mask is without it");
+  const u32 turn = warp.passed[lane];
+  warp.waiting |= 1u << lane;
+  warp.masks[lane] = mask, warp.values[lane] = value, warp.sites[lane] = &site;
+  for (u32 other = 0; other < lanes; ++other) {
+    if ((mask & warp.waiting) >> other & 1 && (warp.sites[other] != &site || warp.masks[other] != mask)) {
+      fault(&site,
+            "lanes of a warp meet at different instructions or masks, the other one" + place(warp.sites[other]));
+    }
+  }
+  if ((warp.waiting & mask) != mask) {
+    wait_for(warp.passed[lane], turn, site);
+    return warp.found[lane];
+  }
+  std::vector<u32> met;
+  for (u32 other = 0; other < lanes; ++other) {
+    if ((mask >> other & 1) == 0) continue;
+    met.push_back(own_thread().id - lane + other);
+    std::copy(warp.values, warp.values + kWarp, warp.found[other]);
+    ++warp.passed[other];
+  }
+  warp.waiting &= ~mask;
+  if (races() && is_barrier) races()->meet(met);
+  return warp.found[lane];
+}
+
+}  // namespace
+
+std::string place(const Site* site) {
+  return std::string(site == nullptr ? "" : std::string(": ") + site->opcode + " at " + site->where);
+}
+
+void fault(const Site* site, const std::string& what) {
+  const Thread& t = own_thread();
+  throw Fault{what + place(site) + " (block " + std::to_string(t.block) + " thread " + std::to_string(t.thread) +
+              ")"};
+}
+void fault_of_division() { fault(nullptr, "division by zero"); }
+
+char* Thread::global(u64 address, u32 size, Access access, Site& site) {
+  maybe_interrupt();
+  if (address % size != 0) fault(&site, "an access of " + std::to_string(size) + " bytes is not aligned");
+  if (site.launch != launch_number() || address < site.begin || address + size > site.end) {
+    const Allocation found = allocation_at(address);
+    if (found.end == 0) fault(&site, "an address where no tensor is");
+    if (address + size > found.end) fault(&site, "an access past the end of a tensor");
+    if (found.device != current_device()) fault(&site, "memory of another device");
+    site.begin = found.begin, site.end = found.end, site.launch = launch_number();
+  }
+  if (races()) races()->access(id, address, size, access, site);
+  return reinterpret_cast<char*>(address);
+}
+
+char* Thread::shared(u32 offset, u32 size, Access access, Site& site) {
+  maybe_interrupt();
+  Block& own = own_block();
+  if (offset % size != 0) fault(&site, "an access of " + std::to_string(size) + " bytes is not aligned");
+  if (u64{offset} + size > own.shared.size()) fault(&site, "an access past the end of shared memory");
+  if (races()) races()->access(id, shared_address(block, offset), size, access, site);
+  const auto written = own.written.begin() + offset;
+  if (access == Access::write) std::fill(written, written + size, 1);
+  if (std::find(written, written + size, 0) != written + size)
+    fault(&site, "shared memory is read before it is written");
+  return own.shared.data() + offset;
+}
+
+char* Thread::generic(u64 address, u32 size, Access access, Site& site) {
+  const u64 first = reinterpret_cast<u64>(parameters);
+  if (address < first || address + size > first + parameter_bytes) return global(address, size, access, site);
+  if (address % size != 0) fault(&site, "a parameter is not aligned");
+  if (access != Access::read) fault(&site, "parameters are not to be written");
+  return reinterpret_cast<char*>(address);
+}
+
+const char* Thread::parameter(u64 offset, u32 size, Site& site) {
+  if (offset + size > parameter_bytes) fault(&site, "past the end of the parameters");
+  return parameters + offset;
+}
+
+void Thread::barrier(u32 index, Site& site) {
+  if (!site.removed) arrive(index, site, Vote::any, false);
+}
+u32 Thread::barrier_vote(u32 index, Vote vote, bool value, Site& site) {
+  return site.removed ? value : arrive(index, site, vote, value);
+}
+void Thread::fence(Scope scope, Site& site) {
+  if (races() && !site.removed) races()->fence(id, scope);
+}
+void Thread::synchronize(u64 address, Order order, Scope scope) {
+  if (races()) races()->atomic(id, address, order, scope);
+}
+void Thread::trap(Site& site) { fault(&site, "trap"); }
+
+void Thread::warp_barrier(u32 mask, Site& site) {
+  if (!site.removed) exchange(0, mask, site, true);
+}
+
+u32 Thread::shuffle(Shuffle kind, u32 value, u32 operand, u32 limits, u32 mask, bool& inside, Site& site) {
+  const u32* const values = exchange(value, mask, site);
+  const int lane = static_cast<int>(thread % kWarp), by = static_cast<int>(operand & 31);
+  const int segment = limits >> 8 & 31, clamp = limits & 31;  // as PTX defines them
+  const int lowest = lane & segment, highest = lowest | (clamp & ~segment);
+  int from = lane;
+  if (kind == Shuffle::up) from = lane - by, inside = from >= highest;
+  if (kind == Shuffle::down) from = lane + by, inside = from <= highest;
+  if (kind == Shuffle::bfly) from = lane ^ by, inside = from <= highest;
+  if (kind == Shuffle::idx) from = lowest | (by & ~segment), inside = from <= highest;
+  if (!inside) return value;
+  if ((mask >> from & 1) == 0) fault(&site, "a lane reads one that is not in its mask");
+  return values[from];
+}
+
+u32 Thread::ballot(bool value, u32 mask, Site& site) {
+  const u32* const values = exchange(value, mask, site);
+  u32 votes = 0;
+  for (u32 lane = 0; lane < kWarp; ++lane) votes |= (mask >> lane & values[lane] & 1) << lane;
+  return votes;
+}
+
+}  // namespace ptx

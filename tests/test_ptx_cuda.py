@@ -1,0 +1,90 @@
+"""The CUDA backend's compiled kernels, executed on the CPU: they give the bits of the C++ shim."""
+
+import functools
+
+import pytest
+import torch
+from contract import same_bits
+from ptx_fixtures import backend
+from targets import thorough
+from test_cuda import MIXED, after_steps, at_offset, everything, make_step
+
+PLACES = {
+    "aligned": lambda x, role: x.clone(),
+    "alike": lambda x, role: at_offset(x, 1),
+    "each": lambda x, role: at_offset(x, (3 + role) % 9),
+}
+
+
+@pytest.fixture
+def cuda():
+    return backend()
+
+
+@functools.cache
+def of_the_shim(dtype):
+    return everything(dtype)
+
+
+def is_no_sample_of_places(dtype, place):
+    return place == "alike" and dtype != torch.bfloat16
+
+
+@thorough(is_no_sample_of_places)
+@pytest.mark.parametrize("place", PLACES)
+def test_every_kernel_gives_the_bits_of_the_shim(cuda, dtype, place):
+    true = of_the_shim(dtype)
+    with cuda.active():
+        results = everything(dtype, PLACES[place])
+    assert all(map(same_bits, results, true))
+
+
+@pytest.mark.parametrize("dtypes", MIXED, ids=str)
+def test_mixed_types_give_the_bits_of_the_shim(cuda, dtypes):
+    true = after_steps(dtypes=dtypes)
+    with cuda.active():
+        results = after_steps(dtypes=dtypes, place=PLACES["each"])
+    assert all(map(same_bits, results, true))
+
+
+@thorough(lambda seed, dtype: seed > 2 or dtype != torch.float32)
+@pytest.mark.parametrize("seed", range(1, 26))
+def test_any_interleaving_gives_the_same_bits(cuda, dtype, seed):
+    """Several blocks at a time, whose threads are interrupted anywhere."""
+    true = of_the_shim(dtype)
+    with cuda.active(), cuda.machine.schedule(resident=1 + seed % 8, seed=seed):
+        results = everything(dtype)
+    assert all(map(same_bits, results, true))
+
+
+def test_a_step_is_two_launches(cuda):
+    with cuda.active():
+        optimizer, _ = make_step()
+        cuda.machine.launches()
+        optimizer.step()
+    devices, names = zip(*cuda.machine.launches(), strict=True)
+    assert devices == (0, 0)
+    assert ["norms_kernel" in names[0], "adamw_kernel" in names[1]] == [True, True]
+
+
+@pytest.mark.parametrize(("launch", "kernel"), [(1, "norms"), (2, "adamw")])
+def test_an_error_of_a_launch_names_the_kernel(cuda, launch, kernel):
+    with cuda.active():
+        optimizer, _ = make_step()
+        cuda.machine.fail(launch)
+        with pytest.raises(RuntimeError, match=f"kernel {kernel}: unspecified launch failure"):
+            optimizer.step()
+        optimizer.step()
+
+
+def test_every_kernel_is_run():
+    """By what the tests above do."""
+    cuda = backend()
+    cuda.machine.launches()
+    with cuda.active():
+        for dtype in (torch.float32, torch.float64):
+            everything(dtype)
+            everything(dtype, PLACES["each"])
+    run = {name for _, name in cuda.machine.launches()}
+    assert run == {name for names in cuda.kernels().values() for name in names}
+    assert len(run) > 10
