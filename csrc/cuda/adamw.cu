@@ -109,17 +109,19 @@ __device__ void advance_steps(const DeviceTable& table) {
   constexpr int ahead = 4;
   for (int64_t base = threadIdx.x; base < table.row_count; base += ahead * kThreads) {
     float* addresses[ahead];
-    float steps[ahead];
-#pragma unroll
-    for (int k = 0; k < ahead; ++k) {  // past the end, the last row is read in vain
-      const int64_t row = base + k * kThreads, last = table.row_count - 1;
-      addresses[k] = static_cast<float*>(row_of(table, row < last ? row : last).address(kStep));
-    }
-#pragma unroll
-    for (int k = 0; k < ahead; ++k) steps[k] = *addresses[k];
+    float steps[ahead] = {};
 #pragma unroll
     for (int k = 0; k < ahead; ++k) {
-      if (base + k * kThreads < table.row_count) *addresses[k] = steps[k] + 1.0f;
+      const int64_t row = base + k * kThreads;
+      addresses[k] = row < table.row_count ? static_cast<float*>(row_of(table, row).address(kStep)) : nullptr;
+    }
+#pragma unroll
+    for (int k = 0; k < ahead; ++k) {
+      if (addresses[k] != nullptr) steps[k] = *addresses[k];
+    }
+#pragma unroll
+    for (int k = 0; k < ahead; ++k) {
+      if (addresses[k] != nullptr) *addresses[k] = steps[k] + 1.0f;
     }
   }
 }
