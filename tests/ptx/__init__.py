@@ -59,15 +59,22 @@ class Machine:
             self.library.ptx_schedule(1, 0, False, 0)
 
     @contextmanager
-    def memory(self, device=0):
-        """Tensors are made on a device of the machine, which knows their ends."""
+    def memory(self):
+        """Make tensors on the machine's current device: it knows their ends."""
         self.library.ptx_allocate_here(1)
-        self.library.ptx_set_device(device)
+        try:
+            yield
+        finally:
+            self.library.ptx_allocate_here(0)
+
+    @contextmanager
+    def device(self, index):
+        """Make one of the two devices the current one of this thread."""
+        self.library.ptx_set_device(index)
         try:
             yield
         finally:
             self.library.ptx_set_device(0)
-            self.library.ptx_allocate_here(0)
 
     def synchronizations(self, name):
         """The barriers and fences of a kernel."""

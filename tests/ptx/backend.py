@@ -12,6 +12,11 @@ from trainops.device_table import Recent, uploaded
 from . import Machine, build
 
 
+def api_of_torch():
+    """How C++ reads tensors, where this PyTorch has it."""
+    return getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+
+
 class CudaBackend:
     """In place of the backend's module, while it is active."""
 
@@ -19,7 +24,7 @@ class CudaBackend:
         self.machine = Machine()
         path, self.texts = build.cuda_module()
         self.module = cuda_shim.load(path, "ptx._cuda")
-        self.configure(cuda.describe, getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
+        self.configure(cuda.describe, api_of_torch())
 
     def configure(self, describe, api):
         """Choose how the module sees tensors."""

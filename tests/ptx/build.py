@@ -64,7 +64,7 @@ def machine():
 
 
 def kernels(ptx):
-    """Compile the kernels of PTX and make them known to the machine, which must have been loaded."""
+    """Compile the kernels of PTX, and make them known to the machine in place of others of their names."""
     parts = [
         (HERE / name).read_text()
         for name in ("translate.py", "instructions.py", "forms.py", "arithmetic.h", "machine.h")
@@ -80,7 +80,7 @@ def kernels(ptx):
         subprocess.run([*command, str(ROOT / FOLDER / "machine" / "libptx_machine.so")], check=True)
         draft.replace(library)
         source.unlink()
-    return ctypes.CDLL(str(library))
+    ctypes.CDLL(str(library)).add()
 
 
 def cuda_module():

@@ -4,6 +4,8 @@
 
 #include "arithmetic.h"
 
+#define EXPORT __attribute__((visibility("default")))
+
 namespace ptx {
 
 enum class Access { read, write, atomic };
@@ -80,6 +82,6 @@ struct Kernel {
 };
 
 // Makes kernels known by their names; those of the same name are replaced.
-__attribute__((visibility("default"))) void add_kernels(const Kernel* kernels, u32 count);
+EXPORT void add_kernels(const Kernel* kernels, u32 count);
 
 }  // namespace ptx

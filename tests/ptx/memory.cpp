@@ -65,4 +65,5 @@ PTX_EXPORT void ptx_allocate_here(int here) {
   static c10::Allocator* const before = c10::GetCPUAllocator();
   c10::SetCPUAllocator(here != 0 ? &ours : before, 100);
 }
+PTX_EXPORT int ptx_get_device() { return ptx::current_device(); }
 PTX_EXPORT void ptx_set_device(int device) { ptx::make_current(device); }

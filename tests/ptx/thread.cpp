@@ -83,8 +83,7 @@ char* Thread::global(u64 address, u32 size, Access access, Site& site) {
   if (address % size != 0) fault(&site, "an access of " + std::to_string(size) + " bytes is not aligned");
   if (site.launch != launch_number() || address < site.begin || address + size > site.end) {
     const Allocation found = allocation_at(address);
-    if (found.end == 0) fault(&site, "an address where no tensor is");
-    if (address + size > found.end) fault(&site, "an access past the end of a tensor");
+    if (address + size > found.end) fault(&site, "an access outside of all tensors");
     if (found.device != current_device()) fault(&site, "memory of another device");
     site.begin = found.begin, site.end = found.end, site.launch = launch_number();
   }

@@ -119,5 +119,5 @@ def translate(ptx):
     for number, kernel in enumerate(kernels):
         lines += kernel.source(number)
     lines += ["const Kernel kernels[] = {", *(kernel.record(number) for number, kernel in enumerate(kernels)), "};"]
-    lines += [f"const bool added = (add_kernels(kernels, {len(kernels)}), true);", "}", ""]
+    lines += ["}", f'extern "C" EXPORT void add() {{ add_kernels(kernels, {len(kernels)}); }}', ""]
     return "\n".join(lines)

@@ -1,0 +1,233 @@
+"""The CUDA kernels have no races; each barrier and fence that is taken out, and other faults, are noticed."""
+
+import functools
+
+import pytest
+import torch
+from contract import same_bits
+from ptx import build
+from ptx.backend import api_of_torch
+from ptx_fixtures import backend
+from targets import thorough
+from test_cuda import after_steps, at_offset, everything, make_step, with_rows
+from torch import nn
+
+import trainops
+from trainops.backends import cuda as adapter
+
+
+@pytest.fixture
+def cuda():
+    return backend()
+
+
+def own_offset(x, role):
+    return at_offset(x, (3 + role) % 9)
+
+
+@thorough(lambda seed, dtype: seed > 0 and (dtype, seed) != (torch.bfloat16, 1))
+@pytest.mark.parametrize("seed", range(6))
+def test_no_race(cuda, dtype, seed):
+    with cuda.active(), cuda.machine.schedule(resident=8, seed=seed, races=True):
+        everything(dtype)
+        everything(dtype, own_offset)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_no_race_between_barriers(cuda, seed):
+    with cuda.active(), cuda.machine.schedule(resident=8, seed=seed, races=True):
+        for work in WORK.values():
+            work(cuda)
+
+
+# What takes every path between barriers. The machine runs 8 blocks at a time, and no more are launched.
+
+
+def step_of_groups(_):
+    """More chunks than blocks, whose groups and step counts change from one to the next."""
+    params = [nn.Parameter(torch.ones(100)) for _ in range(20)]
+    optimizer = trainops.AdamW([{"params": [p], "lr": 0.1 * i} for i, p in enumerate(params)], backend="cuda")
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.step()
+    return params
+
+
+def norms_of(cuda, kind, chunks):
+    """Norms of rows of so many chunks, of which all but the first have been added up before."""
+    tensors = [torch.ones(8192) for _ in chunks]
+    table = cuda.module.TensorTable([tensors])
+    rows, first_elements = (
+        torch.frombuffer(bytearray(words), dtype=torch.int64).clone()
+        for words in (table.row_words, table.chunk_words)
+    )
+    firsts = [sum(chunks[:row]) for row in range(len(chunks))]
+    rows.view(len(chunks), -1)[:, 0] = 8192 * torch.tensor(chunks)
+    rows.view(len(chunks), -1)[:, 1] = torch.tensor(firsts)
+    partials = torch.ones(sum(chunks), dtype=torch.float64)
+    counter = torch.zeros(1, dtype=torch.int32)
+    total, total_out, norms = torch.empty((), dtype=torch.float64), torch.empty(()), torch.empty(len(chunks))
+    words = rows.data_ptr(), first_elements.data_ptr()
+    outs = [x.data_ptr() for x in (counter, partials, total, total_out, norms)]
+    cuda.module.norms(table, words, 0, kind, 0, *outs, 0)
+    return [total, norms]
+
+
+def norms_of_long_rows(cuda):
+    """Rows that a thread, a warp and the block add up."""
+    results = [norms_of(cuda, kind, (2100, 20, 3, 2200)) for kind in ("l1", "l2", "inf")]
+    return [x for result in results for x in result]
+
+
+def drop_paths(_):
+    """More rows and more channels than blocks take at a time, in packs and one by one."""
+    shapes = [(18, 64, 32), (18, 64, 33), (1, 2, 320), (1, 2, 321)]
+    operands = [[torch.ones(shape, dtype=dtype), torch.ones(shape[-1], dtype=dtype)] for shape in shapes
+                for dtype in (torch.float32, torch.float64)]  # fmt: skip
+    return [result for x, scale in operands for result in with_rows(x, x, scale)]
+
+
+WORK = {
+    "adamw": lambda cuda: [*after_steps(), *step_of_groups(cuda)],
+    "clip_grad_norm": norms_of_long_rows,
+    "drop_path_backward": drop_paths,
+    "drop_path": lambda cuda: [],
+    "ema": lambda cuda: [],
+}
+
+# Barriers and fences without which nothing can go wrong, by their place in the source, and why.
+REDUNDANT = {
+    ("bar.sync", "common.cuh", "clip_grad_norm.cu:165"): (
+        "is_last_block waits for what all threads of a block have written; the partial sums are written by thread 0, "
+        "which also counts the block"
+    ),
+}
+
+
+def reason(site):
+    places = site.where.split(", inlined at ")
+    return next((
+        why for (opcode, file, line), why in REDUNDANT.items()
+        if site.opcode == opcode and f"/{file}:" in places[0] and places[-1].endswith(f"/{line}")
+    ), None)  # fmt: skip
+
+
+@functools.cache
+def sites():
+    cuda = backend()
+    return [(stem, site) for stem, names in cuda.kernels().items() for name in names
+            for site in cuda.machine.synchronizations(name)]  # fmt: skip
+
+
+def is_noticed(cuda, stem, site):
+    """Whether it makes a difference to leave it out: a fault."""
+    with cuda.active(), cuda.machine.schedule(resident=8, races=True), cuda.machine.without(site):
+        try:
+            WORK[stem](cuda)
+        except RuntimeError:
+            return True
+    return False
+
+
+def test_every_barrier_and_fence_is_needed(cuda):
+    found = sites()
+    assert len(found) > 30
+    unnoticed = [site for stem, site in found if not is_noticed(cuda, stem, site)]
+    unexplained = [site for site in unnoticed if reason(site) is None]
+    assert not unexplained
+    assert {reason(site) for site in unnoticed} == set(REDUNDANT.values())
+
+
+def test_without_a_fence_the_race_is_told(cuda):
+    stem, site = next((stem, site) for stem, site in sites() if site.opcode == "membar.gl" and stem == "adamw")
+    with (
+        cuda.active(),
+        cuda.machine.schedule(resident=8, races=True),
+        cuda.machine.without(site),
+        pytest.raises(RuntimeError) as error,
+    ):
+        WORK[stem](cuda)
+    text = str(error.value)
+    assert "adamw_kernel" in text
+    assert "race in global memory" in text
+    assert text.count("adamw.cu:") >= 2  # where each of the two threads was
+    assert text.count("block ") >= 2
+
+
+# Faults that are planted, and noticed
+
+
+def test_memory_of_another_device(cuda):
+    with cuda.active():
+        optimizer, _ = make_step()
+        with cuda.machine.device(1):
+            elsewhere = torch.ones(100)
+        with pytest.raises(RuntimeError, match="memory of another device"):
+            trainops.ema_update_([torch.ones(100)], [elsewhere], 0.5, backend="cuda")
+        optimizer.step()
+
+
+def test_each_device_runs_its_own(cuda):
+    """The launch goes to the device that the tensors say they are on, and the current one is as before."""
+
+    def of_device_1(tensor):
+        *description, _, shape, strides = adapter.describe(tensor)
+        return (*description, 1, shape, strides)
+
+    with cuda.active():
+        cuda.machine.launches()
+        cuda.configure(of_device_1, None)
+        try:
+            with cuda.machine.device(1):
+                out, branch, mask = torch.zeros(3, 100), torch.ones(3, 100), torch.tensor([0.0, 2.0, 2.0])
+            for current in (0, 1):
+                with cuda.machine.device(current):
+                    cuda.module.drop_path(out, None, branch, None, mask, 0, 3, 100, 1, 0)
+                    assert cuda.machine.library.ptx_get_device() == current
+        finally:
+            cuda.configure(adapter.describe, api_of_torch())
+        assert [device for device, _ in cuda.machine.launches()] == [1, 1]
+        assert out.eq(torch.tensor([[0.0], [2.0], [2.0]])).all()
+
+
+@pytest.mark.parametrize("numel", [8, 100, 1025])
+def test_one_element_past_the_end(cuda, numel):
+    with cuda.active():
+        tensor = torch.ones(numel)
+        table = cuda.module.TensorTable([[tensor]])
+        rows, chunks = (torch.frombuffer(bytearray(words), dtype=torch.int64).clone()
+                        for words in (table.row_words, table.chunk_words))  # fmt: skip
+        words = rows.data_ptr(), chunks.data_ptr()
+        cuda.module.clamp(table, words, 0.5, 0)
+        assert tensor.eq(0.5).all()
+        rows[0] += 1
+        with pytest.raises(RuntimeError, match="outside of all tensors"):
+            cuda.module.clamp(table, words, 0.5, 0)
+
+
+def test_a_misaligned_vector_access(cuda):
+    """The kernels ask whether addresses are multiples of 16; here they ask for multiples of 1."""
+    asks = ", 15;"
+    lines = [line.replace(asks, ", 0;") if "and.b64" in line else line for line in cuda.texts["ema"].splitlines()]
+    faulty = "\n".join(lines)
+    assert faulty != cuda.texts["ema"].rstrip("\n")
+    build.kernels(faulty)
+    try:
+        with cuda.active():
+            averages, others = ([at_offset(torch.ones(1000), 1)] for _ in range(2))
+            with pytest.raises(RuntimeError, match="an access of 16 bytes is not aligned"):
+                trainops.ema_update_(averages, others, 0.5, backend="cuda")
+    finally:
+        build.kernels(cuda.texts["ema"])
+    with cuda.active():
+        trainops.ema_update_(*([at_offset(torch.ones(1000), 1)] for _ in range(2)), 0.5, backend="cuda")
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_grid_one_block_short(cuda, missing):
+    with cuda.active():
+        true = after_steps()
+        with cuda.machine.schedule(missing_blocks=missing):
+            results = after_steps()
+    assert all(map(same_bits, results, true)) == (missing == 0)
