@@ -227,6 +227,7 @@ EXPECTED = {
     "max.T": lambda k, a, b: extremum(max, wins=False)(k, a, b) if k in FLOATS else max(a, b),
     "neg.T": lambda k, a: a ^ 1 << forms.WIDTHS[k] - 1 if k in FLOATS else -a,
     "abs.T": lambda k, a: a & quiet(k) if k in FLOATS else abs(a),
+    "abs.ftz.T": arithmetic(lambda a: abs(a) if abs(a) >= np.finfo(np.float32).tiny or np.isnan(a) else 0),
     "add[.rn].T": arithmetic(lambda a, b: a + b),
     "sub[.rn].T": arithmetic(lambda a, b: a - b),
     "mul[.rn].T": arithmetic(lambda a, b: a * b),

@@ -128,7 +128,9 @@ def plan(
         if skip is not None:
             tl.store(skip, skipped)
         if skipped_steps is not None:
-            tl.store(skipped_steps, tl.load(skipped_steps) + tl.where(skipped, 1, 0))
+            count = tl.load(skipped_steps)
+            tl.debug_barrier()  # all threads load it, and one stores
+            tl.store(skipped_steps, count + tl.where(skipped, 1, 0))
     else:
         if partials is not None:
             first, last = chunks_of_row(rows, row, WORDS, CHUNK)

@@ -37,7 +37,10 @@ class Machine:
         return ctypes.c_void_p(found)
 
     def run(self, name, blocks, threads, *arguments, shared_bytes=0):
-        """Launch a kernel with tensors, or numbers as `struct` packs them. A fault is a RuntimeError."""
+        """Launch a kernel with tensors, or numbers as `struct` packs them. A fault is a RuntimeError.
+
+        Parameters that are left out at the end are zeros.
+        """
         kernel = self.kernel(name)
         packed = bytearray()
         for index, argument in enumerate(arguments):
@@ -45,7 +48,7 @@ class Machine:
             offset = self.library.ptx_parameter(kernel, index, 0)
             assert len(content) == self.library.ptx_parameter(kernel, index, 1)
             packed[len(packed) :] = bytes(offset - len(packed)) + content
-        fault = self.library.ptx_run(kernel, blocks, threads, bytes(packed) + bytes(8), shared_bytes)
+        fault = self.library.ptx_run(kernel, blocks, threads, bytes(packed) + bytes(64), shared_bytes)
         if fault is not None:
             raise RuntimeError(fault.decode())
 

@@ -204,6 +204,10 @@ template <typename Integer>
 Integer magnitude(Integer bits) {
   return bits & low_bits<Integer>(width<Integer> - 1);
 }
+template <typename T>
+T without_subnormals(T a) {
+  return std::fpclassify(a) == FP_SUBNORMAL ? std::copysign(T(0), a) : a;
+}
 // A NaN loses, and -0 is smaller than +0.
 template <typename T>
 T smaller(T a, T b) {

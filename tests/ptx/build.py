@@ -80,7 +80,9 @@ def kernels(ptx):
         subprocess.run([*command, str(ROOT / FOLDER / "machine" / "libptx_machine.so")], check=True)
         draft.replace(library)
         source.unlink()
-    ctypes.CDLL(str(library)).add()
+    loaded = ctypes.CDLL(str(library))
+    loaded.add()
+    return loaded
 
 
 def cuda_module():

@@ -59,6 +59,7 @@ min.NaN.T                 f32               -         T <- T T            nan(a,
 max.NaN.T                 f32               -         T <- T T            nan(a, b) ? quiet_nan<T>() : larger(a, b)
 neg.T                     float             -         B <- B              negative(a)
 abs.T                     float             -         B <- B              magnitude(a)
+abs.ftz.T                 f32               -         T <- T              without_subnormals(std::fabs(a))
 and.T                     bits pred         -         T <- T T            a & b
 or.T                      bits pred         -         T <- T T            a | b
 xor.T                     bits pred         -         T <- T T            a ^ b

@@ -151,6 +151,10 @@ class Instructions:
             arguments = ", ".join(f"u32({self.value(operand)})" for operand in operands[1:])
             call = f"t.shuffle(Shuffle::{found[1]}, {arguments}, inside, {self.site(opcode)})"
             return f"bool inside; {self.value(targets[0])} = {call};{inside}"
+        if opcode == "ldmatrix.sync.aligned.m8n8.x4.shared.b16":
+            targets = [self.value(target) for target in in_braces(operands[0])]
+            moves = " ".join(f"{target} = rows[{i}];" for i, target in enumerate(targets))
+            return f"u32 rows[4]; t.load_matrices({self.address(operands[1])}, rows, {self.site(opcode)}); {moves}"
         if opcode == "vote.sync.ballot.b32":
             target, vote, mask = map(self.value, operands)
             return f"{target} = t.ballot({vote}, {mask}, {self.site(opcode)});"
@@ -172,15 +176,16 @@ class Instructions:
             raise ValueError("number of values")
         item = forms.WIDTHS[kind] // 8
         stored = kind if kind[0] in "us" else f"b{8 * item}"
-        access = f"Access::{'read' if loads else 'write'}, "
-        access = "" if found["space"] == "param" and loads else access
         place = {"param": "parameter", None: "generic"}.get(found["space"], found["space"])
-        code = (
-            f"const auto m = t.{place}({self.address(address)}, {item * len(values)}, {access}{self.site(opcode)});"
-        )
+        where, size = self.address(address), item * len(values)
+        if loads:
+            access = "" if place == "parameter" else "Access::read, "
+            code = f"const auto m = t.{place}({where}, {size}, {access}{self.site(opcode)});"
+            for i, value in enumerate(values):
+                if value != "_":
+                    code += f" set<{stored}>({self.value(value)}, read<{stored}>(m + {i * item}));"
+            return code
+        code = f"char v[{size}];"
         for i, value in enumerate(values):
-            if loads and value != "_":
-                code += f" set<{stored}>({self.value(value)}, read<{stored}>(m + {i * item}));"
-            elif not loads:
-                code += f" write<{stored}>(m + {i * item}, get<{stored}>({self.value(value)}));"
-        return code
+            code += f" write<{stored}>(v + {i * item}, get<{stored}>({self.value(value)}));"
+        return f"{code} std::memcpy(t.{place}({where}, {size}, Access::write, {self.site(opcode)}, v), v, {size});"

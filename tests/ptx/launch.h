@@ -65,7 +65,8 @@ u64 launch_number();
 class Races {
  public:
   virtual ~Races() = default;
-  virtual void access(u32 thread, u64 address, u32 size, Access access, const Site& site) = 0;
+  // `is_there`: a write stores what the memory holds.
+  virtual void access(u32 thread, u64 address, u32 size, Access access, const Site& site, bool is_there) = 0;
   virtual void meet(const std::vector<u32>& threads) = 0;  // at a barrier
   virtual void fence(u32 thread, Scope scope) = 0;
   virtual void atomic(u32 thread, u64 address, Order order, Scope scope) = 0;

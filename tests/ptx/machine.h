@@ -27,11 +27,12 @@ struct __attribute__((visibility("default"))) Thread {
   const char* parameters;
   u32 parameter_bytes;
 
-  // Where bytes lie in the host's memory. A fault unless the access is aligned to its size and inside of what is
-  // there.
-  char* global(u64 address, u32 size, Access access, Site& site);
-  char* shared(u32 offset, u32 size, Access access, Site& site);
-  char* generic(u64 address, u32 size, Access access, Site& site);  // of global memory, or of the parameters
+  // Where bytes lie in the host's memory, for reading or for what is to be stored there. A fault unless the access is
+  // aligned to its size and inside of what is there.
+  char* global(u64 address, u32 size, Access access, Site& site, const char* stored = nullptr);
+  char* shared(u32 offset, u32 size, Access access, Site& site, const char* stored = nullptr);
+  char* generic(u64 address, u32 size, Access access, Site& site,
+                const char* stored = nullptr);  // of global memory, or of the parameters
   const char* parameter(u64 offset, u32 size, Site& site);
 
   void barrier(u32 index, Site& site);
@@ -39,6 +40,7 @@ struct __attribute__((visibility("default"))) Thread {
   void fence(Scope scope, Site& site);
   void warp_barrier(u32 mask, Site& site);
   u32 shuffle(Shuffle kind, u32 value, u32 operand, u32 limits, u32 mask, bool& inside, Site& site);
+  void load_matrices(u32 row, u32 (&found)[4], Site& site);
   u32 ballot(bool value, u32 mask, Site& site);
   [[noreturn]] void trap(Site& site);
 

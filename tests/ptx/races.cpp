@@ -8,6 +8,7 @@
 //
 // Two accesses of a byte are a race if one writes, not both are atomic, and neither is before the other. After a
 // thread's own atomic on an address, its plain accesses there come after all atomics that this one came after.
+// Two writes of the same bytes are none: Triton lets all threads that hold a result store it.
 #include <algorithm>
 #include <memory>
 #include <unordered_map>
@@ -49,8 +50,8 @@ class Detector final : public Races {
     for (ThreadState& state : threads_) state.others = nothing;
   }
 
-  void access(u32 thread, u64 address, u32 size, Access access, const Site& site) override {
-    for (u64 at = address; at < address + size; ++at) access_byte(thread, at, access, site);
+  void access(u32 thread, u64 address, u32 size, Access access, const Site& site, bool is_there) override {
+    for (u64 at = address; at < address + size; ++at) access_byte(thread, at, access, site, is_there);
   }
 
   void meet(const std::vector<u32>& met) override {
@@ -98,12 +99,12 @@ class Detector final : public Races {
     return event.time == 0 || event.thread == thread || (*threads_[thread].others)[event.thread] >= event.time;
   }
 
-  void access_byte(u32 thread, u64 address, Access access, const Site& site) {
+  void access_byte(u32 thread, u64 address, Access access, const Site& site, bool is_there) {
     auto& page = pages_[address >> 10];
     if (!page) page.reset(new Byte[1 << 10]);
     Byte& byte = page[address & 1023];
     const Event event{thread, threads_[thread].time, &site};
-    if (!(access == Access::atomic && byte.atomic) && !is_before(byte.write, thread)) {
+    if (!(access == Access::atomic && byte.atomic) && !is_there && !is_before(byte.write, thread)) {
       report(event, address, byte.write, access == Access::read ? "reads" : "writes", "wrote");
     }
     if (access == Access::read) return add_reader(byte, event);

@@ -78,7 +78,11 @@ void fault(const Site* site, const std::string& what) {
 }
 void fault_of_division() { fault(nullptr, "division by zero"); }
 
-char* Thread::global(u64 address, u32 size, Access access, Site& site) {
+bool is_there(const char* bytes, const char* stored, u32 size) {
+  return stored != nullptr && std::memcmp(bytes, stored, size) == 0;
+}
+
+char* Thread::global(u64 address, u32 size, Access access, Site& site, const char* stored) {
   maybe_interrupt();
   if (address % size != 0) fault(&site, "an access of " + std::to_string(size) + " bytes is not aligned");
   if (site.launch != launch_number() || address < site.begin || address + size > site.end) {
@@ -87,26 +91,30 @@ char* Thread::global(u64 address, u32 size, Access access, Site& site) {
     if (found.device != current_device()) fault(&site, "memory of another device");
     site.begin = found.begin, site.end = found.end, site.launch = launch_number();
   }
-  if (races()) races()->access(id, address, size, access, site);
-  return reinterpret_cast<char*>(address);
+  char* const bytes = reinterpret_cast<char*>(address);
+  if (races()) races()->access(id, address, size, access, site, is_there(bytes, stored, size));
+  return bytes;
 }
 
-char* Thread::shared(u32 offset, u32 size, Access access, Site& site) {
+char* Thread::shared(u32 offset, u32 size, Access access, Site& site, const char* stored) {
   maybe_interrupt();
   Block& own = own_block();
   if (offset % size != 0) fault(&site, "an access of " + std::to_string(size) + " bytes is not aligned");
   if (u64{offset} + size > own.shared.size()) fault(&site, "an access past the end of shared memory");
-  if (races()) races()->access(id, shared_address(block, offset), size, access, site);
+  char* const bytes = own.shared.data() + offset;
+  if (races()) {
+    races()->access(id, shared_address(block, offset), size, access, site, is_there(bytes, stored, size));
+  }
   const auto written = own.written.begin() + offset;
   if (access == Access::write) std::fill(written, written + size, 1);
   if (std::find(written, written + size, 0) != written + size)
     fault(&site, "shared memory is read before it is written");
-  return own.shared.data() + offset;
+  return bytes;
 }
 
-char* Thread::generic(u64 address, u32 size, Access access, Site& site) {
+char* Thread::generic(u64 address, u32 size, Access access, Site& site, const char* stored) {
   const u64 first = reinterpret_cast<u64>(parameters);
-  if (address < first || address + size > first + parameter_bytes) return global(address, size, access, site);
+  if (address < first || address + size > first + parameter_bytes) return global(address, size, access, site, stored);
   if (address % size != 0) fault(&site, "a parameter is not aligned");
   if (access != Access::read) fault(&site, "parameters are not to be written");
   return reinterpret_cast<char*>(address);
@@ -148,6 +156,18 @@ u32 Thread::shuffle(Shuffle kind, u32 value, u32 operand, u32 limits, u32 mask, 
   if (!inside) return value;
   if ((mask >> from & 1) == 0) fault(&site, "a lane reads one that is not in its mask");
   return values[from];
+}
+
+// Four matrices of 8 rows of 16 bytes: lane i knows where row i % 8 of matrix i / 8 is, and gets the 4 bytes at
+// i % 4 of each matrix's row i / 4.
+void Thread::load_matrices(u32 row, u32 (&found)[4], Site& site) {
+  if (row % 16 != 0) fault(&site, "a row of a matrix is not aligned");
+  const u32 lane = thread % kWarp;
+  u32 rows[kWarp];
+  std::copy_n(exchange(row, ~u32(0), site), kWarp, rows);
+  for (u32 matrix = 0; matrix < 4; ++matrix) {
+    found[matrix] = read<u32>(shared(rows[8 * matrix + lane / 4] + 4 * (lane % 4), 4, Access::read, site));
+  }
 }
 
 u32 Thread::ballot(bool value, u32 mask, Site& site) {

@@ -111,8 +111,8 @@ def translate(ptx):
             depth, end = depth + (1 if brace[0] == "{" else -1), brace.end()
         entries.append((*head.groups(), ptx[head.end() : end - 1]))
     outside = re.split(r"\.section\b", outside + ptx[end:])[0]
-    if found := re.search(r"\.func\b|\.global\b|\.const\b", outside):
-        raise UnknownError(f"directive {found[0]}")
+    if re.search(r"\.func\b", outside):
+        raise UnknownError("directive .func")
     symbols = re.findall(r"(\.shared [^;]*);", outside)
     kernels = [Entry(*entry, symbols, files) for entry in entries]
     lines = ['#include "machine.h"', "using namespace ptx;", "namespace {"]
