@@ -137,6 +137,9 @@ def arithmetic(function):
 
 
 def fused(kind, a, b, c):
+    if kind not in FLOATS and not np.isfinite([a, b, c]).all():
+        with np.errstate(all="ignore"):
+            return rounded(kind, np.float64(a) * np.float64(b) + np.float64(c))
     if not (np.isfinite(a) and np.isfinite(b) and np.isfinite(c)):
         return arithmetic(lambda a, b, c: a * b if not np.isfinite(a * b) and np.isfinite(c) else a * b + c)(kind, *(
             FLOATS["f64"](x) if np.isfinite(x) else x for x in (a, b)), c)  # fmt: skip
@@ -277,6 +280,10 @@ def expected(row, chosen, form, operands):
         if kind in MANTISSAS:
             return rounded(kind, Fraction(operands[0]) if isinstance(operands[0], int) else operands[0])
         return operands[0]
+    if kind in ("f16x2", "bf16x2"):
+        half = kind[:-2]
+        high, low = (fused(half, *(decode(half, x >> shift & 0xFFFF) for x in operands)) for shift in (16, 0))
+        return high << 16 | low
     return EXPECTED[row.form](kind, *operands)
 
 
@@ -294,6 +301,9 @@ def operands_of(row, form):
         columns[2] = [0x3210, 0x7654, 0x0123, 0xFEDC, 0x8B4C, 0xFFFF1234]
     if row.form == "lop3.T":
         columns[3] = TABLES
+    if row.form == "fma.rn.T" and form.sources[0] == "b32":
+        halves = values_of("f16")
+        columns = [[x << 16 | y for x, y in zip(halves, halves[i:] + halves[:i], strict=True)] for i in (1, 4, 5)]
     if len(columns) > 2:
         columns = [column if len(column) < 12 else column[::2] for column in columns]
     combinations = itertools.product(*columns)

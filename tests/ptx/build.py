@@ -67,7 +67,7 @@ def kernels(ptx):
     """Compile the kernels of PTX, and make them known to the machine in place of others of their names."""
     parts = [
         (HERE / name).read_text()
-        for name in ("translate.py", "instructions.py", "forms.py", "arithmetic.h", "machine.h")
+        for name in ("translate.py", "instructions.py", "forms.py", "arithmetic.h", "floats.h", "machine.h")
     ]
     key = hashlib.sha256("\n".join([ptx, *parts, compiler_version(), *FLAGS]).encode()).hexdigest()[:24]
     library = ROOT / FOLDER / "kernels" / f"{key}.so"

@@ -1,7 +1,7 @@
 """The instructions that compute a value from values, as a table to be read beside NVIDIA's PTX manual.
 
 Each row has the form of an opcode, the types that ``T`` may be (and ``F``, the type converted from), the operands,
-and the result as a C++ expression of the sources ``a`` to ``d``, with functions of ``arithmetic.h``. ``[...]`` may be
+and the result as a C++ expression of the sources ``a`` to ``d``, with functions of the headers. ``[...]`` may be
 left out. Among operands, ``W`` is the integer of twice T's width, and ``B`` the bits of T. ``E``, ``C``, ``U`` and
 ``K`` are comparisons: of bits, signed integers, unsigned integers, and floats.
 """
@@ -50,6 +50,8 @@ sub[.rn].T                float             -         T <- T T            a - b
 mul[.rn].T                float             -         T <- T T            a * b
 div.rn.T                  float             -         T <- T T            a / b
 fma.rn.T                  float             -         T <- T T T          std::fma(a, b, c)
+fma.rn.T                  f16 bf16          -         T <- T T T          fused(a, b, c)
+fma.rn.T                  f16x2 bf16x2      -         B <- B B B          fused_pairs<T>(a, b, c)
 sqrt.rn.T                 float             -         T <- T              std::sqrt(a)
 rcp.rn.T                  float             -         T <- T              T(1) / a
 rcp.approx.ftz.T          f64               -         T <- T              coarse_reciprocal(a)
@@ -84,6 +86,7 @@ setp.E.T                  bits              -         pred <- T T         E(a, b
 setp.C.T                  signed            -         pred <- T T         C(a, b)
 setp.U.T                  unsigned          -         pred <- T T         U(a, b)
 setp.K.T                  float             -         pred <- T T         K(a, b)
+setp.K.T                  f16               -         pred <- T T         K(widen(a), widen(b))
 selp.T                    int bits          -         T <- T T pred       c ? a : b
 selp.T                    float             -         B <- B B pred       c ? a : b
 mov.T                     int bits pred     -         T <- T              a
@@ -97,7 +100,9 @@ cvt.rpi.T.F               any               float     T <- F              to_int
 cvt.rn.T.F                f32               f64       T <- F              T(a)
 cvt.T.F                   f64               f32       T <- F              T(a)
 cvt.T.F                   f32               f16 bf16  T <- F              widen(a)
+cvt.T.F                   f64               f16       T <- F              T(widen(a))
 cvt.rn.T.F                f16 bf16          f32       T <- F              narrow<T>(a)
+cvt.rn.T.F                f16               f64       T <- F              narrow<T>(to_odd(a))
 cvt.rn.T.F                f16x2 bf16x2      f32       B <- F F            pair_of<T>(a, b)
 """
 

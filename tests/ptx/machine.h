@@ -2,7 +2,7 @@
 // them.
 #pragma once
 
-#include "arithmetic.h"
+#include "floats.h"
 
 #define EXPORT __attribute__((visibility("default")))
 
