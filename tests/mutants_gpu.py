@@ -314,8 +314,8 @@ TRITON_AND_CUDA = [
                 "*addresses[k] = steps[0] + 1.0f;",
             ),
             "cuda: the last step count": (
-                "if (base + k * kThreads < table.row_count) *addresses",
-                "if (base + k * kThreads < table.row_count - 1) *addresses",
+                "row < table.row_count ? static_cast<float*>",
+                "row < table.row_count - 1 ? static_cast<float*>",
             ),
         },
     ),

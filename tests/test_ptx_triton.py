@@ -14,6 +14,8 @@ from targets import thorough
 if cuda_shim.compiler() is None or importlib.util.find_spec("triton") is None or torch.cuda.is_available():
     pytest.skip("no C++ compiler, no Triton, or there is a GPU", allow_module_level=True)
 
+pytestmark = thorough(lambda **_: True)  # for now: they take half a minute of one core
+
 # In a process of its own, whose Triton does not interpret.
 PROGRAM = """
 import sys
