@@ -312,7 +312,11 @@ C_PLUS_PLUS = [
                 "amsgrad ? PyDict_GetItem(own, names_.max_exp_avg_sq) : Py_None",
                 "Py_None",
             ),
-            "tables: averages found are not counted": ("    averaged += average != nullptr;\n", ""),
+            "tables: averages found are not counted": (
+                "    averaged += average != nullptr;\n",
+                "",
+                "the count spares a look at every parameter, and changes no number",
+            ),
         },
     ),
 ]

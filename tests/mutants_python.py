@@ -6,6 +6,11 @@ REFERENCE = tests_of("adamw", "ema", "clip_grad", k="reference-cpu")
 
 PYTHON = [
     *planted(
+        "trainops/reference.py",
+        tests_of("reference", k="reference-cpu"),
+        {"reference: a learning rate in float32": ("lr = scalar(lr, device) if", "lr = lr.float() if")},
+    ),
+    *planted(
         "trainops/backends/reference.py",
         tests_of("reference", "adamw", "ema", "clip_grad", k="reference-cpu"),
         {
@@ -43,7 +48,6 @@ PYTHON = [
             "reference: bias correction at the old step": ("    t = step + 1\n", "    t = step + 2\n"),
             "reference: EMA the wrong way": ("torch.lerp(old, new, 1 - decay)", "torch.lerp(new, old, 1 - decay)"),
             "reference: skipped values are written": ("torch.where(skip.to(target.device), target, value)", "value"),
-            "reference: a learning rate in float32": ("lr = scalar(lr, device) if", "lr = lr.float() if"),
             "reference: unclipped": ("torch.clamp(max_norm /", "torch.clamp(1e30 + max_norm /"),
             "reference: norm of the norms' sum": (
                 "return vector_norm(norms, norm_type), norms",
