@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent / "csrc"))
 from ninja_build import ROOT, answer, build_module, max_jobs
 from nvcc import Nvcc
 
-BACKENDS = {"trainops._cpu": "cpu", "trainops._cuda": "cuda"}
+BACKENDS = {"trainops._core": "core", "trainops._cpu": "cpu", "trainops._cuda": "cuda"}
 DARWIN = platform.system() == "Darwin"
 
 
@@ -43,13 +43,22 @@ def sources(*patterns: str) -> list[str]:
     return sorted(path.relative_to(ROOT).as_posix() for pattern in patterns for path in ROOT.glob(pattern))
 
 
+def core_extension() -> Pybind11Extension:
+    return Pybind11Extension(
+        "trainops._core",
+        sources("csrc/core/*.cpp"),
+        cxx_std=17,
+        extra_compile_args=["-O3", "-fvisibility=hidden", "-Wall"],
+    )
+
+
 def cpu_extension() -> Pybind11Extension:
     # Contraction to fused multiply-add is off so that every instruction set gives the same bits.
     flags = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
     openmp = [] if DARWIN else ["-fopenmp", "-pthread"]
     return Pybind11Extension(
         "trainops._cpu",
-        sources("csrc/bindings_cpu.cpp", "csrc/cpu/*.cpp"),
+        sources("csrc/cpu/*.cpp"),
         cxx_std=17,
         extra_compile_args=flags + openmp,
         extra_link_args=[*openmp, *([] if DARWIN else ["-ldl"])],
@@ -59,7 +68,7 @@ def cpu_extension() -> Pybind11Extension:
 def cuda_extension() -> Pybind11Extension:
     return Pybind11Extension(
         "trainops._cuda",
-        sources("csrc/bindings_cuda.cpp", "csrc/cuda/*.cu"),
+        sources("csrc/cuda/module.cpp", "csrc/cuda/*.cu"),
         cxx_std=17,
         extra_compile_args=["-O3", "-fvisibility=hidden", "-Wall"],
         # Static, so that the module loads where there is no CUDA, and beside any version that torch brings.
@@ -138,4 +147,4 @@ class BuildBackends(build_ext):
         super().copy_extensions_to_source()
 
 
-setup(ext_modules=[cpu_extension(), cuda_extension()], cmdclass={"build_ext": BuildBackends})
+setup(ext_modules=[core_extension(), cpu_extension(), cuda_extension()], cmdclass={"build_ext": BuildBackends})

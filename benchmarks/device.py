@@ -15,7 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import trainops
-from trainops.backends import serving
+from trainops.adapters import serving
 
 Step = Callable[[], object]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from trainops.backends.cpu import _cpu
+from trainops.adapters.cpu import _cpu
 
 from .inspect_cache import key_of, remembered
 

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from trainops.backends import check
+from trainops.adapters import check
 
 from . import report
 from .device import environment, open_device

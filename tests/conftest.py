@@ -11,7 +11,7 @@ from targets import INTERPRETER, TARGETS
 from triton_fixtures import device, divide, launches, small_blocks, tables, uploads  # noqa: F401 (fixtures)
 
 import trainops
-from trainops.backends import triton as triton_backend
+from trainops.adapters import triton as triton_backend
 
 # Shapes that have broken kernels before: scalars, nothing, one element, vector tails, several chunks, many tensors.
 SHAPES = {

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from trainops import reference as formulas
-from trainops.backends import reference as kernels
+from trainops.adapters import pytorch as kernels
 
 NARROW = (torch.bfloat16, torch.float16)
 COLUMNS = ("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "averages")

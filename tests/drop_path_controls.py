@@ -7,8 +7,8 @@ import torch
 from controls import cut_off
 from targets import thorough
 
-from trainops.backends import reference as kernels
-from trainops.backends.reference import drop_path, drop_path_backward
+from trainops.adapters import pytorch as kernels
+from trainops.adapters.pytorch import drop_path, drop_path_backward
 
 # The contract has two rules, and each has two dtypes.
 two_dtypes = thorough(lambda dtype, **_: dtype in (torch.float64, torch.float16))

@@ -23,7 +23,7 @@ if not torch.cuda.is_available() and cuda_shim.compiler():
     SHIM = cuda_shim.Shim(path)
 
 import trainops  # noqa: E402 (finds what has been chosen)
-from trainops.backends import triton as triton_backend  # noqa: E402
+from trainops.adapters import triton as triton_backend  # noqa: E402
 
 
 class Target(NamedTuple):

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 import trainops
-from trainops.backends import check, select
+from trainops.adapters import check, select
 
 # `trainops.backends` is the function; the module of the same name is found here.
-dispatch = importlib.import_module("trainops.backends")
-build = importlib.import_module("trainops.backends._build")
-reference = importlib.import_module("trainops.backends.reference")
-cpu = importlib.import_module("trainops.backends.cpu")
+dispatch = importlib.import_module("trainops.adapters")
+build = importlib.import_module("trainops._extensions")
+reference = importlib.import_module("trainops.adapters.pytorch")
+cpu = importlib.import_module("trainops.adapters.cpu")
 
 needs_cpu = pytest.mark.skipif(not cpu.probe().available, reason=f"backend cpu: {cpu.probe().reason}")
 

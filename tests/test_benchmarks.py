@@ -19,7 +19,7 @@ from benchmarks.models import MODELS, numel
 from benchmarks.runner import Case, NotHere, Provider, measure, message, relative
 from benchmarks.saved import fastest, noise, ratio, share, verdict
 from benchmarks.saved import relative as relative_of
-from trainops.backends import NAMES
+from trainops.adapters import NAMES
 
 COUNTS = {
     "1,000 small tensors": (1000, 544_000),

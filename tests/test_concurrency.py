@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import trainops
-from trainops.backends import cpu, select
+from trainops.adapters import cpu, select
 from trainops.device_table import Recent
 
 SHORT, LONG = 20, 40  # seconds that a child of the test, and one that has a child of its own, may take

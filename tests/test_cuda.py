@@ -19,7 +19,7 @@ from targets import SHIM, thorough
 from torch import nn
 
 import trainops
-from trainops.backends import select
+from trainops.adapters import select
 
 needs_shim = pytest.mark.skipif(SHIM is None, reason="the CUDA kernels are not compiled for the CPU")
 DEVICE = "cuda" if SHIM is None else "cpu"
@@ -324,7 +324,7 @@ def test_under_a_sanitizer(sanitizer, library, monkeypatch):
 # Run in an interpreter of its own, which finds what `setup.py` built.
 PROBE = """
 import json, torch, trainops
-from trainops.backends import cuda
+from trainops.adapters import cuda
 found = trainops.backends()["cuda"]
 try:
     trainops.get_total_norm(torch.ones(3), backend="cuda")

@@ -28,7 +28,7 @@ from targets import INTERPRETER, KERNELS, REFERENCE, thorough
 from test_drop_path_gradients import check_gradients
 
 import trainops
-from trainops.backends import select
+from trainops.adapters import select
 
 # Samples that are no whole packs, samples of which a chunk has several, and samples of several chunks.
 CASES = [

@@ -13,7 +13,7 @@ from surroundings import MARGIN, Surrounded
 from targets import REFERENCE, over_kernels
 
 import trainops
-from trainops.backends import select
+from trainops.adapters import select
 
 NUMELS = (1, 37, 4096 + 5, 8192, 8192 + 4096 + 3)
 

@@ -9,7 +9,7 @@ from contract import same_bits
 from torch import nn
 
 import trainops
-from trainops.backends import cpu, select
+from trainops.adapters import cpu, select
 
 pytestmark = [
     pytest.mark.large,

@@ -13,7 +13,7 @@ from test_cuda import after_steps, at_offset, everything, make_step, with_rows
 from torch import nn
 
 import trainops
-from trainops.backends import cuda as adapter
+from trainops.adapters import cuda as adapter
 
 pytestmark = thorough(lambda **_: True)  # for now: they take a minute of one core
 

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 import trainops
 from trainops import reference
-from trainops.backends import select
+from trainops.adapters import select
 
 EPS = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 

@@ -7,7 +7,7 @@ from targets import over_cpu_targets, thorough
 from torch import nn
 
 import trainops
-from trainops.backends import cpu, select
+from trainops.adapters import cpu, select
 from trainops.tensor_table import describe
 
 DLPACK_API = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)

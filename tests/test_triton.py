@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import trainops
-from trainops.backends import triton
+from trainops.adapters import triton
 
 
 def test_other_devices_are_not_served():
@@ -36,7 +36,7 @@ else:
     raise AssertionError
 trainops.clip_grad_norm_([torch.ones(3)], 1.0)
 assert loaded or "triton" not in sys.modules
-assert "trainops.backends.triton" in sys.modules
+assert "trainops.adapters.triton" in sys.modules
 assert "trainops.triton_kernels" not in sys.modules
 """
 

@@ -23,7 +23,7 @@ from triton_fixtures import (
 
 import trainops
 from trainops import device_table
-from trainops.backends import triton
+from trainops.adapters import triton
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 

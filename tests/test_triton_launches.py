@@ -8,7 +8,7 @@ from training import Model
 from triton_fixtures import BFLOAT16, FLOAT32, FLOAT64, NUMEL, WHOLE, adamw, assert_same, everything, model_of
 
 import trainops
-from trainops.backends import triton
+from trainops.adapters import triton
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 

@@ -6,7 +6,7 @@ from contract import same_bits
 from triton_fixtures import BFLOAT16, BLOCK, CHUNK, FLOAT16, FLOAT32, FLOAT64, INF, NAN, NUMEL
 
 import trainops
-from trainops.backends import triton
+from trainops.adapters import triton
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 

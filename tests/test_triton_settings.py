@@ -25,7 +25,7 @@ from triton_fixtures import (
 )
 
 import trainops
-from trainops.backends import AdamWGroup, StepControl, triton
+from trainops.adapters import AdamWGroup, StepControl, triton
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 

@@ -7,7 +7,7 @@ from triton_fixtures import BFLOAT16, FLOAT16, ROLES, WHOLE, adamw, assert_same,
 
 import trainops
 from trainops import device_table
-from trainops.backends import triton
+from trainops.adapters import triton
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 

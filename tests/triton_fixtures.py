@@ -13,7 +13,7 @@ from training import Model
 
 import trainops
 from trainops import device_table
-from trainops.backends import triton
+from trainops.adapters import triton
 
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 NAN, INF = float("nan"), float("inf")

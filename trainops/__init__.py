@@ -1,7 +1,7 @@
 """The tail of a PyTorch training step, fused: clip-grad-norm, AdamW, EMA and DropPath."""
 
 from .adamw import AdamW
-from .backends import Backend, backends
+from .adapters import Backend, backends
 from .clip_grad import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from .drop_path import DropPath, DropPathAdd, drop_path, drop_path_add
 from .ema import EMA, ema_update_, get_ema_multi_avg_fn

@@ -6,7 +6,7 @@ import signal
 import torch
 
 from . import __version__
-from .backends import NAMES, backends, select, serving
+from .adapters import NAMES, backends, select, serving
 
 
 def main() -> None:

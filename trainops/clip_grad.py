@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backends import Kernels, check, select
-from .tensor_table import all_plain
+from .adapters import Kernels, check, select
+from .tables import all_plain
 
 Tensors = Tensor | Iterable[Tensor]
 
@@ -95,7 +95,7 @@ def get_total_norm(
         return torch.tensor(0.0)
     if not _all_dense(tensors):
         return torch.nn.utils.get_total_norm(tensors, norm_type, error_if_nonfinite)
-    totals = [kernels.grad_norms(part, norm_type)[0] for kernels, part in _by_device(tensors, backend)]
+    totals = [_norm(kernels, part, norm_type) for kernels, part in _by_device(tensors, backend)]
     total_norm = totals[0] if len(totals) == 1 else reference.grad_norms(totals, norm_type)[0]
     if error_if_nonfinite and not math.isfinite(total_norm.item()):
         raise RuntimeError(
@@ -167,6 +167,16 @@ def clip_grad_value_(
     torch.autograd.graph.increment_version(grads)
     for kernels, part in _by_device(grads, backend):
         kernels.clamp_(part, float(clip_value))
+
+
+_STATISTICS = {1.0: "l1_norm", 2.0: "l2_norm", math.inf: "inf_norm"}
+
+
+def _norm(kernels: Kernels, tensors: list[Tensor], norm_type: float) -> Tensor:
+    """For other norm orders we call PyTorch, and for complex numbers where their parts alone do not tell."""
+    if norm_type not in _STATISTICS or (norm_type != 2.0 and any(x.is_complex() for x in tensors)):
+        return reference.grad_norms(tensors, norm_type)[0]
+    return kernels.reduce(_STATISTICS[norm_type], tensors)[0]
 
 
 def _listed(parameters: Tensors) -> list[Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
-from .backends import check
+from .adapters import check
 from .drop_path_autograd import apply
 
 

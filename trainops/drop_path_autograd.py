@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backends import Kernels, select
-from .backends import reference as formulas
+from .adapters import Kernels, select
+from .adapters import pytorch as formulas
 
 
 class Kept(NamedTuple):

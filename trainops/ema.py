@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from .backends import check, select
+from .adapters import check, select
 from .model_pairs import Matched, check_pair, kind, match
 from .reference import write
-from .tensor_table import all_plain, as_real
+from .tables import all_plain, as_real
 
 
 @torch.no_grad()

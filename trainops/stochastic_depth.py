@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
-from .backends import Kernels, check, select
+from .adapters import Kernels, check, select
 from .drop_path import (
     check_drop_prob,
     check_operand,
@@ -17,7 +17,7 @@ from .drop_path import (
     mask_dtype,
 )
 from .drop_path_autograd import Kept, apply, differentiable, is_transformed
-from .tensor_table import PLAIN
+from .tables import PLAIN
 
 MODES = ("fixed", "bernoulli")
 

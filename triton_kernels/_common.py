@@ -1,16 +1,16 @@
 """How every kernel finds its elements.
 
-A program takes one chunk of the table (``trainops.device_table`` describes it): up to ``CHUNK`` consecutive elements
-of one row. Where all addresses of the row are multiples of 16 bytes, whole blocks are read and written without a
-mask, which lets the compiler use 16-byte accesses; the rest goes through a mask. Both do the same arithmetic.
+A program takes one chunk of a table (``csrc/core/device_words.h``): up to ``CHUNK`` consecutive elements of one row.
 What follows a return is compiled, too, unless it stands in an ``else``.
 """
 
 import triton
 import triton.language as tl
 
+from trainops import core
+
 CHUNK = 8192  # elements: a multiple of every block
-REDUCTION_BLOCK = 2048  # partial sums that a program takes at a time
+REDUCTION_BLOCK = 2048  # partial results that a program takes at a time
 THREADS = 128  # of a program
 
 
@@ -19,8 +19,9 @@ def block_numel(*itemsizes: int) -> int:
     return THREADS * 16 // min(itemsizes)
 
 
-# Words of a row in front of its addresses: number of elements, first chunk, group, dtypes (which these kernels know).
-NUMEL, FIRST_CHUNK, GROUP, DTYPES, ADDRESSES = (tl.constexpr(i) for i in range(5))
+# Words of a row.
+NUMEL, FIRST_CHUNK, GROUP = (tl.constexpr(core.row_words().index(name)) for name in ("numel", "first_chunk", "group"))
+ADDRESSES = tl.constexpr(len(core.row_words()))
 
 
 @triton.jit
@@ -40,54 +41,6 @@ def end_of_body(begin, end, addresses, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def elements(address, offset, DTYPE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """Pointers to one block. Their alignment must be stated where it is known."""
-    pointer = address.to(tl.pointer_type(DTYPE))
-    if not MASKED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer + (offset + tl.arange(0, BLOCK))
-
-
-@triton.jit
-def load(
-    address,
-    offset,
-    end,
-    DTYPE: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """One block of a tensor in the type that arithmetic is done in."""
-    pointers = elements(address, offset, DTYPE, BLOCK, MASKED)
-    if MASKED:
-        values = tl.load(pointers, mask=offset + tl.arange(0, BLOCK) < end, other=0)
-    else:
-        values = tl.load(pointers)
-    return values.to(WIDE)
-
-
-@triton.jit
-def store(address, offset, end, values, DTYPE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """Round one block to the type of a tensor and write it there; returns what was written."""
-    pointers = elements(address, offset, DTYPE, BLOCK, MASKED)
-    rounded = narrow(values, DTYPE)
-    if MASKED:
-        tl.store(pointers, rounded, mask=offset + tl.arange(0, BLOCK) < end)
-    else:
-        tl.store(pointers, rounded)
-    return rounded
-
-
-@triton.jit
-def narrow(values, DTYPE: tl.constexpr):
-    """To nearest even; float64 reaches 16 bits by way of float32, as in PyTorch."""
-    if DTYPE != tl.float64:
-        values = values.to(tl.float32)
-    return values.to(DTYPE)
-
-
-@triton.jit
 def square_root(x):
     """Correctly rounded."""
     if x.dtype == tl.float64:
@@ -103,9 +56,3 @@ def divide(x, y):
         return x / y
     else:
         return tl.div_rn(x, y)
-
-
-@triton.jit
-def real(word):
-    """A float64 that a table of 64-bit words holds."""
-    return word.to(tl.float64, bitcast=True)

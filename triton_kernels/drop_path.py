@@ -23,7 +23,7 @@ Agrees with: timm.layers.drop_path (timm/layers/drop.py), and csrc/math/drop_pat
 import triton
 import triton.language as tl
 
-from ._common import narrow
+from .storage import narrow
 
 UNIT = 8  # elements of a 16-bit type in 16 bytes
 PARTIALS = 1024  # sums that are added up for a channel in the end, at most

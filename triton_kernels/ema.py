@@ -12,7 +12,12 @@ Agrees with: torch._foreach_lerp_(ema, params, 1 - decay).
 import triton
 import triton.language as tl
 
-from ._common import ADDRESSES, NUMEL, chunk_of, end_of_body, load, real, store
+from trainops import core
+
+from ._common import ADDRESSES, NUMEL, chunk_of, end_of_body
+from .storage import load, real, store
+
+AVERAGE, TENSOR = (tl.constexpr(core.column("ema", name)) for name in ("average", "tensor"))
 
 
 @triton.jit
@@ -35,26 +40,26 @@ def ema(
     first_chunk,
     decay,
     skip,
-    WORDS: tl.constexpr,
-    AVERAGE: tl.constexpr,
-    PARAM: tl.constexpr,
+    AVERAGE_TYPE: tl.constexpr,
+    TENSOR_TYPE: tl.constexpr,
     WIDE: tl.constexpr,
+    WORDS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Columns of the table: average, param. ``decay`` points to a word; a true ``skip`` leaves the averages alone."""
+    """``decay`` points to a word; a true ``skip`` leaves the averages alone."""
     if skip is not None:
         if tl.load(skip) != 0:
             return
     row, begin = chunk_of(chunks, first_chunk + tl.program_id(0), CHUNK)
     words = rows + row * WORDS
     end = tl.minimum(begin + CHUNK, tl.load(words + NUMEL))
-    average_address, param_address = tl.load(words + ADDRESSES), tl.load(words + ADDRESSES + 1)
-    body = end_of_body(begin, end, average_address | param_address, BLOCK)
+    average_address, tensor_address = tl.load(words + ADDRESSES + AVERAGE), tl.load(words + ADDRESSES + TENSOR)
+    body = end_of_body(begin, end, average_address | tensor_address, BLOCK)
     decay_value = real(tl.load(decay))
     for MASKED in tl.static_range(2):
         for offset in range(body if MASKED else begin, end if MASKED else body, BLOCK):
-            average = load(average_address, offset, end, AVERAGE, WIDE, BLOCK, MASKED)
-            param = load(param_address, offset, end, PARAM, WIDE, BLOCK, MASKED)
-            result = moved(average, param, decay_value, WIDE)
-            store(average_address, offset, end, result, AVERAGE, BLOCK, MASKED)
+            average = load(average_address, offset, end, AVERAGE_TYPE, WIDE, BLOCK, MASKED)
+            tensor = load(tensor_address, offset, end, TENSOR_TYPE, WIDE, BLOCK, MASKED)
+            result = moved(average, tensor, decay_value, WIDE)
+            store(average_address, offset, end, result, AVERAGE_TYPE, BLOCK, MASKED)

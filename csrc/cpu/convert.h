@@ -9,8 +9,8 @@
 #include <initializer_list>
 #include <type_traits>
 
-#include "../math/float16.h"
-#include "../tensor_table.h"
+#include "../core/table.h"
+#include "../math/storage.h"
 #include "parallel.h"
 
 namespace trainops::cpu {
@@ -28,17 +28,22 @@ constexpr DType dtype_of = std::is_same_v<S, BFloat16>  ? DType::bfloat16
                            : std::is_same_v<S, double>  ? DType::float64
                                                         : DType::float32;
 
-// Calls function(S{}) with the type S that a loop over `cells` works on: that of all of them where they have one,
-// else the type of the arithmetic, which is double where the first of them is. Cells without an address do not count.
+// Calls function(S{}) with the type S that a loop over these cells works on: that of all of them where they have one,
+// else the type of the arithmetic, which is double where the first of them is. Cells without a tensor do not count.
 template <typename Function>
-void with_type(std::initializer_list<Cell> cells, Function function) {
-  const DType dtype = cells.begin()->dtype;
-  const bool same = std::all_of(cells.begin(), cells.end(),
-                                [&](const Cell& cell) { return cell.address == nullptr || cell.dtype == dtype; });
+void with_type(const Cell* begin, const Cell* end, Function function) {
+  const DType dtype = begin->dtype;
+  const bool same =
+      std::all_of(begin, end, [&](const Cell& cell) { return cell.dtype == dtype || cell.dtype == DType::none; });
   if (dtype == DType::float64) return function(double{});
   if (same && dtype == DType::bfloat16) return function(BFloat16{});
   if (same && dtype == DType::float16) return function(Float16{});
   function(float{});
+}
+
+template <typename Function>
+void with_type(std::initializer_list<Cell> cells, Function function) {
+  with_type(cells.begin(), cells.end(), function);
 }
 
 // Widens or narrows elements of `cell` from `begin` on. T is float or double, and not the type of the cell.

@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "../math/float16.h"
+#include "../math/storage.h"
 
 // For lambdas, which have to become part of the version that each instruction set gets of a loop.
 #if defined(__GNUC__)

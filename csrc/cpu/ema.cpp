@@ -2,6 +2,7 @@
 // Reads ema and param, writes ema: 12 bytes per float32 element. Arithmetic in float32, or float64 for float64.
 #include "ema.h"
 
+#include "../core/schema.h"
 #include "../math/ema.h"
 #include "convert.h"
 #include "elements.h"
@@ -50,11 +51,11 @@ void ema_tile(const Cell& average, const Cell& param, int64_t begin, int64_t siz
   with_type({average, param}, [&](auto type) { move_as(type, type); });
 }
 
-void ema(const TensorTable& table, int64_t ema_column, int64_t param_column, double decay) {
-  for_each_piece(table, [&](int64_t, const Piece& piece) {
-    const Cell& average = table.cell(piece.row, ema_column);
-    const Cell& param = table.cell(piece.row, param_column);
-    for_each_tile(piece, [&](int64_t begin, int64_t size) { ema_tile(average, param, begin, size, decay); });
+void ema(const Table& table, double decay) {
+  Chunks(table).for_each_piece([&](int64_t, const Piece& piece) {
+    const Cell& average = table.cell(piece.row, kEMAAverage);
+    const Cell& tensor = table.cell(piece.row, kEMATensor);
+    for_each_tile(piece, [&](int64_t begin, int64_t size) { ema_tile(average, tensor, begin, size, decay); });
   });
 }
 

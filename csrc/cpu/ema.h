@@ -1,6 +1,6 @@
 #pragma once
 
-#include "parallel.h"
+#include "../core/table.h"
 
 namespace trainops::cpu {
 

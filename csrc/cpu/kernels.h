@@ -1,42 +1,39 @@
-// The CPU kernels, as the bindings call them. Columns are positions in the table's rows.
+// The CPU kernels, as the module calls them.
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
-#include "../math/adamw.h"
-#include "../math/clip_grad_norm.h"
-#include "../tensor_table.h"
+#include "../math/control.h"
+#include "chunks.h"
 
 namespace trainops::cpu {
 
 // The instruction set of the kernels, by the loader's rule (parallel.h).
 const char* instruction_set();
 
-// The norm of each row of `column`, and of all of them together as one vector.
-struct Norms {
+// A statistic of each row of a column, and of all of them together as one vector.
+struct Result {
   std::vector<double> rows;
   double total;
 };
-Norms norms(const TensorTable& table, int64_t column, Norm norm);
+Result reduce(const std::string& statistic, const Table& table, const Chunks& chunks, int64_t column);
 
-void scale(const TensorTable& table, int64_t column, double coefficient);
-void clamp(const TensorTable& table, int64_t column, double bound);
-
-void ema(const TensorTable& table, int64_t ema_column, int64_t param_column, double decay);
-
-// The columns of an AdamW table. max_exp_avg_sq and ema may have no address; step is one float32.
-enum AdamWColumn : int64_t { kParam, kGrad, kExpAvg, kExpAvgSq, kMaxExpAvgSq, kEMA, kStep, kAdamWColumns };
-
-// The next `rows` rows of the table, and their settings.
-struct AdamWGroup {
-  int64_t rows;
-  AdamWSettings settings;
+// The settings of each group of rows, as numbers in the order of the rule's names.
+struct GroupSettings {
+  const std::vector<int64_t>& rows;  // how many each group has
+  const std::vector<std::vector<double>>& numbers;
 };
 
-// Advances the step counts and updates every row. All gradients are first multiplied with `grad_coefficient`.
-void adamw(const TensorTable& table, const std::vector<AdamWGroup>& groups, double grad_coefficient,
-           double ema_decay);
+// Advances the step counts and updates every row by a rule; then moves the rows' averages. All gradients are first
+// multiplied with `grad_coefficient`.
+void update(const std::string& rule, const Table& table, const Chunks& chunks, const GroupSettings& groups,
+            double grad_coefficient, double ema_decay);
+
+void ema(const Table& table, double decay);
+void scale(const Table& table, double coefficient);
+void clamp(const Table& table, double bound);
 
 // out = residual + branch * layer_scale * mask[sample]; null residual or layer_scale leave their term out.
 struct DropPath {

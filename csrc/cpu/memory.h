@@ -1,7 +1,7 @@
 // Large results in huge pages.
 #pragma once
 
-#include "../tensor_table.h"
+#include "../core/table.h"
 
 namespace trainops::cpu {
 

@@ -3,8 +3,6 @@
 
 #include <cstdint>
 
-#include "../tensor_table.h"
-
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -45,25 +43,6 @@ void for_each_in_parallel(int64_t count, Body body) {
   (void)parallel;
 #pragma omp parallel for schedule(dynamic) if (parallel)
   for (int64_t i = 0; i < count; ++i) body(i);
-}
-
-// Calls body(piece index, piece) for every piece of the table, chunks in parallel. Chunks are started from the
-// last to the first: after a pass over the gradients for their norm, the last ones are still in the cache.
-template <typename Body>
-void for_each_piece(const TensorTable& table, Body body) {
-  for_each_in_parallel(table.chunks(), [&](int64_t i) {
-    const int64_t chunk = table.chunks() - 1 - i;
-    for (int64_t p = table.first_piece(chunk); p < table.last_piece(chunk); ++p) body(p, table.pieces()[p]);
-  });
-}
-
-// Calls body(begin, size) for every tile of the piece.
-template <typename Body>
-void for_each_tile(const Piece& piece, Body body) {
-  for (int64_t done = 0; done < piece.size; done += kTileNumel) {
-    const int64_t left = piece.size - done;
-    body(piece.begin + done, left < kTileNumel ? left : kTileNumel);
-  }
 }
 
 }  // namespace trainops::cpu

@@ -17,11 +17,11 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 // On the host
 
 // Makes a device current for its lifetime.
-class OnDevice {
+class DeviceGuard {
  public:
-  OnDevice(int device, const char* kernel);
-  ~OnDevice();
-  OnDevice(const OnDevice&) = delete;
+  DeviceGuard(int device, const char* kernel);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
 
  private:
   int before_ = 0;
@@ -37,7 +37,7 @@ unsigned grid_size(const void* kernel, int64_t chunks, int device, const char* n
 template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), const char* name, int64_t chunks, const Queue& queue, const Args&... args) {
   if (chunks == 0) return;
-  const OnDevice on_device(queue.device, name);
+  const DeviceGuard device_guard(queue.device, name);
   const unsigned grid = grid_size(reinterpret_cast<const void*>(kernel), chunks, queue.device, name);
   TRAINOPS_LAUNCH(kernel, grid, static_cast<cudaStream_t>(queue.stream), args...);
   check(cudaGetLastError(), name);
@@ -54,9 +54,6 @@ __device__ T* global(int64_t word) {
 #endif
   return address;
 }
-
-// Words of a row in front of its addresses.
-enum RowWord : int { kNumel, kFirstChunk, kGroup, kDTypes, kAddresses };
 
 struct Row {
   const int64_t* words;

@@ -14,14 +14,14 @@ void check(cudaError_t status, const char* kernel) {
   throw std::runtime_error(std::string("CUDA kernel ") + kernel + ": " + cudaGetErrorString(status));
 }
 
-OnDevice::OnDevice(int device, const char* kernel) {
+DeviceGuard::DeviceGuard(int device, const char* kernel) {
   check(cudaGetDevice(&before_), kernel);
   if (before_ == device) return;
   check(cudaSetDevice(device), kernel);
   moved_ = true;
 }
 
-OnDevice::~OnDevice() {
+DeviceGuard::~DeviceGuard() {
   if (moved_) cudaSetDevice(before_);
 }
 

@@ -33,11 +33,11 @@ struct Cycle {
 };
 
 template <typename T>
-__device__ void forward_pack(const DropPath& args, const Span<T>& span, int64_t tile, const Cycle& sample,
+__device__ void forward_pack(const DropPath& args, const VectorRange<T>& range, int64_t tile, const Cycle& sample,
                              const Cycle& channel) {
-  const Place place(span, tile, threadIdx.x);
-  const int64_t firsts[2] = {place.first - span.begin, place.second - span.begin};
-  const bool exist[2] = {place.has_first, place.has_second};
+  const LaneOffset offset(range, tile, threadIdx.x);
+  const int64_t firsts[2] = {offset.first - range.begin, offset.second - range.begin};
+  const bool exist[2] = {offset.has_first, offset.has_second};
   T mask[2] = {};
   int64_t shifts[2] = {};
 #pragma unroll
@@ -47,15 +47,15 @@ __device__ void forward_pack(const DropPath& args, const Span<T>& span, int64_t 
     mask[half] = load<T>(args.mask, own);
     shifts[half] = ahead(args.rows, own, args.sample_numel);
   }
-  Place of_scale = place, of_branch = place;
+  LaneOffset of_scale = offset, of_branch = offset;
   of_scale.first = channel.after(firsts[0]).position;
   of_scale.second = channel.after(firsts[1]).position;
   const bool has_residual = args.residual.address != nullptr;
   of_branch.first += shifts[0];
   of_branch.second += shifts[1];
-  of_branch.has_first = place.has_first && (!has_residual || mask[0] != T(0));
-  of_branch.has_second = place.has_second && (!has_residual || mask[1] != T(0));
-  const Raw raw_branch = fetch<T>(args.branch, of_branch), raw_residual = fetch<T>(args.residual, place);
+  of_branch.has_first = offset.has_first && (!has_residual || mask[0] != T(0));
+  of_branch.has_second = offset.has_second && (!has_residual || mask[1] != T(0));
+  const Raw raw_branch = fetch<T>(args.branch, of_branch), raw_residual = fetch<T>(args.residual, offset);
   const Raw raw_scale = fetch<T>(args.layer_scale, of_scale);
 
   T x[kPack<T>], layer_scale[kPack<T>], residual[kPack<T>];
@@ -71,7 +71,7 @@ __device__ void forward_pack(const DropPath& args, const Span<T>& span, int64_t 
       if (has_residual) x[j] = value == T(0) ? residual[j] : residual[j] + x[j];
     }
   });
-  put<T>(args.out, place, pack(x, args.out.dtype));
+  put<T>(args.out, offset, pack(x, args.out.dtype));
 }
 
 template <typename T>
@@ -96,14 +96,14 @@ __global__ void __launch_bounds__(kThreads, 3) drop_path_kernel(const __grid_con
   const bool whole_channels = args.layer_scale.address == nullptr || args.channels % kPack<T> == 0;
   const bool regular = args.sample_numel % kPack<T> == 0 && whole_channels;
   for (int64_t begin = blockIdx.x * kChunkNumel; begin < numel; begin += gridDim.x * kChunkNumel) {
-    Span<T> span(begin, numel - begin < kChunkNumel ? numel : begin + kChunkNumel, kThreads);
-    for (const Cell* cell : {&args.out, &args.branch, &args.residual, &args.layer_scale}) span.add(*cell);
-    span.close(regular);
+    VectorRange<T> range(begin, numel - begin < kChunkNumel ? numel : begin + kChunkNumel, kThreads);
+    for (const Cell* cell : {&args.out, &args.branch, &args.residual, &args.layer_scale}) range.add(*cell);
+    range.close(regular);
     const Cycle sample(begin, args.sample_numel), channel(begin, args.channels);
-    for (int64_t tile = begin; tile < span.body; tile += kThreads * kPack<T>) {
-      forward_pack(args, span, tile, sample, channel);
+    for (int64_t tile = begin; tile < range.body; tile += kThreads * kPack<T>) {
+      forward_pack(args, range, tile, sample, channel);
     }
-    for (int64_t i = span.body + threadIdx.x; i < span.end; i += kThreads) {
+    for (int64_t i = range.body + threadIdx.x; i < range.end; i += kThreads) {
       forward_one<T>(args, i, sample.after(i - begin).turn, channel.after(i - begin).position);
     }
   }

@@ -31,10 +31,10 @@ constexpr int kColumns = kWarp * (packs ? kPack<T> : 1);
 template <typename T, bool packs>
 struct Lane {
   static constexpr int size = packs ? kPack<T> : 1;
-  Place place;
+  LaneOffset offset;
 
-  __device__ Place in_row(int64_t row_begin, bool wanted) const {
-    Place moved = place;
+  __device__ LaneOffset in_row(int64_t row_begin, bool wanted) const {
+    LaneOffset moved = offset;
     moved.first += row_begin;
     moved.second += row_begin;
     moved.has_first &= wanted;
@@ -42,9 +42,9 @@ struct Lane {
     return moved;
   }
 
-  __device__ int64_t column(int j) const { return j < kHalf<T> ? place.first + j : place.second + j - kHalf<T>; }
+  __device__ int64_t column(int j) const { return j < kHalf<T> ? offset.first + j : offset.second + j - kHalf<T>; }
 
-  __device__ void read(const Cell& cell, const Place& where, T (&x)[size]) const {
+  __device__ void read(const Cell& cell, const LaneOffset& where, T (&x)[size]) const {
     if constexpr (packs) {
       unpack(fetch<T>(cell, where), cell.dtype, x);
     } else {
@@ -52,7 +52,7 @@ struct Lane {
     }
   }
 
-  __device__ void write(const Cell& cell, const Place& where, const T (&x)[size]) const {
+  __device__ void write(const Cell& cell, const LaneOffset& where, const T (&x)[size]) const {
     if constexpr (packs) {
       put<T>(cell, where, pack(x, cell.dtype));
     } else if (where.has_first) {
@@ -70,23 +70,23 @@ __device__ void backward_tile(const DropPathBackward& args, int64_t group, int64
   const int64_t rows = args.samples * sample_rows, group_rows = rows_of_group(rows);
   const int64_t end_row = group_rows * (group + 1) < rows ? group_rows * (group + 1) : rows;
   const int64_t end = begin + kColumns<T, packs> < channels ? begin + kColumns<T, packs> : channels;
-  Span<T> span(begin, end, kWarp);
-  for (const Cell* cell : {&args.of_branch, &args.grad, &args.branch, &args.layer_scale}) span.add(*cell);
-  span.close(true);
+  VectorRange<T> range(begin, end, kWarp);
+  for (const Cell* cell : {&args.of_branch, &args.grad, &args.branch, &args.layer_scale}) range.add(*cell);
+  range.close(true);
   const int warp = threadIdx.x / kWarp, lane_index = threadIdx.x % kWarp;
-  Lane<T, packs> lane{Place(span, begin, lane_index)};
+  Lane<T, packs> lane{LaneOffset(range, begin, lane_index)};
   if (!packs) {
-    lane.place.first = begin + lane_index;
-    lane.place.has_first = lane.place.first < end;
+    lane.offset.first = begin + lane_index;
+    lane.offset.has_first = lane.offset.first < end;
   }
 
   T layer_scale[size];
-  lane.read(args.layer_scale, lane.place, layer_scale);
+  lane.read(args.layer_scale, lane.offset, layer_scale);
   double totals[size] = {};
   for (int64_t row = group_rows * group + warp; row < end_row; row += kWarps) {
     const int64_t sample = row / sample_rows;
     const T mask = load<T>(args.mask, sample);
-    const Place place = lane.in_row(row * channels, true);
+    const LaneOffset offset = lane.in_row(row * channels, true);
     T grad[size], branch[size];
     lane.read(args.grad, lane.in_row(row * channels + ahead(args.rows, sample, args.sample_numel), true), grad);
     lane.read(args.branch, lane.in_row(row * channels, mask != T(0)), branch);
@@ -97,7 +97,7 @@ __device__ void backward_tile(const DropPathBackward& args, int64_t group, int64
         grad[j] = term(grad[j], layer_scale[j], mask, round);
       }
     });
-    lane.write(args.of_branch, place, grad);
+    lane.write(args.of_branch, offset, grad);
   }
 
 #pragma unroll

@@ -7,23 +7,23 @@ namespace {
 
 template <typename T>
 __device__ void move_chunk(const Cell& average, const Cell& param, const Chunk& chunk, double decay) {
-  Span<T> span(chunk.begin, chunk.end, kThreads);
-  span.add(average);
-  span.add(param);
-  span.close();
-  for (int64_t tile = span.begin; tile < span.body; tile += kThreads * kPack<T>) {
-    const Place place(span, tile, threadIdx.x);
-    const Raw of_average = fetch<T>(average, place), of_param = fetch<T>(param, place);
-    put<T>(average, place, ema_pack<T>(of_average, average.dtype, of_param, param.dtype, decay));
+  VectorRange<T> range(chunk.begin, chunk.end, kThreads);
+  range.add(average);
+  range.add(param);
+  range.close();
+  for (int64_t tile = range.begin; tile < range.body; tile += kThreads * kPack<T>) {
+    const LaneOffset offset(range, tile, threadIdx.x);
+    const Raw of_average = fetch<T>(average, offset), of_param = fetch<T>(param, offset);
+    put<T>(average, offset, ema_pack<T>(of_average, average.dtype, of_param, param.dtype, decay));
   }
-  for (int64_t i = span.body + threadIdx.x; i < span.end; i += kThreads) ema_one(average, param, i, decay);
+  for (int64_t i = range.body + threadIdx.x; i < range.end; i += kThreads) ema_one(average, param, i, decay);
 }
 
 __global__ void __launch_bounds__(kThreads) ema_kernel(const DeviceTable table, double decay, const bool* skip) {
   if (skip != nullptr && *skip) return;
   for (int64_t index = blockIdx.x; index < table.chunk_count; index += gridDim.x) {
     const Chunk chunk = chunk_of(table, index);
-    const Cell average = chunk.row.cell(0), param = chunk.row.cell(1);
+    const Cell average = chunk.row.cell(kEMAAverage), param = chunk.row.cell(kEMATensor);
     if (average.dtype == DType::float64) {
       move_chunk<double>(average, param, chunk, decay);
     } else {

@@ -6,9 +6,9 @@
 #include <cstdint>
 #include <string>
 
-#include "../math/adamw.h"
-#include "../math/clip_grad_norm.h"
-#include "../tensor_table.h"
+#include "../core/schema.h"
+#include "../core/table.h"
+#include "../math/control.h"
 
 // The type of device that these kernels run on, as DLPack numbers them. (Tests run them on the CPU.)
 #ifndef TRAINOPS_DEVICE_TYPE
@@ -17,7 +17,7 @@
 
 namespace trainops::cuda {
 
-// Elements of a chunk, the unit of a block's work. Also the unit of the partial sums of a norm.
+// Elements of a chunk, the unit of a block's work. Also the unit of the partial results of a statistic.
 constexpr int64_t kChunkNumel = 8192;
 
 // The devices that there are; an error's text where they cannot be counted.
@@ -33,50 +33,42 @@ struct Queue {
   void* stream;
 };
 
-// A table in the device's memory: its words are described in trainops/device_table.py.
+// A table in the device's memory (core/device_words.h).
 struct DeviceTable {
   const int64_t* rows;
   const int64_t* chunks;
   int64_t row_count, chunk_count, row_words;
 };
 
-// The norm of each row of a column and of all of them, divided by `grad_scale`. `counter` must be 0, and is again.
-struct NormsArgs {
+// A statistic of each row of a column and of all of them, divided by `grad_scale`. `counter` must be 0, and is again.
+struct ReduceArgs {
   DeviceTable table;
   int64_t column;
   const float* grad_scale;
   unsigned* counter;
   double* partials;  // one per chunk
   double* total;
-  void* total_out;  // the same, and the rows' norms, as float or double
-  void* norms_out;
+  void* total_out;  // the same, and the rows' results, as float or double
+  void* rows_out;
   bool out_is_double;
 };
-void norms(const NormsArgs& args, Norm norm, const Queue& queue);
+void reduce(const std::string& statistic, const ReduceArgs& args, const Queue& queue);
 
 // Multiplies with a float or double that lies on the device; 1 leaves the tensors unread.
 void scale(const DeviceTable& table, const Cell& coefficient, const Queue& queue);
 void clamp(const DeviceTable& table, double bound, const Queue& queue);
 
-// Columns: average, param. A true `skip` leaves the averages alone.
+// A true `skip` leaves the averages alone.
 void ema(const DeviceTable& table, double decay, const bool* skip, const Queue& queue);
 
-// The columns of an AdamW table. max_exp_avg_sq and ema may have no address; step is one float32.
-enum AdamWColumn : int { kParam, kGrad, kExpAvg, kExpAvgSq, kMaxExpAvgSq, kEMA, kStep };
+// Step words (core/schema.h) of a few groups travel with the launch; those of many have an address.
+constexpr int kInlineWords = 256;
 
-// The settings of a step: max_norm and the average's decay, then for each group its learning rate (or the address of
-// a float32, or of a float64, that holds it), beta1, beta2, eps, weight_decay, and whether it maximizes.
-enum SettingsWord : int { kMaxNorm, kDecay, kGroups };
-enum GroupWord : int { kLR, kLRFloat32, kLRFloat64, kBeta1, kBeta2, kEps, kWeightDecay, kMaximize, kGroupWords };
-
-// Those of a few groups travel with the launch; those of many have an address.
-constexpr int kInlineSettings = kGroups + 16 * kGroupWords;
-
-// AdamW with clipping, unscaling, skipping and EMA. Advances the step counts, too, after the last block.
-struct AdamWArgs {
+// A step of a rule with clipping, unscaling, skipping and an average. Advances the step counts after the last block.
+struct UpdateArgs {
   DeviceTable table;
-  const int64_t* settings;
-  int64_t inline_settings[kInlineSettings];
+  const int64_t* words;
+  int64_t inline_words[kInlineWords];
   const double* norm;
   const float* grad_scale;
   const float* found_inf;
@@ -85,7 +77,7 @@ struct AdamWArgs {
   int64_t* skipped_steps;  // is then increased
   unsigned* counter;       // must be 0, and is again
 };
-void adamw(const AdamWArgs& args, const Queue& queue);
+void update(const std::string& rule, const UpdateArgs& args, const Queue& queue);
 
 // out = residual + branch * layer_scale * mask[sample]; null residual or layer_scale leave their term out.
 struct DropPath {

@@ -6,7 +6,7 @@
 // read and written one by one, with the same arithmetic.
 #pragma once
 
-#include "../math/float16.h"
+#include "../math/storage.h"
 #include "common.cuh"
 
 namespace trainops::cuda {
@@ -22,11 +22,11 @@ constexpr int kPack = sizeof(T) == 8 ? kHalf<T> : 2 * kHalf<T>;
 // Which elements of [begin, end) the threads of a group take. Where all tensors are of type T, neighbours take
 // neighbouring halves. A tensor of 16-bit numbers is read in packs, whose halves then have to be neighbours.
 template <typename T>
-struct Span {
+struct VectorRange {
   int64_t begin, body, end;  // [begin, body): in whole halves or packs; [body, end): one by one
   int stride, second;        // of a thread's first half from its neighbour's; of its second half from its first
 
-  __device__ Span(int64_t from, int64_t to, int threads) : begin(from), end(to) {
+  __device__ VectorRange(int64_t from, int64_t to, int threads) : begin(from), end(to) {
     together_ = 0;
     packed_ = foreign_ = false;
     threads_ = threads;
@@ -58,16 +58,16 @@ struct Raw {
   uint4 halves[2];
 };
 
-// Where a thread's halves are, and whether they are inside of the span's body.
-struct Place {
+// Where a thread's halves are, and whether they are inside of the range's body.
+struct LaneOffset {
   int64_t first, second;
   bool has_first, has_second;
 
   template <typename T>
-  __device__ Place(const Span<T>& span, int64_t tile, int thread)
-      : first(tile + thread * span.stride), second(first + span.second) {
-    has_first = first < span.body;
-    has_second = sizeof(T) == 4 && second < span.body;
+  __device__ LaneOffset(const VectorRange<T>& range, int64_t tile, int thread)
+      : first(tile + thread * range.stride), second(first + range.second) {
+    has_first = first < range.body;
+    has_second = sizeof(T) == 4 && second < range.body;
   }
 };
 
@@ -95,22 +95,22 @@ __device__ inline void store_half(char* address, const uint4& half) {
 }
 
 template <typename T>
-__device__ Raw fetch(const Cell& cell, const Place& place) {
+__device__ Raw fetch(const Cell& cell, const LaneOffset& offset) {
   Raw raw{};
   if (cell.address == nullptr) return raw;
   const char* const address = static_cast<const char*>(cell.address);
   const int size = sizeof(T) == 8 ? 8 : itemsize(cell.dtype);
-  if (place.has_first) raw.halves[0] = load_half(address + place.first * size);
-  if (size == 4 && place.has_second) raw.halves[1] = load_half(address + place.second * size);
+  if (offset.has_first) raw.halves[0] = load_half(address + offset.first * size);
+  if (size == 4 && offset.has_second) raw.halves[1] = load_half(address + offset.second * size);
   return raw;
 }
 
 template <typename T>
-__device__ void put(const Cell& cell, const Place& place, const Raw& raw) {
+__device__ void put(const Cell& cell, const LaneOffset& offset, const Raw& raw) {
   char* const address = static_cast<char*>(cell.address);
   const int size = sizeof(T) == 8 ? 8 : itemsize(cell.dtype);
-  if (place.has_first) store_half(address + place.first * size, raw.halves[0]);
-  if (size == 4 && place.has_second) store_half(address + place.second * size, raw.halves[1]);
+  if (offset.has_first) store_half(address + offset.first * size, raw.halves[0]);
+  if (size == 4 && offset.has_second) store_half(address + offset.second * size, raw.halves[1]);
 }
 
 template <typename Narrow>

@@ -14,77 +14,88 @@
 
 #include <cmath>
 
+#include "../core/schema.h"
 #include "host_device.h"
 
 namespace trainops {
-
-// The settings of one parameter group, as the user gave them.
-struct AdamWSettings {
-  double lr, beta1, beta2, eps, weight_decay;
-  bool maximize;
-};
 
 // 1 - beta^step without the cancellation, which costs float64 three digits where beta is 0.999; 1 for a beta of 0.
 TRAINOPS_HOST_DEVICE double bias_correction(double beta, double step) {
   return beta > 0.0 ? -std::expm1(step * std::log(beta)) : 1.0;
 }
 
-// The settings for one parameter at its step count, evaluated in double and rounded once.
-template <typename T>
-struct AdamWScalars {
-  T coefficient, keep, weight1, beta1, beta2, weight2, step_size, scaled_eps;
-
-  AdamWScalars() = default;
-
-  TRAINOPS_HOST_DEVICE AdamWScalars(const AdamWSettings& s, double step, double grad_coefficient) {
-    const double correction1 = bias_correction(s.beta1, step);
-    const double correction2_sqrt = std::sqrt(bias_correction(s.beta2, step));
-    coefficient = static_cast<T>(s.maximize ? -grad_coefficient : grad_coefficient);
-    keep = static_cast<T>(1.0 - s.lr * s.weight_decay);
-    weight1 = static_cast<T>(1.0 - s.beta1);
-    beta1 = static_cast<T>(s.beta1);
-    beta2 = static_cast<T>(s.beta2);
-    weight2 = static_cast<T>(1.0 - s.beta2);
-    step_size = static_cast<T>(s.lr / correction1 * correction2_sqrt);
-    scaled_eps = static_cast<T>(s.eps * correction2_sqrt);
-  }
-
-  template <typename Wide>
-  TRAINOPS_HOST_DEVICE explicit AdamWScalars(const AdamWScalars<Wide>& s)
-      : coefficient(static_cast<T>(s.coefficient)),
-        keep(static_cast<T>(s.keep)),
-        weight1(static_cast<T>(s.weight1)),
-        beta1(static_cast<T>(s.beta1)),
-        beta2(static_cast<T>(s.beta2)),
-        weight2(static_cast<T>(s.weight2)),
-        step_size(static_cast<T>(s.step_size)),
-        scaled_eps(static_cast<T>(s.scaled_eps)) {}
-
-  // Whether the first moment takes less than half of the gradient, as it does with any betas in use.
-  TRAINOPS_HOST_DEVICE bool small() const { return weight1 < T(0.5); }
-};
-
 TRAINOPS_HOST_DEVICE float square_root(float x) { return sqrtf(x); }
 TRAINOPS_HOST_DEVICE double square_root(double x) { return sqrt(x); }
 
-// `max_exp_avg_sq` is for AMSGrad alone. `small` asserts s.small(): a loop is shorter without the choice.
-template <bool amsgrad, bool small = false, typename T>
-TRAINOPS_HOST_DEVICE void adamw_element(T& param, T grad, T& exp_avg, T& exp_avg_sq, T* max_exp_avg_sq,
-                                        const AdamWScalars<T>& s) {
-  const T g = s.coefficient * grad;
-  const T difference = g - exp_avg;
-  const T m = small || s.weight1 < T(0.5) ? exp_avg + s.weight1 * difference : g - s.beta1 * difference;
-  const T v = exp_avg_sq * s.beta2 + s.weight2 * g * g;
-  T second_moment = v;
-  if (amsgrad) {
-    // As torch.maximum: a NaN on either side wins.
-    const T largest = *max_exp_avg_sq;
-    second_moment = (largest > v || largest != largest) ? largest : v;
-    *max_exp_avg_sq = second_moment;
+#define TRAINOPS_ADAMW_STATE(column)                                             \
+  column(kExpAvg, "exp_avg", kWritten) column(kExpAvgSq, "exp_avg_sq", kWritten) \
+      column(kMaxExpAvgSq, "max_exp_avg_sq", kWritten | kOptional)
+
+#define TRAINOPS_ADAMW_SETTINGS(setting) \
+  setting(lr) setting(beta1) setting(beta2) setting(eps) setting(weight_decay) setting(maximize)
+
+// A rule (CONTRIBUTING.md tells what it consists of).
+struct AdamW {
+  enum State : int { TRAINOPS_ADAMW_STATE(TRAINOPS_ENUMERATOR) kStates };
+  static constexpr Column state[] = {TRAINOPS_ADAMW_STATE(TRAINOPS_COLUMN)};
+
+  // Those of one parameter group.
+  struct Settings {
+    TRAINOPS_ADAMW_SETTINGS(TRAINOPS_FIELD)
+  };
+  static constexpr const char* setting_names[] = {TRAINOPS_ADAMW_SETTINGS(TRAINOPS_NAME)};
+
+  // The settings for one parameter at its step count.
+  template <typename T>
+  struct Scalars {
+    T coefficient, keep, weight1, beta1, beta2, weight2, step_size, scaled_eps;
+  };
+
+  TRAINOPS_HOST_DEVICE static Scalars<double> scalars(const Settings& s, double step, double grad_coefficient) {
+    const double correction2_sqrt = std::sqrt(bias_correction(s.beta2, step));
+    Scalars<double> result;
+    result.coefficient = s.maximize != 0.0 ? -grad_coefficient : grad_coefficient;
+    result.keep = 1.0 - s.lr * s.weight_decay;
+    result.weight1 = 1.0 - s.beta1;
+    result.beta1 = s.beta1;
+    result.beta2 = s.beta2;
+    result.weight2 = 1.0 - s.beta2;
+    result.step_size = s.lr / bias_correction(s.beta1, step) * correction2_sqrt;
+    result.scaled_eps = s.eps * correction2_sqrt;
+    return result;
   }
-  exp_avg = m;
-  exp_avg_sq = v;
-  param = param * s.keep - s.step_size * m / (square_root(second_moment) + s.scaled_eps);
-}
+
+  // Calls function(formula) with the formula for so many columns of state; with a shorter one, where that is wanted,
+  // if the first moment takes less than half of the gradient, as with any betas in use.
+  template <bool wants_short, typename T, typename Function>
+  TRAINOPS_HOST_DEVICE static void with_formula(int states, const Scalars<T>& s, Function function) {
+    if (states == kStates) return function(Formula<true, false>{});
+    if (wants_short && s.weight1 < T(0.5)) return function(Formula<false, wants_short>{});
+    function(Formula<false, false>{});
+  }
+
+  template <bool amsgrad, bool small>
+  struct Formula {
+    static constexpr int states = amsgrad ? kStates : kMaxExpAvgSq;
+
+    template <typename T>
+    TRAINOPS_HOST_DEVICE void operator()(T& param, T grad, T* state, const Scalars<T>& s) const {
+      const T g = s.coefficient * grad;
+      const T difference = g - state[kExpAvg];
+      const T m = small || s.weight1 < T(0.5) ? state[kExpAvg] + s.weight1 * difference : g - s.beta1 * difference;
+      const T v = state[kExpAvgSq] * s.beta2 + s.weight2 * g * g;
+      T second_moment = v;
+      if constexpr (amsgrad) {
+        // As torch.maximum: a NaN on either side wins.
+        const T largest = state[kMaxExpAvgSq];
+        second_moment = (largest > v || largest != largest) ? largest : v;
+        state[kMaxExpAvgSq] = second_moment;
+      }
+      state[kExpAvg] = m;
+      state[kExpAvgSq] = v;
+      param = param * s.keep - s.step_size * m / (square_root(second_moment) + s.scaled_eps);
+    }
+  };
+};
 
 }  // namespace trainops

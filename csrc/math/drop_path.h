@@ -8,8 +8,8 @@
 // residual as it is, where PyTorch makes -0.0 + 0.0 of it.) Agrees with: timm.layers.drop_path (timm/layers/drop.py).
 #pragma once
 
-#include "float16.h"
 #include "host_device.h"
+#include "storage.h"
 
 namespace trainops {
 

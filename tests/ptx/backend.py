@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import cuda_shim
 import torch
 
-from trainops.backends import cuda
+from trainops.adapters import cuda
 from trainops.device_table import Recent, uploaded
 
 from . import Machine, build

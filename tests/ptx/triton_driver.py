@@ -12,8 +12,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import CompiledKernel
 
 from trainops import device_table
-from trainops.backends import triton as backend
-from trainops.backends._interface import Backend
+from trainops.adapters import triton as backend
+from trainops.adapters.interface import Backend
 
 from . import Machine, build
 

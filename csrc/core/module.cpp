@@ -1,0 +1,131 @@
+// The Python module trainops._core: builds the tables of all compiled backends and of Triton. It has no kernel.
+#include <optional>
+#include <variant>
+
+#include "device_words.h"
+#include "python_table.h"
+
+namespace py = pybind11;
+using namespace trainops;
+
+namespace {
+
+py::bytes as_bytes(const Words& words) {
+  return {reinterpret_cast<const char*>(words.data()), words.size() * sizeof(int64_t)};
+}
+
+// A table's words, with the table that they are read from.
+struct PythonWords {
+  py::object table;
+  DeviceWords words;
+};
+
+PythonWords words_of(const py::object& table, int64_t chunk_numel, bool by_kind) {
+  const auto& self = table.cast<const PythonTable&>();
+  return {table, DeviceWords(self.table(), self.group_rows(), chunk_numel, by_kind)};
+}
+
+// Names of dtypes, as torch has them.
+const char* name_of(DType dtype) {
+  constexpr const char* names[] = {"float32", "float64", "bfloat16", "float16"};
+  return dtype == DType::none ? nullptr : names[static_cast<int>(dtype)];
+}
+
+py::list sections_of(const DeviceWords& words) {
+  py::list sections;
+  for (const Section& section : words.sections()) {
+    py::list kind;
+    for (const DType dtype : section.kind) kind.append(name_of(dtype));
+    sections.append(py::make_tuple(py::tuple(kind), section.first_chunk, section.chunk_count));
+  }
+  return sections;
+}
+
+int64_t bits_of(double x) {
+  int64_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+// What a step tells kernels on a device (schema.h). A setting is a number, or a tensor that lies there.
+py::bytes step_words(const TensorReader& reader, double max_norm, double ema_decay, const py::list& groups) {
+  Words words(kGroups);
+  words[kMaxNorm] = bits_of(max_norm);
+  words[kEMADecay] = bits_of(ema_decay);
+  for (const auto group : groups) {
+    for (const auto setting : group) {
+      const size_t begin = words.size();
+      words.resize(begin + kSettingWords);
+      if (PyNumber_Check(setting.ptr()) && (PyFloat_Check(setting.ptr()) || PyLong_Check(setting.ptr()))) {
+        words[begin + kForm] = kDouble;
+        words[begin + kValue] = bits_of(setting.cast<double>());
+        continue;
+      }
+      Description description;
+      if (!reader.read(setting.ptr(), description) || description.numel != 1 ||
+          description.cell.dtype > DType::float64) {
+        throw py::type_error("a setting is a number, or a tensor with one float32 or float64");
+      }
+      const bool is_float = description.cell.dtype == DType::float32;
+      words[begin + kForm] = is_float ? kFloatAddress : kDoubleAddress;
+      words[begin + kValue] = reinterpret_cast<intptr_t>(description.cell.address);
+    }
+  }
+  return as_bytes(words);
+}
+
+#define TRAINOPS_WORD_NAME(id, name, use) name,
+
+void define_schemas(py::module_& m) {
+  py::class_<Column>(m, "Column")
+      .def_readonly("name", &Column::name)
+      .def_property_readonly("written", &Column::written)
+      .def_property_readonly("optional", &Column::optional)
+      .def_property_readonly("one_per_row", &Column::one_per_row);
+  py::class_<Schema>(m, "Schema")
+      .def_readonly("columns", &Schema::columns)
+      .def_readonly("settings", &Schema::settings)
+      .def_readonly("measured", &Schema::measured);
+  py::dict all;
+  for (const Schema& schema : schemas()) all[py::str(schema.name)] = schema;
+  m.attr("SCHEMAS") = all;
+  m.attr("ROW_WORDS") = std::vector<const char*>{TRAINOPS_ROW_WORDS(TRAINOPS_WORD_NAME)};
+  m.attr("STEP_WORDS") = std::vector<const char*>{TRAINOPS_STEP_WORDS(TRAINOPS_WORD_NAME)};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "Tables of tensors for the kernels of trainops.";
+  define_schemas(m);
+  py::class_<TensorReader>(m, "TensorReader")
+      .def(py::init<>())
+      .def("configure", &TensorReader::configure, py::kw_only(), py::arg("api"), py::arg("describe"),
+           py::arg("plain_types"));
+  py::class_<PythonTable>(m, "Table")
+      .def(py::init<const TensorReader&, const std::string&, const py::dict&, const std::string&,
+                    std::vector<int64_t>>(),
+           py::arg("reader"), py::arg("kind"), py::arg("columns"), py::kw_only(), py::arg("device_type"),
+           py::arg("group_rows") = std::vector<int64_t>{}, py::keep_alive<1, 2>())
+      .def(py::init<const TensorReader&, const std::string&, const py::list&, const py::dict&, const py::dict&,
+                    const py::list&, const std::string&>(),
+           py::arg("reader"), py::arg("rule"), py::kw_only(), py::arg("param_groups"), py::arg("state"),
+           py::arg("averages"), py::arg("states"), py::arg("device_type"), py::keep_alive<1, 2>())
+      .def_readonly("irregular", &PythonTable::irregular)
+      .def_readonly("regular", &PythonTable::regular)
+      .def_readonly("params", &PythonTable::params)
+      .def_readonly("averaged", &PythonTable::averaged)
+      .def_property_readonly("group_rows", &PythonTable::group_rows)
+      .def_property_readonly("rows", &PythonTable::rows)
+      .def_property_readonly("has_float64", &PythonTable::has_float64)
+      .def_property_readonly("device_index", &PythonTable::device_index)
+      .def("words", &words_of, py::kw_only(), py::arg("chunk_numel"), py::arg("by_kind"));
+  py::class_<PythonWords>(m, "DeviceWords")
+      .def_property_readonly("chunk_count", [](const PythonWords& self) { return self.words.chunk_count(); })
+      .def_property_readonly("sections", [](const PythonWords& self) { return sections_of(self.words); })
+      .def_property_readonly("layout", [](const PythonWords& self) { return as_bytes(self.words.layout()); })
+      .def_property_readonly("rows", [](const PythonWords& self) { return as_bytes(self.words.rows()); })
+      .def_property_readonly("chunks", [](const PythonWords& self) { return as_bytes(self.words.chunks()); });
+  m.def("step_words", &step_words, py::kw_only(), py::arg("reader"), py::arg("max_norm"), py::arg("ema_decay"),
+        py::arg("groups"));
+}

@@ -1,0 +1,85 @@
+// The class Table of trainops._core, which the modules with kernels take.
+#pragma once
+
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "rules.h"
+#include "state_reader.h"
+
+namespace trainops {
+
+class PythonTable {
+ public:
+  // `columns`: a list of equal length for each column by name; optional ones may be left out, or hold None.
+  PythonTable(const TensorReader& reader, const std::string& kind, const pybind11::dict& columns,
+              const std::string& device_type, std::vector<int64_t> group_rows)
+      : builder_(reader, schema_named(kind), device_types(device_type)), group_rows_(std::move(group_rows)) {
+    const std::vector<PyObject*> lists = lists_of(columns);
+    const Py_ssize_t rows = PyList_GET_SIZE(lists[0]);
+    std::vector<PyObject*> tensors(lists.size());
+    for (Py_ssize_t row = 0; row < rows; ++row) {
+      for (size_t i = 0; i < lists.size(); ++i) tensors[i] = lists[i] ? PyList_GET_ITEM(lists[i], row) : Py_None;
+      if (!builder_.add_row(tensors.data())) irregular.push_back(row);
+    }
+    if (group_rows_.empty()) group_rows_.push_back(rows);
+  }
+
+  // The rows of a step (state_reader.h); `states`: a tuple of names for each group.
+  PythonTable(const TensorReader& reader, const std::string& rule, const pybind11::list& param_groups,
+              const pybind11::dict& state, const pybind11::dict& averages, const pybind11::list& states,
+              const std::string& device_type)
+      : builder_(reader, schema_named(rule), device_types(device_type)) {
+    StateReader rows(builder_, state, averages);
+    size_t index = 0;
+    for (const auto group : param_groups) {
+      if (!rows.add_group(group.cast<pybind11::dict>(), states[index++].cast<pybind11::tuple>())) return;
+    }
+    params = rows.params;
+    averaged = rows.averaged;
+    group_rows_ = std::move(rows.group_rows);
+    regular = table().rows() > 0;
+  }
+
+  // What kernels work on.
+  const Table& table() const {
+    if (!irregular.empty()) throw std::logic_error("this table has rows that kernels cannot take");
+    return builder_.table;
+  }
+
+  const Schema& schema() const { return builder_.schema; }
+  const std::vector<int64_t>& group_rows() const { return group_rows_; }
+  int64_t rows() const { return builder_.table.rows(); }
+  bool has_float64() const { return builder_.has_float64; }
+  int32_t device_index() const { return std::max(builder_.device_id, 0); }
+
+  std::vector<int64_t> irregular;  // the rows that kernels cannot take as they are
+  bool regular = false;            // of the rows of a step: whether they are all there
+  pybind11::list params;           // of the rows of a step
+  int64_t averaged = 0;            // how many of them have an average
+
+ private:
+  std::vector<PyObject*> lists_of(const pybind11::dict& columns) const {
+    std::vector<PyObject*> lists;
+    for (const Column& column : schema().columns) {
+      PyObject* const list = PyDict_GetItemString(columns.ptr(), column.name);
+      if (list == nullptr && !column.optional()) {
+        throw std::invalid_argument("a table of kind " + schema().name + " has a column " + column.name);
+      }
+      if (list != nullptr &&
+          (!PyList_Check(list) || PyList_GET_SIZE(list) != PyList_GET_SIZE(lists.empty() ? list : lists[0]))) {
+        throw std::invalid_argument("columns are lists of one length");
+      }
+      lists.push_back(list);
+    }
+    return lists;
+  }
+
+  TableBuilder builder_;
+  std::vector<int64_t> group_rows_;
+};
+
+}  // namespace trainops

@@ -1,0 +1,40 @@
+// The rules that there are, and every kind of table by name.
+#pragma once
+
+#include <algorithm>
+#include <string_view>
+
+#include "../math/adamw.h"
+#include "schema.h"
+
+namespace trainops {
+
+// Expands macro(Rule, name) for each.
+#define TRAINOPS_RULES(macro) macro(AdamW, "adamw")
+
+#define TRAINOPS_RULE_SCHEMA(Rule, name) schema_of_rule<Rule>(name),
+inline const std::vector<Schema>& rules() {
+  static const std::vector<Schema> all{TRAINOPS_RULES(TRAINOPS_RULE_SCHEMA)};
+  return all;
+}
+#undef TRAINOPS_RULE_SCHEMA
+
+inline const std::vector<Schema>& schemas() {
+  static const std::vector<Schema> all = [] {
+    std::vector<Schema> every = rules();
+    every.push_back({"ema", {TRAINOPS_EMA_COLUMNS(TRAINOPS_COLUMN)}, {}, kEMAAverage});
+    every.push_back({"reduce", {{"tensor", kRead}}, {}, 0});
+    every.push_back({"transform", {{"tensor", kWritten}}, {}, 0});  // in place: scaling, clamping
+    return every;
+  }();
+  return all;
+}
+
+inline const Schema& schema_named(std::string_view name) {
+  const auto& all = schemas();
+  const auto found = std::find_if(all.begin(), all.end(), [&](const Schema& s) { return s.name == name; });
+  if (found == all.end()) throw std::invalid_argument("there is no table of that kind: " + std::string(name));
+  return *found;
+}
+
+}  // namespace trainops

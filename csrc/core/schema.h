@@ -1,0 +1,74 @@
+// The columns of every table, and the settings of every rule: the one place where their order is written.
+//
+// A rule's formula file lists its state and its settings (math/adamw.h). C++ makes enumerators of these lists; Python
+// and Triton read them by name from trainops._core.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace trainops {
+
+// How a column is used. Without any of these, a row always has a tensor there, and kernels only read it.
+enum Use : int { kRead = 0, kWritten = 1, kOptional = 2, kOnePerRow = 4 };
+
+struct Column {
+  const char* name;
+  int use;
+
+  bool written() const { return use & kWritten; }
+  bool optional() const { return use & kOptional; }
+  bool one_per_row() const { return use & kOnePerRow; }  // a float32 for the row, not a number for each element
+};
+
+// Lists are written as macros, of which these make enumerators, columns, fields and names.
+#define TRAINOPS_ENUMERATOR(id, name, use) id,
+#define TRAINOPS_COLUMN(id, name, use) Column{name, use},
+#define TRAINOPS_FIELD(name) double name;
+#define TRAINOPS_NAME(name) #name,
+
+// Every rule's rows begin with these; its state follows.
+#define TRAINOPS_STEP_COLUMNS(column)                                                                              \
+  column(kParam, "param", kWritten) column(kGrad, "grad", kRead) column(kAverage, "average", kWritten | kOptional) \
+      column(kStep, "step", kWritten | kOnePerRow)
+enum StepColumn : int { TRAINOPS_STEP_COLUMNS(TRAINOPS_ENUMERATOR) kState };
+
+// The columns of an average that moves by itself, and those of operations on one list of tensors.
+#define TRAINOPS_EMA_COLUMNS(column) column(kEMAAverage, "average", kWritten) column(kEMATensor, "tensor", kRead)
+enum EMAColumn : int { TRAINOPS_EMA_COLUMNS(TRAINOPS_ENUMERATOR) };
+
+// A table on a device is 64-bit words. These precede the addresses of a row, of which there is one for each column.
+// `dtypes` has four bits for each column, the first column's lowest.
+#define TRAINOPS_ROW_WORDS(word)                                                                    \
+  word(kNumel, "numel", kRead) word(kFirstChunk, "first_chunk", kRead) word(kGroup, "group", kRead) \
+      word(kDTypes, "dtypes", kRead)
+enum RowWord : int { TRAINOPS_ROW_WORDS(TRAINOPS_ENUMERATOR) kAddresses };
+
+// What a step tells kernels on a device: these words, then two for each setting of each group. The first of the two
+// says what the second is: a double, or the address of a float or of a double on the device.
+#define TRAINOPS_STEP_WORDS(word) word(kMaxNorm, "max_norm", kRead) word(kEMADecay, "ema_decay", kRead)
+enum StepWord : int { TRAINOPS_STEP_WORDS(TRAINOPS_ENUMERATOR) kGroups };
+enum SettingWord : int { kForm, kValue, kSettingWords };
+enum SettingForm : int64_t { kDouble, kFloatAddress, kDoubleAddress };
+
+struct Schema {
+  std::string name;
+  std::vector<Column> columns;
+  std::vector<const char*> settings;  // of a rule
+  int measured;                       // the column whose norm is taken
+
+  // How many columns of a rule's rows are its state.
+  int states() const { return static_cast<int>(columns.size()) - kState; }
+};
+
+template <typename Rule>
+Schema schema_of_rule(const char* name) {
+  Schema schema{name, {TRAINOPS_STEP_COLUMNS(TRAINOPS_COLUMN)}, {}, kGrad};
+  schema.columns.insert(schema.columns.end(), std::begin(Rule::state), std::end(Rule::state));
+  schema.settings.assign(std::begin(Rule::setting_names), std::end(Rule::setting_names));
+  return schema;
+}
+
+}  // namespace trainops

@@ -1,0 +1,40 @@
+// What every kernel takes: one row per parameter, and in it one cell per column (schema.h).
+//
+// A table only describes memory; it owns none. All cells of a row have the same number of elements in the same memory
+// order (table_builder.h sees to that), so kernels treat a row as flat memory.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace trainops {
+
+enum class DType : uint8_t { float32, float64, bfloat16, float16, none };
+
+// One tensor in one column. Its address may be null where it has no elements; `none`: there is no tensor.
+struct Cell {
+  void* address = nullptr;
+  DType dtype = DType::none;
+};
+
+class Table {
+ public:
+  explicit Table(int64_t columns) : columns_(columns) {}
+
+  void add_row(const Cell* cells, int64_t numel) {
+    cells_.insert(cells_.end(), cells, cells + columns_);
+    numel_.push_back(numel);
+  }
+
+  int64_t columns() const { return columns_; }
+  int64_t rows() const { return static_cast<int64_t>(numel_.size()); }
+  int64_t numel(int64_t row) const { return numel_[row]; }
+  const Cell& cell(int64_t row, int64_t column) const { return cells_[row * columns_ + column]; }
+
+ private:
+  int64_t columns_;
+  std::vector<Cell> cells_;
+  std::vector<int64_t> numel_;
+};
+
+}  // namespace trainops

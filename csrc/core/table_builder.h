@@ -1,0 +1,76 @@
+// Collects rows of tensors in a Table, and refuses those that kernels cannot take as they are.
+#pragma once
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "schema.h"
+#include "tensor.h"
+
+namespace trainops {
+
+class TableBuilder {
+ public:
+  // `device_types`: DLPack's numbers. Tensors that are not in host memory have to lie on one device.
+  TableBuilder(const TensorReader& reader, const Schema& schema, std::vector<int32_t> device_types)
+      : table(static_cast<int64_t>(schema.columns.size())),
+        reader(reader),
+        schema(schema),
+        device_types_(std::move(device_types)),
+        cells_(schema.columns.size()) {}
+
+  // One tensor or None for each column. False, and the table as it was, where kernels cannot take the row as it is:
+  // its tensors must have the same shape and the same dense strides.
+  bool add_row(PyObject* const* tensors) {
+    const Description* first = nullptr;
+    for (size_t i = 0; i < cells_.size(); ++i) {
+      const Column& column = schema.columns[i];
+      cells_[i] = Cell{};
+      if (tensors[i] == Py_None) {
+        if (!column.optional()) return false;
+        continue;
+      }
+      Description& description = first == nullptr && !column.one_per_row() ? first_ : next_;
+      if (!reader.is_plain(tensors[i]) || !read(tensors[i], description)) return false;
+      if (column.one_per_row()) {
+        if (description.numel != 1 || description.cell.dtype != DType::float32) return false;
+      } else {
+        if (maybe_negated(tensors[i], description)) return false;
+        if (first == nullptr ? !description.dense() : !description.same_order(*first)) return false;
+        first = &first_;
+      }
+      cells_[i] = description.cell;
+    }
+    has_float64 |= cells_[schema.measured].dtype == DType::float64;
+    table.add_row(cells_.data(), first == nullptr ? 0 : first->numel);
+    for (size_t i = 0; i < cells_.size(); ++i) {
+      kept_.push_back(pybind11::reinterpret_borrow<pybind11::object>(tensors[i]));
+    }
+    return true;
+  }
+
+  Table table;
+  const TensorReader& reader;
+  const Schema& schema;
+  bool has_float64 = false;  // in the column that is measured
+  int32_t device_id = -1;    // negative until there is a tensor that is not in host memory
+
+ private:
+  bool read(PyObject* tensor, Description& description) {
+    if (!reader.read(tensor, description) ||
+        std::find(device_types_.begin(), device_types_.end(), description.device_type) == device_types_.end()) {
+      return false;
+    }
+    if (description.in_host_memory()) return true;
+    if (device_id < 0) device_id = description.device_id;
+    return device_id == description.device_id;
+  }
+
+  std::vector<int32_t> device_types_;
+  std::vector<Cell> cells_;
+  std::vector<pybind11::object> kept_;  // the tensors of the table: kernels run without the interpreter lock
+  Description first_, next_;
+};
+
+}  // namespace trainops

@@ -1,0 +1,168 @@
+// The Python module trainops._cpu: calls the kernels without the interpreter lock, and returns numbers. Tables are
+// those of trainops._core. trainops/adapters/cpu.py tells what the arguments mean.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cmath>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../core/python_table.h"
+#include "kernels.h"
+#include "parallel.h"
+
+namespace py = pybind11;
+using namespace trainops;
+
+namespace {
+
+// Writes statistics of rows where Python wants them, which is where the tensor at this address is.
+void write(const std::vector<double>& values, uintptr_t to, bool is_float64) {
+  for (size_t i = 0; i < values.size(); ++i) {
+    if (is_float64) {
+      reinterpret_cast<double*>(to)[i] = values[i];
+    } else {
+      reinterpret_cast<float*>(to)[i] = static_cast<float>(values[i]);
+    }
+  }
+}
+
+double reduce(const PythonTable& table, const std::string& statistic, uintptr_t rows_out) {
+  py::gil_scoped_release release;
+  const cpu::Chunks chunks(table.table());
+  const cpu::Result result = cpu::reduce(statistic, table.table(), chunks, table.schema().measured);
+  write(result.rows, rows_out, table.has_float64());
+  return result.total;
+}
+
+void scale(const PythonTable& table, double coefficient) {
+  py::gil_scoped_release release;
+  cpu::scale(table.table(), coefficient);
+}
+
+void clamp(const PythonTable& table, double bound) {
+  py::gil_scoped_release release;
+  cpu::clamp(table.table(), bound);
+}
+
+void ema(const PythonTable& table, double decay) {
+  py::gil_scoped_release release;
+  cpu::ema(table.table(), decay);
+}
+
+// Returns the norm (of the unscaled gradients, NaN where none was asked for) and whether the step was skipped.
+std::tuple<double, bool> update(const PythonTable& table, const std::string& rule,
+                                const std::vector<std::vector<double>>& settings, std::optional<double> max_norm,
+                                bool skip_nonfinite, double grad_scale, bool found_inf,
+                                std::optional<double> total_norm, double ema_decay, uintptr_t norms_out) {
+  for (const auto& group : settings) {
+    if (group.size() != table.schema().settings.size())
+      throw py::value_error("a group has another number of settings");
+  }
+  py::gil_scoped_release release;
+  const cpu::Chunks chunks(table.table());
+  double norm = total_norm.value_or(std::nan(""));
+  if (norms_out != 0) {
+    cpu::Result result = cpu::reduce("l2_norm", table.table(), chunks, kGrad);
+    for (double& row : result.rows) row /= grad_scale;
+    write(result.rows, norms_out, table.has_float64());
+    norm = result.total / grad_scale;
+  }
+  Control control;
+  control.clips = max_norm.has_value();
+  control.skip_nonfinite = skip_nonfinite;
+  control.max_norm = max_norm.value_or(0.0);
+  const Decision decision = decide(control, norm, grad_scale, found_inf);
+  if (!decision.skips) {
+    const cpu::GroupSettings groups{table.group_rows(), settings};
+    cpu::update(rule, table.table(), chunks, groups, decision.coefficient, ema_decay);
+  }
+  return {norm, decision.skips};
+}
+
+// The memory of an operand of DropPath; none for None.
+class Operands {
+ public:
+  explicit Operands(const TensorReader& reader) : reader_(reader) {}
+
+  Cell operator()(const py::object& tensor) const {
+    if (tensor.is_none()) return {};
+    Description description;
+    if (!reader_.read(tensor.ptr(), description) || !description.in_host_memory()) {
+      throw py::type_error("not a plain floating-point tensor in host memory");
+    }
+    return description.cell;
+  }
+
+ private:
+  const TensorReader& reader_;
+};
+
+void drop_path(const TensorReader& reader, const py::object& out, const py::object& residual,
+               const py::object& branch, const py::object& layer_scale, const py::object& mask, uintptr_t rows,
+               int64_t samples, int64_t sample_numel, int64_t channels) {
+  const Operands cell(reader);
+  cpu::DropPath args;
+  args.out = cell(out);
+  args.residual = cell(residual);
+  args.branch = cell(branch);
+  args.layer_scale = cell(layer_scale);
+  args.mask = cell(mask);
+  args.rows = reinterpret_cast<const int64_t*>(rows);
+  args.samples = samples;
+  args.sample_numel = sample_numel;
+  args.channels = channels;
+  py::gil_scoped_release release;
+  cpu::drop_path(args);
+}
+
+void drop_path_backward(const TensorReader& reader, const py::object& of_branch, const py::object& of_layer_scale,
+                        const py::object& grad, const py::object& branch, const py::object& layer_scale,
+                        const py::object& mask, uintptr_t rows, int64_t samples, int64_t sample_numel,
+                        int64_t channels) {
+  const Operands cell(reader);
+  cpu::DropPathBackward args;
+  args.of_branch = cell(of_branch);
+  args.of_layer_scale = cell(of_layer_scale);
+  args.grad = cell(grad);
+  args.branch = cell(branch);
+  args.layer_scale = cell(layer_scale);
+  args.mask = cell(mask);
+  args.rows = reinterpret_cast<const int64_t*>(rows);
+  args.samples = samples;
+  args.sample_numel = sample_numel;
+  args.channels = channels;
+  py::gil_scoped_release release;
+  cpu::drop_path_backward(args);
+}
+
+int threads() {
+#ifdef _OPENMP
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "The compiled CPU kernels of trainops.";
+  m.def("instruction_set", &cpu::instruction_set);
+  m.def("threads", &threads);
+  m.def("reduce", &reduce, py::arg("table"), py::kw_only(), py::arg("statistic"), py::arg("rows_out"));
+  m.def("scale", &scale, py::arg("table"), py::kw_only(), py::arg("coefficient"));
+  m.def("clamp", &clamp, py::arg("table"), py::kw_only(), py::arg("bound"));
+  m.def("ema", &ema, py::arg("table"), py::kw_only(), py::arg("decay"));
+  m.def("update", &update, py::arg("table"), py::kw_only(), py::arg("rule"), py::arg("settings"), py::arg("max_norm"),
+        py::arg("skip_nonfinite"), py::arg("grad_scale"), py::arg("found_inf"), py::arg("total_norm"),
+        py::arg("ema_decay"), py::arg("norms_out"));
+  m.def("drop_path", &drop_path, py::arg("reader"), py::kw_only(), py::arg("out"), py::arg("residual"),
+        py::arg("branch"), py::arg("layer_scale"), py::arg("mask"), py::arg("rows"), py::arg("samples"),
+        py::arg("sample_numel"), py::arg("channels"));
+  m.def("drop_path_backward", &drop_path_backward, py::arg("reader"), py::kw_only(), py::arg("of_branch"),
+        py::arg("of_layer_scale"), py::arg("grad"), py::arg("branch"), py::arg("layer_scale"), py::arg("mask"),
+        py::arg("rows"), py::arg("samples"), py::arg("sample_numel"), py::arg("channels"));
+}

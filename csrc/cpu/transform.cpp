@@ -1,0 +1,45 @@
+// Operations on the elements of each tensor, in place (math/transform.h): 8 bytes per float32 element.
+#include "../math/transform.h"
+
+#include <type_traits>
+
+#include "convert.h"
+#include "elements.h"
+#include "kernels.h"
+
+namespace trainops::cpu {
+namespace {
+
+// One named function for each operation and type, because only those can be compiled for several instruction sets.
+#define TRAINOPS_TRANSFORM(Function, S)                                                           \
+  TRAINOPS_MULTIVERSION void transform_run(S* values, int64_t size, Function<Wide<S>> function) { \
+    for_each_element(size, [function](Wide<S>& x) TRAINOPS_INLINE { x = function(x); }, values);  \
+  }
+#define TRAINOPS_TRANSFORM_ALL(Function) \
+  TRAINOPS_TRANSFORM(Function, float)    \
+  TRAINOPS_TRANSFORM(Function, double)   \
+  TRAINOPS_TRANSFORM(Function, BFloat16) \
+  TRAINOPS_TRANSFORM(Function, Float16)
+TRAINOPS_TRANSFORM_ALL(Scale)
+TRAINOPS_TRANSFORM_ALL(Clamp)
+#undef TRAINOPS_TRANSFORM_ALL
+#undef TRAINOPS_TRANSFORM
+
+template <template <typename> class Function>
+void transform(const Table& table, double operand) {
+  Chunks(table).for_each_piece([&](int64_t, const Piece& piece) {
+    const Cell& cell = table.cell(piece.row, 0);
+    with_type({cell}, [&](auto type) {
+      using S = decltype(type);
+      const Function<Wide<S>> function{static_cast<Wide<S>>(operand)};
+      transform_run(static_cast<S*>(cell.address) + piece.begin, piece.size, function);
+    });
+  });
+}
+
+}  // namespace
+
+void scale(const Table& table, double coefficient) { transform<Scale>(table, coefficient); }
+void clamp(const Table& table, double bound) { transform<Clamp>(table, bound); }
+
+}  // namespace trainops::cpu

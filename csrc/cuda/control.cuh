@@ -1,0 +1,72 @@
+// How a step of any rule is controlled from numbers that lie on the device: the formulas are in math/control.h.
+#pragma once
+
+#include "../math/rule.h"
+#include "../math/storage.h"
+#include "common.cuh"
+
+namespace trainops::cuda {
+
+__device__ inline double real(int64_t word) { return bit_cast<double>(word); }
+
+// Every block decides for itself.
+__device__ inline Decision decide_step(const UpdateArgs& args, const int64_t* words) {
+  Control control;
+  control.clips = args.clips;
+  control.skip_nonfinite = args.skip_nonfinite;
+  control.max_norm = real(words[kMaxNorm]);
+  const double norm = args.norm == nullptr ? 0.0 : *args.norm;
+  const double grad_scale = args.grad_scale == nullptr ? 1.0 : *args.grad_scale;
+  return decide(control, norm, grad_scale, args.found_inf != nullptr && *args.found_inf != 0.0f);
+}
+
+// A setting as a number, wherever it lies.
+__device__ inline double setting(const int64_t* words) {
+  const int64_t value = words[kValue];
+  if (words[kForm] == kFloatAddress) return *global<const float>(value);
+  if (words[kForm] == kDoubleAddress) return *global<const double>(value);
+  return real(value);
+}
+
+template <typename Rule>
+__device__ typename Rule::Settings settings_of(const int64_t* words, int64_t group) {
+  const int64_t* const own = words + kGroups + group * kSettings<Rule> * kSettingWords;
+  double numbers[kSettings<Rule>];
+#pragma unroll
+  for (int i = 0; i < kSettings<Rule>; ++i) numbers[i] = setting(own + i * kSettingWords);
+  return settings_from<Rule>(numbers);
+}
+
+// One block advances the step counts, when no other needs the old ones any more.
+__device__ inline void advance_steps(const DeviceTable& table) {
+  constexpr int ahead = 4;
+  for (int64_t base = threadIdx.x; base < table.row_count; base += ahead * kThreads) {
+    float* addresses[ahead];
+    float steps[ahead] = {};
+#pragma unroll
+    for (int k = 0; k < ahead; ++k) {
+      const int64_t row = base + k * kThreads;
+      addresses[k] = row < table.row_count ? static_cast<float*>(row_of(table, row).address(kStep)) : nullptr;
+    }
+#pragma unroll
+    for (int k = 0; k < ahead; ++k) {
+      if (addresses[k] != nullptr) steps[k] = *addresses[k];
+    }
+#pragma unroll
+    for (int k = 0; k < ahead; ++k) {
+      if (addresses[k] != nullptr) *addresses[k] = steps[k] + 1.0f;
+    }
+  }
+}
+
+// The last act of a step.
+__device__ inline void finish_step(const UpdateArgs& args, bool skips) {
+  if (!is_last_block(args.counter)) return;
+  if (!skips) advance_steps(args.table);
+  if (threadIdx.x == 0) {
+    if (args.skip != nullptr) *args.skip = skips;
+    if (args.skipped_steps != nullptr && skips) *args.skipped_steps += 1;
+  }
+}
+
+}  // namespace trainops::cuda

@@ -1,0 +1,186 @@
+// The Python module trainops._cuda: launches the kernels. Tables are those of trainops._core, and Python has put
+// their words into the memory of the device. trainops/adapters/cuda.py tells what the arguments mean.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <string>
+#include <string_view>
+
+#include "../core/python_table.h"
+#include "kernels.h"
+
+namespace py = pybind11;
+using namespace trainops;
+
+namespace {
+
+// Addresses come from Python as numbers; 0 is none.
+template <typename T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// A table in the memory of a device, and the stream to launch on.
+struct StagedTable {
+  cuda::DeviceTable table;
+  cuda::Queue queue;
+  int measured;
+  bool has_float64;
+};
+
+StagedTable stage(const PythonTable& table, uintptr_t rows, uintptr_t chunks, int64_t chunk_count, uintptr_t stream) {
+  StagedTable staged;
+  staged.table.rows = at<const int64_t>(rows);
+  staged.table.chunks = at<const int64_t>(chunks);
+  staged.table.row_count = table.table().rows();
+  staged.table.chunk_count = chunk_count;
+  staged.table.row_words = kAddresses + table.table().columns();
+  staged.queue = {table.device_index(), at<void>(stream)};
+  staged.measured = table.schema().measured;
+  staged.has_float64 = table.has_float64();
+  return staged;
+}
+
+void reduce(const StagedTable& staged, const std::string& statistic, uintptr_t grad_scale, uintptr_t counter,
+            uintptr_t partials, uintptr_t total, uintptr_t total_out, uintptr_t rows_out) {
+  cuda::ReduceArgs args{};
+  args.table = staged.table;
+  args.column = staged.measured;
+  args.grad_scale = at<const float>(grad_scale);
+  args.counter = at<unsigned>(counter);
+  args.partials = at<double>(partials);
+  args.total = at<double>(total);
+  args.total_out = at<void>(total_out);
+  args.rows_out = at<void>(rows_out);
+  args.out_is_double = staged.has_float64;
+  cuda::reduce(statistic, args, staged.queue);
+}
+
+void scale(const StagedTable& staged, uintptr_t coefficient, bool is_float64) {
+  const Cell cell{at<void>(coefficient), is_float64 ? DType::float64 : DType::float32};
+  cuda::scale(staged.table, cell, staged.queue);
+}
+
+void clamp(const StagedTable& staged, double bound) { cuda::clamp(staged.table, bound, staged.queue); }
+
+void ema(const StagedTable& staged, double decay, uintptr_t skip) {
+  cuda::ema(staged.table, decay, at<const bool>(skip), staged.queue);
+}
+
+// `words`: for the launch to carry, or the address of more words than it carries.
+void update(const StagedTable& staged, const std::string& rule, const py::object& words, uintptr_t norm,
+            uintptr_t grad_scale, uintptr_t found_inf, bool clips, bool skip_nonfinite, uintptr_t skip,
+            uintptr_t skipped_steps, uintptr_t counter) {
+  cuda::UpdateArgs args{};
+  args.table = staged.table;
+  if (py::isinstance<py::bytes>(words)) {
+    const auto carried = words.cast<std::string_view>();
+    if (carried.size() > sizeof(args.inline_words)) throw std::length_error("too many words for a launch");
+    std::copy(carried.begin(), carried.end(), reinterpret_cast<char*>(args.inline_words));
+  } else {
+    args.words = at<const int64_t>(words.cast<uintptr_t>());
+  }
+  args.norm = at<const double>(norm);
+  args.grad_scale = at<const float>(grad_scale);
+  args.found_inf = at<const float>(found_inf);
+  args.clips = clips;
+  args.skip_nonfinite = skip_nonfinite;
+  args.skip = at<bool>(skip);
+  args.skipped_steps = at<int64_t>(skipped_steps);
+  args.counter = at<unsigned>(counter);
+  cuda::update(rule, args, staged.queue);
+}
+
+// The memory of operands of DropPath, and the device that they lie on; none for None.
+class Operands {
+ public:
+  explicit Operands(const TensorReader& reader) : reader_(reader) {}
+
+  Cell operator()(const py::object& tensor) {
+    if (tensor.is_none()) return {};
+    Description description;
+    if (!reader_.read(tensor.ptr(), description) || description.device_type != TRAINOPS_DEVICE_TYPE) {
+      throw py::type_error("not a plain floating-point tensor on a device of this backend");
+    }
+    device_ = description.device_id;
+    return description.cell;
+  }
+
+  cuda::Queue queue(uintptr_t stream) const { return {device_, at<void>(stream)}; }
+
+ private:
+  const TensorReader& reader_;
+  int device_ = 0;
+};
+
+// `rows`: the address of an int64 for each sample.
+void drop_path(const TensorReader& reader, const py::object& out, const py::object& residual,
+               const py::object& branch, const py::object& layer_scale, const py::object& mask, uintptr_t rows,
+               int64_t samples, int64_t sample_numel, int64_t channels, uintptr_t stream) {
+  Operands cell(reader);
+  cuda::DropPath args{};
+  args.out = cell(out);
+  args.residual = cell(residual);
+  args.branch = cell(branch);
+  args.layer_scale = cell(layer_scale);
+  args.mask = cell(mask);
+  args.rows = at<const int64_t>(rows);
+  args.samples = samples;
+  args.sample_numel = sample_numel;
+  args.channels = channels;
+  cuda::drop_path(args, cell.queue(stream));
+}
+
+void drop_path_backward(const TensorReader& reader, const py::object& of_branch, const py::object& of_layer_scale,
+                        const py::object& grad, const py::object& branch, const py::object& layer_scale,
+                        const py::object& mask, uintptr_t rows, int64_t samples, int64_t sample_numel,
+                        int64_t channels, uintptr_t partials, uintptr_t stream) {
+  Operands cell(reader);
+  cuda::DropPathBackward args{};
+  args.of_branch = cell(of_branch);
+  args.of_layer_scale = cell(of_layer_scale);
+  args.grad = cell(grad);
+  args.branch = cell(branch);
+  args.layer_scale = cell(layer_scale);
+  args.mask = cell(mask);
+  args.rows = at<const int64_t>(rows);
+  args.samples = samples;
+  args.sample_numel = sample_numel;
+  args.channels = channels;
+  args.partials = at<double>(partials);
+  cuda::drop_path_backward(args, cell.queue(stream));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "The compiled CUDA kernels of trainops.";
+  m.attr("DEVICE_TYPE") = TRAINOPS_DEVICE_TYPE == dlpack::kCUDA ? "cuda" : "cpu";
+  m.attr("CHUNK_NUMEL") = cuda::kChunkNumel;
+  m.attr("INLINE_BYTES") = cuda::kInlineWords * sizeof(int64_t);
+  m.def("devices", [] {
+    const cuda::Devices found = cuda::devices();
+    return py::make_tuple(found.count, found.error, found.name);
+  });
+  py::class_<StagedTable>(m, "StagedTable", py::module_local())
+      .def(py::init(&stage), py::arg("table"), py::kw_only(), py::arg("rows"), py::arg("chunks"),
+           py::arg("chunk_count"), py::arg("stream"));
+  m.def("reduce", &reduce, py::arg("staged"), py::kw_only(), py::arg("statistic"), py::arg("grad_scale"),
+        py::arg("counter"), py::arg("partials"), py::arg("total"), py::arg("total_out"), py::arg("rows_out"));
+  m.def("scale", &scale, py::arg("staged"), py::kw_only(), py::arg("coefficient"), py::arg("is_float64"));
+  m.def("clamp", &clamp, py::arg("staged"), py::kw_only(), py::arg("bound"));
+  m.def("ema", &ema, py::arg("staged"), py::kw_only(), py::arg("decay"), py::arg("skip"));
+  m.def("update", &update, py::arg("staged"), py::kw_only(), py::arg("rule"), py::arg("words"), py::arg("norm"),
+        py::arg("grad_scale"), py::arg("found_inf"), py::arg("clips"), py::arg("skip_nonfinite"), py::arg("skip"),
+        py::arg("skipped_steps"), py::arg("counter"));
+  m.def("drop_path", &drop_path, py::arg("reader"), py::kw_only(), py::arg("out"), py::arg("residual"),
+        py::arg("branch"), py::arg("layer_scale"), py::arg("mask"), py::arg("rows"), py::arg("samples"),
+        py::arg("sample_numel"), py::arg("channels"), py::arg("stream"));
+  m.def("drop_path_backward", &drop_path_backward, py::arg("reader"), py::kw_only(), py::arg("of_branch"),
+        py::arg("of_layer_scale"), py::arg("grad"), py::arg("branch"), py::arg("layer_scale"), py::arg("mask"),
+        py::arg("rows"), py::arg("samples"), py::arg("sample_numel"), py::arg("channels"), py::arg("partials"),
+        py::arg("stream"));
+  m.def("drop_path_partials", &cuda::drop_path_partials, py::kw_only(), py::arg("samples"), py::arg("sample_numel"),
+        py::arg("channels"));
+}

@@ -1,0 +1,154 @@
+// A step of any rule (math/adamw.h) with clipping, unscaling, skipping and the average (math/ema.h), in one launch:
+// every column is read and, where it is written, written once. With AdamW in float32, that is 28 bytes per element, 8
+// more with AMSGrad and 8 more with an average. Arithmetic in float32, or float64 for float64 parameters.
+#include <stdexcept>
+
+#include "../core/rules.h"
+#include "control.cuh"
+#include "ema.cuh"
+
+namespace trainops::cuda {
+namespace {
+
+// A row's cells for its elements, by column. That of the step count stays empty.
+template <typename Rule>
+struct Cells {
+  static constexpr int count = kState + Rule::kStates;
+  Cell at[count];
+
+  __device__ explicit Cells(const Row& row) {
+#pragma unroll
+    for (int column = 0; column < count; ++column) {
+      if (column != kStep) at[column] = row.cell(column);
+    }
+  }
+
+  // How many columns of state there are. Optional ones are the last.
+  __device__ int states() const {
+    int states = 0;
+#pragma unroll
+    for (int i = 0; i < Rule::kStates; ++i) states += at[kState + i].address != nullptr;
+    return states;
+  }
+};
+
+template <typename Rule, typename T>
+__device__ void update_pack(const Cells<Rule>& cells, const LaneOffset& offset,
+                            const typename Rule::template Scalars<T>& scalars, double ema_decay) {
+  constexpr int count = Cells<Rule>::count;
+  Raw raw[count];
+#pragma unroll
+  for (int column = 0; column < count; ++column) {
+    if (column != kStep) raw[column] = fetch<T>(cells.at[column], offset);
+  }
+  T param[kPack<T>], grad[kPack<T>];
+  unpack(raw[kParam], cells.at[kParam].dtype, param);
+  unpack(raw[kGrad], cells.at[kGrad].dtype, grad);
+  Rule::template with_formula<false>(cells.states(), scalars, [&](auto formula) {
+    constexpr int states = decltype(formula)::states;
+    T state[states][kPack<T>];
+#pragma unroll
+    for (int i = 0; i < states; ++i) unpack(raw[kState + i], cells.at[kState + i].dtype, state[i]);
+#pragma unroll
+    for (int j = 0; j < kPack<T>; ++j) {
+      T own[states];
+#pragma unroll
+      for (int i = 0; i < states; ++i) own[i] = state[i][j];
+      formula(param[j], grad[j], own, scalars);
+#pragma unroll
+      for (int i = 0; i < states; ++i) state[i][j] = own[i];
+    }
+#pragma unroll
+    for (int i = 0; i < states; ++i) {
+      put<T>(cells.at[kState + i], offset, pack(state[i], cells.at[kState + i].dtype));
+    }
+  });
+  const Raw stored = pack(param, cells.at[kParam].dtype);
+  put<T>(cells.at[kParam], offset, stored);
+  const Cell& average = cells.at[kAverage];
+  if (average.address == nullptr) return;
+  put<T>(average, offset, ema_pack<T>(raw[kAverage], average.dtype, stored, cells.at[kParam].dtype, ema_decay));
+}
+
+template <typename Rule, typename T>
+__device__ void update_one(const Cells<Rule>& cells, int64_t i, const typename Rule::template Scalars<T>& scalars,
+                           double ema_decay) {
+  T param = load<T>(cells.at[kParam], i);
+  const T grad = load<T>(cells.at[kGrad], i);
+  Rule::template with_formula<false>(cells.states(), scalars, [&](auto formula) {
+    constexpr int states = decltype(formula)::states;
+    T state[states];
+#pragma unroll
+    for (int k = 0; k < states; ++k) state[k] = load<T>(cells.at[kState + k], i);
+    formula(param, grad, state, scalars);
+#pragma unroll
+    for (int k = 0; k < states; ++k) store(cells.at[kState + k], i, state[k]);
+  });
+  store(cells.at[kParam], i, param);
+  if (cells.at[kAverage].address != nullptr) ema_one(cells.at[kAverage], cells.at[kParam], i, ema_decay);
+}
+
+template <typename Rule, typename T>
+__device__ void update_chunk(const Chunk& chunk, const typename Rule::template Scalars<double>& wide,
+                             double ema_decay) {
+  const auto scalars = rounded<Rule, T>(wide);
+  const Cells<Rule> cells(chunk.row);
+  VectorRange<T> range(chunk.begin, chunk.end, kThreads);
+#pragma unroll
+  for (int column = 0; column < Cells<Rule>::count; ++column) {
+    if (column != kStep) range.add(cells.at[column]);
+  }
+  range.close();
+  for (int64_t tile = range.begin; tile < range.body; tile += kThreads * kPack<T>) {
+    update_pack<Rule, T>(cells, LaneOffset(range, tile, threadIdx.x), scalars, ema_decay);
+  }
+  for (int64_t i = range.body + threadIdx.x; i < range.end; i += kThreads) {
+    update_one<Rule, T>(cells, i, scalars, ema_decay);
+  }
+}
+
+template <typename Rule>
+__global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_constant__ UpdateArgs args) {
+  __shared__ typename Rule::template Scalars<double> scalars;
+  const int64_t* const words = args.words == nullptr ? args.inline_words : args.words;
+  const Decision decision = decide_step(args, words);
+  const double ema_decay = real(words[kEMADecay]);
+  // Rows of a group nearly always share their step count, and with it two powers and a root.
+  int64_t group = -1;
+  double step = 0.0;
+  const int64_t chunks = decision.skips ? 0 : args.table.chunk_count;
+  // From the last chunk to the first: after a pass over the gradients for their norm, the last are still in the
+  // cache.
+  for (int64_t index = chunks - 1 - blockIdx.x; index >= 0; index -= gridDim.x) {
+    const Chunk chunk = chunk_of(args.table, index);
+    const int64_t its_group = chunk.row.words[kGroup];
+    const double its_step = *static_cast<const float*>(chunk.row.address(kStep)) + 1.0f;
+    if (its_group != group || its_step != step) {
+      group = its_group;
+      step = its_step;
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        scalars = Rule::scalars(settings_of<Rule>(words, group), step, decision.coefficient);
+      }
+      __syncthreads();
+    }
+    if (chunk.row.cell(kParam).dtype == DType::float64) {
+      update_chunk<Rule, double>(chunk, scalars, ema_decay);
+    } else {
+      update_chunk<Rule, float>(chunk, scalars, ema_decay);
+    }
+  }
+  finish_step(args, decision.skips);
+}
+
+}  // namespace
+
+void update(const std::string& rule, const UpdateArgs& args, const Queue& queue) {
+#define TRAINOPS_CASE(Rule, name) \
+  if (rule == name) return launch(update_kernel<Rule>, name, args.table.chunk_count, queue, args);
+  TRAINOPS_RULES(TRAINOPS_CASE)
+#undef TRAINOPS_CASE
+  throw std::invalid_argument("there is no rule " + rule);
+}
+
+}  // namespace trainops::cuda

@@ -1,0 +1,36 @@
+// What is the same for every rule.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "host_device.h"
+
+namespace trainops {
+
+// A rule's scalars, evaluated in double, rounded once. They are numbers and nothing else.
+template <typename Rule, typename T>
+TRAINOPS_HOST_DEVICE typename Rule::template Scalars<T> rounded(const typename Rule::template Scalars<double>& wide) {
+  constexpr int count = sizeof(wide) / sizeof(double);
+  static_assert(sizeof(typename Rule::template Scalars<T>) == count * sizeof(T), "scalars are numbers");
+  double from[count];
+  T to[count];
+  std::memcpy(from, &wide, sizeof(from));
+  for (int i = 0; i < count; ++i) to[i] = static_cast<T>(from[i]);
+  typename Rule::template Scalars<T> result;
+  std::memcpy(&result, to, sizeof(to));
+  return result;
+}
+
+// A rule's settings by number, in the order of its names.
+template <typename Rule>
+constexpr int kSettings = sizeof(typename Rule::Settings) / sizeof(double);
+
+template <typename Rule>
+TRAINOPS_HOST_DEVICE typename Rule::Settings settings_from(const double* numbers) {
+  typename Rule::Settings settings;
+  std::memcpy(&settings, numbers, sizeof(settings));
+  return settings;
+}
+
+}  // namespace trainops

@@ -1,0 +1,74 @@
+"""What kernels on a device are told, whichever backend they are of."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import core
+from ..uploads import Recent, known, uploaded
+from .interface import Group, StepControl
+
+
+def device_guard(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes the device current, where launches go and captures are looked for."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def to_device(x: Tensor | None, device: torch.device, dtype: torch.dtype | None = None) -> Tensor | None:
+    """``x`` on the device, in that dtype if one is given."""
+    return None if x is None else x.to(device, dtype or x.dtype)
+
+
+def copy_back(counter: Tensor | None, control: StepControl) -> None:
+    """Tells the step's count of skipped steps what ``counter`` is now, where that is a copy on another device."""
+    if counter is not None and counter is not control.skipped_steps and control.skipped_steps is not None:
+        control.skipped_steps.copy_(counter)
+
+
+class Section(NamedTuple):
+    """Consecutive chunks of rows that have the same types."""
+
+    kind: tuple[str | None, ...]  # by column the name of its dtype; None: there is no tensor
+    first_chunk: int
+    chunk_count: int
+
+
+class StagedWords(NamedTuple):
+    """A table's words in the memory of a device."""
+
+    rows: Tensor
+    chunks: Tensor
+    chunk_count: int
+    sections: list[Section]
+
+
+# The chunks of tables, by what they depend on.
+_chunks: Recent[bytes] = Recent(32)
+
+
+def stage(table: Any, device: torch.device, chunk_numel: int, by_kind: bool) -> StagedWords:
+    """Bring a table's words to the device; ``by_kind``: in sections, for kernels that are compiled for types."""
+    words = table.words(chunk_numel=chunk_numel, by_kind=by_kind)
+    layout = known(words.layout)
+    chunks = _chunks.recall(layout) or _chunks.remember(layout, words.chunks)
+    sections = [Section(*section) for section in words.sections] if by_kind else []
+    return StagedWords(uploaded(known(words.rows), device), uploaded(chunks, device), words.chunk_count, sections)
+
+
+def step_settings(
+    rule: str, groups: Sequence[Group], control: StepControl, ema_decay: float, device: torch.device
+) -> bytes:
+    """The settings of a step in words. Those that lie on the device stay there."""
+    settings = [{name: _setting(x, device) for name, x in group.settings.items()} for group in groups]
+    return core.step_settings(rule, control.max_norm, ema_decay, settings)
+
+
+def _setting(x: float | Tensor, device: torch.device) -> float | Tensor:
+    if isinstance(x, Tensor) and x.device == device and x.dtype in (torch.float32, torch.float64):
+        return x
+    return float(x)

@@ -1,0 +1,120 @@
+"""The ``cpu`` backend: C++ with OpenMP and run-time SIMD selection (``csrc/cpu``)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import core
+from .._extensions import load
+from ..tables import staged_table
+from ._drop_path import operations as drop_path_operations
+from ._tables import columns_of, ema_operations
+from .interface import Backend, Group, StepControl, StepResult
+
+_cpu, _reason = load("_cpu", "cpu") if core.available else (None, core.reason)
+
+
+def probe() -> Backend:
+    """Available where the extension was built and loads."""
+    if _cpu is None:
+        return Backend(available=False, reason=_reason)
+    return Backend(available=True, details=f"{_reason}; {_cpu.instruction_set()}, {_cpu.threads()} threads")
+
+
+def serves(device_type: str) -> bool:
+    """CPU tensors."""
+    return device_type == "cpu"
+
+
+def collect(
+    rule: str,
+    param_groups: list[dict[str, Any]],
+    state: dict[Tensor, Any],
+    averages: dict[int, Tensor],
+    states: list[tuple[str, ...]],
+) -> Any:
+    """See :class:`trainops.adapters.interface.Kernels`."""
+    return core.collect(rule, param_groups, state, averages, states, "cpu")
+
+
+def reduce(statistic: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """See :class:`trainops.adapters.interface.Kernels`."""
+    with staged_table("reduce", {"tensor": list(tensors)}, "cpu") as table:
+        rows = _empty_rows(table)
+        total = _cpu.reduce(table, statistic=statistic, rows_out=rows.data_ptr())
+    return torch.tensor(total, dtype=rows.dtype, device="cpu"), rows
+
+
+def _empty_rows(table: Any) -> Tensor:
+    return torch.empty(table.rows, dtype=torch.float64 if table.has_float64 else torch.float32, device="cpu")
+
+
+def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
+    """See :func:`trainops.reference.scale_`. A coefficient of 1 leaves the tensors unread."""
+    factor = coefficient.item()
+    if factor == 1.0:
+        return
+    with staged_table("transform", {"tensor": list(tensors)}, "cpu") as table:
+        _cpu.scale(table, coefficient=factor)
+
+
+def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
+    """See :func:`trainops.reference.clamp_`."""
+    with staged_table("transform", {"tensor": list(tensors)}, "cpu") as table:
+        _cpu.clamp(table, bound=bound)
+
+
+def _ema(table: Any, decay: float, skip: Tensor | None) -> None:
+    if skip is None or not skip.item():
+        _cpu.ema(table, decay=decay)
+
+
+ema_, try_ema_ = ema_operations(lambda: "cpu", _ema)
+
+
+def update(
+    rule: str, groups: Sequence[Group], control: StepControl, ema_decay: float, collected: Any = None
+) -> StepResult:
+    """See :class:`trainops.adapters.interface.Kernels`. All groups are one table: two passes over memory."""
+    if collected is not None:
+        return _update(collected, rule, groups, control, ema_decay)
+    group_rows = [group.rows for group in groups]
+    with staged_table(rule, columns_of(rule, groups), "cpu", group_rows) as table:
+        return _update(table, rule, groups, control, ema_decay)
+
+
+def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl, ema_decay: float) -> StepResult:
+    norms = _empty_rows(table) if control.measures else None
+    names = core.schema(rule).settings
+    total_norm, skipped = _cpu.update(
+        table,
+        rule=rule,
+        settings=[[float(group.settings[name]) for name in names] for group in groups],
+        max_norm=control.max_norm,
+        skip_nonfinite=control.skip_nonfinite,
+        grad_scale=1.0 if control.grad_scale is None else control.grad_scale.item(),
+        found_inf=control.found_inf is not None and control.found_inf.item() != 0,
+        total_norm=None if control.total_norm is None else control.total_norm.item(),
+        ema_decay=ema_decay,
+        norms_out=0 if norms is None else norms.data_ptr(),
+    )
+    if skipped and control.skipped_steps is not None:
+        control.skipped_steps.add_(1)
+    return StepResult(
+        control.total_norm if norms is None else torch.tensor(total_norm, dtype=norms.dtype, device="cpu"),
+        norms,
+        torch.tensor(skipped, device="cpu") if control.may_skip else None,
+    )
+
+
+def _launch_drop_path(*, rows: Tensor | None, **operands: Any) -> None:
+    _cpu.drop_path(core.reader, rows=core.address(rows), **operands)
+
+
+def _launch_drop_path_backward(*, rows: Tensor | None, **operands: Any) -> None:
+    _cpu.drop_path_backward(core.reader, rows=core.address(rows), **operands)
+
+
+drop_path, drop_path_backward = drop_path_operations(_launch_drop_path, _launch_drop_path_backward)

@@ -1,0 +1,234 @@
+"""The ``cuda`` backend: CUDA C++ for NVIDIA GPUs (``csrc/cuda``)."""
+
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import core
+from .._extensions import load
+from ..tables import staged_table
+from ..uploads import Recent, uploaded
+from ._device import copy_back, device_guard, stage, step_settings, to_device
+from ._drop_path import operations as drop_path_operations
+from ._tables import columns_of, ema_operations
+from .interface import Backend, Group, StepControl, StepResult
+
+_cuda, _reason = load("_cuda", "cuda") if core.available else (None, core.reason)
+
+
+def probe() -> Backend:
+    """Available where the extension was built and loads, and there is a driver and a device."""
+    if _cuda is None:
+        return Backend(available=False, reason=_reason)
+    count, error, name = _cuda.devices()
+    if count == 0:
+        return Backend(available=False, reason=f"{error or 'no NVIDIA GPU'} (built with {_reason})")
+    return Backend(available=True, details=f"{_reason}; {name}")
+
+
+def serves(device_type: str) -> bool:
+    """CUDA tensors."""
+    return _cuda is not None and device_type == _cuda.DEVICE_TYPE
+
+
+def collect(
+    rule: str,
+    param_groups: list[dict[str, Any]],
+    state: dict[Tensor, Any],
+    averages: dict[int, Tensor],
+    states: list[tuple[str, ...]],
+) -> Any:
+    """See :class:`trainops.adapters.interface.Kernels`."""
+    return core.collect(rule, param_groups, state, averages, states, _cuda.DEVICE_TYPE)
+
+
+class _Queue(NamedTuple):
+    """A device and its current stream."""
+
+    device: torch.device
+    stream: int
+
+    @property
+    def captures(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _queue(device: torch.device) -> _Queue:
+    return _Queue(device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
+
+
+def _device_of(table: Any) -> torch.device:
+    is_cuda = _cuda.DEVICE_TYPE == "cuda"
+    return torch.device("cuda", table.device_index) if is_cuda else torch.device(_cuda.DEVICE_TYPE)
+
+
+class _Staged:
+    """A table whose words lie on its device, and where to launch. The words live as long as this."""
+
+    def __init__(self, table: Any) -> None:
+        self.queue = _queue(_device_of(table))
+        self._words = stage(table, self.queue.device, _cuda.CHUNK_NUMEL, by_kind=False)
+        self.chunk_count = self._words.chunk_count
+        self.table = _cuda.StagedTable(
+            table,
+            rows=self._words.rows.data_ptr(),
+            chunks=self._words.chunks.data_ptr(),
+            chunk_count=self.chunk_count,
+            stream=self.queue.stream,
+        )
+
+
+# For each stream, and each thread that launches on it: a counter of blocks, which every kernel leaves at 0, the norm,
+# and room for partial results.
+_scratches: Recent[Tensor] = Recent(32)
+_captured: list[Tensor] = []
+_COUNTER, _NORM, _PARTIALS = (8 * i for i in range(3))
+
+
+def _scratch(queue: _Queue, chunk_count: int) -> Tensor:
+    size = 2 + chunk_count
+    if queue.captures:
+        _captured.append(torch.zeros(size, dtype=torch.float64, device=queue.device))
+        return _captured[-1]
+    key = queue, threading.get_ident()
+    scratch = _scratches.recall(key)
+    if scratch is None or len(scratch) < size:
+        scratch = _scratches.remember(key, torch.zeros(2 * size, dtype=torch.float64, device=queue.device))
+    return scratch
+
+
+def reduce(statistic: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """See :class:`trainops.adapters.interface.Kernels`."""
+    with (
+        staged_table("reduce", {"tensor": list(tensors)}, _cuda.DEVICE_TYPE) as table,
+        device_guard(_device_of(table)),
+    ):
+        staged = _Staged(table)
+        scratch = _scratch(staged.queue, staged.chunk_count)
+        return _reduce(table, staged, scratch.data_ptr(), statistic)
+
+
+def _reduce(
+    table: Any, staged: _Staged, scratch: int, statistic: str, grad_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """A statistic of a column and of its rows; the first is left in the scratch memory as float64, too."""
+    dtype = torch.float64 if table.has_float64 else torch.float32
+    total = torch.empty((), dtype=dtype, device=staged.queue.device)
+    rows = torch.empty(table.rows, dtype=dtype, device=staged.queue.device)
+    _cuda.reduce(
+        staged.table,
+        statistic=statistic,
+        grad_scale=core.address(grad_scale),
+        counter=scratch + _COUNTER,
+        partials=scratch + _PARTIALS,
+        total=scratch + _NORM,
+        total_out=total.data_ptr(),
+        rows_out=rows.data_ptr(),
+    )
+    return total, rows
+
+
+def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
+    """See :func:`trainops.reference.scale_`. A coefficient of 1 leaves the tensors unread."""
+    with (
+        staged_table("transform", {"tensor": list(tensors)}, _cuda.DEVICE_TYPE) as table,
+        device_guard(_device_of(table)),
+    ):
+        staged = _Staged(table)
+        dtype = torch.float32 if coefficient.dtype == torch.float32 else torch.float64
+        factor = coefficient.to(staged.queue.device, dtype)
+        _cuda.scale(staged.table, coefficient=factor.data_ptr(), is_float64=dtype == torch.float64)
+
+
+def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
+    """See :func:`trainops.reference.clamp_`."""
+    with (
+        staged_table("transform", {"tensor": list(tensors)}, _cuda.DEVICE_TYPE) as table,
+        device_guard(_device_of(table)),
+    ):
+        _cuda.clamp(_Staged(table).table, bound=bound)
+
+
+def _ema(table: Any, decay: float, skip: Tensor | None) -> None:
+    with device_guard(_device_of(table)):
+        staged = _Staged(table)
+        skip = None if skip is None else skip.to(staged.queue.device, torch.bool)
+        _cuda.ema(staged.table, decay=decay, skip=core.address(skip))
+
+
+ema_, try_ema_ = ema_operations(lambda: str(_cuda.DEVICE_TYPE), _ema)
+
+
+def update(
+    rule: str, groups: Sequence[Group], control: StepControl, ema_decay: float, collected: Any = None
+) -> StepResult:
+    """See :class:`trainops.adapters.interface.Kernels`. All groups are one table, in two launches or one."""
+    if collected is not None:
+        with device_guard(_device_of(collected)):
+            return _update(collected, rule, groups, control, ema_decay)
+    group_rows = [group.rows for group in groups]
+    with (
+        staged_table(rule, columns_of(rule, groups), _cuda.DEVICE_TYPE, group_rows) as table,
+        device_guard(_device_of(table)),
+    ):
+        return _update(table, rule, groups, control, ema_decay)
+
+
+def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl, ema_decay: float) -> StepResult:
+    device = _device_of(table)
+    staged = _Staged(table)
+    grad_scale, found_inf = (to_device(x, device, torch.float32) for x in (control.grad_scale, control.found_inf))
+    total_norm, norms = control.total_norm, None
+    # Both kernels use the same scratch memory: the second finds the norm there.
+    scratch_memory = _scratch(staged.queue, staged.chunk_count)
+    scratch = scratch_memory.data_ptr()
+    known_norm = to_device(total_norm, device, torch.float64)
+    if control.measures:
+        total_norm, norms = _reduce(table, staged, scratch, "l2_norm", grad_scale)
+    skip = torch.empty((), dtype=torch.bool, device=device) if control.may_skip else None
+    counter = None if skip is None else to_device(control.skipped_steps, device)
+    words = step_settings(rule, groups, control, ema_decay, device)
+    in_memory = uploaded(words, device) if len(words) > _cuda.INLINE_BYTES else None
+    _cuda.update(
+        staged.table,
+        rule=rule,
+        words=words if in_memory is None else in_memory.data_ptr(),
+        norm=scratch + _NORM if control.measures else core.address(known_norm),
+        grad_scale=core.address(grad_scale),
+        found_inf=core.address(found_inf),
+        clips=control.max_norm is not None,
+        skip_nonfinite=control.skip_nonfinite,
+        skip=core.address(skip),
+        skipped_steps=core.address(counter),
+        counter=scratch + _COUNTER,
+    )
+    copy_back(counter, control)
+    return StepResult(total_norm, norms, skip)
+
+
+def _launch_drop_path(*, out: Tensor, rows: Tensor | None, **operands: Any) -> None:
+    with device_guard(out.device):
+        stream = _queue(out.device).stream
+        _cuda.drop_path(core.reader, out=out, rows=core.address(rows), **operands, stream=stream)
+
+
+def _launch_drop_path_backward(*, of_branch: Tensor, rows: Tensor | None, **operands: Any) -> None:
+    sizes = {name: operands[name] for name in ("samples", "sample_numel", "channels")}
+    size = _cuda.drop_path_partials(**sizes)
+    partials = torch.empty(size, dtype=torch.float64, device=of_branch.device)
+    with device_guard(of_branch.device):
+        stream = _queue(of_branch.device).stream
+        _cuda.drop_path_backward(
+            core.reader,
+            of_branch=of_branch,
+            rows=core.address(rows),
+            **operands,
+            partials=partials.data_ptr(),
+            stream=stream,
+        )
+
+
+drop_path, drop_path_backward = drop_path_operations(_launch_drop_path, _launch_drop_path_backward)

@@ -1,0 +1,161 @@
+"""What every backend provides, and what a fused step takes and returns."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Whether a backend can be used here, and what there is to know about it.
+
+    Attributes:
+        available: whether it can be used.
+        reason: why not; empty where it can.
+        details: what it was built with and what it found on this machine, for people to read.
+    """
+
+    available: bool
+    reason: str = ""
+    details: str = ""
+
+
+@dataclass
+class Group:
+    """The parameters of one group that have a gradient, their state, and the group's settings.
+
+    Attributes:
+        settings: those of the rule by name; a 0-dim tensor may stay on its device.
+        rows: how many parameters.
+        columns: by the names of a table's columns, one tensor (or None) per parameter. Empty if they are collected.
+    """
+
+    settings: Mapping[str, float | Tensor]
+    rows: int
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepControl:
+    """What decides the coefficient of a step's gradients, and whether the step is taken."""
+
+    max_norm: float | None = None
+    skip_nonfinite: bool = False
+    grad_scale: Tensor | None = None  # gradients are this many times too large
+    found_inf: Tensor | None = None  # nonzero: skip the step
+    total_norm: Tensor | None = None  # of the unscaled gradients, where it is known already
+    skipped_steps: Tensor | None = None  # 0-dim int64; is increased where the step is skipped
+
+    @property
+    def measures(self) -> bool:
+        """Whether the step needs a pass over the gradients for their norm."""
+        return self.total_norm is None and (self.max_norm is not None or self.skip_nonfinite)
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether there is anything that could make the step be skipped."""
+        return self.skip_nonfinite or self.found_inf is not None
+
+
+class StepResult(NamedTuple):
+    """What a step found out. All on the device; None where it was not needed."""
+
+    total_norm: Tensor | None = None  # 0-dim, before clipping, of the unscaled gradients
+    norms: Tensor | None = None  # 1-D, one per parameter
+    skipped: Tensor | None = None  # 0-dim bool
+
+
+class Collected(Protocol):
+    """The rows of a step, collected by a backend straight from an optimizer's containers."""
+
+    @property
+    def params(self) -> list[Tensor]:
+        """The parameters that have a gradient."""
+
+    @property
+    def group_rows(self) -> list[int]:
+        """How many of them each group has."""
+
+    @property
+    def averaged(self) -> int:
+        """How many of them have an average."""
+
+
+class Kernels(Protocol):
+    """The ops of a backend, with the meaning of ``trainops.reference``."""
+
+    def probe(self) -> Backend:
+        """Whether the backend can be used on this machine."""
+
+    def serves(self, device_type: str) -> bool:
+        """Whether it takes tensors on this type of device."""
+
+    def collect(
+        self,
+        rule: str,
+        param_groups: list[dict[str, Any]],
+        state: dict[Tensor, Any],
+        averages: dict[int, Tensor],
+        states: list[tuple[str, ...]],
+    ) -> Collected | None:
+        """The rows of a step, where every one is as kernels like it; None where the general path must be taken.
+
+        ``averages`` are by the ``id`` of their parameter. ``states``: the names of the state that each group uses.
+        """
+
+    def update(
+        self,
+        rule: str,
+        groups: Sequence[Group],
+        control: StepControl,
+        ema_decay: float,
+        collected: Collected | None = None,
+    ) -> StepResult:
+        """Norm, coefficient, a step of the rule, and EMA, for parameters on one device.
+
+        The tensors are those of ``collected`` if given, else those in the groups' columns.
+        """
+
+    def reduce(self, statistic: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """A statistic (``l1_norm``, ``l2_norm``, ``inf_norm``) of all tensors as one vector, and of each."""
+
+    def scale_(self, tensors: Sequence[Tensor], coefficient: Tensor) -> None:
+        """Multiply every tensor by a coefficient."""
+
+    def clamp_(self, tensors: Sequence[Tensor], bound: float) -> None:
+        """Limit every element to ``[-bound, bound]``."""
+
+    def ema_(
+        self, averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None
+    ) -> None:
+        """Move averages towards tensors."""
+
+    def try_ema_(
+        self, averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None
+    ) -> bool:
+        """The same where every tensor, whatever it may be, is as kernels like it; else False, and nothing is done."""
+
+    def drop_path(
+        self,
+        branch: Tensor,
+        mask: Tensor,
+        residual: Tensor | None = None,
+        layer_scale: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Stochastic depth, without autograd."""
+
+    def drop_path_backward(
+        self,
+        grad: Tensor,
+        branch: Tensor | None,
+        mask: Tensor,
+        layer_scale: Tensor | None,
+        rows: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradients of the branch and, where ``branch`` is given, of the layer scale.
+
+        The first has the dtype of the mask unless it is rounded to that of ``branch``.
+        """

@@ -1,0 +1,121 @@
+"""Tables of tensors for kernels, which C++ builds (``csrc/core``), and the order of their columns.
+
+A table has one row per parameter and one column per role. Kernels that are not of C++ learn from here where a column,
+a setting or a word stands.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ._extensions import load
+
+_DTYPE_CODES = {  # as DLPack names them: (code, bits)
+    torch.float32: (2, 32),
+    torch.float64: (2, 64),
+    torch.float16: (2, 16),
+    torch.bfloat16: (4, 16),
+}
+_DEVICE_CODES = {"cpu": 1, "cuda": 2}
+
+
+def describe(x: Tensor) -> tuple[int, int, int, int, int, tuple[int, ...], tuple[int, ...]] | None:
+    """Address, dtype code, bits, device code and index, shape, strides; None for what no kernel takes as it is.
+
+    C++ asks it where PyTorch is too old for a tensor to describe itself.
+    """
+    if x.layout is not torch.strided or x.dtype not in _DTYPE_CODES or x.device.type not in _DEVICE_CODES:
+        return None
+    device = _DEVICE_CODES[x.device.type], x.device.index or 0
+    return (x.data_ptr(), *_DTYPE_CODES[x.dtype], *device, tuple(x.shape), x.stride())
+
+
+_core, reason = load("_core", "core")
+available = _core is not None
+reader: Any = None
+if available:
+    reader = _core.TensorReader()
+    reader.configure(
+        api=getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
+        describe=describe,
+        plain_types=(torch.Tensor, torch.nn.Parameter),
+    )
+
+
+def address(x: Tensor | None) -> int:
+    """Where a tensor's elements are; 0 for None."""
+    return 0 if x is None else x.data_ptr()
+
+
+def schema(kind: str) -> Any:
+    """The columns of a kind of table: a rule's name, ``ema``, ``reduce`` or ``transform``."""
+    return _core.SCHEMAS[kind]
+
+
+def column(kind: str, name: str) -> int:
+    """Where a column stands in a row."""
+    return [column.name for column in schema(kind).columns].index(name)
+
+
+def setting(rule: str, name: str) -> int:
+    """Where a setting of a rule stands among them."""
+    return cast(int, schema(rule).settings.index(name))
+
+
+def row_words() -> list[str]:
+    """The names of the words in front of a row's addresses, in their order."""
+    return cast(list[str], _core.ROW_WORDS)
+
+
+def step_words() -> list[str]:
+    """The names of the words in front of the settings of a step, in their order."""
+    return cast(list[str], _core.STEP_WORDS)
+
+
+def table(
+    kind: str, columns: Mapping[str, Sequence[Tensor | None]], device_type: str, group_rows: Sequence[int] = ()
+) -> Any:
+    """A table of lists of tensors. Its ``irregular`` rows are those that kernels cannot take as they are."""
+    return _core.Table(reader, kind, columns, device_type=device_type, group_rows=group_rows)
+
+
+def collect(
+    rule: str,
+    param_groups: list[dict[str, Any]],
+    state: dict[Tensor, Any],
+    averages: dict[int, Tensor],
+    states: list[tuple[str, ...]],
+    device_type: str,
+) -> Any:
+    """The rows of a step straight from an optimizer's containers; None where not all are as kernels like them.
+
+    ``averages`` are by the ``id`` of their parameter. ``states``: the names of the state that each group uses.
+    """
+    found = _core.Table(
+        reader,
+        rule,
+        param_groups=param_groups,
+        state=state,
+        averages=averages,
+        states=states,
+        device_type=device_type,
+    )
+    return found if found.regular else None
+
+
+def step_settings(
+    rule: str, max_norm: float | None, ema_decay: float, settings: Sequence[Mapping[str, float | Tensor]]
+) -> bytes:
+    """What a step tells kernels on a device, in 64-bit words. Tensors among the settings lie there."""
+    names = schema(rule).settings
+    return cast(
+        bytes,
+        _core.step_words(
+            reader=reader,
+            max_norm=0.0 if max_norm is None else max_norm,
+            ema_decay=ema_decay,
+            groups=[[group[name] for name in names] for group in settings],
+        ),
+    )

@@ -1,0 +1,257 @@
+"""The base of optimizers whose step also unscales, clips, skips and averages."""
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from numbers import Real
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .adapters import Group, StepControl, StepResult, check, select
+from .ema import EMA
+from .rows import by_device, check_state, gather
+from .tables import all_plain
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """Stands before a class of ``torch.optim`` among the bases of an optimizer, and takes its step.
+
+    A subclass names its ``rule`` (``csrc/math/<rule>.h``, ``trainops.reference.<rule>_``), the state and the settings
+    that a group of parameters has for it, and calls :meth:`_set_up` at the end of its constructor.
+    """
+
+    rule: ClassVar[str]
+
+    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """The names of the state that a group uses, beside ``step``."""
+        raise NotImplementedError
+
+    def _settings(self, group: dict[str, Any]) -> dict[str, float | Tensor]:
+        """The settings of the rule for a group, by name."""
+        raise NotImplementedError
+
+    def _set_up(
+        self, max_grad_norm: float | None, skip_nonfinite: bool, ema: EMA | None, backend: str | None
+    ) -> None:
+        if self.defaults["differentiable"] and (max_grad_norm is not None or skip_nonfinite or ema is not None):
+            raise ValueError(
+                "differentiable=True runs PyTorch's own step, without max_grad_norm, skip_nonfinite or ema"
+            )
+        check(backend)
+        self.max_grad_norm = max_grad_norm
+        self.skip_nonfinite = skip_nonfinite
+        self.ema = ema
+        self.backend = backend
+        self.grad_norm: Tensor | None = None
+        self.grad_norms: Tensor | None = None
+        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self._device())
+        self._accept_amp_scaling()
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The norm to which gradients are clipped; may be changed between steps."""
+        return self._max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, max_grad_norm: float | None) -> None:
+        if max_grad_norm is not None:
+            is_number = isinstance(max_grad_norm, Real) and not isinstance(max_grad_norm, bool)
+            if not is_number and not (isinstance(max_grad_norm, Tensor) and max_grad_norm.numel() == 1):
+                raise TypeError(f"max_grad_norm must be a number or None, got {max_grad_norm!r:.60}")
+            if not max_grad_norm >= 0.0:
+                raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}")
+        self._max_grad_norm = max_grad_norm
+
+    @property
+    def ema(self) -> EMA | None:
+        """The average that steps update; may be changed between them."""
+        return self._ema
+
+    @ema.setter
+    def ema(self, ema: EMA | None) -> None:
+        if ema is not None:
+            if not isinstance(ema, EMA):
+                raise TypeError(f"ema must be a trainops.EMA, got {type(ema).__name__}")
+            own = {id(p) for group in self.param_groups for p in group["params"]}
+            if own and own.isdisjoint(map(id, ema.model.parameters())):
+                raise ValueError("ema follows a model that has none of these parameters")
+        self._ema = ema
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, as in torch.
+
+        Raises:
+            ValueError: the group has a setting that all groups share.
+        """
+        if isinstance(param_group, dict) and (shared := [name for name in _OWN_SETTINGS if name in param_group]):
+            raise ValueError(f"{shared[0]} is a setting of the optimizer, not of a group of parameters")
+        super().add_param_group(param_group)
+
+    def __repr__(self) -> str:
+        own = "".join(f"{name}: {getattr(self, name)}\n" for name in _OWN_SETTINGS)
+        return super().__repr__().removesuffix(")") + own + ")"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in _OWN_ATTRIBUTES}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Unpickling and load_state_dict both come here, the latter after its hooks and before anything is set.
+        for group in state["param_groups"]:
+            for param in group["params"]:
+                check_state(param, state["state"].get(param), self._state_names(group))
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._accept_amp_scaling()
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, as in torch. State that is here in another dtype than its parameter keeps that dtype."""
+        dtypes = {
+            (param, name): x.dtype
+            for param, state in self.state.items()
+            for name, x in state.items()
+            if name != "step" and isinstance(x, Tensor) and x.dtype != param.dtype
+        }
+        super().load_state_dict(state_dict)
+        if not dtypes:
+            return
+        params = [param for group in self.param_groups for param in group["params"]]
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        loaded = {param: state_dict["state"].get(key, {}) for param, key in zip(params, keys, strict=True)}
+        for (param, name), dtype in dtypes.items():
+            if (value := loaded.get(param, {}).get(name)) is not None:
+                self.state[param][name] = value.to(device=param.device, dtype=dtype, copy=True)
+
+    def _accept_amp_scaling(self) -> None:
+        """A GradScaler then leaves unscaling and skipping to step(), by the attributes grad_scale and found_inf."""
+        self._step_supports_amp_scaling = not self.defaults["differentiable"]
+
+    def _device(self) -> torch.device:
+        """Where the first parameter is; a group may be empty."""
+        return next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Unscale, clip, update and average: see the class.
+
+        Args:
+            closure: reevaluates the model and returns the loss, which is then returned from here.
+
+        Raises:
+            RuntimeError: a gradient is sparse, or another optimizer updates the same ``ema``.
+            ValueError: the model no longer matches its ``ema``.
+        """
+        if self.defaults["differentiable"]:
+            return self._torch_step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        update = None if self.ema is None else self.ema.plan_update(self)
+        averages = {} if update is None else update.fusable
+        averaged, result = self._update(averages, 0.0 if update is None or update.decay is None else update.decay)
+        if self.ema is not None and update is not None:
+            self.ema.finish_update(update, averaged, result.skipped)
+        return loss
+
+    def _torch_step(self, closure: Callable[[], float] | None) -> float | None:
+        """PyTorch's own step, without the wrapper that runs the step hooks: they run around ours already."""
+        step: Any = super().step
+        wrapped = step.__func__.__wrapped__ if getattr(step, "hooked", False) else step.__func__
+        loss: float | None = wrapped(self, closure)
+        return loss
+
+    def _update(self, averages: dict[int, Tensor], ema_decay: float) -> tuple[Collection[int], StepResult]:
+        """Norm, clipping, the rule and the fused averages, which are returned by the ``id`` of their parameter."""
+        device = self._device()
+        if self.skipped_steps.device != device:  # the model was moved
+            self.skipped_steps = self.skipped_steps.to(device)
+        control = StepControl(
+            None if self.max_grad_norm is None else float(self.max_grad_norm),
+            self.skip_nonfinite,
+            self._from_scaler("grad_scale"),
+            self._from_scaler("found_inf"),
+            skipped_steps=self.skipped_steps,
+        )
+        kernels = select(self.backend, device.type)
+        states = list(map(self._state_names, self.param_groups))
+        table = kernels.collect(self.rule, self.param_groups, self.state, averages, states)
+        if table is not None:
+            pairs = zip(self.param_groups, table.group_rows, strict=True)
+            groups = [Group(self._settings(group), rows) for group, rows in pairs]
+            params = table.params
+            all_averaged = table.averaged == len(averages)
+            torch.autograd.graph.increment_version([*params, *averages.values()])
+            result = kernels.update(self.rule, groups, control, ema_decay, table)
+        else:
+            params, result = self._update_any(averages, control, ema_decay)
+            all_averaged = False
+        if control.max_norm is not None or control.skip_nonfinite:
+            self.grad_norm, self.grad_norms = result.total_norm, result.norms
+        return averages.keys() if all_averaged else averages.keys() & set(map(id, params)), result
+
+    def _update_any(
+        self, averages: dict[int, Tensor], control: StepControl, ema_decay: float
+    ) -> tuple[list[Tensor], StepResult]:
+        """The general path: no state yet, any devices, tensor subclasses, layouts, and no gradient at all."""
+        known = set(self.state)
+        try:
+            name = type(self).__name__
+            groups = gather(self.param_groups, self.state, averages, self._state_names, self._settings, name)
+            params = [p for group in groups for p in group.columns["param"]]
+            torch.autograd.graph.increment_version([*params, *averages.values()])
+            return params, self._update_groups(groups, control, ema_decay)
+        except Exception:
+            for param in self.state.keys() - known:
+                del self.state[param]
+            if self.ema is not None:
+                self.ema.check_model()
+            raise
+
+    def _update_groups(self, groups: list[Group], control: StepControl, ema_decay: float) -> StepResult:
+        if not groups:
+            return self._empty_step(control)
+        parts = by_device(groups)
+        joint: tuple[Tensor, Tensor] | None = None
+        if control.measures and (len(parts) > 1 or not all(all_plain(g.columns["param"]) for g in groups)):
+            joint = _joint_norm(groups, control)
+            control = replace(control, total_norm=joint[0])
+        result = StepResult()
+        for device, part in parts.items():
+            result = select(self.backend, device.type).update(self.rule, part, control, ema_decay)
+            control = replace(control, skipped_steps=None)  # counted
+        if joint is None:
+            return result
+        total_norm, norms = joint
+        return StepResult(total_norm.to(norms.dtype), norms, result.skipped)
+
+    def _empty_step(self, control: StepControl) -> StepResult:
+        """The norm of no gradients is 0, as in torch; a step that a GradScaler wants skipped counts all the same."""
+        device = self._device()
+        skipped = None if control.found_inf is None else control.found_inf.to(device) != 0
+        if skipped is not None:
+            self.skipped_steps.add_(skipped)
+        total_norm, norms = (torch.zeros(shape, dtype=torch.float32, device=device) for shape in ((), 0))
+        return StepResult(total_norm, norms, skipped)
+
+    def _from_scaler(self, name: str) -> Tensor | None:
+        """What a GradScaler has set, as a 0-dim tensor: its found_inf is a number where there are no gradients."""
+        value = getattr(self, name, None)
+        if value is None:
+            return None
+        return (value if isinstance(value, Tensor) else torch.tensor(float(value), device="cpu")).reshape(())
+
+
+_OWN_SETTINGS = ("max_grad_norm", "skip_nonfinite", "ema", "backend")
+_OWN_ATTRIBUTES = ("_max_grad_norm", "skip_nonfinite", "_ema", "backend", "grad_norm", "grad_norms", "skipped_steps")
+
+
+def _joint_norm(groups: list[Group], control: StepControl) -> tuple[Tensor, Tensor]:
+    """The norms over several devices, or over the shards of a DTensor: of all (unrounded), and of each."""
+    grads = [grad for group in groups for grad in group.columns["grad"]]
+    norms = reference.sum_norms(grads)[1]
+    norms = norms.full_tensor() if hasattr(norms, "full_tensor") else norms
+    if control.grad_scale is not None:
+        norms = norms / reference.scalar(control.grad_scale, norms.device)
+    return torch.linalg.vector_norm(norms), norms.to(reference.norm_dtype(grads))

@@ -1,0 +1,118 @@
+"""The rows of a step: the parameters that have a gradient, with the state that belongs to each."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapters import Group
+from .model_pairs import kind
+from .tables import aligned
+
+ParamGroup = dict[str, Any]
+
+
+def gather(
+    param_groups: Sequence[ParamGroup],
+    state: dict[Tensor, Any],
+    averages: dict[int, Tensor],
+    states: Callable[[ParamGroup], tuple[str, ...]],
+    settings: Callable[[ParamGroup], dict[str, float | Tensor]],
+    name: str,
+) -> list[Group]:
+    """The groups of a step, whatever tensors they hold. State is made where there is none yet.
+
+    Args:
+        param_groups: those of the optimizer called ``name``.
+        state: its state.
+        averages: averages by the ``id`` of their parameter.
+        states: the names of the state that a group uses.
+        settings: those of the rule.
+
+    Raises:
+        RuntimeError: a gradient is sparse, or tensors of one parameter do not belong together.
+    """
+    selected = []
+    for param_group in param_groups:
+        params, grads = param_group["params"], [p.grad for p in param_group["params"]]
+        if any(grad is None for grad in grads):
+            params = [p for p, grad in zip(params, grads, strict=True) if grad is not None]
+            grads = [grad for grad in grads if grad is not None]
+        if any(grad.layout is not torch.strided for grad in grads):
+            raise RuntimeError(f"{name} does not support sparse gradients, please consider SparseAdam instead")
+        grads = [aligned(grad, param) for grad, param in zip(grads, params, strict=True)]
+        if params:
+            selected.append((param_group, params, grads))
+    groups = []
+    for param_group, params, grads in selected:
+        own, names = [state[p] for p in params], states(param_group)
+        for param, its in zip(params, own, strict=True):
+            if not its:
+                init_state(its, param, names)
+            _move_step(its, param)
+        columns = {"param": params, "grad": grads, "average": list(map(averages.get, map(id, params)))}
+        columns |= {key: [its[key] for its in own] for key in ("step", *names)}
+        _check_rows(columns)
+        groups.append(Group(settings(param_group), len(params), columns))
+    return groups
+
+
+def init_state(state: dict[str, Tensor], param: Tensor, names: Sequence[str]) -> None:
+    """The state of a parameter before its first step."""
+    state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+    for name in names:
+        state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+
+
+def check_state(param: Tensor, state: dict[str, Any] | None, names: Sequence[str]) -> None:
+    """ValueError where a state that was loaded is not that of the parameter."""
+    if not state:
+        return
+    if missing := [name for name in ("step", *names) if name not in state]:
+        raise ValueError(f"the state of a parameter of shape {tuple(param.shape)} has no {', '.join(missing)}")
+    for name in names:
+        if state[name].shape != param.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(state[name].shape)}, but its parameter has shape {tuple(param.shape)}"
+            )
+
+
+def by_device(groups: list[Group]) -> dict[torch.device, list[Group]]:
+    """The groups as they are where everything is on one device; else one of each per device."""
+    devices = list(dict.fromkeys(p.device for group in groups for p in group.columns["param"]))
+    if len(devices) == 1:
+        return {devices[0]: groups}
+    parts: dict[torch.device, list[Group]] = {}
+    for device in devices:
+        for group in groups:
+            rows = [row for row, param in enumerate(group.columns["param"]) if param.device == device]
+            if rows:
+                columns = {name: [column[row] for row in rows] for name, column in group.columns.items()}
+                parts.setdefault(device, []).append(replace(group, rows=len(rows), columns=columns))
+    return parts
+
+
+def _move_step(state: dict[str, Any], param: Tensor) -> None:
+    """Bring a step count to its parameter, where steps can be skipped without waiting for the device."""
+    step = state["step"]
+    if isinstance(step, Tensor) and step.device != param.device:
+        state["step"] = step.to(param.device)
+
+
+def _check_rows(columns: dict[str, list[Any]]) -> None:
+    """Raise where tensors of one parameter do not belong together, before anything is written."""
+    for row, param in enumerate(columns["param"]):
+        for name, column in columns.items():
+            x = column[row]
+            if name == "step":
+                if not isinstance(x, Tensor) or x.numel() != 1:
+                    raise RuntimeError(f"the state's step must be a one-element tensor, got {x!r:.60}")
+            elif x is not None and (x.shape != param.shape or x.device != param.device):
+                raise RuntimeError(
+                    f"{name} of shape {tuple(x.shape)} on {x.device} does not fit a parameter of "
+                    f"shape {tuple(param.shape)} on {param.device}"
+                )
+            elif x is not None and kind(x) != kind(param):
+                raise RuntimeError(f"{name} of {x.dtype} does not fit a parameter of {param.dtype}")

@@ -1,0 +1,121 @@
+"""What stands between lists of tensors and a kernel's table of addresses.
+
+Tables are built by ``csrc/core`` (``trainops.core``). Here is what it leaves to Python: how rows are made regular that
+kernels cannot take as they are, such as complex numbers, gradients with other strides than their parameter, slices
+with gaps, and the local shards of a DTensor.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from . import core
+
+Columns = Mapping[str, Sequence[Tensor | None]]
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's shard of a DTensor, as a plain tensor that shares its memory; other tensors as they are."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+def aligned(x: Tensor, param: Tensor) -> Tensor:
+    """``x`` placed on the mesh as ``param`` is, where both are DTensors: their local parts then belong together."""
+    placements = getattr(param, "placements", None)
+    if placements is None or getattr(x, "placements", placements) == placements:
+        return x
+    redistributed: Tensor = cast(Any, x).redistribute(cast(Any, param).device_mesh, placements)
+    return redistributed
+
+
+# Subclasses give operations another meaning; these do not.
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
+def all_plain(tensors: Iterable[Tensor]) -> bool:
+    """Whether none is of a subclass that gives operations another meaning."""
+    return PLAIN.issuperset(map(type, tensors))
+
+
+@contextmanager
+def staged_table(kind: str, columns: Columns, device_type: str, group_rows: Sequence[int] = ()) -> Iterator[Any]:
+    """A table of ``columns`` in which every row is regular.
+
+    The rows that are not are staged: their tensors are viewed as real numbers where they are complex, and copied
+    into the strides of the row's first tensor where they have others. What the kernel writes into such copies
+    is copied back at the end.
+    """
+    table = core.table(kind, columns, device_type, group_rows)
+    if not table.irregular:
+        yield table
+        return
+    staged = {name: list(column) for name, column in columns.items()}
+    copies: list[tuple[Tensor, Tensor]] = []
+    for row in table.irregular:
+        _stage_row(kind, staged, row, copies)
+    table = core.table(kind, staged, device_type, group_rows)
+    if table.irregular:
+        _raise_unsupported([column[table.irregular[0]] for column in columns.values()])
+    yield table
+    for original, regular in reversed(copies):
+        original.copy_(regular)
+
+
+def _stage_row(
+    kind: str, columns: dict[str, list[Tensor | None]], row: int, copies: list[tuple[Tensor, Tensor]]
+) -> None:
+    """Put regular tensors into a row; note the ``copies`` whose content is to go back into their originals."""
+    layout: Tensor | None = None
+    scalars = []
+    for column in core.schema(kind).columns:
+        if (original := columns.get(column.name, [None] * (row + 1))[row]) is None:
+            continue
+        if column.one_per_row:
+            scalars.append((column.name, original))
+            continue
+        source = local(original)
+        original = as_real(source)
+        if column.written and source.is_conj():  # was resolved into a copy
+            copies.append((source, torch.view_as_complex(original)))
+        if layout is None:
+            layout = torch.empty_like(original)
+        regular = _with_layout_of(layout, original)
+        if column.written and regular is not original:
+            check_no_overlap(original)
+            copies.append((original, regular))
+        columns[column.name][row] = regular
+    for name, scalar in scalars if layout is not None else ():
+        columns[name][row] = regular = scalar.to(device=layout.device, dtype=torch.float32).reshape(())
+        if regular.data_ptr() != scalar.data_ptr():
+            copies.append((scalar, regular))
+
+
+def check_no_overlap(x: Tensor) -> None:
+    """Raise where elements of ``x`` share memory, as those of an expanded tensor do."""
+    if torch._debug_has_internal_overlap(x) == 1:
+        raise RuntimeError("a tensor whose elements share memory cannot be updated in place")
+
+
+def as_real(x: Tensor, written: bool = False) -> Tensor:
+    """Complex numbers as pairs of real ones in a last dimension, in the same memory if it is to be ``written``."""
+    if not x.is_complex():
+        return x
+    if written and x.is_conj():
+        raise RuntimeError("a lazily conjugated tensor cannot be updated in place; call resolve_conj() first")
+    return torch.view_as_real(x.resolve_conj())
+
+
+def _with_layout_of(layout: Tensor, x: Tensor) -> Tensor:
+    if x.shape != layout.shape:
+        raise RuntimeError(f"tensors of one parameter differ in shape: {tuple(layout.shape)} and {tuple(x.shape)}")
+    if x.stride() == layout.stride() and not x.is_neg():
+        return x
+    return torch.empty_like(layout, dtype=x.dtype, device=x.device).copy_(x)
+
+
+def _raise_unsupported(row: Sequence[Tensor | None]) -> None:
+    described = ", ".join(f"{x.dtype} on {x.device} ({type(x).__name__})" for x in row if x is not None)
+    raise RuntimeError(f"this backend takes floating-point tensors on one device of its own, got {described}")

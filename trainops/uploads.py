@@ -1,0 +1,98 @@
+"""Words in a device's memory, found by their content.
+
+What is uploaded is never written again. A table is made anew at every step, from the addresses of the tensors as they
+are then, and its words are looked up or uploaded, so nothing stale can be used.
+"""
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+V = TypeVar("V")
+
+
+class Recent(OrderedDict[Hashable, V]):
+    """The entries that were used last, up to a number of them."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def recall(self, key: Hashable) -> V | None:
+        """The entry, if it is still there."""
+        try:
+            self.move_to_end(key)
+            return self[key]
+        except KeyError:  # another thread may just have dropped it
+            return None
+
+    def remember(self, key: Hashable, value: V) -> V:
+        """Keep an entry in place of the one that was used longest ago."""
+        self[key] = value
+        while len(self) > self.size:
+            self.popitem(last=False)
+        return value
+
+
+# The last words of each size: equal ones are replaced by them, whose hash is known.
+_last_words: dict[int, bytes] = {}
+
+
+def known(words: bytes) -> bytes:
+    """The same words, and where they were seen last, the same object."""
+    last = _last_words.get(len(words))
+    if last == words:
+        return last
+    _last_words[len(words)] = words
+    return words
+
+
+# What lies on devices, by its content, the device and the stream that it was copied on.
+_uploads: Recent[Tensor] = Recent(128)
+
+# For CUDA graphs: pinned buffers that stand ready, by size, because none may be allocated during capture; and what
+# captured graphs read, which may be replayed at any time.
+_spares: dict[int, list[Tensor]] = {}
+_captured: list[Tensor] = []
+_SPARES = 4  # of each size
+
+
+def uploaded(words: bytes, device: torch.device) -> Tensor:
+    """64-bit words in the device's memory, without waiting for it. Not to be written."""
+    if device.type == "cpu":
+        return torch.frombuffer(bytearray(words), dtype=torch.int64)
+    key = (words, device, torch.cuda.current_stream(device).cuda_stream)
+    found = _uploads.recall(key)
+    if torch.cuda.is_current_stream_capturing():
+        if found is None:
+            return _upload_in_capture(words, device)
+        _captured.append(found)
+        return found
+    spares = _spares.setdefault(len(words), [])
+    while len(spares) < _SPARES:
+        spares.append(_pinned(len(words) // 8))
+    if found is not None:
+        return found
+    host = torch.frombuffer(bytearray(words), dtype=torch.int64).pin_memory()
+    return _uploads.remember(key, host.to(device, non_blocking=True))
+
+
+def _pinned(count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.int64, pin_memory=True)
+
+
+def _upload_in_capture(words: bytes, device: torch.device) -> Tensor:
+    """The copy becomes part of the graph, and is made whenever it is replayed: nothing is there before."""
+    spares = _spares.get(len(words))
+    if not spares:
+        raise RuntimeError(
+            "there is no pinned memory ready for this table: take a step on tensors of these sizes outside of a CUDA "
+            f"graph before every capture, and capture at most {_SPARES} steps at a time"
+        )
+    host = spares.pop()
+    host.copy_(torch.frombuffer(bytearray(words), dtype=torch.int64))
+    _captured.append(host)
+    return host.to(device, non_blocking=True)

@@ -1,0 +1,101 @@
+"""Statistics over a column (``statistics.py``).
+
+Each element is read once (4 bytes in float32), in two launches: one partial result per chunk, in the type of
+arithmetic; then the results over each row's chunks and over all, in float64. The order depends on the sizes alone.
+"""
+
+import triton
+import triton.language as tl
+
+from ._common import ADDRESSES, FIRST_CHUNK, NUMEL, chunk_of, end_of_body
+from .statistics import add, add_state, finish, join
+from .storage import load
+
+
+@triton.jit
+def gather_chunk(
+    address,
+    begin,
+    body,
+    end,
+    DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    STATISTIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The state of one chunk, gathered in ``WIDE`` and returned in float64."""
+    states = tl.zeros([BLOCK], WIDE)
+    for MASKED in tl.static_range(2):
+        for offset in range(body if MASKED else begin, end if MASKED else body, BLOCK):
+            states = add(states, load(address, offset, end, DTYPE, WIDE, BLOCK, MASKED), STATISTIC)
+    return join(states, STATISTIC).to(tl.float64)
+
+
+@triton.jit(do_not_specialize=["first_chunk"])
+def partial_results(
+    rows,
+    chunks,
+    first_chunk,
+    partials,
+    STATISTIC: tl.constexpr,
+    COLUMN: tl.constexpr,
+    DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    WORDS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program i: the state of chunk ``first_chunk + i``, into ``partials``.
+
+    Where float32 overflows, as the squares of 1e30 do, it is gathered once more in float64.
+    """
+    index = first_chunk + tl.program_id(0)
+    row, begin = chunk_of(chunks, index, CHUNK)
+    words = rows + row * WORDS
+    end = tl.minimum(begin + CHUNK, tl.load(words + NUMEL))
+    address = tl.load(words + ADDRESSES + COLUMN)
+    body = end_of_body(begin, end, address, BLOCK)
+    state = gather_chunk(address, begin, body, end, DTYPE, WIDE, STATISTIC, BLOCK)
+    if STATISTIC != "inf_norm" and WIDE != tl.float64:
+        if state == float("inf"):
+            state = gather_chunk(address, begin, body, end, DTYPE, tl.float64, STATISTIC, BLOCK)
+    tl.store(partials + index, state)
+
+
+@triton.jit
+def result_of(partials, first, last, STATISTIC: tl.constexpr, BLOCK: tl.constexpr):
+    """The statistic over chunks ``first`` to ``last``."""
+    states = tl.zeros([BLOCK], tl.float64)
+    for offset in range(first, last, BLOCK):
+        i = offset + tl.arange(0, BLOCK)
+        states = add_state(states, tl.load(partials + i, mask=i < last, other=0.0), STATISTIC)
+    return finish(join(states, STATISTIC), STATISTIC)
+
+
+@triton.jit
+def chunks_of_row(rows, row, WORDS: tl.constexpr, CHUNK: tl.constexpr):
+    """The first chunk of a row, and the one after its last."""
+    words = rows + row * WORDS
+    first = tl.load(words + FIRST_CHUNK)
+    return first, first + tl.cdiv(tl.load(words + NUMEL), CHUNK)
+
+
+@triton.jit(do_not_specialize=["chunk_count"])
+def finish_rows(
+    rows,
+    partials,
+    chunk_count,
+    total,
+    results,
+    STATISTIC: tl.constexpr,
+    WORDS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program 0: the statistic of everything. Program i: that of row i - 1."""
+    row = tl.program_id(0).to(tl.int64) - 1
+    if row < 0:
+        tl.store(total, result_of(partials, 0, chunk_count, STATISTIC, BLOCK))
+    else:
+        first, last = chunks_of_row(rows, row, WORDS, CHUNK)
+        tl.store(results + row, result_of(partials, first, last, STATISTIC, BLOCK))

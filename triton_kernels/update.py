@@ -1,0 +1,183 @@
+"""A step of any rule with clipping, unscaling, skipping and the average.
+
+Two launches after the partial results of the norm (``reduce.py``): ``plan`` finishes the norm, decides the coefficient
+and whether the step is skipped, and evaluates each row's scalars in float64; ``update`` reads every column and writes
+those that are written, once. With AdamW in float32, that is 28 bytes per element, 8 more with AMSGrad and 8 more with
+an average. Arithmetic in float32, or float64 for float64 parameters.
+
+A rule is a file like ``adamw.py``. Its state fills up to three columns.
+"""
+
+import triton
+import triton.language as tl
+
+from trainops import core
+
+from . import adamw
+from ._common import ADDRESSES, GROUP, NUMEL, chunk_of, end_of_body
+from .control import EMA_DECAY, GROUPS, decide
+from .ema import moved
+from .reduce import chunks_of_row, result_of
+from .storage import load, real, store
+
+_names = ("param", "grad", "average", "step")
+PARAM, GRAD, AVERAGE, STEP = (tl.constexpr(core.column("adamw", name)) for name in _names)
+STATE = tl.constexpr(len(_names))
+
+# What `plan` finds out for each row, in float64: its new step count, whether it maximizes, and the rule's scalars.
+NEW_STEP, IS_MAXIMIZED, RULE_SCALARS, SCALARS = (tl.constexpr(i) for i in (0, 1, 2, 10))
+
+
+@triton.jit
+def store_scalars(out, group, step, RULE: tl.constexpr):
+    """The scalars of a rule."""
+    if RULE == "adamw":
+        adamw.store_scalars(out, group, step)
+
+
+@triton.jit
+def load_scalars(scalars, RULE: tl.constexpr, WIDE: tl.constexpr):
+    """The scalars of a rule, in the type of arithmetic."""
+    if RULE == "adamw":
+        return adamw.load_scalars(scalars, WIDE)
+
+
+@triton.jit
+def formula(param, grad, state0, state1, state2, scalars, RULE: tl.constexpr):
+    """A step of a rule."""
+    if RULE == "adamw":
+        return adamw.formula(param, grad, state0, state1, state2, scalars)
+
+
+@triton.jit(do_not_specialize=["chunk_count"])
+def plan(
+    rows,
+    settings,
+    partials,
+    chunk_count,
+    grad_scale,
+    found_inf,
+    known_norm,
+    total_norm,
+    norms,
+    coefficient,
+    skip,
+    skipped_steps,
+    scalars,
+    RULE: tl.constexpr,
+    GROUP_WORDS: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    CLIP: tl.constexpr,
+    SKIP_NONFINITE: tl.constexpr,
+    WORDS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program 0 decides the coefficient and whether to skip; program i finds the scalars of row i - 1.
+
+    ``partials`` (with ``total_norm`` and ``norms`` to be written), ``known_norm``, ``grad_scale`` and ``found_inf``
+    may each be None. ``norms`` are those of the unscaled gradients. ``MAXIMIZE``: which setting that is.
+    """
+    row = tl.program_id(0).to(tl.int64) - 1
+    inverse_scale = 1.0
+    if grad_scale is not None:
+        inverse_scale = 1.0 / tl.load(grad_scale).to(tl.float64)
+    if row < 0:
+        norm = None
+        if partials is not None:
+            norm = result_of(partials, 0, chunk_count, "l2_norm", BLOCK) * inverse_scale
+            tl.store(total_norm, norm)
+        elif known_norm is not None:
+            norm = tl.load(known_norm).to(tl.float64)
+        factor, skipped = decide(settings, norm, inverse_scale, found_inf, CLIP, SKIP_NONFINITE)
+        tl.store(coefficient, factor)
+        if skip is not None:
+            tl.store(skip, skipped)
+        if skipped_steps is not None:
+            count = tl.load(skipped_steps)
+            tl.debug_barrier()  # all threads load it, and one stores
+            tl.store(skipped_steps, count + tl.where(skipped, 1, 0))
+    else:
+        if partials is not None:
+            first, last = chunks_of_row(rows, row, WORDS, CHUNK)
+            tl.store(norms + row, result_of(partials, first, last, "l2_norm", BLOCK) * inverse_scale)
+        words, out = rows + row * WORDS, scalars + row * SCALARS
+        group = settings + GROUPS + tl.load(words + GROUP) * GROUP_WORDS
+        step = tl.load(tl.load(words + ADDRESSES + STEP).to(tl.pointer_type(tl.float32))).to(tl.float64) + 1.0
+        tl.store(out + NEW_STEP, step)
+        tl.store(out + IS_MAXIMIZED, real(tl.load(group + 2 * MAXIMIZE + 1)))
+        store_scalars(out + RULE_SCALARS, group, step, RULE)
+
+
+@triton.jit(do_not_specialize=["first_chunk"])
+def update(
+    rows,
+    chunks,
+    first_chunk,
+    settings,
+    scalars,
+    coefficient,
+    skip,
+    RULE: tl.constexpr,
+    PARAM_TYPE: tl.constexpr,
+    GRAD_TYPE: tl.constexpr,
+    AVERAGE_TYPE: tl.constexpr,  # this and the following: None where there is no such column
+    STATE0_TYPE: tl.constexpr,
+    STATE1_TYPE: tl.constexpr,
+    STATE2_TYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    AVERAGE_WIDE: tl.constexpr,
+    WORDS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One chunk of a rule and of EMA. The average follows the parameter as it is stored, rounded."""
+    if skip is not None:
+        if tl.load(skip) != 0:
+            return
+    row, begin = chunk_of(chunks, first_chunk + tl.program_id(0), CHUNK)
+    words, row_scalars = rows + row * WORDS, scalars + row * SCALARS
+    addresses = words + ADDRESSES
+    if begin == 0:
+        step = tl.load(addresses + STEP).to(tl.pointer_type(tl.float32))
+        tl.store(step, tl.load(row_scalars + NEW_STEP).to(tl.float32))
+    end = tl.minimum(begin + CHUNK, tl.load(words + NUMEL))
+    param_address, grad_address = tl.load(addresses + PARAM), tl.load(addresses + GRAD)
+    together, average_address = param_address | grad_address, tl.load(addresses + AVERAGE)
+    together |= average_address
+    state0_address, state1_address, state2_address = param_address, param_address, param_address
+    if STATE0_TYPE is not None:
+        state0_address = tl.load(addresses + STATE)
+        together |= state0_address
+    if STATE1_TYPE is not None:
+        state1_address = tl.load(addresses + STATE + 1)
+        together |= state1_address
+    if STATE2_TYPE is not None:
+        state2_address = tl.load(addresses + STATE + 2)
+        together |= state2_address
+    body = end_of_body(begin, end, together, BLOCK)
+
+    factor = tl.load(coefficient)
+    factor = tl.where(tl.load(row_scalars + IS_MAXIMIZED) != 0.0, -factor, factor).to(WIDE)
+    rule_scalars = load_scalars(row_scalars + RULE_SCALARS, RULE, WIDE)
+    ema_decay = real(tl.load(settings + EMA_DECAY))
+
+    for MASKED in tl.static_range(2):
+        for offset in range(body if MASKED else begin, end if MASKED else body, BLOCK):
+            grad = load(grad_address, offset, end, GRAD_TYPE, WIDE, BLOCK, MASKED) * factor
+            state0 = load(state0_address, offset, end, STATE0_TYPE, WIDE, BLOCK, MASKED)
+            state1 = load(state1_address, offset, end, STATE1_TYPE, WIDE, BLOCK, MASKED)
+            param = load(param_address, offset, end, PARAM_TYPE, WIDE, BLOCK, MASKED)
+            state2 = load(state2_address, offset, end, STATE2_TYPE, WIDE, BLOCK, MASKED)
+            param, state0, state1, state2 = formula(param, grad, state0, state1, state2, rule_scalars, RULE)
+            if STATE0_TYPE is not None:
+                store(state0_address, offset, end, state0, STATE0_TYPE, BLOCK, MASKED)
+            if STATE1_TYPE is not None:
+                store(state1_address, offset, end, state1, STATE1_TYPE, BLOCK, MASKED)
+            if STATE2_TYPE is not None:
+                store(state2_address, offset, end, state2, STATE2_TYPE, BLOCK, MASKED)
+            stored = store(param_address, offset, end, param, PARAM_TYPE, BLOCK, MASKED)
+            if AVERAGE_TYPE is not None:
+                average = load(average_address, offset, end, AVERAGE_TYPE, AVERAGE_WIDE, BLOCK, MASKED)
+                average = moved(average, stored.to(AVERAGE_WIDE), ema_decay, AVERAGE_WIDE)
+                store(average_address, offset, end, average, AVERAGE_TYPE, BLOCK, MASKED)
