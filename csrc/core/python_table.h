@@ -38,6 +38,7 @@ class PythonTable {
     for (const auto group : param_groups) {
       if (!rows.add_group(group.cast<pybind11::dict>(), states[index++].cast<pybind11::tuple>())) return;
     }
+    if (!rows.add_rows()) return;
     params = rows.params;
     averaged = rows.averaged;
     group_rows_ = std::move(rows.group_rows);

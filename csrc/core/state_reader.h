@@ -14,28 +14,59 @@ inline pybind11::object stolen(PyObject* object) {
   return pybind11::reinterpret_steal<pybind11::object>(object);
 }
 
+// After a backward pass, what a tensor consists of is in no cache: its Python object, the object of C++ that this
+// points to, and the storage that that points to. Rows are read in stages, each of which asks for the next one's
+// memory some rows ahead. Where these objects keep their pointers is not known here; to ask for memory that is none
+// does no harm.
+inline void prefetch_pointees(const void* object, int first_word, int words) {
+#if defined(__GNUC__)
+  void* const* pointers = static_cast<void* const*>(object);
+  for (int i = first_word; i < first_word + words; ++i) {
+    __builtin_prefetch(pointers[i]);
+    __builtin_prefetch(static_cast<const char*>(pointers[i]) + 64);
+    __builtin_prefetch(static_cast<const char*>(pointers[i]) + 128);
+  }
+#endif
+}
+
 class StateReader {
  public:
   // `averages` maps id(param) to the shadow weight of an EMA.
   StateReader(TableBuilder& builder, const pybind11::dict& state, const pybind11::dict& averages)
-      : builder_(builder), state_(state), averages_(averages), tensors_(builder.schema.columns.size()) {
+      : builder_(builder), state_(state), averages_(averages), columns_(builder.schema.columns.size()) {
     for (const Column& column : builder.schema.columns) {
       names_.push_back(stolen(PyUnicode_InternFromString(column.name)));
     }
   }
 
-  // Adds the parameters of a group that have a gradient, with the state that the group uses, by name. False where
-  // anything is out of the ordinary: no state yet, subclasses of tensors, other devices, odd strides.
+  // Notes the parameters of a group that have a gradient, with the state that the group uses, by name. False where
+  // anything is out of the ordinary: no state yet, subclasses of tensors.
   bool add_group(const pybind11::dict& group, const pybind11::tuple& states) {
     const pybind11::object all = group["params"];
     if (!PyList_Check(all.ptr())) return false;
-    std::vector<bool> used(tensors_.size());
-    for (size_t column = kState; column < used.size(); ++column) used[column] = states.contains(names_[column]);
+    std::vector<bool> used(columns_);
+    for (size_t column = kState; column < columns_; ++column) used[column] = states.contains(names_[column]);
     const size_t before = params.size();
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(all.ptr()); ++i) {
+    const Py_ssize_t count = PyList_GET_SIZE(all.ptr());
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      if (i + kAhead < count) prefetch_pointees(PyList_GET_ITEM(all.ptr(), i + kAhead), kHead, kBody);
+      if (i + 2 * kAhead < count) __builtin_prefetch(PyList_GET_ITEM(all.ptr(), i + 2 * kAhead));
       if (!add_param(PyList_GET_ITEM(all.ptr(), i), used)) return false;
     }
     group_rows.push_back(static_cast<int64_t>(params.size() - before));
+    return true;
+  }
+
+  // Adds all rows to the table. False where kernels cannot take one: other devices, odd strides.
+  bool add_rows() {
+    const size_t count = tensors_.size(), ahead = kAhead * columns_;
+    for (size_t i = 0; i < count; i += columns_) {
+      for (size_t column = 0; column < columns_; ++column) {
+        if (i + 2 * ahead + column < count) __builtin_prefetch(tensors_[i + 2 * ahead + column]);
+        if (i + ahead + column < count) prefetch_pointees(tensors_[i + ahead + column], kHead, kBody);
+      }
+      if (!builder_.add_row(&tensors_[i])) return false;
+    }
     return true;
   }
 
@@ -44,22 +75,29 @@ class StateReader {
   int64_t averaged = 0;             // how many of them have an average
 
  private:
+  static constexpr Py_ssize_t kAhead = 6;     // rows
+  static constexpr int kHead = 2, kBody = 2;  // words of a Python object: its head, and where tensors keep theirs
+
   bool add_param(PyObject* param, const std::vector<bool>& used) {
     if (!builder_.reader.is_plain(param)) return false;
-    const auto grad = stolen(PyObject_GetAttr(param, names_[kGrad].ptr()));
+    auto grad = stolen(PyObject_GetAttr(param, names_[kGrad].ptr()));
     if (grad.is_none()) return true;
     PyObject* const own = state_of(param);
     if (own == nullptr || !PyDict_Check(own)) return false;
-    tensors_[kParam] = param;
-    tensors_[kGrad] = grad.ptr();
-    tensors_[kAverage] = average_of(param);
-    tensors_[kStep] = PyDict_GetItemWithError(own, names_[kStep].ptr());
-    if (tensors_[kStep] == nullptr) return false;
-    for (size_t column = kState; column < tensors_.size(); ++column) {
-      tensors_[column] = used[column] ? PyDict_GetItemWithError(own, names_[column].ptr()) : Py_None;
-      if (tensors_[column] == nullptr) return false;
+    const size_t begin = tensors_.size();
+    tensors_.resize(begin + columns_, Py_None);
+    PyObject** const row = &tensors_[begin];
+    row[kParam] = param;
+    row[kGrad] = grad.ptr();
+    row[kAverage] = average_of(param);
+    row[kStep] = PyDict_GetItemWithError(own, names_[kStep].ptr());
+    if (row[kStep] == nullptr) return false;
+    for (size_t column = kState; column < columns_; ++column) {
+      if (!used[column]) continue;
+      row[column] = PyDict_GetItemWithError(own, names_[column].ptr());
+      if (row[column] == nullptr) return false;
     }
-    if (!builder_.add_row(tensors_.data())) return false;
+    grads_.push_back(std::move(grad));
     params.append(pybind11::handle(param));
     return true;
   }
@@ -84,8 +122,9 @@ class StateReader {
   const pybind11::dict& state_;
   const pybind11::dict& averages_;
   Py_ssize_t position_ = 0;  // in the state
-  std::vector<pybind11::object> names_;
-  std::vector<PyObject*> tensors_;
+  size_t columns_;
+  std::vector<pybind11::object> names_, grads_;
+  std::vector<PyObject*> tensors_;  // row by row; all are kept alive by the optimizer, and the gradients by grads_
 };
 
 }  // namespace trainops
