@@ -4,7 +4,8 @@ from .adamw import AdamW
 from .adapters import Backend, backends
 from .clip_grad import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from .drop_path import DropPath, DropPathAdd, drop_path, drop_path_add
-from .ema import EMA, ema_update_, get_ema_multi_avg_fn
+from .ema import EMA
+from .ema_update import ema_update_, get_ema_multi_avg_fn
 from .stochastic_depth import StochasticDepth, stochastic_depth
 
 __all__ = [

@@ -45,9 +45,9 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
             FSDP1.
         skip_nonfinite: leave everything bit for bit as it was when the norm of the gradients is infinite or NaN.
         ema: an average to update in the same pass, instead of calling ``ema.update()`` after each step, which is then
-            an error, as is a second optimizer that takes turns with this one. Of several optimizers, give it to the
-            one that steps last. A skipped step leaves the average alone and counts as an update in its warm-up. Every
-            call of ``step()`` is an update, also those of tools that call it to make the state
+            an error. One optimizer has an average: the last that it was given to, so give it to the one that steps
+            last. A skipped step leaves the average alone and counts as an update in its warm-up. Every call of
+            ``step()`` is an update, also those of tools that call it to make the state
             (``torch.distributed.checkpoint``): load the average after the optimizer.
         backend: see :func:`trainops.backends`; by default it follows the device.
 

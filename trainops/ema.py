@@ -1,9 +1,8 @@
 """Exponential moving average of a model's weights."""
 
 import copy
-import gc
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, NamedTuple, NoReturn
@@ -11,75 +10,22 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from .adapters import check, select
-from .model_pairs import Matched, check_pair, kind, match
+from .adapters import check
+from .ema_update import check_type, check_unit_interval, update_averages
+from .model_pairs import Matched, cast, check_checkpoint, match
 from .reference import write
-from .tables import all_plain, as_real
 
 
-@torch.no_grad()
-def ema_update_(
-    ema_tensors: Iterable[Tensor], tensors: Iterable[Tensor], decay: float, *, backend: str | None = None
-) -> None:
-    """Move every tensor of ``ema_tensors`` towards its counterpart, in place.
+class Update(NamedTuple):
+    """An update of an average that is about to happen."""
 
-    Equivalent to::
+    matched: Matched
+    decay: float | None  # None: this one is passed over
 
-        torch._foreach_lerp_(ema_tensors, tensors, 1 - decay)
-
-    but the two lists may differ in dtype (a float32 average of bfloat16 weights), and the arithmetic is in the
-    average's precision, float32 at least.
-
-    Args:
-        ema_tensors: the averages.
-        tensors: what is averaged, of the same shapes and on the same devices.
-        decay: how much of the average stays, in [0, 1].
-        backend: see :func:`trainops.backends`; by default it follows the device.
-
-    Raises:
-        TypeError: ``decay`` is no number.
-        ValueError: ``decay`` is out of range, or two tensors differ in shape or device, or are not floating-point.
-            Nothing has been changed.
-    """
-    check(backend)
-    _check_unit_interval("decay", decay)
-    averages, tensors = list(ema_tensors), list(tensors)
-    if len(averages) != len(tensors):
-        raise ValueError(f"{len(averages)} averages for {len(tensors)} tensors")
-    for i, (average, tensor) in enumerate(zip(averages, tensors, strict=True)):
-        check_pair(f"tensor {i}", average, tensor)
-        if kind(average) == "other":
-            raise ValueError(f"tensor {i} is {tensor.dtype}; averages are of floating-point numbers")
-        if average.device != tensor.device:
-            raise ValueError(f"tensor {i} is on {tensor.device}, but its average on {average.device}")
-    update_averages(averages, tensors, decay, None, backend)
-
-
-def get_ema_multi_avg_fn(decay: float = 0.999) -> Callable[[Sequence[Tensor], Sequence[Tensor], Any], None]:
-    """The averaging function for :class:`torch.optim.swa_utils.AveragedModel`.
-
-    Equivalent to::
-
-        torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
-
-    Args:
-        decay: how much of the average stays at each update, in [0, 1].
-
-    Raises:
-        TypeError: ``decay`` is no number.
-        ValueError: ``decay`` is out of range.
-    """
-    _check_unit_interval("decay", decay)
-
-    @torch.no_grad()
-    def ema_update(ema_params: Sequence[Tensor], params: Sequence[Tensor], _: Any) -> None:
-        if ema_params and kind(ema_params[0]) != "other":
-            ema_update_(ema_params, params, decay)
-        else:
-            for average, param in zip(ema_params, params, strict=True):
-                average.copy_(average * decay + param * (1 - decay))
-
-    return ema_update
+    @property
+    def fusable(self) -> dict[int, Tensor]:
+        """The averages that an optimizer's kernel can update, by ``id`` of the model's parameter."""
+        return {} if self.decay is None else self.matched.fusable
 
 
 class EMA:
@@ -93,7 +39,8 @@ class EMA:
         )
 
     Call :meth:`update` after every optimizer step, or give the object to ``trainops.AdamW(..., ema=ema)`` and the
-    step updates the average in the same pass over memory. The decay follows timm's ``ModelEmaV3`` and begins with
+    step updates the average in the same pass over memory. One optimizer has an average at a time: giving it to a
+    second one takes it from the first. The decay follows timm's ``ModelEmaV3`` and begins with
     a copy: see :meth:`decay_at`.
 
     Args:
@@ -139,14 +86,14 @@ class EMA:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        _check_unit_interval("decay", decay)
-        _check_unit_interval("min_decay", min_decay)
-        _check_type("warmup", warmup, bool, "True or False")
-        _check_type("warmup_gamma", warmup_gamma, Real, "a number")
-        _check_type("warmup_power", warmup_power, Real, "a number")
-        _check_type("update_after_step", update_after_step, Integral, "an integer")
-        _check_type("update_every", update_every, Integral, "an integer")
-        _check_type("dtype", dtype, (torch.dtype, type(None)), "a torch.dtype")
+        check_unit_interval("decay", decay)
+        check_unit_interval("min_decay", min_decay)
+        check_type("warmup", warmup, bool, "True or False")
+        check_type("warmup_gamma", warmup_gamma, Real, "a number")
+        check_type("warmup_power", warmup_power, Real, "a number")
+        check_type("update_after_step", update_after_step, Integral, "an integer")
+        check_type("update_every", update_every, Integral, "an integer")
+        check_type("dtype", dtype, (torch.dtype, type(None)), "a torch.dtype")
         if not warmup_gamma > 0.0:
             raise ValueError(f"warmup_gamma must be positive, got {warmup_gamma}")
         if update_every < 1:
@@ -155,7 +102,7 @@ class EMA:
             raise ValueError(f"dtype must be a floating-point type, got {dtype}")
         check(backend)
         self.model = model
-        self.module = _cast(copy.deepcopy(model).eval().requires_grad_(False), device, dtype)
+        self.module = cast(copy.deepcopy(model).eval().requires_grad_(False), device, dtype)
         self.decay = decay
         self.warmup = warmup
         self.warmup_gamma = warmup_gamma
@@ -168,8 +115,7 @@ class EMA:
         self.step = 0
         self._swapped = False
         self._matched: Matched | None = None
-        self._updaters: list[weakref.ref[Any]] = []  # optimizers that have updated the average, the last one last
-        self._updates = 0  # of the last one, in a row
+        self._optimizer: weakref.ref[Any] | None = None
 
     def decay_at(self, step: int) -> float:
         """The decay at call number ``step`` of :meth:`update`, from 1: timm's ``ModelEmaV3.get_decay(step)``.
@@ -192,7 +138,7 @@ class EMA:
         Raises:
             TypeError: there is an argument, such as the model or the step that timm's and torch's classes take.
             ValueError: the model's weights no longer match the average's. Nothing has been changed.
-            RuntimeError: called inside :meth:`swap`, or an optimizer has the average and its step updates it.
+            RuntimeError: called inside :meth:`swap`, or an optimizer has the average: its steps update it.
         """
         if args or kwargs:
             raise TypeError("update() takes no arguments: the model was given to EMA(model), which counts the steps")
@@ -208,12 +154,12 @@ class EMA:
 
         Raises:
             ValueError: the model's weights no longer match the average's.
-            RuntimeError: called inside :meth:`swap`, or another one updates the average already.
+            RuntimeError: called inside :meth:`swap`, or another one has the average.
         """
         self._check_not_swapped("update()")
-        self._check_updater(optimizer)
+        self._check_holder(optimizer)
         matched, step = self._match(), self.step + 1
-        return Update(matched, self.decay_at(step) if step % self.update_every == 0 else None, optimizer)
+        return Update(matched, self.decay_at(step) if step % self.update_every == 0 else None)
 
     def finish_update(self, update: "Update", done: Collection[int] = (), skip: Tensor | None = None) -> None:
         """Count the update; move what is not ``done`` (by ``id`` of the model's tensor), unless ``skip`` is true."""
@@ -224,11 +170,24 @@ class EMA:
             for pair in matched.copied:
                 write(pair.average, pair.source.to(pair.average.device), skip)
         self.step += 1
-        if (optimizer := update.optimizer) is not None:
-            self._updates = self._updates + 1 if self._holder() is optimizer else 1
-            if self._updates == 1:
-                others = [ref for ref in self._updaters if ref() not in (None, optimizer)]
-                self._updaters = [*others, weakref.ref(optimizer)]
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimizer whose steps move the average: the last one that it was given to."""
+        return None if self._optimizer is None else self._optimizer()
+
+    def attach_to(self, optimizer: Any) -> None:
+        """Let the steps of an optimizer move the average, and those of no other: ``optimizer.ema = ema``."""
+        if self.optimizer is not optimizer:
+            self.detach()
+            self._optimizer = weakref.ref(optimizer)
+
+    def detach(self) -> None:
+        """Take the average from its optimizer, which goes on without: :meth:`update` moves it again."""
+        optimizer: Any = self.optimizer
+        self._optimizer = None
+        if optimizer is not None and optimizer.ema is self:
+            optimizer.ema = None
 
     def check_model(self) -> Matched:
         """Look at every tensor of the model anew; ValueError naming the first that its average does not match."""
@@ -283,18 +242,10 @@ class EMA:
         """
         if missing := {"module", "step"} - state_dict.keys():
             raise ValueError(f"the checkpoint of an EMA has no {sorted(missing)}")
-        own, loaded = self.module.state_dict(), state_dict["module"]
-        if own.keys() != loaded.keys():
-            absent, unexpected = sorted(own.keys() - loaded.keys()), sorted(loaded.keys() - own.keys())
-            raise ValueError(f"the checkpoint does not fit the model: missing {absent}, unexpected {unexpected}")
-        for name, value in loaded.items():
-            if isinstance(own[name], Tensor) and not isinstance(value, Tensor):
-                raise ValueError(f"{name} is no tensor but {value!r}")  # noqa: TRY004
-            if isinstance(value, Tensor) and value.shape != own[name].shape:
-                raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(own[name].shape)}")
+        check_checkpoint(self.module.state_dict(), state_dict["module"])
         if not isinstance(state_dict["step"], int):
             raise ValueError(f"step must be a number of updates, got {state_dict['step']!r}")  # noqa: TRY004
-        self.module.load_state_dict(loaded)
+        self.module.load_state_dict(state_dict["module"])
         self.step = state_dict["step"]
 
     def __repr__(self) -> str:
@@ -304,7 +255,7 @@ class EMA:
 
     def __getstate__(self) -> dict[str, Any]:
         # What is only of this average, and not of a copy.
-        return {**self.__dict__, "_swapped": False, "_matched": None, "_updaters": [], "_updates": 0}
+        return {**self.__dict__, "_swapped": False, "_matched": None, "_optimizer": None}
 
     def _match(self) -> Matched:
         """Every tensor of the model with its average, as they are now: frameworks replace parameters at will."""
@@ -316,94 +267,13 @@ class EMA:
         if self._swapped:
             raise RuntimeError(f"{what} inside `with ema.swap()`: the model holds the averaged weights")
 
-    def _check_updater(self, optimizer: torch.optim.Optimizer | None) -> None:
-        """Raise where another one has the average, too: two updates a step are too many.
-
-        An optimizer may take it over from another one that is done, but not take turns with it.
-        """
-        if self._holder() in (None, optimizer):
-            return
-        is_new = all(ref() is not optimizer for ref in self._updaters)
-        if optimizer is not None and (is_new or self._updates > 1):
-            return
-        gc.collect()  # perhaps it is only waiting for that
-        if self._holder() is None:
+    def _check_holder(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Raise where an optimizer other than this one has the average: two updates a step are too many."""
+        if self.optimizer in (None, optimizer):
             return
         if optimizer is None:
             raise RuntimeError(
                 "the optimizer's step() updates this average already: leave out ema.update(), or take the average "
-                "from it with `optimizer.ema = None`"
+                "from it with ema.detach()"
             )
-        raise RuntimeError(
-            "another optimizer updates this average in turn with this one: set `optimizer.ema = None` for all but "
-            "the one that steps last, or for all and call ema.update()"
-        )
-
-    def _holder(self) -> torch.optim.Optimizer | None:
-        """The last optimizer to have updated the average, where it has it still."""
-        optimizer = self._updaters[-1]() if self._updaters else None
-        return optimizer if optimizer is not None and optimizer.ema is self else None
-
-
-def update_averages(
-    averages: Sequence[Tensor], sources: Sequence[Tensor], decay: float, skip: Tensor | None, backend: str | None
-) -> None:
-    """Move averages towards sources that may lie on other devices, unless ``skip`` is true."""
-    if averages and select(backend, averages[0].device.type).try_ema_(averages, sources, decay, skip):
-        torch.autograd.graph.increment_version(averages)
-        return
-    if any(average.shape != source.shape for average, source in zip(averages, sources, strict=True)):
-        raise RuntimeError("averages and their sources differ in shape")
-    parts: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
-    for average, source in zip(averages, sources, strict=True):
-        if average.numel() == 0:
-            continue
-        if average.is_conj():
-            resolved = average.resolve_conj()
-            update_averages([resolved], [source], decay, skip, backend)
-            average.copy_(resolved)
-            continue
-        part = parts.setdefault(average.device, ([], []))
-        part[0].append(as_real(average, written=True))
-        part[1].append(as_real(source.to(average.device)))
-    torch.autograd.graph.increment_version(averages)
-    for device, (device_averages, device_sources) in parts.items():
-        plain = all_plain(device_averages) and all_plain(device_sources)
-        kernels = select(backend if plain else "reference", device.type)
-        kernels.ema_(device_averages, device_sources, decay, skip)
-
-
-def _cast(module: nn.Module, device: torch.device | str | int | None, dtype: torch.dtype | None) -> nn.Module:
-    """Move a module, and its floating-point tensors to a dtype. Tied tensors stay tied."""
-    done: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def cast_once(x: Tensor) -> Tensor:
-        if id(x) not in done:
-            done[id(x)] = (x, x.to(device=device, dtype=dtype if x.is_floating_point() else None))
-        return done[id(x)][1]
-
-    return module._apply(cast_once)  # type: ignore[no-untyped-call, no-any-return]
-
-
-class Update(NamedTuple):
-    """An update of an average that is about to happen."""
-
-    matched: Matched
-    decay: float | None  # None: this one is passed over
-    optimizer: torch.optim.Optimizer | None = None  # whose step it is a part of
-
-    @property
-    def fusable(self) -> dict[int, Tensor]:
-        """The averages that an optimizer's kernel can update, by ``id`` of the model's parameter."""
-        return {} if self.decay is None else self.matched.fusable
-
-
-def _check_type(name: str, value: object, kinds: type | tuple[type, ...], what: str) -> None:
-    if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
-        raise TypeError(f"{name} must be {what}, got {value!r:.60}")
-
-
-def _check_unit_interval(name: str, value: float) -> None:
-    _check_type(name, value, (Real, torch.SymFloat), "a number")
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name} must be in [0, 1], got {value}")
+        raise RuntimeError("another optimizer has this average: set `optimizer.ema = ema` to take it from that one")

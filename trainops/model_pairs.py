@@ -2,8 +2,10 @@
 
 import operator
 from collections.abc import Collection
-from typing import NamedTuple, cast
+import typing
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
@@ -80,8 +82,8 @@ def match(module: nn.Module, model: nn.Module, average_buffers: bool) -> Matched
     pairs, slots = [], []
     for name, average_slot in averages.items():
         source_slot = sources[name]
-        average = cast(Tensor, average_slot.owner[average_slot.key])
-        source = cast(Tensor, source_slot.owner[source_slot.key])
+        average = typing.cast(Tensor, average_slot.owner[average_slot.key])
+        source = typing.cast(Tensor, source_slot.owner[source_slot.key])
         check_pair(name, average, source)
         averaged = kind(average) != "other" and (average_buffers or isinstance(source, nn.Parameter))
         pairs.append(Pair(average, source, averaged))
@@ -100,3 +102,27 @@ def check_pair(name: str, average: Tensor, tensor: Tensor) -> None:
 def kind(x: Tensor) -> str:
     """Whether a tensor can be averaged, and with which others: "complex", "real" or "other"."""
     return "complex" if x.is_complex() else "real" if x.is_floating_point() else "other"
+
+
+def cast(module: nn.Module, device: torch.device | str | int | None, dtype: torch.dtype | None) -> nn.Module:
+    """Move a module, and its floating-point tensors to a dtype. Tied tensors stay tied."""
+    done: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def cast_once(x: Tensor) -> Tensor:
+        if id(x) not in done:
+            done[id(x)] = (x, x.to(device=device, dtype=dtype if x.is_floating_point() else None))
+        return done[id(x)][1]
+
+    return module._apply(cast_once)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def check_checkpoint(own: dict[str, Any], loaded: dict[str, Any]) -> None:
+    """ValueError where weights that are to be loaded are not those of the average."""
+    if own.keys() != loaded.keys():
+        absent, unexpected = sorted(own.keys() - loaded.keys()), sorted(loaded.keys() - own.keys())
+        raise ValueError(f"the checkpoint does not fit the model: missing {absent}, unexpected {unexpected}")
+    for name, value in loaded.items():
+        if isinstance(own[name], Tensor) and not isinstance(value, Tensor):
+            raise ValueError(f"{name} is no tensor but {value!r}")  # noqa: TRY004
+        if isinstance(value, Tensor) and value.shape != own[name].shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(own[name].shape)}")

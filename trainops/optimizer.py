@@ -77,7 +77,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             own = {id(p) for group in self.param_groups for p in group["params"]}
             if own and own.isdisjoint(map(id, ema.model.parameters())):
                 raise ValueError("ema follows a model that has none of these parameters")
-        self._ema = ema
+        before, self._ema = getattr(self, "_ema", None), ema
+        if before is not None and before is not ema:
+            before.detach()
+        if ema is not None:
+            ema.attach_to(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as in torch.
@@ -102,6 +106,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             for param in group["params"]:
                 check_state(param, state["state"].get(param), self._state_names(group))
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        ema: EMA | None = state.get("_ema")
+        if ema is not None and ema.optimizer is None:
+            ema.attach_to(self)
         self._accept_amp_scaling()
 
     @torch._disable_dynamo

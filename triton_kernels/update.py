@@ -5,7 +5,8 @@ and whether the step is skipped, and evaluates each row's scalars in float64; ``
 those that are written, once. With AdamW in float32, that is 28 bytes per element, 8 more with AMSGrad and 8 more with
 an average. Arithmetic in float32, or float64 for float64 parameters.
 
-A rule is a file like ``adamw.py``. Its state fills up to three columns.
+A rule is a file like ``adamw.py``, whose functions are constants of these kernels: ``STORE_SCALARS``, ``LOAD_SCALARS``
+and ``FORMULA``. Its state fills up to three columns.
 """
 
 import triton
@@ -13,7 +14,6 @@ import triton.language as tl
 
 from trainops import core
 
-from . import adamw
 from ._common import ADDRESSES, GROUP, NUMEL, chunk_of, end_of_body
 from .control import EMA_DECAY, GROUPS, decide
 from .ema import moved
@@ -26,27 +26,6 @@ STATE = tl.constexpr(len(_names))
 
 # What `plan` finds out for each row, in float64: its new step count, whether it maximizes, and the rule's scalars.
 NEW_STEP, IS_MAXIMIZED, RULE_SCALARS, SCALARS = (tl.constexpr(i) for i in (0, 1, 2, 10))
-
-
-@triton.jit
-def store_scalars(out, group, step, RULE: tl.constexpr):
-    """The scalars of a rule."""
-    if RULE == "adamw":
-        adamw.store_scalars(out, group, step)
-
-
-@triton.jit
-def load_scalars(scalars, RULE: tl.constexpr, WIDE: tl.constexpr):
-    """The scalars of a rule, in the type of arithmetic."""
-    if RULE == "adamw":
-        return adamw.load_scalars(scalars, WIDE)
-
-
-@triton.jit
-def formula(param, grad, state0, state1, state2, scalars, RULE: tl.constexpr):
-    """A step of a rule."""
-    if RULE == "adamw":
-        return adamw.formula(param, grad, state0, state1, state2, scalars)
 
 
 @triton.jit(do_not_specialize=["chunk_count"])
@@ -64,7 +43,7 @@ def plan(
     skip,
     skipped_steps,
     scalars,
-    RULE: tl.constexpr,
+    STORE_SCALARS: tl.constexpr,
     GROUP_WORDS: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     CLIP: tl.constexpr,
@@ -106,7 +85,7 @@ def plan(
         step = tl.load(tl.load(words + ADDRESSES + STEP).to(tl.pointer_type(tl.float32))).to(tl.float64) + 1.0
         tl.store(out + NEW_STEP, step)
         tl.store(out + IS_MAXIMIZED, real(tl.load(group + 2 * MAXIMIZE + 1)))
-        store_scalars(out + RULE_SCALARS, group, step, RULE)
+        STORE_SCALARS(out + RULE_SCALARS, group, step)
 
 
 @triton.jit(do_not_specialize=["first_chunk"])
@@ -118,7 +97,8 @@ def update(
     scalars,
     coefficient,
     skip,
-    RULE: tl.constexpr,
+    LOAD_SCALARS: tl.constexpr,
+    FORMULA: tl.constexpr,
     PARAM_TYPE: tl.constexpr,
     GRAD_TYPE: tl.constexpr,
     AVERAGE_TYPE: tl.constexpr,  # this and the following: None where there is no such column
@@ -159,7 +139,7 @@ def update(
 
     factor = tl.load(coefficient)
     factor = tl.where(tl.load(row_scalars + IS_MAXIMIZED) != 0.0, -factor, factor).to(WIDE)
-    rule_scalars = load_scalars(row_scalars + RULE_SCALARS, RULE, WIDE)
+    rule_scalars = LOAD_SCALARS(row_scalars + RULE_SCALARS, WIDE)
     ema_decay = real(tl.load(settings + EMA_DECAY))
 
     for MASKED in tl.static_range(2):
@@ -169,7 +149,7 @@ def update(
             state1 = load(state1_address, offset, end, STATE1_TYPE, WIDE, BLOCK, MASKED)
             param = load(param_address, offset, end, PARAM_TYPE, WIDE, BLOCK, MASKED)
             state2 = load(state2_address, offset, end, STATE2_TYPE, WIDE, BLOCK, MASKED)
-            param, state0, state1, state2 = formula(param, grad, state0, state1, state2, rule_scalars, RULE)
+            param, state0, state1, state2 = FORMULA(param, grad, state0, state1, state2, rule_scalars)
             if STATE0_TYPE is not None:
                 store(state0_address, offset, end, state0, STATE0_TYPE, BLOCK, MASKED)
             if STATE1_TYPE is not None:

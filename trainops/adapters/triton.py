@@ -10,7 +10,7 @@ import math
 import os
 import struct
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -113,10 +113,15 @@ class _Staged:
         """The same for a kernel that joins partial results."""
         return self.constants(_kernels()._common.REDUCTION_BLOCK)
 
-    def over_chunks(self, kernel: Any, *args: Any, types: dict[str, str], **constants: Any) -> None:
-        """Launch a kernel for each section, with the types of its columns (``types``: constants by column)."""
+    def over_chunks(
+        self, kernel: Any, *args: Any, types: dict[str, str], wide: dict[str, tuple[str, ...]], **constants: Any
+    ) -> None:
+        """Launch a kernel for each section of chunks.
+
+        ``types`` has the constants for the types of columns, ``wide`` those for the type of arithmetic on some.
+        """
         for section in self.words.sections:
-            dtypes = {name: section.kind[index] for name, index in self.columns.items() if name in types}
+            dtypes = {constant: section.kind[self.columns[column]] for constant, column in types.items()}
             block = _kernels()._common.block_numel(*(_itemsize(dtype) for dtype in dtypes.values() if dtype))
             _launch(
                 kernel,
@@ -125,8 +130,9 @@ class _Staged:
                 self.words.chunks,
                 section.first_chunk,
                 *args,
-                **{constant: _type(dtypes[name]) for name, constant in types.items()},
-                **{name: value(dtypes) if callable(value) else value for name, value in constants.items()},
+                **{constant: _type(dtype) for constant, dtype in dtypes.items()},
+                **{constant: _type(_wide(*(dtypes[x] for x in among))) for constant, among in wide.items()},
+                **constants,
                 **self.constants(block),
             )
 
@@ -142,8 +148,8 @@ class _Staged:
         self.over_chunks(
             _kernels().reduce.partial_results,
             partials,
-            types={column: "DTYPE"},
-            WIDE=_wide(column),
+            types={"DTYPE": column},
+            wide={"WIDE": ("DTYPE",)},
             STATISTIC=statistic,
             COLUMN=self.columns[column],
         )
@@ -155,9 +161,9 @@ def _itemsize(dtype: str) -> int:
     return int(getattr(torch, dtype).itemsize)
 
 
-def _wide(*columns: str) -> Callable[[dict[str, str | None]], Any]:
-    """The type of arithmetic on such columns, once their types are known."""
-    return lambda dtypes: _type("float64" if "float64" in (dtypes[name] for name in columns) else "float32")
+def _wide(*dtypes: str | None) -> str:
+    """The type of arithmetic on such types."""
+    return "float64" if "float64" in dtypes else "float32"
 
 
 def _device_type() -> str:
@@ -202,7 +208,7 @@ def _transform(tensors: Sequence[Tensor], operand: Tensor, clamp: bool) -> None:
     with staged_table("transform", {"tensor": list(tensors)}, _device_type()) as table, device_guard(device):
         staged = _Staged("transform", table, device)
         kernel = _kernels().transform.transform
-        staged.over_chunks(kernel, operand, types={"tensor": "DTYPE"}, WIDE=_wide("tensor"), CLAMP=clamp)
+        staged.over_chunks(kernel, operand, types={"DTYPE": "tensor"}, wide={"WIDE": ("DTYPE",)}, CLAMP=clamp)
 
 
 def _ema(table: Any, decay: float, skip: Tensor | None) -> None:
@@ -212,8 +218,8 @@ def _ema(table: Any, decay: float, skip: Tensor | None) -> None:
             _kernels().ema.ema,
             uploaded(struct.pack("d", decay), device),
             None if skip is None else skip.to(device),
-            types={"average": "AVERAGE_TYPE", "tensor": "TENSOR_TYPE"},
-            WIDE=_wide("average", "tensor"),
+            types={"AVERAGE_TYPE": "average", "TENSOR_TYPE": "tensor"},
+            wide={"WIDE": ("AVERAGE_TYPE", "TENSOR_TYPE")},
         )
 
 
@@ -248,6 +254,7 @@ def update(
 
 def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl, ema_decay: float) -> StepResult:
     kernels, device = _kernels().update, _table_device(table)
+    formulas = importlib.import_module(f"trainops.triton_kernels.{rule}")
     with device_guard(device):
         staged = _Staged(rule, table, device)
         settings = uploaded(step_settings(rule, groups, control, ema_decay, device), device)
@@ -273,16 +280,16 @@ def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl
             skip,
             counter,
             scalars,
-            RULE=rule,
+            STORE_SCALARS=formulas.store_scalars,
             GROUP_WORDS=2 * len(core.schema(rule).settings),
             MAXIMIZE=core.setting(rule, "maximize"),
             CLIP=control.max_norm is not None,
             SKIP_NONFINITE=control.skip_nonfinite,
             **staged.reduction_constants(),
         )
-        types = {"param": "PARAM_TYPE", "grad": "GRAD_TYPE", "average": "AVERAGE_TYPE"}
+        types = {"PARAM_TYPE": "param", "GRAD_TYPE": "grad", "AVERAGE_TYPE": "average"}
         state = list(staged.columns)[kernels.STATE.value :]
-        types |= {name: f"STATE{i}_TYPE" for i, name in enumerate(state)}
+        types |= {f"STATE{i}_TYPE": name for i, name in enumerate(state)}
         absent = {f"STATE{i}_TYPE": None for i in range(len(state), 3)}
         staged.over_chunks(
             kernels.update,
@@ -291,9 +298,9 @@ def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl
             coefficient,
             skip,
             types=types,
-            RULE=rule,
-            WIDE=_wide("param"),
-            AVERAGE_WIDE=_wide("param", "average"),
+            LOAD_SCALARS=formulas.load_scalars,
+            FORMULA=formulas.formula,
+            wide={"WIDE": ("PARAM_TYPE",), "AVERAGE_WIDE": ("PARAM_TYPE", "AVERAGE_TYPE")},
             **absent,
         )
     copy_back(counter, control)

@@ -1,0 +1,118 @@
+"""Exponential moving averages of lists of tensors."""
+
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapters import check, select
+from .model_pairs import check_pair, kind
+from .tables import all_plain, as_real
+
+
+@torch.no_grad()
+def ema_update_(
+    ema_tensors: Iterable[Tensor], tensors: Iterable[Tensor], decay: float, *, backend: str | None = None
+) -> None:
+    """Move every tensor of ``ema_tensors`` towards its counterpart, in place.
+
+    Equivalent to::
+
+        torch._foreach_lerp_(ema_tensors, tensors, 1 - decay)
+
+    but the two lists may differ in dtype (a float32 average of bfloat16 weights), and the arithmetic is in the
+    average's precision, float32 at least.
+
+    Args:
+        ema_tensors: the averages.
+        tensors: what is averaged, of the same shapes and on the same devices.
+        decay: how much of the average stays, in [0, 1].
+        backend: see :func:`trainops.backends`; by default it follows the device.
+
+    Raises:
+        TypeError: ``decay`` is no number.
+        ValueError: ``decay`` is out of range, or two tensors differ in shape or device, or are not floating-point.
+            Nothing has been changed.
+    """
+    check(backend)
+    check_unit_interval("decay", decay)
+    averages, tensors = list(ema_tensors), list(tensors)
+    if len(averages) != len(tensors):
+        raise ValueError(f"{len(averages)} averages for {len(tensors)} tensors")
+    for i, (average, tensor) in enumerate(zip(averages, tensors, strict=True)):
+        check_pair(f"tensor {i}", average, tensor)
+        if kind(average) == "other":
+            raise ValueError(f"tensor {i} is {tensor.dtype}; averages are of floating-point numbers")
+        if average.device != tensor.device:
+            raise ValueError(f"tensor {i} is on {tensor.device}, but its average on {average.device}")
+    update_averages(averages, tensors, decay, None, backend)
+
+
+def get_ema_multi_avg_fn(decay: float = 0.999) -> Callable[[Sequence[Tensor], Sequence[Tensor], Any], None]:
+    """The averaging function for :class:`torch.optim.swa_utils.AveragedModel`.
+
+    Equivalent to::
+
+        torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
+
+    Args:
+        decay: how much of the average stays at each update, in [0, 1].
+
+    Raises:
+        TypeError: ``decay`` is no number.
+        ValueError: ``decay`` is out of range.
+    """
+    check_unit_interval("decay", decay)
+
+    @torch.no_grad()
+    def ema_update(ema_params: Sequence[Tensor], params: Sequence[Tensor], _: Any) -> None:
+        if ema_params and kind(ema_params[0]) != "other":
+            ema_update_(ema_params, params, decay)
+        else:
+            for average, param in zip(ema_params, params, strict=True):
+                average.copy_(average * decay + param * (1 - decay))
+
+    return ema_update
+
+
+def update_averages(
+    averages: Sequence[Tensor], sources: Sequence[Tensor], decay: float, skip: Tensor | None, backend: str | None
+) -> None:
+    """Move averages towards sources that may lie on other devices, unless ``skip`` is true."""
+    if averages and select(backend, averages[0].device.type).try_ema_(averages, sources, decay, skip):
+        torch.autograd.graph.increment_version(averages)
+        return
+    if any(average.shape != source.shape for average, source in zip(averages, sources, strict=True)):
+        raise RuntimeError("averages and their sources differ in shape")
+    parts: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
+    for average, source in zip(averages, sources, strict=True):
+        if average.numel() == 0:
+            continue
+        if average.is_conj():
+            resolved = average.resolve_conj()
+            update_averages([resolved], [source], decay, skip, backend)
+            average.copy_(resolved)
+            continue
+        part = parts.setdefault(average.device, ([], []))
+        part[0].append(as_real(average, written=True))
+        part[1].append(as_real(source.to(average.device)))
+    torch.autograd.graph.increment_version(averages)
+    for device, (device_averages, device_sources) in parts.items():
+        plain = all_plain(device_averages) and all_plain(device_sources)
+        kernels = select(backend if plain else "reference", device.type)
+        kernels.ema_(device_averages, device_sources, decay, skip)
+
+
+def check_type(name: str, value: object, kinds: type | tuple[type, ...], what: str) -> None:
+    """TypeError where an argument is of another type."""
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+        raise TypeError(f"{name} must be {what}, got {value!r:.60}")
+
+
+def check_unit_interval(name: str, value: float) -> None:
+    """Raise where an argument is no number in [0, 1]."""
+    check_type(name, value, (Real, torch.SymFloat), "a number")
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must be in [0, 1], got {value}")
