@@ -97,8 +97,11 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
             capturable=capturable,
             differentiable=differentiable,
             fused=fused,
+            max_grad_norm=max_grad_norm,
+            skip_nonfinite=skip_nonfinite,
+            ema=ema,
+            backend=backend,
         )
-        self._set_up(max_grad_norm, skip_nonfinite, ema, backend)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as in torch.

@@ -19,7 +19,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     """Stands before a class of ``torch.optim`` among the bases of an optimizer, and takes its step.
 
     A subclass names its ``rule`` (``csrc/math/<rule>.h``, ``trainops.reference.<rule>_``), the state and the settings
-    that a group of parameters has for it, and calls :meth:`_set_up` at the end of its constructor.
+    that a group of parameters has for it.
     """
 
     rule: ClassVar[str]
@@ -32,14 +32,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The settings of the rule for a group, by name."""
         raise NotImplementedError
 
-    def _set_up(
-        self, max_grad_norm: float | None, skip_nonfinite: bool, ema: EMA | None, backend: str | None
+    def __init__(
+        self,
+        *args: Any,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        ema: EMA | None = None,
+        backend: str | None = None,
+        **options: Any,
     ) -> None:
-        if self.defaults["differentiable"] and (max_grad_norm is not None or skip_nonfinite or ema is not None):
+        if options.get("differentiable") and (max_grad_norm is not None or skip_nonfinite or ema is not None):
             raise ValueError(
                 "differentiable=True runs PyTorch's own step, without max_grad_norm, skip_nonfinite or ema"
             )
         check(backend)
+        super().__init__(*args, **options)
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
         self.ema = ema

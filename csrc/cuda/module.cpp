@@ -23,14 +23,17 @@ T* at(uintptr_t address) {
 
 // A table in the memory of a device, and the stream to launch on.
 struct StagedTable {
+  py::object words;  // whoever owns that memory
   cuda::DeviceTable table;
   cuda::Queue queue;
   int measured;
   bool has_float64;
 };
 
-StagedTable stage(const PythonTable& table, uintptr_t rows, uintptr_t chunks, int64_t chunk_count, uintptr_t stream) {
+StagedTable stage(const PythonTable& table, const py::object& words, uintptr_t rows, uintptr_t chunks,
+                  int64_t chunk_count, uintptr_t stream) {
   StagedTable staged;
+  staged.words = words;
   staged.table.rows = at<const int64_t>(rows);
   staged.table.chunks = at<const int64_t>(chunks);
   staged.table.row_count = table.table().rows();
@@ -164,7 +167,7 @@ PYBIND11_MODULE(_cuda, m) {
     return py::make_tuple(found.count, found.error, found.name);
   });
   py::class_<StagedTable>(m, "StagedTable", py::module_local())
-      .def(py::init(&stage), py::arg("table"), py::kw_only(), py::arg("rows"), py::arg("chunks"),
+      .def(py::init(&stage), py::arg("table"), py::kw_only(), py::arg("words"), py::arg("rows"), py::arg("chunks"),
            py::arg("chunk_count"), py::arg("stream"));
   m.def("reduce", &reduce, py::arg("staged"), py::kw_only(), py::arg("statistic"), py::arg("grad_scale"),
         py::arg("counter"), py::arg("partials"), py::arg("total"), py::arg("total_out"), py::arg("rows_out"));

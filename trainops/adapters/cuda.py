@@ -66,16 +66,17 @@ def _device_of(table: Any) -> torch.device:
 
 
 class _Staged:
-    """A table whose words lie on its device, and where to launch. The words live as long as this."""
+    """A table whose words lie on its device, and where to launch."""
 
     def __init__(self, table: Any) -> None:
         self.queue = _queue(_device_of(table))
-        self._words = stage(table, self.queue.device, _cuda.CHUNK_NUMEL, by_kind=False)
-        self.chunk_count = self._words.chunk_count
+        words = stage(table, self.queue.device, _cuda.CHUNK_NUMEL, by_kind=False)
+        self.chunk_count = words.chunk_count
         self.table = _cuda.StagedTable(
             table,
-            rows=self._words.rows.data_ptr(),
-            chunks=self._words.chunks.data_ptr(),
+            words=words,
+            rows=words.rows.data_ptr(),
+            chunks=words.chunks.data_ptr(),
             chunk_count=self.chunk_count,
             stream=self.queue.stream,
         )
