@@ -26,25 +26,17 @@ from .inspect_cache import key_of, remembered
 # 16-byte reads and writes that each streaming kernel needs: for each tensor, one for every half of a pack of float32
 # and, in kernels that serve both, one for a pack of float64.
 LEAST = {
-    "norms_kernel": (2 + 1, 0),
+    "reduce_kernel": (2 + 1, 0),
     "scale_kernel": (2 + 1, 2 + 1),
     "clamp_kernel": (2 + 1, 2 + 1),
     "ema_kernel": (2 * (2 + 1), 2 + 1),
-    "adamw_kernel": (6 * (2 + 1), 5 * (2 + 1)),
+    "update_kernel<AdamW>": (6 * (2 + 1), 5 * (2 + 1)),
     "drop_path_kernel<float>": (3 * 2, 2),
     "drop_path_kernel<double>": (3, 1),
     "backward_kernel<float, true>": (3 * 2, 2),
     "backward_kernel<double, true>": (3, 1),
 }
-TEMPLATE_ARGUMENTS = {
-    "f": "float",
-    "d": "double",
-    "Lb0": "false",
-    "Lb1": "true",
-    "Norm0": "l1",
-    "Norm1": "l2",
-    "Norm2": "inf",
-}
+TEMPLATE_ARGUMENTS = {"f": "float", "d": "double", "Lb0E": "false", "Lb1E": "true"}
 
 
 class Kernel(NamedTuple):
@@ -73,9 +65,22 @@ def name_of(symbol: str) -> str | None:
     match = re.match(r"[^$]*\d([a-z_]+_kernel)(?:I(.*?)EEv|E)", symbol)
     if match is None:
         return None
-    found = re.findall(r"LNS\d?_4(Norm)E(\d)|(Lb\d)|([fd])", match[2] or "")
-    arguments = [TEMPLATE_ARGUMENTS["".join(parts)] for parts in found]
+    arguments = template_arguments(match[2] or "")
     return match[1] + (f"<{', '.join(arguments)}>" if arguments else "")
+
+
+def template_arguments(mangled: str) -> list[str]:
+    """Types, truth values, and classes of trainops."""
+    found = []
+    while match := re.match(r"NS\d?_(\d+)|Lb[01]E|[fd]", mangled):
+        mangled = mangled[match.end() :]
+        if match[1] is None:
+            found.append(TEMPLATE_ARGUMENTS[match[0]])
+        else:
+            length = int(match[1])
+            found.append(mangled[:length])
+            mangled = mangled[length + 1 :]
+    return found
 
 
 def read(program: str, module: str) -> dict[tuple[str, str], Kernel]:

@@ -11,6 +11,7 @@ What was found is kept, and a kernel is compiled again when it has changed. ``--
 GPU instead of all: each kernel for NVIDIA's and AMD's.
 """
 
+import importlib
 import importlib.util
 import os
 import re
@@ -26,6 +27,8 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
+from trainops import core
 
 from .inspect_cache import keep, key_of, recall
 from .triton_variants import SIZES, Variant, block_numel, variants
@@ -95,9 +98,27 @@ def threads() -> int:
 
 def kernel_of(variant: Variant) -> Any:
     """The kernel itself."""
-    from trainops import triton_kernels
+    return function_of(f"@{variant.module}.{variant.kernel}")
 
-    return getattr(getattr(triton_kernels, variant.module), variant.kernel)
+
+def is_function(value: Any) -> bool:
+    """Whether a constant stands for a function of Triton's."""
+    return isinstance(value, str) and value.startswith("@")
+
+
+def function_of(name: str) -> Any:
+    """A kernel, or a function that one of them takes as a constant, by ``@module.function``."""
+    module, _, function = name.removeprefix("@").partition(".")
+    return getattr(importlib.import_module(f"trainops.triton_kernels.{module}"), function)
+
+
+def constant(value: Any) -> Any:
+    """What a constant of a variant is to Triton."""
+    import triton.language as tl
+
+    if is_function(value):
+        return function_of(value)
+    return getattr(tl, value[1:]) if isinstance(value, str) and value.startswith(":") else value
 
 
 def key(task: Task) -> str:
@@ -105,24 +126,21 @@ def key(task: Task) -> str:
     import triton
 
     variant, target = task
-    source = kernel_of(variant).cache_key, variant, constants_of(variant), threads()
+    constants = constants_of(variant)
+    functions = [function_of(value).cache_key for value in constants.values() if is_function(value)]
+    source = kernel_of(variant).cache_key, functions, variant, constants, threads()
     return key_of(triton.__version__, source, TARGETS[target], Path(__file__))
 
 
 def compile_task(task: Task) -> Found:
     """Compile for a target, without a device, and read the machine code."""
     import triton
-    import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     variant, target = task
     kernel = kernel_of(variant)
-    constants = {
-        name: getattr(tl, value[1:]) if isinstance(value, str) else value
-        for name, value in constants_of(variant).items()
-        if name in kernel.arg_names
-    }
+    constants = {name: constant(x) for name, x in constants_of(variant).items() if name in kernel.arg_names}
     signature = {name: variant.arguments.get(name, "constexpr") for name in kernel.arg_names}
     gpu = GPUTarget(*TARGETS[target])
     # At run time Triton sees that PyTorch's memory is aligned.
@@ -210,8 +228,8 @@ def find(tasks: list[Task]) -> Iterator[tuple[Task, Found]]:
 
 def main(quick: bool = False) -> int:
     """Print the table; 1 if a kernel spills or is narrower than it should be."""
-    if importlib.util.find_spec("triton") is None:
-        print("nothing to inspect: Triton is not installed")
+    if importlib.util.find_spec("triton") is None or not core.available:
+        print("nothing to inspect: " + ("the core was not built" if not core.available else "there is no Triton"))
         return 0
     tasks = sample() if quick else every_task()
     columns = "kernel", "variant", "target", "registers", "spilled", "loads", "stores", "fault"

@@ -3,9 +3,12 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from trainops import core
+
 SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 POINTERS = {"float32": "*fp32", "float64": "*fp64", "bfloat16": "*bf16", "float16": "*fp16", "int64": "*i64"}
 DTYPES = list(SIZES)
+STATISTICS = ("l1_norm", "l2_norm", "inf_norm")
 
 
 class Variant(NamedTuple):
@@ -15,7 +18,7 @@ class Variant(NamedTuple):
     kernel: str
     label: str
     arguments: dict[str, str]  # type of each argument that is not a constant
-    constants: dict[str, Any]  # types as strings, prefixed with a colon
+    constants: dict[str, Any]  # types prefixed with a colon; functions as "@module.function"
     reads: tuple[str, ...] = ()  # types of the tensors that are read in whole blocks, and written
     writes: tuple[str, ...] = ()
     bodies: int = 1  # loops over whole blocks
@@ -23,7 +26,7 @@ class Variant(NamedTuple):
 
 
 TABLE = {"rows": "*i64", "chunks": "*i64", "first_chunk": "i32"}
-NORMS = {"partials": "*fp64", "chunk_count": "i32", "total_norm": "*fp32", "norms": "*fp32"}
+RESULTS = {"partials": "*fp64", "chunk_count": "i32"}
 
 
 def wide(*dtypes: str) -> str:
@@ -31,95 +34,99 @@ def wide(*dtypes: str) -> str:
     return "float64" if "float64" in dtypes else "float32"
 
 
+def columns_of(kind: str) -> list[Any]:
+    """The columns of a kind of table."""
+    return list(core.schema(kind).columns)
+
+
+def words_of(kind: str) -> int:
+    """How many words a row of such a table has."""
+    return len(core.row_words()) + len(columns_of(kind))
+
+
 def variants() -> Iterator[Variant]:
     """Every kernel, with every type and option that its machine code depends on."""
     for dtype in DTYPES:
-        for norm, order in (("l1", 1), ("l2", 2), ("inf", 0)):
-            constants = {"WORDS": 5, "COLUMN": 0, "DTYPE": f":{dtype}", "WIDE": f":{wide(dtype)}", "NORM": order}
+        types = {"DTYPE": f":{dtype}", "WIDE": f":{wide(dtype)}"}
+        for statistic in STATISTICS:
+            constants = {"WORDS": words_of("reduce"), "COLUMN": 0, "STATISTIC": statistic, **types}
             arguments = {**TABLE, "partials": "*fp64"}
-            bodies = 1 if order == 0 or dtype == "float64" else 2  # once more where float32 overflows
-            label = f"{norm} {dtype}"
-            yield Variant("clip_grad_norm", "partial_norms", label, arguments, constants, (dtype,), bodies=bodies)
+            bodies = 1 if statistic == "inf_norm" or dtype == "float64" else 2  # once more where float32 overflows
+            label = f"{statistic} {dtype}"
+            yield Variant("reduce", "partial_results", label, arguments, constants, (dtype,), bodies=bodies)
         for name, operand in (("scale", "*fp32"), ("clamp", "*fp64")):
-            constants = {"WORDS": 5, "DTYPE": f":{dtype}", "WIDE": f":{wide(dtype)}", "CLAMP": name == "clamp"}
-            yield Variant(
-                "clip_grad_norm",
-                "update_in_place",
-                f"{name} {dtype}",
-                {**TABLE, "operand": operand},
-                constants,
-                (dtype,),
-                (dtype,),
-            )
-    for norm, order in (("l1", 1), ("l2", 2), ("inf", 0)):
-        arguments = {
-            "rows": "*i64",
-            "partials": "*fp64",
-            "chunk_count": "i32",
-            "total_norm": "*fp32",
-            "norms": "*fp32",
-        }
-        yield Variant("clip_grad_norm", "finish_norms", norm, arguments, {"WORDS": 5, "NORM": order})
-    for average, param in [*zip(DTYPES, DTYPES, strict=True), ("float32", "bfloat16"), ("float32", "float16")]:
-        types = {"AVERAGE": f":{average}", "PARAM": f":{param}", "WIDE": f":{wide(average, param)}"}
+            constants = {"WORDS": words_of("transform"), "CLAMP": name == "clamp", **types}
+            arguments = {**TABLE, "operand": operand}
+            yield Variant("transform", "transform", f"{name} {dtype}", arguments, constants, (dtype,), (dtype,))
+    for statistic in STATISTICS:
+        arguments = {"rows": "*i64", **RESULTS, "total": "*fp32", "results": "*fp32"}
+        constants = {"WORDS": words_of("reduce"), "STATISTIC": statistic}
+        yield Variant("reduce", "finish_rows", statistic, arguments, constants)
+    for average, tensor in [*zip(DTYPES, DTYPES, strict=True), ("float32", "bfloat16"), ("float32", "float16")]:
+        types = {"AVERAGE_TYPE": f":{average}", "TENSOR_TYPE": f":{tensor}", "WIDE": f":{wide(average, tensor)}"}
         yield Variant(
             "ema",
             "ema",
-            f"{average} of {param}",
+            f"{average} of {tensor}",
             {**TABLE, "decay": "*i64", "skip": "*i1"},
-            {"WORDS": 6, **types},
-            (average, param),
+            {"WORDS": words_of("ema"), **types},
+            (average, tensor),
             (average,),
         )
-    yield from adamw_variants()
+    for kind, schema in core._core.SCHEMAS.items():
+        if schema.settings:
+            yield from rule_variants(kind)
     yield from drop_path_variants()
 
 
-def adamw_variants() -> Iterator[Variant]:
+def rule_variants(rule: str) -> Iterator[Variant]:
     """The plan of a step with and without a norm, and the update."""
     for measures in (True, False):
         arguments = {"rows": "*i64", "settings": "*i64", "coefficient": "*fp64", "scalars": "*fp64"}
         arguments |= {"grad_scale": "*fp32", "found_inf": "*fp32", "skip": "*i1", "skipped_steps": "*i64"}
-        absent: dict[str, Any] = {"known_norm": None}
-        if not measures:
-            absent |= dict.fromkeys(NORMS)
-        label = "with norm" if measures else "without norm"
+        of_norm = {**RESULTS, "total_norm": "*fp32", "norms": "*fp32"}
+        constants = {"WORDS": words_of(rule), "CLIP": True, "SKIP_NONFINITE": measures, "known_norm": None}
+        constants |= {"STORE_SCALARS": f"@{rule}.store_scalars", "MAXIMIZE": core.setting(rule, "maximize")}
+        constants |= {"GROUP_WORDS": 2 * len(core.schema(rule).settings)}
         yield Variant(
-            "adamw",
+            "update",
             "plan",
-            label,
-            arguments | (NORMS if measures else {}),
-            {"WORDS": 11, "CLIP": True, "SKIP_NONFINITE": measures, **absent},
+            f"{rule}, with{'' if measures else 'out'} norm",
+            arguments | (of_norm if measures else {}),
+            constants | ({} if measures else dict.fromkeys(of_norm)),
         )
+    optional = [column.name for column in state_of(rule) if column.optional]
     states = [(dtype, dtype) for dtype in DTYPES] + [("bfloat16", "float32"), ("float16", "float32")]
     for param, state in states:
-        for amsgrad in (False, True):
+        for used in range(len(optional) + 1):
             for average in dict.fromkeys([None, param, "float32"]):
-                for maximize in (False, True) if (param, amsgrad, average) == ("float32", False, None) else (False,):
-                    yield update_variant(param, state, state if amsgrad else None, average, maximize)
+                yield update_variant(rule, param, state, optional[:used], average)
 
 
-def update_variant(param: str, state: str, largest: str | None, average: str | None, maximize: bool) -> Variant:
-    """The update for one combination of types and options."""
-    types = {
-        "PARAM_TYPE": param,
-        "GRAD_TYPE": param,
-        "EXP_AVG_TYPE": state,
-        "EXP_AVG_SQ_TYPE": state,
-        "MAX_EXP_AVG_SQ_TYPE": largest,
-        "AVERAGE_TYPE": average,
-        "WIDE": wide(param),
-        "AVERAGE_WIDE": wide(param, average or param),
-    }
-    options = [f"{state} state"] * (state != param) + ["amsgrad"] * (largest is not None)
-    options += [f"{average} ema"] * (average is not None) + ["maximize"] * maximize
-    writes = tuple(dtype for dtype in (param, state, state, largest, average) if dtype is not None)
+def state_of(rule: str) -> list[Any]:
+    """The columns that a rule adds to those of every step."""
+    names = [column.name for column in columns_of(rule)]
+    return columns_of(rule)[names.index("step") + 1 :]
+
+
+def update_variant(rule: str, param: str, state: str, used: list[str], average: str | None) -> Variant:
+    """The update for one combination of types, and of the optional state that is ``used``."""
+    from trainops.triton_kernels.update import update
+
+    of_state = [state if not column.optional or column.name in used else None for column in state_of(rule)]
+    slots = [name for name in update.arg_names if name.startswith("STATE")]
+    types = dict.fromkeys(slots) | dict(zip(slots, of_state, strict=False))
+    types |= {"PARAM_TYPE": param, "GRAD_TYPE": param, "AVERAGE_TYPE": average}
+    types |= {"WIDE": wide(param), "AVERAGE_WIDE": wide(param, average or param)}
+    options = [f"{state} state"] * (state != param) + used + [f"{average} average"] * (average is not None)
+    writes = tuple(dtype for dtype in (param, *of_state, average) if dtype is not None)
+    functions = {"LOAD_SCALARS": f"@{rule}.load_scalars", "FORMULA": f"@{rule}.formula"}
     return Variant(
-        "adamw",
         "update",
-        ", ".join([param, *options]),
+        "update",
+        ", ".join([rule, param, *options]),
         {**TABLE, "settings": "*i64", "scalars": "*fp64", "coefficient": "*fp64", "skip": "*i1"},
-        {"WORDS": 11, "MAXIMIZE": maximize} | {k: None if v is None else f":{v}" for k, v in types.items()},
+        {"WORDS": words_of(rule), **functions} | {k: None if v is None else f":{v}" for k, v in types.items()},
         (param, *writes),
         writes,
     )

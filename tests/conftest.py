@@ -26,7 +26,7 @@ SHAPES = {
 }
 
 # Files about one backend, which have nothing to do without it; test_targets.py says why it is missing.
-OF_BACKENDS = {"cpu": "test_tensor_table.py", "cuda": "test_cuda*.py", "triton": "test_triton_*.py"}
+OF_BACKENDS = {"cpu": "test_tables.py", "cuda": "test_cuda*.py", "triton": "test_triton_*.py"}
 collect_ignore_glob = [
     files for backend, files in OF_BACKENDS.items() if all(target.backend != backend for target in TARGETS)
 ]

@@ -16,12 +16,41 @@ from trainops import reference as formulas
 from trainops.adapters import pytorch as kernels
 
 NARROW = (torch.bfloat16, torch.float16)
-COLUMNS = ("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "averages")
 
 
 def written(groups, *columns):
     """What a step writes, by the names of its columns; not the step counts."""
-    return [x for group in groups for name in columns or COLUMNS for x in getattr(group, name) if x is not None]
+    return [
+        x
+        for group in groups
+        for name in columns or group.columns.keys() - {"grad", "step"}
+        for x in group.columns.get(name, [])
+        if x is not None
+    ]
+
+
+def with_columns(groups, change, *columns):
+    """The groups with the changed tensors of these columns; those that belong to all elements, if none are named."""
+    names = set(columns) if columns else {name for group in groups for name in group.columns} - {"step"}
+    return [
+        replace(
+            group,
+            columns={
+                name: [x if x is None else change(x) for x in column] if name in names else column
+                for name, column in group.columns.items()
+            },
+        )
+        for group in groups
+    ]
+
+
+def of_steps(change):
+    """A fault: a step is one of other groups, whatever ``change`` makes of them."""
+
+    def update(rule, groups, *args, right=kernels.update):
+        return right(rule, change(groups), *args)
+
+    return mock.patch.object(kernels, "update", update)
 
 
 def put_back(tensors, saved, where=slice(None)):
@@ -47,7 +76,7 @@ def leaving(where, *columns):
 
         return wrong
 
-    faults = {"adamw_step": in_place(kernels.adamw_step, lambda groups, *_: written(groups, *columns))}
+    faults = {"update": in_place(kernels.update, lambda rule, groups, *_: written(groups, *columns))}
     if not columns:
         faults |= {
             name: in_place(getattr(kernels, name), lambda tensors, *_: list(tensors))
@@ -58,11 +87,7 @@ def leaving(where, *columns):
 
 def of_groups(**settings):
     """A fault: the groups of a step have other settings."""
-
-    def adamw_step(groups, *args, step=kernels.adamw_step):
-        return step([replace(group, **settings) for group in groups], *args)
-
-    return mock.patch.object(kernels, "adamw_step", adamw_step)
+    return of_steps(lambda groups: [replace(group, settings={**group.settings, **settings}) for group in groups])
 
 
 def wrong_decay():
@@ -77,16 +102,17 @@ def wrong_decay():
 def average_of_the_old_param():
     """A fault: the average follows the parameter as it was before the step."""
 
-    def adamw_step(groups, control, decay, *args, step=kernels.adamw_step):
-        rows = [row for group in groups for row in zip(group.params, group.averages, strict=True)]
+    def update(rule, groups, control, decay, *args, right=kernels.update):
+        columns = [(group.columns["param"], group.columns["average"]) for group in groups]
+        rows = [row for group in columns for row in zip(*group, strict=True)]
         followed = [(p.clone(), average, average.clone()) for p, average in rows if average is not None]
-        result = step(groups, control, decay, *args)
+        result = right(rule, groups, control, decay, *args)
         for param, average, old in followed:
             average.copy_(old)
             kernels.ema_([average], [param], decay, result.skipped)
         return result
 
-    return mock.patch.object(kernels, "adamw_step", adamw_step)
+    return mock.patch.object(kernels, "update", update)
 
 
 @contextmanager
@@ -113,17 +139,17 @@ def truncated(*columns):
     """16-bit results are cut off instead of rounded: all of them, or these columns of a step."""
     chosen = set()  # the addresses of these
 
-    def adamw_step(groups, *args, step=kernels.adamw_step):
+    def update(rule, groups, *args, right=kernels.update):
         chosen.clear()
         chosen.update(x.data_ptr() for x in written(groups, *columns))
-        return step(groups, *args)
+        return right(rule, groups, *args)
 
     def write(target, value, skip=None, right=formulas.write):
         if target.dtype in NARROW and (not columns or target.data_ptr() in chosen):
             value = cut_off(value, target.dtype)
         right(target, value, skip)
 
-    with mock.patch.object(kernels, "adamw_step", adamw_step), mock.patch.object(formulas, "write", write):
+    with mock.patch.object(kernels, "update", update), mock.patch.object(formulas, "write", write):
         yield
 
 
@@ -137,16 +163,16 @@ CONTROLS = {
 
 # Of a step of AdamW.
 STEP_CONTROLS = CONTROLS | {
-    "param_kept": lambda: leaving(slice(None), "params"),
-    "exp_avg_kept": lambda: leaving(slice(None), "exp_avgs"),
-    "exp_avg_sq_kept": lambda: leaving(slice(None), "exp_avg_sqs"),
+    "param_kept": lambda: leaving(slice(None), "param"),
+    "exp_avg_kept": lambda: leaving(slice(None), "exp_avg"),
+    "exp_avg_sq_kept": lambda: leaving(slice(None), "exp_avg_sq"),
 }
 
 
 # Of a step that moves an average.
 AVERAGE_CONTROLS = {
-    "average_kept": lambda: leaving(slice(None), "averages"),
-    "last_element_kept": lambda: leaving(LAST, "averages"),
+    "average_kept": lambda: leaving(slice(None), "average"),
+    "last_element_kept": lambda: leaving(LAST, "average"),
     "average_of_the_old_param": lambda: average_of_the_old_param(),
     "wrong_decay": lambda: wrong_decay(),
 }

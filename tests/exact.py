@@ -5,6 +5,9 @@ from contract import Exact, exact
 
 ONE = np.longdouble(1)
 
+# What kernels call the norms that they have, by order.
+STATISTICS = {1.0: "l1_norm", 2.0: "l2_norm", np.inf: "inf_norm"}
+
 
 def norm(arrays, order=2.0):
     """The norm of all arrays as one vector."""

@@ -108,10 +108,10 @@ def test_clipping_to_a_wrong_norm_is_noticed(dtype, max_norm):
 TRUNCATED = [
     (options, column, max_norm)
     for options in OPTIONS
-    for column in ("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
+    for column in ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     for max_norm in (None, 0.5)
-    if (column != "max_exp_avg_sqs" or OPTIONS[options].get("amsgrad"))
-    and (options, column, max_norm) != ("zero_betas", "exp_avgs", None)
+    if (column != "max_exp_avg_sq" or OPTIONS[options].get("amsgrad"))
+    and (options, column, max_norm) != ("zero_betas", "exp_avg", None)
 ]
 
 
@@ -122,7 +122,7 @@ def test_truncation_is_noticed(narrow, options, column, max_norm):
     must_fail(lambda: truncated(column), check_steps, REFERENCE, narrow, SHAPES, options, max_norm=max_norm)
 
 
-@pytest.mark.parametrize("column", ["params", "exp_avgs", "exp_avg_sqs", "averages"])
+@pytest.mark.parametrize("column", ["param", "exp_avg", "exp_avg_sq", "average"])
 @pytest.mark.parametrize("narrow", NARROW, ids=str)
 def test_truncation_is_noticed_with_averages(narrow, column):
     must_fail(lambda: truncated(column), check_averages, REFERENCE, narrow, None, steps=1)

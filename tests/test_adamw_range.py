@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 from contract import DTYPES, assert_contract, exact
-from controls import STEP_CONTROLS, kernels, must_fail
+from controls import STEP_CONTROLS, kernels, must_fail, of_steps
 from exact import adamw_step
 from targets import REFERENCE, over_kernels
 from training import check_one_step, make_grads, make_model, set_grads
@@ -107,19 +107,22 @@ def test_nan_and_infinity_pass_through_as_in_torch(target, dtype):
 # Controls: what the first check must notice.
 
 
+def counts(groups):
+    return [x for group in groups for x in group.columns["step"]]
+
+
 def counting_twice():
     """A fault: the bias corrections are those of the next step."""
 
-    def adamw_step(groups, *args, step=kernels.adamw_step):
-        steps = [x for group in groups for x in group.steps]
-        for x in steps:
+    def update(rule, groups, *args, right=kernels.update):
+        for x in counts(groups):
             x.add_(1)
-        result = step(groups, *args)
-        for x in steps:
+        result = right(rule, groups, *args)
+        for x in counts(groups):
             x.sub_(1)
         return result
 
-    return mock.patch.object(kernels, "adamw_step", adamw_step)
+    return mock.patch.object(kernels, "update", update)
 
 
 def has_no_say(control, dtype, scale):
@@ -145,23 +148,23 @@ def test_a_wrong_count_of_steps_is_noticed(dtype, scale, step):
 def of_the_first_row():
     """A fault: every parameter of a group is said to have taken as many steps as the first."""
 
-    def adamw_step(groups, *args, step=kernels.adamw_step):
-        wrong = [replace(group, steps=[group.steps[0].clone() for _ in group.steps]) for group in groups]
-        result = step(wrong, *args)
-        for x in [x for group in groups for x in group.steps]:
+    def update(rule, groups, *args, right=kernels.update):
+        firsts = [[group.columns["step"][0].clone() for _ in range(group.rows)] for group in groups]
+        pairs = zip(groups, firsts, strict=True)
+        wrong = [replace(group, columns=group.columns | {"step": steps}) for group, steps in pairs]
+        result = right(rule, wrong, *args)
+        for x in counts(groups):
             x.add_(1)  # the counts are right: what is made of them is to be noticed
         return result
 
-    return mock.patch.object(kernels, "adamw_step", adamw_step)
+    return mock.patch.object(kernels, "update", update)
 
 
 def of_the_first_group():
     """A fault: all groups have the learning rate of the first."""
-
-    def adamw_step(groups, *args, step=kernels.adamw_step):
-        return step([replace(group, lr=groups[0].lr) for group in groups], *args)
-
-    return mock.patch.object(kernels, "adamw_step", adamw_step)
+    return of_steps(
+        lambda groups: [replace(group, settings={**group.settings, "lr": groups[0].settings["lr"]}) for group in groups]
+    )
 
 
 WRONG_ROWS = STEP_CONTROLS | {"step_of_the_first_row": of_the_first_row, "lr_of_the_first_group": of_the_first_group}

@@ -1,12 +1,11 @@
 """Steps of AdamW on parameters, moments and averages of different types: every pair of them, aligned and not."""
 
-from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch
 from contract import DTYPES, assert_contract, exact
-from controls import AVERAGE_CONTROLS, STEP_CONTROLS, kernels, leaving, must_fail
+from controls import AVERAGE_CONTROLS, STEP_CONTROLS, kernels, leaving, must_fail, of_steps, with_columns
 from exact import adamw_step, ema
 from surroundings import MARGIN, Surrounded
 from targets import REFERENCE, thorough
@@ -95,43 +94,40 @@ def reinterpreted(column):
     def other(x):
         return x.view(NARROW[1 - NARROW.index(x.dtype)])
 
-    def adamw_step(groups, *args, step=kernels.adamw_step):
-        return step([replace(group, **{column: list(map(other, getattr(group, column)))}) for group in groups], *args)
-
-    return mock.patch.object(kernels, "adamw_step", adamw_step)
+    return of_steps(lambda groups: with_columns(groups, other, column))
 
 
 def exchanged():
     """A fault: each of the moments is written where the other belongs."""
 
-    def adamw_step(groups, *args, step=kernels.adamw_step):
-        result = step(groups, *args)
+    def update(rule, groups, *args, right=kernels.update):
+        result = right(rule, groups, *args)
         for group in groups:
-            for x, y in zip(group.exp_avgs, group.exp_avg_sqs, strict=True):
+            for x, y in zip(group.columns["exp_avg"], group.columns["exp_avg_sq"], strict=True):
                 x[...], y[...] = y.clone(), x.clone()
         return result
 
-    return mock.patch.object(kernels, "adamw_step", adamw_step)
+    return mock.patch.object(kernels, "update", update)
 
 
 def in_float32():
     """A fault: the arithmetic on float64 is in float32."""
 
-    def adamw_step(groups, *args, step=kernels.adamw_step):
-        names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
-        columns = [{name: [x.float() for x in getattr(group, name)] for name in names} for group in groups]
-        result = step([replace(group, **own) for group, own in zip(groups, columns, strict=True)], *args)
-        for group, own in zip(groups, columns, strict=True):
+    def update(rule, groups, *args, right=kernels.update):
+        names = ("param", "grad", *STATES)
+        narrow = with_columns(groups, torch.Tensor.float, *names)
+        result = right(rule, narrow, *args)
+        for group, own in zip(groups, narrow, strict=True):
             for name in names:
-                for x, y in zip(getattr(group, name), own[name], strict=True):
+                for x, y in zip(group.columns[name], own.columns[name], strict=True):
                     x.copy_(y)
         return result
 
-    return mock.patch.object(kernels, "adamw_step", adamw_step)
+    return mock.patch.object(kernels, "update", update)
 
 
 WRONG = STEP_CONTROLS | AVERAGE_CONTROLS
-WRONG |= {"max_exp_avg_sq_kept": lambda: leaving(slice(None), "max_exp_avg_sqs"), "moments_exchanged": exchanged}
+WRONG |= {"max_exp_avg_sq_kept": lambda: leaving(slice(None), "max_exp_avg_sq"), "moments_exchanged": exchanged}
 
 
 @thorough(is_no_sample)
@@ -141,7 +137,7 @@ def test_a_wrong_step_is_noticed(types):
         must_fail(control, check_types, REFERENCE, types, is_aligned=True)
 
 
-@pytest.mark.parametrize("column", ["params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "averages"])
+@pytest.mark.parametrize("column", ["param", "grad", *STATES, "average"])
 @pytest.mark.parametrize("narrow", NARROW, ids=str)
 def test_a_wrong_16_bit_type_is_noticed(narrow, column):
     must_fail(lambda: reinterpreted(column), check_types, REFERENCE, (narrow,) * 5, is_aligned=True)

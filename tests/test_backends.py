@@ -1,12 +1,13 @@
 """The one dispatch rule, and what happens where a backend is missing or broken."""
 
-import importlib
 import importlib.machinery
 import json
+import pkgutil
 import shutil
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,10 @@ import torch
 from torch import nn
 
 import trainops
-from trainops.adapters import check, select
-
-# `trainops.backends` is the function; the module of the same name is found here.
-dispatch = importlib.import_module("trainops.adapters")
-build = importlib.import_module("trainops._extensions")
-reference = importlib.import_module("trainops.adapters.pytorch")
-cpu = importlib.import_module("trainops.adapters.cpu")
+from trainops import _extensions, core
+from trainops import adapters as dispatch
+from trainops.adapters import check, cpu, select
+from trainops.adapters import pytorch as reference
 
 needs_cpu = pytest.mark.skipif(not cpu.probe().available, reason=f"backend cpu: {cpu.probe().reason}")
 
@@ -73,6 +71,16 @@ def without_cpu(monkeypatch):
     probe = dispatch._probe
     missing = trainops.Backend(available=False, reason="the dog ate it")
     monkeypatch.setattr(dispatch, "_probe", lambda name: missing if name == "cpu" else probe(name))
+
+
+def test_the_function_and_the_package_have_different_names():
+    import trainops.adapters as package
+
+    assert isinstance(package, types.ModuleType)
+    assert trainops.backends is package.backends
+    assert isinstance(trainops.backends, types.FunctionType)
+    # No module can take the function's place when it is imported: there is none of that name.
+    assert "backends" not in {module.name for module in pkgutil.iter_modules(trainops.__path__)}
 
 
 def test_backends_describes_every_backend():
@@ -146,7 +154,7 @@ def test_backend_of_another_device(monkeypatch, op, by_variable):
 @each_op
 def test_a_backend_that_was_asked_for_is_used(monkeypatch, op):
     used = []
-    for name in ("ema_", "adamw_step", "grad_norms", "scale_", "clamp_", "drop_path"):
+    for name in ("ema_", "update", "reduce", "scale_", "clamp_", "drop_path"):
         kernel = getattr(reference, name)
         monkeypatch.setattr(reference, name, lambda *args, kernel=kernel: used.append(kernel) or kernel(*args))
     op(torch.ones(4, 3), "reference")
@@ -165,15 +173,15 @@ def test_a_backend_that_was_asked_for_is_used(monkeypatch, op):
 )
 def test_an_extension_that_was_not_built_is_silently_absent(monkeypatch, tmp_path, record, reason):
     point_at_build(monkeypatch, tmp_path, record)
-    extension, why = build.load("_cpu", "cpu")
+    extension, why = _extensions.load("_cpu", "cpu")
     assert extension is None
     assert reason in why
 
 
 def test_an_extension_that_was_built_but_does_not_load_warns(monkeypatch, tmp_path):
     point_at_build(monkeypatch, tmp_path, {"cpu": {"built_with": "gcc"}})
-    with pytest.warns(RuntimeWarning, match=r"without its cpu backend.*does not load"):
-        extension, why = build.load("_cpu", "cpu")
+    with pytest.warns(RuntimeWarning, match=r"without its cpu module.*does not load"):
+        extension, why = _extensions.load("_cpu", "cpu")
     assert extension is None
     assert "does not load" in why
 
@@ -181,7 +189,7 @@ def test_an_extension_that_was_built_but_does_not_load_warns(monkeypatch, tmp_pa
 def point_at_build(monkeypatch, folder, record):
     """Let ``trainops._cpu`` be missing, and its build be recorded so."""
     monkeypatch.setitem(sys.modules, "trainops._cpu", None)
-    monkeypatch.setattr(build, "__file__", str(folder / "backends" / "_build.py"))
+    monkeypatch.setattr(_extensions, "__file__", str(folder / "_extensions.py"))
     if record is not None:
         (folder / "_build.json").write_text(json.dumps(record))
 
@@ -191,12 +199,12 @@ USE_EVERYTHING = """
 import json, sys, warnings
 import torch
 
-def report(folder, is_built):
+def report(folder, built):
     for name in [name for name in sys.modules if name.partition(".")[0] == "trainops"]:
         del sys.modules[name]
     sys.path[0] = folder
-    if not is_built:  # a package that is installed in place may find its extension elsewhere
-        sys.modules["trainops._cpu"] = None
+    for name in {"core", "cpu", "cuda"} - set(built):  # a package that is installed in place may find them elsewhere
+        sys.modules[f"trainops._{name}"] = None
     before = set(sys.modules)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -236,32 +244,35 @@ def use(trainops):
     x = torch.ones(64, 5)
     assert set(trainops.drop_path_add(x, x, 0.5, True).unique().tolist()) == {1.0, 3.0}
 
-print(json.dumps([report(folder, state != "missing") for state, folder in json.loads(sys.argv[1]).items()]))
+print(json.dumps([report(folder, built) for folder, built in json.loads(sys.argv[1])]))
 """
 
-# The extension in such a copy, and the record of its build.
-EXTENSIONS = {"missing": (None, None), "broken": (b"not a library", {"cpu": {"built_with": "gcc"}})}
+BROKEN = b"not a library"
+
+# The extensions in such a copy, which are said to be built.
+EXTENSIONS = {"missing": {}, "broken_core": {"core": BROKEN, "cpu": BROKEN}}
+if core.available:
+    EXTENSIONS["broken_cpu"] = {"core": Path(core._core.__file__).read_bytes(), "cpu": BROKEN}
 
 
 def use_everything(folder):
-    """What ``USE_EVERYTHING`` reports of our Python files, by the state of the extension."""
+    """What ``USE_EVERYTHING`` reports of our Python files, by the state of the extensions."""
     suffixes = importlib.machinery.EXTENSION_SUFFIXES
     not_built = shutil.ignore_patterns("_build.json", "__pycache__", *(f"*{suffix}" for suffix in suffixes))
-    folders = {state: folder / state for state in EXTENSIONS}
-    for state, (extension, record) in EXTENSIONS.items():
-        package = folders[state] / "trainops"
+    for state, extensions in EXTENSIONS.items():
+        package = folder / state / "trainops"
         shutil.copytree(Path(trainops.__file__).parent, package, ignore=not_built)
-        if record is not None:
-            (package / "_build.json").write_text(json.dumps(record))
-        if extension is not None:
-            (package / f"_cpu{suffixes[0]}").write_bytes(extension)
-    where = json.dumps({state: str(folder) for state, folder in folders.items()})
+        for name, extension in extensions.items():
+            (package / f"_{name}{suffixes[0]}").write_bytes(extension)
+        if extensions:
+            (package / "_build.json").write_text(json.dumps(dict.fromkeys(extensions, {"built_with": "gcc"})))
+    where = json.dumps([(str(folder / state), list(extensions)) for state, extensions in EXTENSIONS.items()])
     command = [sys.executable, "-c", USE_EVERYTHING, where]
-    done = subprocess.run(command, cwd=folders["missing"], capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = dict(zip(folders, json.loads(done.stdout.splitlines()[-1]), strict=True))
+    found = dict(zip(EXTENSIONS, json.loads(done.stdout.splitlines()[-1]), strict=True))
     for state, report in found.items():
-        assert Path(report["file"]).resolve().parent == (folders[state] / "trainops").resolve()
+        assert Path(report["file"]).resolve().parent == (folder / state / "trainops").resolve()
     return found
 
 
@@ -274,19 +285,27 @@ def test_the_table_may_be_cut_short():
     assert process.returncode == -signal.SIGPIPE
 
 
-def test_everything_works_without_an_extension_and_with_a_broken_one_after_a_warning(tmp_path):
-    """Both in one process, which it takes seconds to start."""
+def test_everything_works_without_extensions_and_with_broken_ones_after_a_warning(tmp_path):
+    """All in one process, which it takes seconds to start."""
     reports = use_everything(tmp_path)
     available, why = reports["missing"]["found"]["cpu"]
     assert not available
     assert "not built" in why
     assert reports["missing"]["warned"] == []
     assert "triton" not in reports["missing"]["imported"]
-    available, why = reports["broken"]["found"]["cpu"]
-    assert not available
-    assert "built but does not load" in why
-    [(category, message)] = reports["broken"]["warned"]
-    assert category == "RuntimeWarning"
-    assert why in message
-    # It is loaded before anything can fork: see csrc/cpu/parallel.cpp.
-    assert reports["broken"]["warned_on_import"] == 1
+    for state in reports.keys() - {"missing"}:
+        available, why = reports[state]["found"]["cpu"]
+        assert not available
+        assert "built but does not load" in why
+        [(category, message)] = reports[state]["warned"]
+        assert category == "RuntimeWarning"
+        assert f"without its {state.removeprefix('broken_')} module" in message
+        assert why in message
+        # It is loaded before anything can fork: see csrc/cpu/parallel.cpp.
+        assert reports[state]["warned_on_import"] == 1
+    for state in ("missing", "broken_core"):  # without tables, there are no kernels
+        found = reports[state]["found"]
+        assert [name for name, (available, _) in found.items() if available] == ["reference"]
+        assert all(
+            found["cpu"][1] in found[name][1] for name in ("cuda", "triton") if "installed" not in found[name][1]
+        )

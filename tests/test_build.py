@@ -21,7 +21,13 @@ from targets import SHIM
 
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "csrc/ninja_build.py", "csrc/nvcc.py")
-SOURCES = ("csrc/bindings_cpu.cpp", "csrc/cpu/ema.cpp", "csrc/bindings_cuda.cpp", "csrc/cuda/ema.cu")
+SOURCES = (
+    "csrc/core/module.cpp",
+    "csrc/cpu/module.cpp",
+    "csrc/cpu/ema.cpp",
+    "csrc/cuda/module.cpp",
+    "csrc/cuda/ema.cu",
+)
 # It answers as g++ and as nvcc do, and fails for sources that contain the word "fault".
 COMPILER = """#!/bin/sh
 case "$*" in *--version*) echo "fake, release 1.0, V1.0"; exit ;; esac
@@ -44,7 +50,7 @@ class Tree:
         for name in FILES:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, root / name)
-        for name in (*SOURCES, "trainops/backends/__init__.py", "triton_kernels/__init__.py"):
+        for name in (*SOURCES, "trainops/adapters/__init__.py", "triton_kernels/__init__.py"):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_text("")
         (root / "trainops" / "__init__.py").write_text('__version__ = "1.0"\n')
@@ -81,37 +87,43 @@ def test_build_again_with_nothing_to_do_by_force_and_with_a_fault(tree):
     status, output = tree.setup()
     assert status == 0, output
     assert compiled(output) == sorted(SOURCES)
-    assert tree.modules() == ["_cpu", "_cuda"]
-    built = {"built_with": "nvcc 1.0 for 8.0, 9.0, 10.0"}
-    assert tree.record() == {"cpu": {"built_with": "fake, release 1.0, V1.0"}, "cuda": built}
+    assert tree.modules() == ["_core", "_cpu", "_cuda"]
+    core, cuda = {"built_with": "fake, release 1.0, V1.0"}, {"built_with": "nvcc 1.0 for 8.0, 9.0, 10.0"}
+    assert tree.record() == {"core": core, "cpu": core, "cuda": cuda}
 
     status, output = tree.setup()
     assert status == 0, output
     assert compiled(output) == []
-    assert tree.modules() == ["_cpu", "_cuda"]
+    assert tree.modules() == ["_core", "_cpu", "_cuda"]
 
     status, output = tree.setup("build_ext", "--inplace", "--force")
     assert status == 0, output
     assert compiled(output) == sorted(SOURCES)
 
-    # One backend fails: its binary is gone, its compiler's words are shown, and the other backend is there.
+    # One module fails: its binary is gone, its compiler's words are shown, and the others are there.
     (tree.root / "csrc/cpu/ema.cpp").write_text("fault")
     status, output = tree.setup()
     assert status == 0, output
     assert compiled(output) == ["csrc/cpu/ema.cpp"]
     assert "csrc/cpu/ema.cpp: a fault" in output
-    assert tree.modules() == tree.modules("build/lib*/trainops") == ["_cuda"]  # a wheel takes what is in build/lib
+    left = ["_core", "_cuda"]
+    assert tree.modules() == tree.modules("build/lib*/trainops") == left  # a wheel takes what is in build/lib
     reason = "fake, release 1.0, V1.0 failed; `pip install -v .` in the source tree shows its output"
-    assert tree.record() == {"cpu": {"reason": reason}, "cuda": built}
+    assert tree.record() == {"core": core, "cpu": {"reason": reason}, "cuda": cuda}
 
 
-def test_the_cuda_backend_fails_alone(tree):
-    (tree.root / "csrc/cuda/ema.cu").write_text("fault")
+@pytest.mark.parametrize(
+    ("source", "module", "reason"),
+    [("csrc/core/module.cpp", "core", "fake, release 1.0, V1.0 failed"), ("csrc/cuda/ema.cu", "cuda", "nvcc 1.0 failed")],
+    ids=["core", "cuda"],
+)
+def test_a_module_fails_alone(tree, source, module, reason):
+    (tree.root / source).write_text("fault")
     status, output = tree.setup()
     assert status == 0, output
-    assert "csrc/cuda/ema.cu: a fault" in output
-    assert tree.modules() == ["_cpu"]
-    assert tree.record()["cuda"]["reason"].startswith("nvcc 1.0 failed")
+    assert f"{source}: a fault" in output
+    assert tree.modules() == [f"_{name}" for name in ("core", "cpu", "cuda") if name != module]
+    assert tree.record()[module]["reason"].startswith(reason)
 
 
 def test_missing_compilers(tree):
@@ -120,6 +132,7 @@ def test_missing_compilers(tree):
     assert tree.modules() == []
     missing = "there was no working C++ compiler when trainops was built (no-such-compiler)"
     assert tree.record() == {
+        "core": {"reason": missing},
         "cpu": {"reason": missing},
         "cuda": {"reason": "there was no nvcc when trainops was built"},
     }
@@ -128,20 +141,23 @@ def test_missing_compilers(tree):
 
 
 def test_skipped(tree):
-    status, output = tree.setup(TRAINOPS_SKIP="cpu, cuda")
+    status, output = tree.setup(TRAINOPS_SKIP="cpu, cuda,core")
     assert status == 0, output
     assert compiled(output) == tree.modules() == []
     skipped = {"reason": "skipped by TRAINOPS_SKIP when trainops was built"}
-    assert tree.record() == {"cpu": skipped, "cuda": skipped}
+    assert tree.record() == dict.fromkeys(("core", "cpu", "cuda"), skipped)
 
 
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"TRAINOPS_REQUIRE": "cuda", "CUDA_HOME": "no-such-folder", "TRAINOPS_SKIP": "cpu"}, "there was no nvcc"),
+        (
+            {"TRAINOPS_REQUIRE": "cuda", "CUDA_HOME": "no-such-folder", "TRAINOPS_SKIP": "core,cpu"},
+            "there was no nvcc",
+        ),
         ({"TRAINOPS_REQUIRE": "cuda", "TRAINOPS_SKIP": "cuda"}, r"both name \['cuda'\]"),
-        ({"TRAINOPS_REQUIRE": "gpu"}, r"TRAINOPS_REQUIRE names \['gpu'\]; there are \['cpu', 'cuda'\]"),
-        ({"TRAINOPS_SKIP": "gpu"}, r"TRAINOPS_SKIP names \['gpu'\]; there are \['cpu', 'cuda'\]"),
+        ({"TRAINOPS_REQUIRE": "gpu"}, r"TRAINOPS_REQUIRE names \['gpu'\]; there are \['core', 'cpu', 'cuda'\]"),
+        ({"TRAINOPS_SKIP": "gpu"}, r"TRAINOPS_SKIP names \['gpu'\]; there are \['core', 'cpu', 'cuda'\]"),
         ({"MAX_JOBS": "many"}, "MAX_JOBS must be a number of processes, not 'many'"),
     ],
     ids=["required", "skipped_and_required", "unknown_required", "unknown_skipped", "jobs"],
@@ -187,7 +203,7 @@ def test_a_source_distribution_builds(tree):
     tree.root = unpacked
     status, output = tree.setup()
     assert status == 0, output
-    assert tree.modules() == ["_cpu", "_cuda"]
+    assert tree.modules() == ["_core", "_cpu", "_cuda"]
 
 
 FOUR_SOURCES = {
@@ -281,8 +297,16 @@ def ninja(folder, *arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.parametrize("module", ["cuda_shim", "_cpu", "_cuda"])
-def test_the_kernels_headers_are_known(module):
+MODULES = {
+    "cuda_shim": ("csrc/cuda/*.cpp", "csrc/cuda/*.cu", "tests/cuda_shim/*.cpp"),
+    "_core": ("csrc/core/*.cpp",),
+    "_cpu": ("csrc/cpu/*.cpp",),
+    "_cuda": ("csrc/cuda/*.cpp", "csrc/cuda/*.cu"),
+}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_sources_headers_are_known(module):
     """What ninja was told by g++ and by nvcc is what the sources say."""
     if module == "cuda_shim":
         if SHIM is None:
@@ -296,7 +320,7 @@ def test_the_kernels_headers_are_known(module):
     assert folder.exists(), "it was not built here: run `make build`"
     assert "no work to do" in ninja(folder, "-n"), "its sources have changed: run `make build`"
     blocks = [block.splitlines() for block in ninja(folder, "-t", "deps").strip().split("\n\n")]
-    assert len(blocks) >= 7
+    assert {ROOT / block[1].strip() for block in blocks} == {x for files in MODULES[module] for x in ROOT.glob(files)}
     for _, source, *dependencies in blocks:
         paths = {(ROOT / path.strip()).resolve() for path in (source, *dependencies)}
         ours = {path for path in paths if path.is_relative_to(ROOT / "csrc")}

@@ -16,8 +16,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import trainops
+from trainops import core
 from trainops.adapters import cpu, select
-from trainops.device_table import Recent
+from trainops.uploads import Recent
 
 SHORT, LONG = 20, 40  # seconds that a child of the test, and one that has a child of its own, may take
 HAS_FORK = "fork" in multiprocessing.get_all_start_methods()
@@ -213,15 +214,22 @@ NORMS = """
 import importlib.util, os, sys
 from array import array
 
-spec = importlib.util.spec_from_file_location("trainops._cpu", sys.argv[1])
-cpu = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(cpu)
-cpu.configure(None, lambda x: (x.buffer_info()[0], 2, 32, 1, 0, (len(x),), (1,)), (array,))
+def load(name, path):
+    spec = importlib.util.spec_from_file_location(f"trainops.{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+core, cpu = load("_core", sys.argv[1]), load("_cpu", sys.argv[2])
+reader = core.TensorReader()
+describe = lambda x: (x.buffer_info()[0], 2, 32, 1, 0, (len(x),), (1,))
+reader.configure(api=None, describe=describe, plain_types=(array,))
 assert cpu.threads() == 4
-table = cpu.TensorTable([[array("f", range(300_000))]])
+table = core.Table(reader, "reduce", {"tensor": [array("f", range(300_000))]}, device_type="cpu")
+rows = array("f", [0.0])
 
 def norm():
-    return cpu.norms(table, "l2", array("f", [0.0]))
+    return cpu.reduce(table, statistic="l2_norm", rows_out=rows.buffer_info()[0])
 
 alone = norm()
 if (child := os.fork()) == 0:
@@ -242,7 +250,8 @@ def test_a_forked_child_of_an_old_openmp(tmp_path):
         pytest.skip("no C++ compiler for a library that stands in for an old one")
     subprocess.run([*compiler, "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
     environment = os.environ | {"LD_PRELOAD": str(library), "OMP_NUM_THREADS": "4"}
-    subprocess.run([sys.executable, "-c", NORMS, cpu._cpu.__file__], env=environment, timeout=SHORT, check=True)
+    modules = core._core.__file__, cpu._cpu.__file__
+    subprocess.run([sys.executable, "-c", NORMS, *modules], env=environment, timeout=SHORT, check=True)
 
 
 # Threads

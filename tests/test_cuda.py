@@ -15,11 +15,14 @@ import cuda_shim
 import pytest
 import torch
 from contract import DTYPES, same_bits
+from exact import STATISTICS
 from targets import SHIM, thorough
 from torch import nn
 
 import trainops
-from trainops.adapters import select
+from trainops import core
+from trainops.adapters import cuda, select
+from trainops.adapters._device import stage
 
 needs_shim = pytest.mark.skipif(SHIM is None, reason="the CUDA kernels are not compiled for the CPU")
 DEVICE = "cuda" if SHIM is None else "cpu"
@@ -103,7 +106,7 @@ def everything(dtype, place=lambda x, role: x.clone()):
     before = [x.clone() for x in grads]
     norms = [trainops.clip_grad_norm_(params, 0.5, p, backend="cuda") for p in (1.0, 2.0, float("inf"))]
     long_row = [place(randn(8 * 8192 + 5, dtype), 1)]  # nine chunks, whose sums a warp adds up
-    norms += [x for p in (1.0, 2.0, float("inf")) for x in select("cuda", DEVICE).grad_norms(long_row, p)]
+    norms += [x for p in (1.0, 2.0, float("inf")) for x in select("cuda", DEVICE).reduce(STATISTICS[p], long_row)]
     assert_moved(grads, before)
     scaled = [x.clone() for x in grads]
     trainops.clip_grad_value_(params, 3e-6, backend="cuda")
@@ -134,8 +137,8 @@ def expected(dtype):
 @pytest.mark.parametrize(
     ("options", "launches"),
     [
-        ({}, ["norms", "adamw"]),
-        ({"skip_nonfinite": False}, ["norms", "adamw"]),
+        ({}, ["l2_norm", "adamw"]),
+        ({"skip_nonfinite": False}, ["l2_norm", "adamw"]),
         ({"skip_nonfinite": False, "max_grad_norm": None}, ["adamw"]),
     ],
     ids=["clip_and_skip", "clip", "plain"],
@@ -157,16 +160,27 @@ def test_launches_of_a_step(options, launches, mixed):
 
 def test_equal_words_alone_are_taken_for_those_of_another_table():
     """Those that are remembered have as many words: of as many rows, of other sizes and at other addresses."""
-    kernels = select("cuda", DEVICE)
+    assert core.row_words() == ["numel", "first_chunk", "group", "dtypes"]  # and then the address
     for sizes in ((5, 20_000, 3), (5, 20_000, 3), (9_000, 7, 3)):
         tensors = [torch.ones(size, device=DEVICE) for size in sizes]
-        table = kernels._table([tensors])
-        rows, chunks = kernels._upload(table, kernels._queue(tensors[0].device))
+        table = core.table("reduce", {"tensor": tensors}, DEVICE)
+        rows, chunks, *_ = stage(table, tensors[0].device, cuda._cuda.CHUNK_NUMEL, by_kind=False)
         first_chunks = [sum(-(-size // 8192) for size in sizes[:row]) for row in range(3)]
-        # Number of elements, first chunk, group, types, address.
         words = [[x.numel(), first, 0, 0, x.data_ptr()] for x, first in zip(tensors, first_chunks, strict=True)]
         assert rows.view(-1, 5).tolist() == words
         assert chunks.view(-1, 2).tolist() == [[i, begin] for i in range(3) for begin in range(0, sizes[i], 8192)]
+
+
+def test_addresses_are_refused_without_their_names():
+    table = core.table("reduce", {"tensor": [torch.ones(4, device=DEVICE)]}, DEVICE)
+    rows, chunks, chunk_count, _ = words = stage(table, torch.device(DEVICE), cuda._cuda.CHUNK_NUMEL, by_kind=False)
+    arguments = {"words": words, "rows": rows.data_ptr(), "chunks": chunks.data_ptr()}
+    arguments |= {"chunk_count": chunk_count, "stream": 0}
+    with pytest.raises(TypeError):
+        cuda._cuda.StagedTable(table, *arguments.values())
+    staged = cuda._cuda.StagedTable(table, **arguments)
+    with pytest.raises(TypeError):
+        cuda._cuda.ema(staged, 0.5, 0)
 
 
 def is_no_sample_of_orders(dtype, blocks, order):
@@ -240,7 +254,7 @@ def test_norms_of_long_rows(chunks, norm_type):
         randn(8192 * (chunks - 1) + 5, torch.bfloat16),
         randn(8192 * 9, torch.float32),
     ]
-    norm, norms = select("cuda", DEVICE).grad_norms(tensors, norm_type)
+    norm, norms = select("cuda", DEVICE).reduce(STATISTICS[norm_type], tensors)
     each = torch.stack([torch.linalg.vector_norm(x.double(), norm_type) for x in tensors])
     torch.testing.assert_close(norms.double(), each, rtol=1e-7, atol=0.0)
     torch.testing.assert_close(norm.double(), torch.linalg.vector_norm(each, norm_type), rtol=1e-7, atol=0.0)
@@ -265,7 +279,7 @@ def test_a_skipped_step_leaves_every_bit(how, dtype):
 
 
 @needs_shim
-@pytest.mark.parametrize(("launch", "kernel"), [(1, "norms"), (2, "adamw")])
+@pytest.mark.parametrize(("launch", "kernel"), [(1, "l2_norm"), (2, "adamw")])
 def test_an_error_of_a_launch_names_the_kernel(launch, kernel):
     optimizer, _ = make_step()
     SHIM.fail(launch)

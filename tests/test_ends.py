@@ -1,14 +1,14 @@
 """What lies next to a tensor in memory is neither read nor written."""
 
 import functools
-from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch
 from contract import same_bits
 from controls import kernels as reference
-from controls import must_fail
+from controls import must_fail, with_columns
+from exact import STATISTICS
 from surroundings import MARGIN, Surrounded
 from targets import REFERENCE, over_kernels
 
@@ -37,7 +37,7 @@ def step(kernels, target, tensors):
 def norms(kernels, target, tensors, orders=(1.0, 2.0)):
     results = []
     for order in orders:
-        total, each = kernels.grad_norms(tensors, order)
+        total, each = kernels.reduce(STATISTICS[order], tensors)
         true = torch.stack([torch.linalg.vector_norm(x.double(), order) for x in tensors])
         torch.testing.assert_close(each.double(), true, rtol=1e-5, atol=0)  # an element is 4e-5
         results += [total, each]
@@ -92,13 +92,11 @@ def one_further():
     def on_lists(kernel):
         return lambda *args: kernel(*(list(map(longer, x)) if isinstance(x, list) else x for x in args))
 
-    def adamw_step(groups, *args, step=reference.adamw_step):
-        names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "averages")
-        columns = [{name: list(map(longer, getattr(group, name))) for name in names} for group in groups]
-        return step([replace(group, **own) for group, own in zip(groups, columns, strict=True)], *args)
+    def update(rule, groups, *args, right=reference.update):
+        return right(rule, with_columns(groups, longer), *args)
 
-    faults = {name: on_lists(getattr(reference, name)) for name in ("grad_norms", "scale_", "clamp_", "ema_")}
-    return mock.patch.multiple(reference, adamw_step=adamw_step, **faults)
+    faults = {name: on_lists(getattr(reference, name)) for name in ("reduce", "scale_", "clamp_", "ema_")}
+    return mock.patch.multiple(reference, update=update, **faults)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -59,20 +59,20 @@ def test_a_grad_scale_is_taken_out(target, options, kind, shape):
 def with_control(change):
     """A fault: a step is told something else of the scale."""
 
-    def adamw_step(groups, control, *args, step=kernels.adamw_step):
-        return step(groups, change(control), *args)
+    def update(rule, groups, control, *args, right=kernels.update):
+        return right(rule, groups, change(control), *args)
 
-    return mock.patch.object(kernels, "adamw_step", adamw_step)
+    return mock.patch.object(kernels, "update", update)
 
 
 def of_results(change):
     """A fault: a step reports other norms."""
 
-    def adamw_step(groups, control, *args, step=kernels.adamw_step):
-        result = step(groups, control, *args)
+    def update(rule, groups, control, *args, right=kernels.update):
+        result = right(rule, groups, control, *args)
         return result if control.grad_scale is None else change(result)
 
-    return mock.patch.object(kernels, "adamw_step", adamw_step)
+    return mock.patch.object(kernels, "update", update)
 
 
 def times(result, name):

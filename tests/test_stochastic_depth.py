@@ -177,7 +177,7 @@ def test_kernels_serve(target, monkeypatch, function, shape, scale_shape, memory
     residual, layer_scale, grad = make_inputs(torch.float32, target.device, scale_shape, shape)
     residual, grad = (x.to(dtypes[0]).contiguous(memory_format=memory_format) for x in (residual, grad))
     layer_scale = None if layer_scale is None else layer_scale.to(dtypes[1]).requires_grad_()
-    monkeypatch.setattr(importlib.import_module("trainops.backends._drop_path"), "reference", None)
+    monkeypatch.setattr(importlib.import_module("trainops.adapters._drop_path"), "reference", None)
 
     def branch(x):
         assert x.is_contiguous(memory_format=memory_format)

@@ -10,6 +10,7 @@ from triton_fixtures import (
     FLOAT32,
     FLOAT64,
     INF,
+    NORMS,
     NUMEL,
     ROLES,
     WHOLE,
@@ -22,8 +23,9 @@ from triton_fixtures import (
 )
 
 import trainops
-from trainops import device_table
+from trainops import core
 from trainops.adapters import triton
+from trainops.uploads import uploaded
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 
@@ -93,8 +95,8 @@ def test_unaligned_tensors_give_the_same_bits_in_other_functions(device, dtype):
     sources = [at_offset(y, offset) for offset in (*[0] * len(offsets), *offsets)]
     trainops.ema_update_(averages, sources, 0.7, backend="triton")
     assert all(same_bits(average, averages[0]) for average in averages)
-    for norm_type in (1.0, 2.0, INF):
-        _, norms = triton.grad_norms(sources, norm_type)
+    for norm in NORMS:
+        _, norms = triton.reduce(norm, sources)
         assert all(same_bits(norm, norms[0]) for norm in norms)
     params = [torch.nn.Parameter(torch.zeros_like(source)) for source in sources]
     for p, source in zip(params, sources, strict=True):
@@ -178,20 +180,21 @@ def test_elements_beyond_32_bits(device):
     """
     kernels, dtype, numel = triton._kernels(), BFLOAT16, 2**31 + 5
     x = torch.empty(numel, dtype=dtype, device=device)
-    table = device_table.DeviceTable([[torch.ones(1, dtype=dtype, device=device), x]], None, 8192)
+    table = core.table("transform", {"tensor": [torch.ones(1, dtype=dtype, device=device), x]}, device.type)
+    words = table.words(chunk_numel=8192, by_kind=True)
     first = (numel - 1) // 8192 * 8192
     x[first - 1 :] = 1.0
     x[first:] = 2.0
-    rows, chunks = table.upload()
-    shape = {"WORDS": table.row_words, "CHUNK": 8192, "BLOCK": 1024}
+    last = words.chunk_count - 1
+    chunk = uploaded(words.rows, device), uploaded(words.chunks, device), last
+    shape = {"WORDS": len(core.row_words()) + 1, "CHUNK": 8192, "BLOCK": 1024}
     types = {"DTYPE": triton._type(dtype), "WIDE": triton._type(FLOAT32)}
-    partials = torch.zeros(table.chunk_count, dtype=FLOAT64, device=device)
-    last = table.chunk_count - 1
-    partial_norms, update_in_place = kernels.clip_grad_norm.partial_norms, kernels.clip_grad_norm.update_in_place
-    triton._launch(partial_norms, 1, rows, chunks, last, partials, COLUMN=0, NORM=2, **types, **shape)
+    partials = torch.zeros(words.chunk_count, dtype=FLOAT64, device=device)
+    norm = {"STATISTIC": "l2_norm", "COLUMN": 0}
+    triton._launch(kernels.reduce.partial_results, 1, *chunk, partials, **norm, **types, **shape)
     assert partials[last] == 4.0 * (numel - first)
     assert partials[:last].count_nonzero() == 0
     three = torch.tensor(3.0, device=device)
-    triton._launch(update_in_place, 1, rows, chunks, last, three, CLAMP=False, **types, **shape)
+    triton._launch(kernels.transform.transform, 1, *chunk, three, CLAMP=False, **types, **shape)
     assert (x[first:] == 6.0).all()
     assert x[first - 1] == 1.0

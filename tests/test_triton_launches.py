@@ -20,7 +20,7 @@ def test_a_whole_step_is_three_launches(device, launches, count):
     optimizer = adamw(model, **WHOLE, ema=ema)
     for _ in range(2):
         optimizer.step()
-    assert launches == ["partial_norms", "plan", "update"] * 2
+    assert launches == ["partial_results", "plan", "update"] * 2
     assert (ema.step, optimizer.skipped_steps) == (2, 0)
 
 
@@ -40,12 +40,12 @@ def test_each_further_combination_of_types_is_two_launches_more(device, launches
     model = model_of([((3,), kind) for kind in kinds], device)
     optimizer = adamw(model, **WHOLE)
     optimizer.step()
-    assert launches == ["partial_norms"] * 3 + ["plan"] + ["update"] * 3
+    assert launches == ["partial_results"] * 3 + ["plan"] + ["update"] * 3
     launches.clear()
     state = optimizer.state[model.params[1]]
     state["exp_avg"], state["exp_avg_sq"] = state["exp_avg"].float(), state["exp_avg_sq"].float()
     optimizer.step()
-    assert launches == ["partial_norms"] * 4 + ["plan"] + ["update"] * 4
+    assert launches == ["partial_results"] * 4 + ["plan"] + ["update"] * 4
 
 
 def test_groups_are_no_launches_of_their_own(device, launches):
@@ -61,7 +61,7 @@ def test_launches_of_other_functions(device, launches):
     trainops.clip_grad_norm_(params, 0.5, backend="triton")
     trainops.clip_grad_value_(params, 0.5, backend="triton")
     trainops.ema_update_([p.detach().clone() for p in params], params, 0.5, backend="triton")
-    assert launches == ["partial_norms", "finish_norms", "update_in_place", "update_in_place", "ema"]
+    assert launches == ["partial_results", "finish_rows", "transform", "transform", "ema"]
 
 
 # What is around it
@@ -101,7 +101,7 @@ def test_another_default_device_is_no_matter(device):
 def test_inference_mode_makes_nothing_that_training_cannot_use(device):
     model = model_of([(5,)], device)
     with torch.inference_mode():
-        triton.grad_norms([p.detach() for p in model.params])
+        triton.reduce("l2_norm", [p.detach() for p in model.params])
         triton.clamp_([torch.ones(3, device=device)], 0.5)
     optimizer = adamw(model, **WHOLE)
     optimizer.step()

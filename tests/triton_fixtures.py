@@ -5,6 +5,8 @@ are small there, and blocks smaller still. ``conftest.py`` imports the fixtures,
 where no target has the kernels.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from contract import same_bits
@@ -12,14 +14,14 @@ from targets import TARGETS
 from training import Model
 
 import trainops
-from trainops import device_table
-from trainops.adapters import triton
+from trainops.adapters import _device, triton
 
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 NAN, INF = float("nan"), float("inf")
 BLOCK, CHUNK = 64, 256  # under the interpreter, unless a test chooses others
 NUMEL = CHUNK + BLOCK + 9  # two chunks; in the second, a whole block and a tail
 ROLES = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "average")
+NORMS = ("l1_norm", "l2_norm", "inf_norm")
 WHOLE = {"max_grad_norm": 1.0, "skip_nonfinite": True}
 
 DEVICES = [target.device for target in TARGETS if target.backend == "triton"]
@@ -63,17 +65,20 @@ def launches(monkeypatch):
 
 @pytest.fixture
 def tables(monkeypatch):
-    """The layouts of tables that were made."""
-    made = []
+    """The words of every table that came to the device, in bytes."""
+    words, upload = SimpleNamespace(rows=[], chunks=[]), _device.uploaded
 
-    class Recorded(device_table.Layout):
-        def __init__(self, *args):
-            super().__init__(*args)
-            made.append(self)
+    def record(content, device):
+        (words.rows if len(words.rows) == len(words.chunks) else words.chunks).append(content)
+        return upload(content, device)
 
-    monkeypatch.setattr(device_table, "Layout", Recorded)
-    monkeypatch.setattr(device_table, "_layouts", device_table.Recent(32))
-    return made
+    monkeypatch.setattr(_device, "uploaded", record)
+    return words
+
+
+def same_object(every):
+    """Whether all are the same one: words in memory are found by a hash, which is that of the object."""
+    return len(set(map(id, every))) == 1
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 
 #include <pybind11/stl.h>
 
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -26,6 +27,9 @@ class PythonTable {
       if (!builder_.add_row(tensors.data())) irregular.push_back(row);
     }
     if (group_rows_.empty()) group_rows_.push_back(rows);
+    if (std::accumulate(group_rows_.begin(), group_rows_.end(), int64_t{0}) != rows) {
+      throw std::invalid_argument("groups have as many rows as the table");
+    }
   }
 
   // The rows of a step (state_reader.h); `states`: a tuple of names for each group.
@@ -65,16 +69,21 @@ class PythonTable {
  private:
   std::vector<PyObject*> lists_of(const pybind11::dict& columns) const {
     std::vector<PyObject*> lists;
+    Py_ssize_t found = 0;
     for (const Column& column : schema().columns) {
       PyObject* const list = PyDict_GetItemString(columns.ptr(), column.name);
       if (list == nullptr && !column.optional()) {
         throw std::invalid_argument("a table of kind " + schema().name + " has a column " + column.name);
       }
       if (list != nullptr &&
-          (!PyList_Check(list) || PyList_GET_SIZE(list) != PyList_GET_SIZE(lists.empty() ? list : lists[0]))) {
+          (!PyList_Check(list) || (found > 0 && PyList_GET_SIZE(list) != PyList_GET_SIZE(lists[0])))) {
         throw std::invalid_argument("columns are lists of one length");
       }
+      found += list != nullptr;
       lists.push_back(list);
+    }
+    if (found != PyDict_Size(columns.ptr())) {
+      throw std::invalid_argument("a table of kind " + schema().name + " has no such column");
     }
     return lists;
   }

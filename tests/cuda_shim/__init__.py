@@ -38,7 +38,7 @@ def compiler():
 
 def build(*flags):
     """The extension module ``_cuda`` for CPU tensors; only what changed since the last time is compiled."""
-    sources = [ROOT / "csrc" / "bindings_cuda.cpp", *(ROOT / "csrc" / "cuda").glob("*.cu"), HERE / "cuda_shim.cpp"]
+    sources = [ROOT / "csrc" / "cuda" / "module.cpp", *(ROOT / "csrc" / "cuda").glob("*.cu"), HERE / "cuda_shim.cpp"]
     relative = sorted(path.relative_to(ROOT).as_posix() for path in sources)
     command = [*compiler(), *FLAGS, "-DTRAINOPS_DEVICE_TYPE=1", *flags]
     folders = (HERE.relative_to(ROOT), pybind11.get_include(), sysconfig.get_path("include"))

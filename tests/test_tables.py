@@ -1,5 +1,7 @@
 """What lies between tensors and kernels: 16-bit numbers, odd layouts and addresses, and tensors that move."""
 
+import re
+
 import pytest
 import torch
 from contract import same_bits
@@ -7,8 +9,8 @@ from targets import over_cpu_targets, thorough
 from torch import nn
 
 import trainops
-from trainops.adapters import cpu, select
-from trainops.tensor_table import describe
+from trainops import core
+from trainops.adapters import cpu, cuda, select
 
 DLPACK_API = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 PLAIN_TYPES = (torch.Tensor, nn.Parameter)
@@ -126,8 +128,9 @@ def test_float64_is_rounded_as_by_pytorch(narrow):
 @pytest.fixture
 def configure():
     """Chooses one of them: DLPack, or Python."""
-    yield lambda api: cpu._cpu.configure(api, describe, PLAIN_TYPES)
-    cpu._cpu.configure(DLPACK_API, describe, PLAIN_TYPES)
+    chosen = {"describe": core.describe, "plain_types": PLAIN_TYPES}
+    yield lambda api: core.reader.configure(api=api, **chosen)
+    core.reader.configure(api=DLPACK_API, **chosen)
 
 
 PLAIN = torch.arange(24.0).view(4, 6)
@@ -161,9 +164,37 @@ DESCRIBED = {
 @pytest.mark.parametrize("api", [DLPACK_API, None], ids=["dlpack", "python"])
 def test_what_is_regular(configure, api, tensor, regular):
     configure(api)
-    table = cpu._cpu.TensorTable([[PLAIN, tensor, PLAIN]], None)
+    table = core.table("reduce", {"tensor": [PLAIN, tensor, PLAIN]}, "cpu")
     assert table.irregular == ([] if regular else [1])
     assert table.has_float64 == (regular and tensor.dtype == torch.float64)
+
+
+# Addresses are numbers: one that stands where another belongs is not noticed.
+
+
+def signatures(module):
+    """What the functions of a module take, and its classes' constructors."""
+    for name, x in vars(module).items():
+        if callable(x):
+            doc = (x.__init__ if isinstance(x, type) else x).__doc__
+            yield name, re.match(r"\w+\((?:self: [\w.]+, )?(.*)\) -> ", doc)[1]
+
+
+@pytest.mark.parametrize("module", [pytest.param(x, id=x.__name__) for x in (cpu._cpu, cuda._cuda) if x is not None])
+def test_all_but_tables_are_given_by_name(module):
+    found = dict(signatures(module))
+    assert {"reduce", "scale", "clamp", "ema", "update", "drop_path", "drop_path_backward"} <= found.keys()
+    for name, arguments in found.items():
+        assert not arguments or re.match(r"((table|staged|reader): [\w.]+, )?\*, \w", arguments), name
+
+
+def test_addresses_are_refused_without_their_names():
+    table, rows = core.table("reduce", {"tensor": [torch.ones(4)]}, "cpu"), torch.zeros(1)
+    arguments = {"statistic": "l2_norm", "rows_out": rows.data_ptr()}
+    with pytest.raises(TypeError):
+        cpu._cpu.reduce(table, *arguments.values())
+    assert rows == 0
+    assert cpu._cpu.reduce(table, **arguments) == rows == 2
 
 
 def test_both_descriptions_give_the_same_step(configure, dtype):
