@@ -37,15 +37,18 @@ C_PLUS_PLUS = [
         "csrc/math/adamw.h",
         CPU_ADAMW,
         {
-            "AdamW: maximize ignored": ("s.maximize ? -grad_coefficient", "s.maximize ? grad_coefficient"),
+            "AdamW: maximize ignored": (
+                "s.maximize != 0.0 ? -grad_coefficient",
+                "s.maximize != 0.0 ? grad_coefficient",
+            ),
             "AdamW: decay with the wrong sign": ("1.0 - s.lr * s.weight_decay", "1.0 + s.lr * s.weight_decay"),
             "AdamW: decay forgotten": ("param = param * s.keep - ", "param = param - "),
-            "AdamW: beta1 for beta2": ("exp_avg_sq * s.beta2 + s.weight2", "exp_avg_sq * s.beta1 + s.weight2"),
+            "AdamW: beta1 for beta2": ("state[kExpAvgSq] * s.beta2", "state[kExpAvgSq] * s.beta1"),
             "AdamW: bias correction with the other beta": (
                 "bias_correction(s.beta1, step)",
                 "bias_correction(s.beta2, step)",
             ),
-            "AdamW: eps not scaled": ("static_cast<T>(s.eps * correction2_sqrt)", "static_cast<T>(s.eps)"),
+            "AdamW: eps not scaled": ("s.eps * correction2_sqrt", "s.eps"),
             "AdamW: AMSGrad takes the smaller": ("largest > v || largest", "largest < v || largest"),
             "AdamW: gradient not scaled": (
                 "const T g = s.coefficient * grad;",
@@ -54,7 +57,7 @@ C_PLUS_PLUS = [
             "AdamW: second moment of the unclipped gradient": ("s.weight2 * g * g", "s.weight2 * grad * grad"),
             "AdamW: first moment of few betas alone": (
                 "g - s.beta1 * difference;",
-                "exp_avg + s.beta1 * difference;",
+                "state[kExpAvg] + s.beta1 * difference;",
             ),
         },
     ),
@@ -72,17 +75,16 @@ C_PLUS_PLUS = [
         },
     ),
     *planted(
-        "csrc/math/clip_grad_norm.h",
+        "csrc/math/control.h",
         CPU_ADAMW,
         {
             "clip: no cap at 1": ("return coefficient > 1.0 ? 1.0 : coefficient;", "return coefficient;"),
         },
     ),
     *planted(
-        "csrc/cpu/clip_grad_norm.cpp",
+        "csrc/cpu/reduce.cpp",
         CPU_CLIP,
         {
-            "clip: the norm without its root": ("result.total = std::sqrt(result.total);", ""),
             "cpu: the tail of a norm": (
                 "for (int64_t i = tail; i < size; ++i)",
                 "for (int64_t i = tail; i < size - 1; ++i)",
@@ -94,33 +96,37 @@ C_PLUS_PLUS = [
         },
     ),
     *planted(
-        "csrc/math/clip_grad_norm.h",
+        "csrc/math/statistics.h",
         CPU_CLIP,
         {
-            "clip: NaN lost in a maximum": ("(magnitude > total || magnitude != magnitude)", "(magnitude > total)"),
+            "clip: the norm without its root": ("return std::sqrt(sum);", "return sum;"),
+            "clip: NaN lost in a maximum": ("(b > a || b != b)", "(b > a)"),
+        },
+    ),
+    *planted(
+        "csrc/math/transform.h",
+        CPU_CLIP,
+        {
             "clamp: one side": ("x < -bound ? -bound : x", "x"),
         },
     ),
     *planted(
-        "csrc/math/clip_grad_norm.h",
+        "csrc/math/control.h",
         tests_of("adamw", k="scaler and cpu-cpu"),
         {
-            "clip: the grad scale is not taken out": (
-                "clip_coefficient(norm, max_norm) : 1.0) / grad_scale",
-                "clip_coefficient(norm, max_norm) : 1.0)",
-            ),
+            "clip: the grad scale is not taken out": ("{clipped / grad_scale, ", "{clipped, "),
         },
     ),
     *planted(
-        "csrc/math/float16.h",
+        "csrc/math/storage.h",
         CPU_ADAMW,
         {
             "bfloat16 truncated": ("bits + 0x7fffu + ((bits >> 16) & 1u)", "bits"),
         },
     ),
     *planted(
-        "csrc/math/float16.h",
-        tests_of("tensor_table"),
+        "csrc/math/storage.h",
+        tests_of("tables"),
         {
             "bfloat16: ties to odd": ("bits + 0x7fffu + ((bits >> 16) & 1u)", "bits + 0x8000u - ((bits >> 16) & 1u)"),
             "float16: subnormal numbers lost": (
@@ -155,36 +161,37 @@ C_PLUS_PLUS = [
         },
     ),
     *planted(
-        "csrc/cpu/adamw.cpp",
-        tests_of("tensor_table", "adamw_types", k="cpu"),
+        "csrc/cpu/update.cpp",
+        tests_of("tables", "adamw_types", k="cpu"),
         {
             "cpu: exp_avg_sq written to exp_avg": (
-                "store(cell(kExpAvgSq), begin, size, exp_avg_sq);",
-                "store(cell(kExpAvg), begin, size, exp_avg_sq);",
+                "store(cell(kState + i), begin, size, state[i]);",
+                "store(cell(kState), begin, size, state[i]);",
             ),
         },
     ),
     *planted(
-        "csrc/cpu/adamw.cpp",
+        "csrc/cpu/update.cpp",
         CPU_EMA,
         {
             "cpu: EMA before the update, too": (
-                "    const auto read = [&](AdamWColumn column)",
-                "    if (average) ema_tile(cell(kEMA), cell(kParam), begin, size, ema_decay);\n"
-                "    const auto read = [&](AdamWColumn column)",
+                "    const auto read = [&](int column)",
+                "    if (cell(kAverage).dtype != DType::none)\n"
+                "      ema_tile(cell(kAverage), cell(kParam), begin, size, ema_decay);\n"
+                "    const auto read = [&](int column)",
             ),
-            "cpu: EMA forgotten": ("if (average) ema_tile(cell(kEMA), cell(kParam), begin, size, ema_decay);", ""),
+            "cpu: EMA forgotten": ("if (cell(kAverage).dtype != DType::none) ema_tile", "if (false) ema_tile"),
         },
     ),
     *planted(
-        "csrc/cpu/adamw.cpp",
+        "csrc/cpu/update.cpp",
         CPU_ADAMW,
         {
             "cpu: step counts are not written": ("address) += 1.0f;", "address) + 1.0f;"),
         },
     ),
     *planted(
-        "csrc/cpu/adamw.cpp",
+        "csrc/cpu/update.cpp",
         tests_of("adamw_drop_in", k="cpu-cpu"),
         {
             "cpu: a group's settings for the next": ("if (i == 0 || step != last_step)", "if (step != last_step)"),
@@ -192,10 +199,10 @@ C_PLUS_PLUS = [
     ),
     *planted(
         "csrc/cpu/convert.h",
-        tests_of("tensor_table", "adamw_types", k="cpu"),
+        tests_of("tables", "adamw_types", k="cpu"),
         {
             "cpu: the dtype of the first tensor for all": (
-                "return cell.address == nullptr || cell.dtype == dtype;",
+                "return cell.dtype == dtype || cell.dtype == DType::none;",
                 "return true;",
             ),
             "cpu: a wide result is not written back": (
@@ -205,36 +212,36 @@ C_PLUS_PLUS = [
         },
     ),
     *planted(
-        "csrc/bindings_cpu.cpp",
+        "csrc/math/control.h",
         CPU_ADAMW,
         {
-            "cpu: found_inf ignored": ("if (found_inf || (skip_nonfinite", "if ((skip_nonfinite"),
+            "cpu: found_inf ignored": ("found_inf || (control", "(control"),
             "cpu: non-finite gradients are not skipped": (
-                "if (found_inf || (skip_nonfinite && !is_finite(norm)))",
-                "if (found_inf)",
+                "found_inf || (control.skip_nonfinite && !is_finite(norm))",
+                "found_inf",
             ),
         },
     ),
     *planted(
-        "csrc/bindings_cpu.cpp",
+        "csrc/cpu/module.cpp",
         tests_of("grad_scale", k="cpu-cpu"),
         {
             "cpu: norms of rows keep the grad scale": ("for (double& row : result.rows) row /= grad_scale;", ""),
         },
     ),
     *planted(
-        "csrc/tensor_table.h",
+        "csrc/cpu/chunks.h",
         CPU_ADAMW,
         {
             "cpu: pieces one element short": (
-                "numel(row) - begin : chunk_numel;",
-                "numel(row) - begin - (begin > 0) : chunk_numel;",
+                "size = left < kChunkNumel ? left : kChunkNumel;",
+                "size = left < kChunkNumel ? left - (begin > 0) : kChunkNumel;",
             ),
         },
     ),
     *planted(
-        "csrc/tensor_table_from_python.h",
-        tests_of("tensor_table"),
+        "csrc/core/tensor.h",
+        tests_of("tables"),
         {
             "cpu: strides are not compared": ("if (strides[i] != other.strides[i] && numel > 0) return false;", ""),
             "cpu: gaps count as dense": ("if (i == ndim) return false;", "if (i == ndim) return true;"),
@@ -271,8 +278,8 @@ C_PLUS_PLUS = [
         },
     ),
     *planted(
-        "csrc/math/float16.h",
-        tests_of("tensor_table"),
+        "csrc/math/storage.h",
+        tests_of("tables"),
         {
             "float16 truncated": (
                 "(magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13",
@@ -305,12 +312,12 @@ C_PLUS_PLUS = [
         },
     ),
     *planted(
-        "csrc/python_tables.h",
+        "csrc/core/state_reader.h",
         tests_of("adamw", "ema_fused", k="cpu-cpu"),
         {
             "tables: AMSGrad forgotten from the second step on": (
-                "amsgrad ? PyDict_GetItem(own, names_.max_exp_avg_sq) : Py_None",
-                "Py_None",
+                "used[column] = states.contains(names_[column])",
+                "used[column] = column + 1 < used.size() && states.contains(names_[column])",
             ),
             "tables: averages found are not counted": (
                 "    averaged += average != nullptr;\n",

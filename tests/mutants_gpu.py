@@ -4,7 +4,7 @@ from mutants import planted, tests_of
 
 TRITON_AND_CUDA = [
     *planted(
-        "triton_kernels/_common.py",
+        "triton_kernels/storage.py",
         tests_of("ends", k="triton-cpu"),
         {
             "triton: a masked store takes one element more": (
@@ -15,6 +15,12 @@ TRITON_AND_CUDA = [
                 "tl.load(pointers, mask=offset + tl.arange(0, BLOCK) < end, other=0)",
                 "tl.load(pointers, mask=offset + tl.arange(0, BLOCK) <= end, other=0)",
             ),
+        },
+    ),
+    *planted(
+        "triton_kernels/_common.py",
+        tests_of("ends", k="triton-cpu"),
+        {
             "triton: a block beyond the end": (
                 "end_of_blocks = begin + (end - begin) // BLOCK * BLOCK",
                 "end_of_blocks = begin + (end - begin + BLOCK - 1) // BLOCK * BLOCK",
@@ -29,17 +35,20 @@ TRITON_AND_CUDA = [
                 "exp_avg_sq = exp_avg_sq * beta2 + weight2 * grad * grad",
                 "exp_avg_sq = exp_avg_sq * beta1 + weight2 * grad * grad",
             ),
-            "triton: exp_avg written to exp_avg_sq": (
-                "store(exp_avg_sq_address, offset, end, exp_avg_sq, EXP_AVG_SQ_TYPE",
-                "store(exp_avg_sq_address, offset, end, exp_avg, EXP_AVG_SQ_TYPE",
-            ),
-            "triton: 1 - beta1 for 1 - beta2": (
-                "tl.store(out + WEIGHT2, 1.0 - beta2)",
-                "tl.store(out + WEIGHT2, 1.0 - beta1)",
-            ),
+            "triton: 1 - beta1 for 1 - beta2": ("tl.store(out + 4, 1.0 - beta2)", "tl.store(out + 4, 1.0 - beta1)"),
             "triton: AMSGrad takes the smaller": (
-                "second_moment = tl.maximum(largest, exp_avg_sq",
-                "second_moment = tl.minimum(largest, exp_avg_sq",
+                "second_moment = tl.maximum(max_exp_avg_sq, exp_avg_sq",
+                "second_moment = tl.minimum(max_exp_avg_sq, exp_avg_sq",
+            ),
+        },
+    ),
+    *planted(
+        "triton_kernels/update.py",
+        tests_of("adamw_types", k="triton-cpu"),
+        {
+            "triton: exp_avg written to exp_avg_sq": (
+                "store(state1_address, offset, end, state1, STATE1_TYPE",
+                "store(state1_address, offset, end, state0, STATE1_TYPE",
             ),
             "triton: the last element left out": (
                 "end = tl.minimum(begin + CHUNK, tl.load(words + NUMEL))",
@@ -52,14 +61,26 @@ TRITON_AND_CUDA = [
         tests_of("adamw", k="triton-cpu"),
         {
             "triton: beta2 for beta1": ("grad - beta1 * difference", "grad - beta2 * difference"),
-            "triton: maximize ignored": ("-factor if MAXIMIZE else factor", "factor if MAXIMIZE else factor"),
+        },
+    ),
+    *planted(
+        "triton_kernels/control.py",
+        tests_of("adamw", k="triton-cpu"),
+        {
+            "triton: found_inf ignored": ("skipped = tl.load(found_inf) != 0", "skipped = tl.load(found_inf) == 3"),
+            "triton: the grad scale left in": ("    factor = inverse_scale\n", "    factor = 1.0\n"),
+        },
+    ),
+    *planted(
+        "triton_kernels/update.py",
+        tests_of("adamw", k="triton-cpu"),
+        {
+            "triton: maximize ignored": ("!= 0.0, -factor, factor)", "!= 0.0, factor, factor)"),
             "triton: a step is not skipped": (
                 "        if tl.load(skip) != 0:\n            return",
                 "        if tl.load(skip) == 2:\n            return",
             ),
-            "triton: found_inf ignored": ("skipped = tl.load(found_inf) != 0", "skipped = tl.load(found_inf) == 3"),
             "triton: skipped steps are not counted": ("tl.where(skipped, 1, 0)", "tl.where(skipped, 0, 0)"),
-            "triton: the grad scale left in": ("        factor = inverse_scale\n", "        factor = 1.0\n"),
             "triton: EMA towards the unrounded parameter": (
                 "moved(average, stored.to(AVERAGE_WIDE)",
                 "moved(average, param.to(AVERAGE_WIDE)",
@@ -67,18 +88,15 @@ TRITON_AND_CUDA = [
         },
     ),
     *planted(
-        "trainops/backends/triton.py",
+        "trainops/adapters/triton.py",
         tests_of("adamw_types", k="triton-cpu"),
         {
             "triton: exp_avg_sq has exp_avg's type": (
-                "EXP_AVG_SQ_TYPE=_type(exp_avg_sq)",
-                "EXP_AVG_SQ_TYPE=_type(exp_avg)",
+                'f"STATE{i}_TYPE": name for i, name in enumerate(state)',
+                'f"STATE{i}_TYPE": state[0] for i, name in enumerate(state)',
             ),
-            "triton: gradients of the other 16-bit type": (
-                "GRAD_TYPE=_type(grad)",
-                "GRAD_TYPE=_type(torch.float16 if grad == torch.bfloat16 else grad)",
-            ),
-            "triton: float64 in float32": ("WIDE=_type(_wide(param)),", "WIDE=_type(torch.float32),"),
+            "triton: gradients of the parameter's type": ('"GRAD_TYPE": "grad"', '"GRAD_TYPE": "param"'),
+            "triton: float64 in float32": ('wide={"WIDE": ("PARAM_TYPE",), "AVERAGE', 'wide={"WIDE": (), "AVERAGE'),
         },
     ),
     *planted(
@@ -92,31 +110,37 @@ TRITON_AND_CUDA = [
         },
     ),
     *planted(
-        "trainops/backends/triton.py",
+        "trainops/adapters/triton.py",
         tests_of("adamw", k="triton-cpu"),
         {
             "triton: the norm of the parameters": (
-                '_GRADS = AdamWGroup.COLUMNS.index("grads")',
-                '_GRADS = AdamWGroup.COLUMNS.index("params")',
+                'partial_results("l2_norm", "grad")',
+                'partial_results("l2_norm", "param")',
             ),
         },
     ),
     *planted(
-        "triton_kernels/adamw.py",
+        "triton_kernels/control.py",
         tests_of("grad_scale", k="triton-cpu"),
         {
             "triton: the grad scale taken out twice": (
                 "factor = inverse_scale * tl.where(ratio",
                 "factor = inverse_scale * inverse_scale * tl.where(ratio",
             ),
+        },
+    ),
+    *planted(
+        "triton_kernels/update.py",
+        tests_of("grad_scale", k="triton-cpu"),
+        {
             "triton: the norm keeps the grad scale": (
-                "norm = norm_of(partials, 0, chunk_count, 2, BLOCK) * inverse_scale",
-                "norm = norm_of(partials, 0, chunk_count, 2, BLOCK)",
+                'norm = result_of(partials, 0, chunk_count, "l2_norm", BLOCK) * inverse_scale',
+                'norm = result_of(partials, 0, chunk_count, "l2_norm", BLOCK)',
             ),
         },
     ),
     *planted(
-        "triton_kernels/adamw.py",
+        "triton_kernels/update.py",
         tests_of("adamw_range", k="triton-cpu"),
         {
             "triton: step counts are not written": ("    if begin == 0:\n", "    if begin < 0:\n"),
@@ -131,7 +155,7 @@ TRITON_AND_CUDA = [
         },
     ),
     *planted(
-        "triton_kernels/clip_grad_norm.py",
+        "triton_kernels/reduce.py",
         tests_of("ends", k="triton-cpu"),
         {
             "triton: partial sums of the first row for all": (
@@ -141,47 +165,46 @@ TRITON_AND_CUDA = [
         },
     ),
     *planted(
-        "trainops/backends/triton.py",
+        "trainops/adapters/triton.py",
         tests_of("ends", k="triton-cpu"),
         {
             "triton: a program too few": ("kernel[(programs,)]", "kernel[(max(1, programs - 1),)]"),
         },
     ),
     *planted(
-        "trainops/device_table.py",
-        tests_of("device_table"),
+        "csrc/core/table_builder.h",
+        tests_of("core", "tables"),
         {
-            "device tables: a layout for other groups, by their presence": (
-                "groups and tuple(map(tuple, groups))",
-                "bool(groups)",
+            "tables: lazily negated single elements": (
+                "if (maybe_negated(tensors[i], description)) return false;",
+                "",
             ),
-            "device tables: strides are not compared": ("elif order != first[0]:", "elif order != order:"),
-            "device tables: chunks begin one too late": (
-                'begins = (torch.arange(len(rows), device="cpu") - first) * chunk_numel',
-                'begins = (torch.arange(len(rows), device="cpu") - first + 1) * chunk_numel',
-            ),
-            "device tables: uploads by length": (
-                "key = (words, device, torch.cuda.current_stream(device).cuda_stream)",
-                "key = (len(words), device, torch.cuda.current_stream(device).cuda_stream)",
-            ),
-            "device tables: a layout for other chunks": (
-                "key = (self.device, chunk_numel, groups",
-                "key = (self.device, groups",
-            ),
-            "device tables: lazily negated single elements": (
-                "1 in sizes and any(map(Tensor.is_neg, column))",
-                "False",
-            ),
-            "device tables: subclasses taken for tensors": ("        tuple(map(type, column)),\n", ""),
-            "device tables: dtypes of the column before": ("code << (4 * column)", "code << (4 * column + 4)"),
-            "device tables: chunks of a section's first row": (
-                "first_chunks[i] = self.chunk_count",
-                "first_chunks[i] = first",
+            "tables: subclasses taken for tensors": ("!reader.is_plain(tensors[i]) || ", ""),
+            "tables: step counts of any type": ("description.cell.dtype != DType::float32", "false"),
+            "tables: the second device is not noticed": (
+                "return device_id == description.device_id;",
+                "return true;",
             ),
         },
     ),
     *planted(
-        "triton_kernels/clip_grad_norm.py",
+        "csrc/core/device_words.h",
+        tests_of("core"),
+        {
+            "device tables: rows of one section": (
+                "const auto [entry, is_new] = known.try_emplace(kind, found.size());",
+                "const auto [entry, is_new] = known.try_emplace(std::vector<DType>{}, found.size());",
+            ),
+            "device tables: a layout without sizes": ("      words.push_back(table_.numel(row));\n", ""),
+            "device tables: dtypes of the column before": ("<< (4 * column)", "<< (4 * column + 4)"),
+            "device tables: chunks of a section's first row": (
+                "first_chunks_[row] = chunk_count_;",
+                "first_chunks_[row] = first;",
+            ),
+        },
+    ),
+    *planted(
+        "triton_kernels/reduce.py",
         tests_of("adamw", k="triton-cpu"),
         {
             "triton: the norm of another column": (
@@ -215,71 +238,83 @@ TRITON_AND_CUDA = [
         },
     ),
     *planted(
-        "csrc/cuda/adamw.cu",
+        "csrc/cuda/update.cu",
         tests_of("adamw_types", k="cuda-cpu"),
         {
             "cuda: the last element left out": (
-                "for (int64_t i = span.body + threadIdx.x; i < span.end; i += kThreads) {\n    update_one",
-                "for (int64_t i = span.body + threadIdx.x; i < span.end - 1; i += kThreads) {\n    update_one",
+                "for (int64_t i = range.body + threadIdx.x; i < range.end; i += kThreads) {\n    update_one",
+                "for (int64_t i = range.body + threadIdx.x; i < range.end - 1; i += kThreads) {\n    update_one",
             ),
             "cuda: exp_avg written to exp_avg_sq": (
-                "put<T>(cells[kExpAvgSq], place, pack(exp_avg_sq, cells[kExpAvgSq].dtype));",
-                "put<T>(cells[kExpAvgSq], place, pack(exp_avg, cells[kExpAvgSq].dtype));",
+                "pack(state[i], cells.at[kState + i].dtype)",
+                "pack(state[0], cells.at[kState + i].dtype)",
             ),
             "cuda: exp_avg_sq read as exp_avg's type": (
-                "unpack(raw[kExpAvgSq], cells[kExpAvgSq].dtype, exp_avg_sq);",
-                "unpack(raw[kExpAvgSq], cells[kExpAvg].dtype, exp_avg_sq);",
+                "unpack(raw[kState + i], cells.at[kState + i].dtype, state[i]);",
+                "unpack(raw[kState + i], cells.at[kState].dtype, state[i]);",
             ),
             "cuda: float64 in float32": ("if (chunk.row.cell(kParam).dtype == DType::float64)", "if (false)"),
         },
     ),
     *planted(
-        "csrc/cuda/clip_grad_norm.cu",
+        "csrc/cuda/transform.cu",
         tests_of("ends", k="cuda-cpu"),
         {
-            "cuda: an element too many in a norm": (
-                "if (i >= span.body && i < span.end) total",
-                "if (i >= span.body && i <= span.end) total",
-            ),
             "cuda: an element too many is scaled": (
-                "for (int64_t i = span.body + threadIdx.x; i < span.end; i += kThreads) {\n    store<T>",
-                "for (int64_t i = span.body + threadIdx.x; i <= span.end; i += kThreads) {\n    store<T>",
-            ),
-            "cuda: an element of a norm left out": (
-                "if (i >= span.body && i < span.end) total",
-                "if (i > span.body && i < span.end) total",
+                "for (int64_t i = range.body + threadIdx.x; i < range.end; i += kThreads) {\n    store<T>",
+                "for (int64_t i = range.body + threadIdx.x; i <= range.end; i += kThreads) {\n    store<T>",
             ),
         },
     ),
     *planted(
-        "csrc/cuda/adamw.cu",
+        "csrc/cuda/reduce.cu",
+        tests_of("ends", k="cuda-cpu"),
+        {
+            "cuda: an element too many in a norm": (
+                "if (i >= range.body && i < range.end) total",
+                "if (i >= range.body && i <= range.end) total",
+            ),
+            "cuda: an element of a norm left out": (
+                "if (i >= range.body && i < range.end) total",
+                "if (i > range.body && i < range.end) total",
+            ),
+        },
+    ),
+    *planted(
+        "csrc/cuda/control.cuh",
         tests_of("adamw", k="cuda-cpu"),
         {
-            "cuda: maximize inverted": ("group[kMaximize] != 0", "group[kMaximize] == 0"),
-            "cuda: a step is not skipped": ("decision.skips ? 0 : args.table.chunk_count", "args.table.chunk_count"),
             "cuda: step counts of a skipped step": (
-                "if (!decision.skips) advance_steps(args.table);",
+                "if (!skips) advance_steps(args.table);",
                 "advance_steps(args.table);",
             ),
-            "cuda: found_inf ignored": (
-                "{step_coefficient(args.clips, norm, real(settings[kMaxNorm]), grad_scale),\n          found_inf || ",
-                "{step_coefficient(args.clips, norm, real(settings[kMaxNorm]), grad_scale),\n          ",
-            ),
+            "cuda: found_inf ignored": ("*args.found_inf != 0.0f", "*args.found_inf == 3.0f"),
             "cuda: skipped steps are not counted": ("*args.skipped_steps += 1;", "*args.skipped_steps += 0;"),
-            "cuda: EMA towards the old parameter, in packs": (
-                "ema_pack<T>(raw[kEMA], cells[kEMA].dtype, stored, cells[kParam].dtype, ema_decay)",
-                "ema_pack<T>(raw[kEMA], cells[kEMA].dtype, raw[kParam], cells[kParam].dtype, ema_decay)",
-            ),
-            "cuda: EMA before the update, too, one by one": (
-                "  store(cells[kExpAvg], i, exp_avg);\n  store(cells[kExpAvgSq], i, exp_avg_sq);\n",
-                "  if (cells[kEMA].address != nullptr) ema_one(cells[kEMA], cells[kParam], i, ema_decay);\n"
-                "  store(cells[kExpAvg], i, exp_avg);\n  store(cells[kExpAvgSq], i, exp_avg_sq);\n",
-            ),
             "cuda: the grad scale left in": (
                 "const double grad_scale = args.grad_scale == nullptr ? 1.0 : *args.grad_scale;",
                 "const double grad_scale = 1.0;",
             ),
-            "cuda: eps is the weight decay": ("real(group[kEps]),", "real(group[kWeightDecay]),"),
+            "cuda: the settings of a group begin one too late": (
+                "setting(own + i * kSettingWords)",
+                "setting(own + (i + 1) % kSettings<Rule> * kSettingWords)",
+            ),
+        },
+    ),
+    *planted(
+        "csrc/cuda/update.cu",
+        tests_of("adamw", k="cuda-cpu"),
+        {
+            "cuda: a step is not skipped": ("decision.skips ? 0 : args.table.chunk_count", "args.table.chunk_count"),
+            "cuda: EMA towards the old parameter, in packs": (
+                "average.dtype, stored, cells",
+                "average.dtype, raw[kParam], cells",
+            ),
+            "cuda: EMA before the update, too, one by one": (
+                "  store(cells.at[kParam], i, param);\n",
+                "  if (cells.at[kAverage].address != nullptr)\n"
+                "    ema_one(cells.at[kAverage], cells.at[kParam], i, ema_decay);\n"
+                "  store(cells.at[kParam], i, param);\n",
+            ),
         },
     ),
     *planted(
@@ -290,7 +325,7 @@ TRITON_AND_CUDA = [
         },
     ),
     *planted(
-        "csrc/cuda/adamw.cu",
+        "csrc/cuda/update.cu",
         tests_of("adamw_range", k="cuda-cpu"),
         {
             "cuda: a chunk too few": (
@@ -298,8 +333,8 @@ TRITON_AND_CUDA = [
                 "const int64_t chunks = decision.skips ? 0 : args.table.chunk_count - 1;",
             ),
             "cuda: the first group's settings for all": (
-                "settings_of(settings + kGroups + group * kGroupWords)",
-                "settings_of(settings + kGroups)",
+                "settings_of<Rule>(words, group)",
+                "settings_of<Rule>(words, 0)",
             ),
             "cuda: another step count in a group": (
                 "if (its_group != group || its_step != step) {",
@@ -309,6 +344,12 @@ TRITON_AND_CUDA = [
                 "if (its_group != group || its_step != step) {",
                 "if (its_step != step) {",
             ),
+        },
+    ),
+    *planted(
+        "csrc/cuda/control.cuh",
+        tests_of("adamw_range", k="cuda-cpu"),
+        {
             "cuda: step counts of a thread's first row": (
                 "*addresses[k] = steps[k] + 1.0f;",
                 "*addresses[k] = steps[0] + 1.0f;",
@@ -320,22 +361,22 @@ TRITON_AND_CUDA = [
         },
     ),
     *planted(
-        "csrc/device_table.h",
+        "csrc/core/device_words.h",
         tests_of("ends"),
         {
             "cuda: chunks begin one too late": (
-                "words.insert(words.end(), {row, i * chunk_numel});",
-                "words.insert(words.end(), {row, (i + 1) * chunk_numel});",
+                "words.insert(words.end(), {row, i * chunk_numel_});",
+                "words.insert(words.end(), {row, (i + 1) * chunk_numel_});",
             ),
         },
     ),
     *planted(
-        "csrc/cuda/clip_grad_norm.cu",
+        "csrc/cuda/reduce.cu",
         tests_of("cuda"),
         {
             "cuda: partial sums of the first row for all": (
-                "join_partials<norm>(args.partials + first, 0, count, 1)",
-                "join_partials<norm>(args.partials, 0, count, 1)",
+                "join_partials<Statistic>(args.partials + first, 0, count, 1)",
+                "join_partials<Statistic>(args.partials, 0, count, 1)",
             ),
             "cuda: rows of eight chunks": ("double sum = count <= kOfThread ?", "double sum = count < kOfThread ?"),
             "cuda: rows of 2048 chunks": (
@@ -345,7 +386,7 @@ TRITON_AND_CUDA = [
         },
     ),
     *planted(
-        "csrc/cuda/clip_grad_norm.cu",
+        "csrc/cuda/reduce.cu",
         tests_of("adamw", k="cuda-cpu"),
         {
             "cuda: the norm of another column": (
@@ -353,8 +394,8 @@ TRITON_AND_CUDA = [
                 "const Cell cell = chunk.row.cell(0);",
             ),
             "cuda: the norm keeps the grad scale": (
-                "total = root<norm>(join_block<norm>(total, shared[1])) / grad_scale;",
-                "total = root<norm>(join_block<norm>(total, shared[1]));",
+                "total = Statistic::finish(join_block<Statistic>(total, shared[1])) / grad_scale;",
+                "total = Statistic::finish(join_block<Statistic>(total, shared[1]));",
             ),
         },
     ),
@@ -366,38 +407,47 @@ TRITON_AND_CUDA = [
         },
     ),
     *planted(
-        "trainops/backends/cuda.py",
+        "csrc/core/schema.h",
         tests_of("adamw", k="cuda-cpu"),
         {
             "cuda: the norm of the parameters": (
-                '_GRADS = AdamWGroup.COLUMNS.index("grads")',
-                '_GRADS = AdamWGroup.COLUMNS.index("params")',
+                "{TRAINOPS_STEP_COLUMNS(TRAINOPS_COLUMN)}, {}, kGrad}",
+                "{TRAINOPS_STEP_COLUMNS(TRAINOPS_COLUMN)}, {}, kParam}",
             ),
         },
     ),
     *planted(
-        "csrc/cuda/clip_grad_norm.cu",
+        "csrc/cuda/reduce.cu",
         tests_of("grad_scale", k="cuda-cpu"),
         {
-            "cuda: norms of rows keep the grad scale": ("root<norm>(sum) / grad_scale);", "root<norm>(sum));"),
+            "cuda: norms of rows keep the grad scale": (
+                "Statistic::finish(sum) / grad_scale);",
+                "Statistic::finish(sum));",
+            ),
         },
     ),
     *planted(
-        "csrc/cuda/adamw.cu",
+        "csrc/cuda/update.cu",
         tests_of("ends", k="cuda-cpu"),
         {
             "cuda: an element too many is updated": (
-                "for (int64_t i = span.body + threadIdx.x; i < span.end; i += kThreads) {\n    update_one",
-                "for (int64_t i = span.body + threadIdx.x; i <= span.end; i += kThreads) {\n    update_one",
+                "for (int64_t i = range.body + threadIdx.x; i < range.end; i += kThreads) {\n    update_one",
+                "for (int64_t i = range.body + threadIdx.x; i <= range.end; i += kThreads) {\n    update_one",
             ),
         },
     ),
     *planted(
-        "trainops/backends/cuda.py",
+        "trainops/uploads.py",
         tests_of("cuda"),
         {
             "cuda: words of another table": ("    if last == words:\n", "    if last is not None:\n"),
-            "cuda: chunks of another table": ("sizes = _known(table.numels)", "sizes = len(table.numels)"),
+        },
+    ),
+    *planted(
+        "trainops/adapters/_device.py",
+        tests_of("cuda"),
+        {
+            "cuda: chunks of another table": ("layout = known(words.layout)", "layout = len(words.layout)"),
         },
     ),
     *planted(
@@ -429,7 +479,7 @@ TRITON_AND_CUDA = [
                 "second = packed_ ? kHalf<T> : kHalf<T> * threads_",
                 "second = kHalf<T> * threads_",
             ),
-            "cuda: second halves beyond the end": ("sizeof(T) == 4 && second < span.body", "sizeof(T) == 4"),
+            "cuda: second halves beyond the end": ("sizeof(T) == 4 && second < range.body", "sizeof(T) == 4"),
             "cuda: one element too many in whole packs": (
                 "((end - begin) & -granule)",
                 "((end - begin + 1) & -granule)",
@@ -437,9 +487,13 @@ TRITON_AND_CUDA = [
         },
     ),
     *planted(
-        "csrc/bindings_cuda.cpp",
+        "csrc/cuda/module.cpp",
         tests_of("adamw", "grad_scale", k="cuda-cpu"),
         {
+            "cuda: a swapped pair of addresses": (
+                "args.partials = at<double>(partials);\n  args.total = at<double>(total);",
+                "args.partials = at<double>(total);\n  args.total = at<double>(partials);",
+            ),
             "cuda: the grad scale for found_inf": (
                 "args.found_inf = at<const float>(found_inf)",
                 "args.found_inf = at<const float>(grad_scale)",
@@ -448,12 +502,12 @@ TRITON_AND_CUDA = [
         },
     ),
     *planted(
-        "csrc/cuda/clip_grad_norm.cu",
+        "csrc/cuda/transform.cu",
         (),
         {
             "cuda: a factor of 1 is multiplied with": (
-                "if (factor != 1.0) update_table",
-                "update_table",
+                "if (factor != 1.0) transform_table",
+                "transform_table",
                 "multiplying with 1 gives the same bits; the branch saves the reading",
             ),
         },

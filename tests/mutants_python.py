@@ -11,7 +11,7 @@ PYTHON = [
         {"reference: a learning rate in float32": ("lr = scalar(lr, device) if", "lr = lr.float() if")},
     ),
     *planted(
-        "trainops/backends/reference.py",
+        "trainops/adapters/pytorch.py",
         tests_of("reference", "adamw", "ema", "clip_grad", k="reference-cpu"),
         {
             "reference: tensors that share memory are written": (
@@ -19,8 +19,8 @@ PYTHON = [
                 "        pass\n",
             ),
             "reference: conjugated parameters are not written back": (
-                "        original.copy_(copy)\n    if total_norm",
-                "        pass\n    if total_norm",
+                "            original.copy_(copy)\n",
+                "            pass\n",
             ),
             "reference: conjugated gradients are not written back": (
                 "        original.copy_(copy)\n\n\ndef clamp_",
@@ -30,7 +30,7 @@ PYTHON = [
         },
     ),
     *planted(
-        "trainops/backends/_drop_path.py",
+        "trainops/adapters/_drop_path.py",
         tests_of("drop_path", "drop_path_gradients", "stochastic_depth", k="cpu-cpu"),
         {
             "DropPath: negated operands are read as they lie": ("            or x.is_neg()\n", ""),
@@ -74,21 +74,24 @@ PYTHON = [
         },
     ),
     *planted(
-        "trainops/adamw.py",
+        "trainops/rows.py",
+        tests_of("adamw", "adamw_drop_in", "ema_fused", "reference", k="cpu-cpu or reference-cpu or not target"),
+        {
+            "AdamW: moments of integers are taken": ("elif x is not None and kind(x) != kind(param):", "elif False:"),
+            "AdamW: gradients of other shapes are taken": ("(x.shape != param.shape or x.device", "(x.device"),
+        },
+    ),
+    *planted(
+        "trainops/optimizer.py",
         tests_of("adamw", "adamw_drop_in", "ema_fused", "reference", k="cpu-cpu or reference-cpu or not target"),
         {
             "AdamW: state of new parameters is kept when a step raises": (
-                "                    del self.state[param]\n",
-                "                    pass\n",
+                "                del self.state[param]\n",
+                "                pass\n",
             ),
-            "AdamW: moments of integers are taken": ("if kind(x) != kind(param):", "if False:"),
             "AdamW: a step without gradients is not skipped": (
                 "            self.skipped_steps.add_(skipped)\n",
                 "            pass\n",
-            ),
-            "AdamW: gradients of other shapes are taken": (
-                "if x.shape != param.shape or x.device",
-                "if x.device",
             ),
             "AdamW: found_inf is not looked for": ('self._from_scaler("found_inf")', "None"),
             "AdamW: the decay of the average is that of no update": (
@@ -99,7 +102,17 @@ PYTHON = [
                 "_version([*params, *averages.values()])\n            result = kernels",
                 "_version([])\n            result = kernels",
             ),
-            "AdamW: maximize is ignored": ('maximize=settings["maximize"],', "maximize=False,"),
+            "AdamW: state in another dtype is lost when it is loaded": (
+                "self.state[param][name] = value.to(device=param.device, dtype=dtype, copy=True)",
+                "pass",
+            ),
+        },
+    ),
+    *planted(
+        "trainops/adamw.py",
+        tests_of("adamw", "adamw_drop_in", "ema_fused", "reference", k="cpu-cpu or reference-cpu or not target"),
+        {
+            "AdamW: maximize is ignored": ('"maximize": group["maximize"],', '"maximize": False,'),
         },
     ),
     *planted(
@@ -153,8 +166,8 @@ PYTHON = [
         },
     ),
     *planted(
-        "trainops/tensor_table.py",
-        tests_of("tensor_table", "ema", "clip_grad", k="cpu"),
+        "trainops/tables.py",
+        tests_of("tables", "ema", "clip_grad", k="cpu"),
         {
             "tables: staged results are not copied back": ("        original.copy_(regular)\n", "        pass\n"),
             "tables: strides of a gradient are ignored": (
@@ -168,25 +181,26 @@ PYTHON = [
         },
     ),
     *planted(
-        "trainops/device_table.py",
-        tests_of("device_table"),
+        "trainops/uploads.py",
+        tests_of("core"),
         {
-            "device tables: a layout for other dtypes": ("        tuple(map(_dtype, column)),\n", ""),
-            "device tables: a layout for other strides": (
-                "None if contiguous else tuple(map(Tensor.size, column)) + tuple(map(Tensor.stride, column))",
-                "contiguous",
-            ),
-            "device tables: a layout for other groups": (
-                "groups and tuple(map(tuple, groups)), len(columns)",
-                "len(columns)",
-            ),
             "device tables: uploads of another stream": (
                 "key = (words, device, torch.cuda.current_stream(device).cuda_stream)",
                 "key = (words, device)",
             ),
-            "device tables: chunks of other rows": (
-                "torch.repeat_interleave(torch.tensor(order",
-                "torch.repeat_interleave(torch.tensor(sorted(order)",
+            "device tables: uploads by length": (
+                "key = (words, device, torch.cuda.current_stream(device).cuda_stream)",
+                "key = (len(words), device, torch.cuda.current_stream(device).cuda_stream)",
+            ),
+        },
+    ),
+    *planted(
+        "trainops/core.py",
+        tests_of("core", "cuda"),
+        {
+            "tables: a setting of another name": (
+                "[[group[name] for name in names] for group in settings]",
+                "[[group[name] for name in names[1:] + names[:1]] for group in settings]",
             ),
         },
     ),
