@@ -80,21 +80,17 @@ def variants() -> Iterator[Variant]:
 
 
 def rule_variants(rule: str) -> Iterator[Variant]:
-    """The plan of a step with and without a norm, and the update."""
-    for measures in (True, False):
+    """The plan of a step whose norm is measured, or known, or not wanted, and the update."""
+    measured = {**RESULTS, "total_norm": "*fp32", "norms": "*fp32"}
+    norms = {"with norm": measured, "with known norm": {"known_norm": "*fp32"}, "without norm": {}}
+    for label, of_norm in norms.items():
         arguments = {"rows": "*i64", "settings": "*i64", "coefficient": "*fp64", "scalars": "*fp64"}
         arguments |= {"grad_scale": "*fp32", "found_inf": "*fp32", "skip": "*i1", "skipped_steps": "*i64"}
-        of_norm = {**RESULTS, "total_norm": "*fp32", "norms": "*fp32"}
-        constants = {"WORDS": words_of(rule), "CLIP": True, "SKIP_NONFINITE": measures, "known_norm": None}
-        constants |= {"STORE_SCALARS": f"@{rule}.store_scalars", "MAXIMIZE": core.setting(rule, "maximize")}
-        constants |= {"GROUP_WORDS": 2 * len(core.schema(rule).settings)}
-        yield Variant(
-            "update",
-            "plan",
-            f"{rule}, with{'' if measures else 'out'} norm",
-            arguments | (of_norm if measures else {}),
-            constants | ({} if measures else dict.fromkeys(of_norm)),
-        )
+        constants = {"STORE_SCALARS": f"@{rule}.store_scalars", "MAXIMIZE": core.setting(rule, "maximize")}
+        constants |= {"WORDS": words_of(rule), "GROUP_WORDS": 2 * len(core.schema(rule).settings)}
+        constants |= {"CLIP": bool(of_norm), "SKIP_NONFINITE": bool(of_norm)}
+        absent = dict.fromkeys(name for name in (*measured, "known_norm") if name not in of_norm)
+        yield Variant("update", "plan", f"{rule}, {label}", arguments | of_norm, constants | absent)
     optional = [column.name for column in state_of(rule) if column.optional]
     states = [(dtype, dtype) for dtype in DTYPES] + [("bfloat16", "float32"), ("float16", "float32")]
     for param, state in states:
