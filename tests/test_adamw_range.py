@@ -162,9 +162,12 @@ def of_the_first_row():
 
 def of_the_first_group():
     """A fault: all groups have the learning rate of the first."""
-    return of_steps(
-        lambda groups: [replace(group, settings={**group.settings, "lr": groups[0].settings["lr"]}) for group in groups]
-    )
+
+    def change(groups):
+        lr = groups[0].settings["lr"]
+        return [replace(group, settings={**group.settings, "lr": lr}) for group in groups]
+
+    return of_steps(change)
 
 
 WRONG_ROWS = STEP_CONTROLS | {"step_of_the_first_row": of_the_first_row, "lr_of_the_first_group": of_the_first_group}

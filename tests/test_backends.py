@@ -265,7 +265,7 @@ def use_everything(folder):
         for name, extension in extensions.items():
             (package / f"_{name}{suffixes[0]}").write_bytes(extension)
         if extensions:
-            (package / "_build.json").write_text(json.dumps(dict.fromkeys(extensions, {"built_with": "gcc"})))
+            (package / "_build.json").write_text(json.dumps({name: {"built_with": "gcc"} for name in extensions}))
     where = json.dumps([(str(folder / state), list(extensions)) for state, extensions in EXTENSIONS.items()])
     command = [sys.executable, "-c", USE_EVERYTHING, where]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
