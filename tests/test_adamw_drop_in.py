@@ -61,6 +61,25 @@ def test_state_dicts_go_both_ways_mid_run(target, dtype, options):
     assert legs[1].state_dict()["state"][0].keys() == straight.state_dict()["state"][0].keys()
 
 
+def test_loaded_state_keeps_the_dtype_that_the_optimizer_has_it_in(target):
+    """Torch makes bfloat16 of float32 moments, once they are loaded for a bfloat16 parameter."""
+    p = torch.nn.Parameter(torch.randn(33, device=target.device).bfloat16())
+    p.grad = torch.randn_like(p)
+    optimizer = trainops.AdamW([p], amsgrad=True, backend=target.backend)
+    optimizer.step()
+    names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    wide = {name: torch.rand(33, device=target.device) for name in names}
+    optimizer.state[p] |= {name: x.clone() for name, x in wide.items()}
+    checkpoint = optimizer.state_dict()
+    optimizer.load_state_dict(checkpoint)
+    assert all(same_bits(optimizer.state[p][name], x) for name, x in wide.items())
+    assert all(optimizer.state[p][name] is not checkpoint["state"][0][name] for name in names)
+    optimizer.step()
+    fresh = trainops.AdamW([p], amsgrad=True, backend=target.backend)
+    fresh.load_state_dict(checkpoint)
+    assert {fresh.state[p][name].dtype for name in names} == {torch.bfloat16}  # as in torch
+
+
 def test_groups_schedulers_and_late_groups(target):
     shapes = [(33, 31), (127,), (5,)]
     ours, torchs = twins(shapes, torch.float32, target.device)
