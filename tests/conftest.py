@@ -11,7 +11,7 @@ from targets import INTERPRETER, TARGETS
 from triton_fixtures import device, divide, launches, small_blocks, tables, uploads  # noqa: F401 (fixtures)
 
 import trainops
-from trainops.adapters import triton as triton_backend
+from trainops.adapters import _triton
 
 # Shapes that have broken kernels before: scalars, nothing, one element, vector tails, several chunks, many tensors.
 SHAPES = {
@@ -31,7 +31,7 @@ collect_ignore_glob = [
     files for backend, files in OF_BACKENDS.items() if all(target.backend != backend for target in TARGETS)
 ]
 
-if triton_backend._interpreted() and trainops.backends()["triton"].available:
+if _triton.interpreted() and trainops.backends()["triton"].available:
     importlib.import_module("interpreter").mend()
     gc.set_threshold(100_000)  # the interpreter makes thousands of small objects a step
 

@@ -23,7 +23,7 @@ if not torch.cuda.is_available() and cuda_shim.compiler():
     SHIM = cuda_shim.Shim(path)
 
 import trainops  # noqa: E402 (finds what has been chosen)
-from trainops.adapters import triton as triton_backend  # noqa: E402
+from trainops.adapters import _triton  # noqa: E402
 
 
 class Target(NamedTuple):
@@ -55,7 +55,7 @@ def absence(target):
         return f"backend {backend}: {found.reason}"
     if target == Target("cuda", "cpu") and SHIM is None:
         return "the CUDA kernels are not compiled for the CPU: there is a CUDA device, or no C++ compiler"
-    if target == INTERPRETER and not triton_backend._interpreted():
+    if target == INTERPRETER and not _triton.interpreted():
         return "the interpreter is off, because there is a CUDA device"
     return ""
 

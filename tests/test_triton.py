@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import trainops
-from trainops.adapters import triton
+from trainops.adapters import _triton, triton
 
 
 def test_other_devices_are_not_served():
@@ -62,7 +62,7 @@ def test_a_broken_triton_is_no_secret(monkeypatch, probe):
     def broken():
         raise ImportError("libtriton.so: cannot open")
 
-    monkeypatch.setattr(triton, "_kernels", broken)
+    monkeypatch.setattr(_triton, "kernels", broken)
     with pytest.warns(RuntimeWarning, match="without its triton backend: .*does not work: libtriton.so"):
         found = probe()
     assert (found.available, found.reason) == (
@@ -78,4 +78,4 @@ def test_the_interpreter_is_chosen_as_triton_chooses_it(monkeypatch, value):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if value is not None:
         monkeypatch.setenv("TRITON_INTERPRET", value)
-    assert triton._interpreted() == knobs.runtime.interpret
+    assert _triton.interpreted() == knobs.runtime.interpret

@@ -24,7 +24,7 @@ from triton_fixtures import (
 
 import trainops
 from trainops import core
-from trainops.adapters import triton
+from trainops.adapters import _triton, triton
 from trainops.uploads import uploaded
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
@@ -178,7 +178,7 @@ def test_elements_beyond_32_bits(device):
 
     The interpreter's loops count in Python's integers, which it then takes for 32 bits.
     """
-    kernels, dtype, numel = triton._kernels(), BFLOAT16, 2**31 + 5
+    kernels, dtype, numel = _triton.kernels(), BFLOAT16, 2**31 + 5
     x = torch.empty(numel, dtype=dtype, device=device)
     table = core.table("transform", {"tensor": [torch.ones(1, dtype=dtype, device=device), x]}, device.type)
     words = table.words(chunk_numel=8192, by_kind=True)
@@ -188,13 +188,13 @@ def test_elements_beyond_32_bits(device):
     last = words.chunk_count - 1
     chunk = uploaded(words.rows, device), uploaded(words.chunks, device), last
     shape = {"WORDS": len(core.row_words()) + 1, "CHUNK": 8192, "BLOCK": 1024}
-    types = {"DTYPE": triton._type(dtype), "WIDE": triton._type(FLOAT32)}
+    types = {"DTYPE": _triton.type_of(dtype), "WIDE": _triton.type_of(FLOAT32)}
     partials = torch.zeros(words.chunk_count, dtype=FLOAT64, device=device)
     norm = {"STATISTIC": "l2_norm", "COLUMN": 0}
-    triton._launch(kernels.reduce.partial_results, 1, *chunk, partials, **norm, **types, **shape)
+    _triton.launch(kernels.reduce.partial_results, 1, *chunk, partials, **norm, **types, **shape)
     assert partials[last] == 4.0 * (numel - first)
     assert partials[:last].count_nonzero() == 0
     three = torch.tensor(3.0, device=device)
-    triton._launch(kernels.transform.transform, 1, *chunk, three, CLAMP=False, **types, **shape)
+    _triton.launch(kernels.transform.transform, 1, *chunk, three, CLAMP=False, **types, **shape)
     assert (x[first:] == 6.0).all()
     assert x[first - 1] == 1.0

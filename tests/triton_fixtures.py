@@ -14,7 +14,7 @@ from targets import TARGETS
 from training import Model
 
 import trainops
-from trainops.adapters import _device, triton
+from trainops.adapters import _device, _triton, triton
 
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 NAN, INF = float("nan"), float("inf")
@@ -38,8 +38,8 @@ def divide(monkeypatch):
     """Chooses the elements per block and per chunk."""
 
     def choose(block, chunk):
-        monkeypatch.setattr(triton._kernels()._common, "block_numel", lambda *_: block)
-        monkeypatch.setattr(triton._kernels()._common, "CHUNK", chunk)
+        monkeypatch.setattr(_triton.kernels()._common, "block_numel", lambda *_: block)
+        monkeypatch.setattr(_triton.kernels()._common, "CHUNK", chunk)
 
     return choose
 
@@ -53,13 +53,13 @@ def small_blocks(divide):
 @pytest.fixture
 def launches(monkeypatch):
     """The names of the kernels that were launched."""
-    names, launch = [], triton._launch
+    names, launch = [], _triton.launch
 
     def record(kernel, *args, **kwargs):
         names.append(kernel.fn.__name__)
         launch(kernel, *args, **kwargs)
 
-    monkeypatch.setattr(triton, "_launch", record)
+    monkeypatch.setattr(_triton, "launch", record)
     return names
 
 

@@ -114,11 +114,13 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
             raise ValueError("decoupled_weight_decay=False is torch.optim.Adam: AdamW's decay is decoupled")
         super().add_param_group(param_group)
 
-    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+    def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """The moments; with AMSGrad, the largest second moment, too."""
         names = ("exp_avg", "exp_avg_sq")
         return (*names, "max_exp_avg_sq") if group.get("amsgrad", False) else names
 
-    def _settings(self, group: dict[str, Any]) -> dict[str, float | Tensor]:
+    def settings(self, group: dict[str, Any]) -> dict[str, float | Tensor]:
+        """Those of a group, as the rule names them."""
         lr, (beta1, beta2) = group["lr"], group["betas"]
         return {
             "lr": lr.squeeze() if isinstance(lr, Tensor) else lr,

@@ -44,6 +44,11 @@ if available:
     )
 
 
+def load_kernels(module: str, name: str) -> tuple[Any, str]:
+    """The extension with the kernels of a backend, and what it was built with; or None, and why it is missing."""
+    return load(module, name) if available else (None, reason)
+
+
 def address(x: Tensor | None) -> int:
     """Where a tensor's elements are; 0 for None."""
     return 0 if x is None else x.data_ptr()

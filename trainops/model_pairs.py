@@ -1,8 +1,8 @@
 """Every tensor of a model with its average, as both are now: frameworks replace parameters at will."""
 
 import operator
-from collections.abc import Collection
 import typing
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch

@@ -24,11 +24,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     rule: ClassVar[str]
 
-    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+    def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         """The names of the state that a group uses, beside ``step``."""
         raise NotImplementedError
 
-    def _settings(self, group: dict[str, Any]) -> dict[str, float | Tensor]:
+    def settings(self, group: dict[str, Any]) -> dict[str, float | Tensor]:
         """The settings of the rule for a group, by name."""
         raise NotImplementedError
 
@@ -111,14 +111,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         # Unpickling and load_state_dict both come here, the latter after its hooks and before anything is set.
         for group in state["param_groups"]:
             for param in group["params"]:
-                check_state(param, state["state"].get(param), self._state_names(group))
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+                check_state(param, state["state"].get(param), self.state_names(group))
+        super().__setstate__(state)
         ema: EMA | None = state.get("_ema")
         if ema is not None and ema.optimizer is None:
             ema.attach_to(self)
         self._accept_amp_scaling()
 
-    @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, as in torch. State that is here in another dtype than its parameter keeps that dtype."""
         dtypes = {
@@ -189,11 +188,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             skipped_steps=self.skipped_steps,
         )
         kernels = select(self.backend, device.type)
-        states = list(map(self._state_names, self.param_groups))
+        states = list(map(self.state_names, self.param_groups))
         table = kernels.collect(self.rule, self.param_groups, self.state, averages, states)
         if table is not None:
             pairs = zip(self.param_groups, table.group_rows, strict=True)
-            groups = [Group(self._settings(group), rows) for group, rows in pairs]
+            groups = [Group(self.settings(group), rows) for group, rows in pairs]
             params = table.params
             all_averaged = table.averaged == len(averages)
             torch.autograd.graph.increment_version([*params, *averages.values()])
@@ -211,8 +210,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The general path: no state yet, any devices, tensor subclasses, layouts, and no gradient at all."""
         known = set(self.state)
         try:
-            name = type(self).__name__
-            groups = gather(self.param_groups, self.state, averages, self._state_names, self._settings, name)
+            groups = gather(self, averages)
             params = [p for group in groups for p in group.columns["param"]]
             torch.autograd.graph.increment_version([*params, *averages.values()])
             return params, self._update_groups(groups, control, ema_decay)

@@ -1,8 +1,8 @@
 """The rows of a step: the parameters that have a gradient, with the state that belongs to each."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,43 +11,34 @@ from .adapters import Group
 from .model_pairs import kind
 from .tables import aligned
 
-ParamGroup = dict[str, Any]
+if TYPE_CHECKING:
+    from .optimizer import FusedOptimizer
 
 
-def gather(
-    param_groups: Sequence[ParamGroup],
-    state: dict[Tensor, Any],
-    averages: dict[int, Tensor],
-    states: Callable[[ParamGroup], tuple[str, ...]],
-    settings: Callable[[ParamGroup], dict[str, float | Tensor]],
-    name: str,
-) -> list[Group]:
+def gather(optimizer: "FusedOptimizer", averages: dict[int, Tensor]) -> list[Group]:
     """The groups of a step, whatever tensors they hold. State is made where there is none yet.
 
-    Args:
-        param_groups: those of the optimizer called ``name``.
-        state: its state.
-        averages: averages by the ``id`` of their parameter.
-        states: the names of the state that a group uses.
-        settings: those of the rule.
+    ``averages`` are by the ``id`` of their parameter.
 
     Raises:
         RuntimeError: a gradient is sparse, or tensors of one parameter do not belong together.
     """
     selected = []
-    for param_group in param_groups:
+    for param_group in optimizer.param_groups:
         params, grads = param_group["params"], [p.grad for p in param_group["params"]]
         if any(grad is None for grad in grads):
             params = [p for p, grad in zip(params, grads, strict=True) if grad is not None]
             grads = [grad for grad in grads if grad is not None]
         if any(grad.layout is not torch.strided for grad in grads):
-            raise RuntimeError(f"{name} does not support sparse gradients, please consider SparseAdam instead")
+            raise RuntimeError(
+                f"{type(optimizer).__name__} does not support sparse gradients, please consider SparseAdam instead"
+            )
         grads = [aligned(grad, param) for grad, param in zip(grads, params, strict=True)]
         if params:
             selected.append((param_group, params, grads))
     groups = []
     for param_group, params, grads in selected:
-        own, names = [state[p] for p in params], states(param_group)
+        own, names = [optimizer.state[p] for p in params], optimizer.state_names(param_group)
         for param, its in zip(params, own, strict=True):
             if not its:
                 init_state(its, param, names)
@@ -55,7 +46,7 @@ def gather(
         columns = {"param": params, "grad": grads, "average": list(map(averages.get, map(id, params)))}
         columns |= {key: [its[key] for its in own] for key in ("step", *names)}
         _check_rows(columns)
-        groups.append(Group(settings(param_group), len(params), columns))
+        groups.append(Group(optimizer.settings(param_group), len(params), columns))
     return groups
 
 

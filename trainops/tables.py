@@ -1,8 +1,8 @@
 """What stands between lists of tensors and a kernel's table of addresses.
 
-Tables are built by ``csrc/core`` (``trainops.core``). Here is what it leaves to Python: how rows are made regular that
-kernels cannot take as they are, such as complex numbers, gradients with other strides than their parameter, slices
-with gaps, and the local shards of a DTensor.
+Tables are built by ``csrc/core`` (``trainops.core``). Here is what it leaves to Python: how rows are made regular
+that kernels cannot take as they are, such as complex numbers, gradients with other strides than their parameter,
+slices with gaps, and the local shards of a DTensor.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -87,7 +87,9 @@ def _stage_row(
             check_no_overlap(original)
             copies.append((original, regular))
         columns[column.name][row] = regular
-    for name, scalar in scalars if layout is not None else ():
+    if layout is None:
+        return
+    for name, scalar in scalars:
         columns[name][row] = regular = scalar.to(device=layout.device, dtype=torch.float32).reshape(())
         if regular.data_ptr() != scalar.data_ptr():
             copies.append((scalar, regular))

@@ -1,7 +1,7 @@
 """How elements are read and written, in whichever type a tensor has (``csrc/math/storage.h``).
 
-Where all addresses of a row are multiples of 16 bytes, whole blocks are read and written without a mask, which lets the
-compiler use 16-byte accesses; the rest goes through a mask. Both do the same arithmetic.
+Where all addresses of a row are multiples of 16 bytes, whole blocks are read and written without a mask, which lets
+the compiler use 16-byte accesses; the rest goes through a mask. Both do the same arithmetic.
 """
 
 import triton

@@ -1,12 +1,12 @@
 """A step of any rule with clipping, unscaling, skipping and the average.
 
-Two launches after the partial results of the norm (``reduce.py``): ``plan`` finishes the norm, decides the coefficient
-and whether the step is skipped, and evaluates each row's scalars in float64; ``update`` reads every column and writes
-those that are written, once. With AdamW in float32, that is 28 bytes per element, 8 more with AMSGrad and 8 more with
-an average. Arithmetic in float32, or float64 for float64 parameters.
+Two launches after the partial results of the norm (``reduce.py``). ``plan`` finishes the norm, decides the
+coefficient and whether the step is skipped, and evaluates each row's scalars in float64. ``update`` reads and writes
+every column once. With AdamW in float32, that is 28 bytes per element, 8 more with AMSGrad
+and 8 more with an average. Arithmetic in float32, or float64 for float64 parameters.
 
-A rule is a file like ``adamw.py``, whose functions are constants of these kernels: ``STORE_SCALARS``, ``LOAD_SCALARS``
-and ``FORMULA``. Its state fills up to three columns.
+A rule is a file like ``adamw.py``, whose functions are constants of these kernels: ``STORE_SCALARS``,
+``LOAD_SCALARS`` and ``FORMULA``. Its state fills up to three columns.
 """
 
 import triton

@@ -9,8 +9,8 @@ from torch import Tensor
 from .. import reference
 from ..tables import PLAIN
 
-# Takes by keyword: out, residual, branch, layer_scale, mask, rows, samples, sample_numel, channels. The tensors are as
-# `has_kernel` wants them and none is empty. `out` is written.
+# Takes by keyword: out, residual, branch, layer_scale, mask, rows, samples, sample_numel, channels. The tensors are
+# as `has_kernel` wants them and none is empty. `out` is written.
 Launch = Callable[..., None]
 
 # Likewise: of_branch, of_layer_scale (both written), grad, branch, layer_scale, mask, rows and the three sizes.

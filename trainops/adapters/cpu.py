@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from .. import core
-from .._extensions import load
 from ..tables import staged_table
 from ._drop_path import operations as drop_path_operations
 from ._tables import columns_of, ema_operations
 from .interface import Backend, Group, StepControl, StepResult
 
-_cpu, _reason = load("_cpu", "cpu") if core.available else (None, core.reason)
+_cpu, _reason = core.load_kernels("_cpu", "cpu")
 
 
 def probe() -> Backend:

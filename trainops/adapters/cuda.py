@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .. import core
-from .._extensions import load
 from ..tables import staged_table
 from ..uploads import Recent, uploaded
 from ._device import copy_back, device_guard, stage, step_settings, to_device
@@ -16,7 +15,7 @@ from ._drop_path import operations as drop_path_operations
 from ._tables import columns_of, ema_operations
 from .interface import Backend, Group, StepControl, StepResult
 
-_cuda, _reason = load("_cuda", "cuda") if core.available else (None, core.reason)
+_cuda, _reason = core.load_kernels("_cuda", "cuda")
 
 
 def probe() -> Backend:

@@ -1,0 +1,118 @@
+"""How Triton's kernels are found and launched, over the sections of a table's chunks."""
+
+import importlib
+import os
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import core
+from ._device import stage
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter is on."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@cache
+def kernels() -> Any:
+    """The kernels, imported when they are first wanted."""
+    return importlib.import_module("trainops.triton_kernels")
+
+
+@cache
+def type_of(dtype: torch.dtype | str | None) -> Any:
+    """Triton's name for a dtype."""
+    import triton.language
+
+    return None if dtype is None else getattr(triton.language, str(dtype).removeprefix("torch."))
+
+
+@cache
+def warps() -> int:
+    """How many a program has."""
+    threads: int = kernels()._common.THREADS
+    if interpreted():
+        return threads // 32
+    import triton
+
+    warp_size: int = triton.runtime.driver.active.get_current_target().warp_size
+    return max(1, threads // warp_size)
+
+
+def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+    """Contraction to fused multiply-add is off so that results do not depend on how a kernel was compiled."""
+    kernel[(programs,)](*args, **constants, num_warps=warps(), enable_fp_fusion=False)
+
+
+class Staged:
+    """A table whose words lie on its device, for kernels that take chunks."""
+
+    def __init__(self, kind: str, table: Any, device: torch.device) -> None:
+        self.words = stage(table, device, kernels()._common.CHUNK, by_kind=True)
+        self.device, self.row_count, self.has_float64 = device, table.rows, table.has_float64
+        self.columns = {column.name: i for i, column in enumerate(core.schema(kind).columns)}
+        self._row_words = len(core.row_words()) + len(self.columns)
+
+    def constants(self, block: int) -> dict[str, int]:
+        """What every kernel must know of the table; ``block``: how many elements a program takes at a time."""
+        return {"WORDS": self._row_words, "CHUNK": kernels()._common.CHUNK, "BLOCK": block}
+
+    def reduction_constants(self) -> dict[str, int]:
+        """The same for a kernel that joins partial results."""
+        return self.constants(kernels()._common.REDUCTION_BLOCK)
+
+    def over_chunks(
+        self, kernel: Any, *args: Any, types: dict[str, str], wide: dict[str, tuple[str, ...]], **constants: Any
+    ) -> None:
+        """Launch a kernel for each section of chunks.
+
+        ``types`` has the constants for the types of columns, ``wide`` those for the type of arithmetic on some.
+        """
+        for section in self.words.sections:
+            dtypes = {constant: section.kind[self.columns[column]] for constant, column in types.items()}
+            block = kernels()._common.block_numel(*(_itemsize(dtype) for dtype in dtypes.values() if dtype))
+            launch(
+                kernel,
+                section.chunk_count,
+                self.words.rows,
+                self.words.chunks,
+                section.first_chunk,
+                *args,
+                **{constant: type_of(dtype) for constant, dtype in dtypes.items()},
+                **{constant: type_of(wide_type(*(dtypes[x] for x in among))) for constant, among in wide.items()},
+                **constants,
+                **self.constants(block),
+            )
+
+    def results(self) -> tuple[Tensor, Tensor]:
+        """Room for a statistic of everything and of each row."""
+        dtype = torch.float64 if self.has_float64 else torch.float32
+        rows = torch.empty(self.row_count, dtype=dtype, device=self.device)
+        return torch.empty((), dtype=dtype, device=self.device), rows
+
+    def partial_results(self, statistic: str, column: str) -> Tensor:
+        """The statistic of each chunk, as far as it goes."""
+        partials = torch.empty(self.words.chunk_count, dtype=torch.float64, device=self.device)
+        self.over_chunks(
+            kernels().reduce.partial_results,
+            partials,
+            types={"DTYPE": column},
+            wide={"WIDE": ("DTYPE",)},
+            STATISTIC=statistic,
+            COLUMN=self.columns[column],
+        )
+        return partials
+
+
+@cache
+def _itemsize(dtype: str) -> int:
+    return int(getattr(torch, dtype).itemsize)
+
+
+def wide_type(*dtypes: str | None) -> str:
+    """The type of arithmetic on such types."""
+    return "float64" if "float64" in dtypes else "float32"
