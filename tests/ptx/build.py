@@ -25,6 +25,7 @@ ROOT = HERE.parent.parent
 FOLDER = Path("build", "ptx")  # within ROOT
 FLAGS = ["-std=gnu++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE"]
 FLAGS += ["-fwrapv", "-ffp-contract=off"]  # integers wrap, and every operation rounds
+POISON = "-ftrivial-auto-var-init=pattern"  # what registers hold that were never written
 ARCHITECTURE = "80"
 
 ninja_build = cuda_shim.ninja_build
@@ -69,14 +70,14 @@ def kernels(ptx):
         (HERE / name).read_text()
         for name in ("translate.py", "instructions.py", "forms.py", "arithmetic.h", "floats.h", "machine.h")
     ]
-    key = hashlib.sha256("\n".join([ptx, *parts, compiler_version(), *FLAGS]).encode()).hexdigest()[:24]
+    key = hashlib.sha256("\n".join([ptx, *parts, compiler_version(), *FLAGS, POISON]).encode()).hexdigest()[:24]
     library = ROOT / FOLDER / "kernels" / f"{key}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         draft = library.with_suffix(f".{os.getpid()}")
         source = draft.with_suffix(".cpp")
         source.write_text(translate.translate(ptx))
-        command = [*cuda_shim.compiler(), *FLAGS, "-shared", f"-I{HERE}", str(source), "-o", str(draft)]
+        command = [*cuda_shim.compiler(), *FLAGS, POISON, "-shared", f"-I{HERE}", str(source), "-o", str(draft)]
         subprocess.run([*command, str(ROOT / FOLDER / "machine" / "libptx_machine.so")], check=True)
         draft.replace(library)
         source.unlink()

@@ -200,7 +200,7 @@ bool run(const Kernel& wanted, u32 blocks, u32 threads, const char* parameters, 
   if (threads > wanted.most_threads) first_fault = "more threads than the kernel was compiled for";
   random_numbers.seed(seed);
   accesses_left = seed == 0 ? 0 : 1;
-  race_detector.reset(finds_races ? new_races(blocks, threads) : nullptr);
+  race_detector = finds_races ? new_races(wanted, blocks, threads) : nullptr;
   if (first_fault.empty()) Grid(blocks, threads, parameters, wanted.shared_bytes + dynamic_shared_bytes).run();
   message = first_fault.empty() ? "" : std::string(wanted.name) + ": " + first_fault;
   return first_fault.empty();
