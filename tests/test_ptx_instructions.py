@@ -421,6 +421,7 @@ UNKNOWN = [
     "atom.global.cas.b32 %r1, [%r2], 0, 1;",
     "mov.u32 %r1, %clock;",
     "call f;",
+    ".local .align 4 .b8 depot[8];",
 ]
 
 

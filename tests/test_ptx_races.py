@@ -226,12 +226,32 @@ def test_a_misaligned_vector_access(cuda):
         trainops.ema_update_(*([at_offset(torch.ones(1000), 1)] for _ in range(2)), 0.5, backend="cuda")
 
 
+def test_a_shared_array_is_read_before_it_was_written(cuda):
+    """Warps do not store their sums."""
+    text = cuda.texts["clip_grad_norm"]
+    faulty = "\n".join(line for line in text.splitlines() if "st.shared.f64" not in line)
+    assert text.count("st.shared.f64") > 3
+    build.kernels(faulty)
+    try:
+        with cuda.active(), pytest.raises(RuntimeError, match="shared memory is read before it is written"):
+            trainops.get_total_norm([torch.ones(1000)], backend="cuda")
+    finally:
+        build.kernels(text)
+    with cuda.active():
+        assert trainops.get_total_norm([torch.ones(900)], backend="cuda").item() == 30
+
+
 @pytest.mark.parametrize("missing", [0, 1])
 def test_a_grid_one_block_short(cuda, missing):
+    """Its elements stay as they were, and no block is the last one, which writes the norms."""
     results = []
     for blocks in (0, missing):
-        optimizer, tensors = make_step()
         with cuda.active(), cuda.machine.schedule(missing_blocks=blocks):
+            optimizer, tensors = make_step()
             optimizer.step()
-        results.append(tensors)
-    assert all(map(same_bits, *results)) == (missing == 0)
+            averages, others = ([torch.full((100_000,), x)] for x in (1.0, 2.0))
+            trainops.ema_update_(averages, others, 0.5, backend="cuda")
+        results.append([same_bits(averages[0], torch.full_like(averages[0], 1.5)), optimizer.grad_norm, *tensors])
+    (done, norm, *true), (done_too, norm_too, *found) = results
+    assert done
+    assert done_too == same_bits(norm, norm_too) == all(map(same_bits, true, found)) == (missing == 0)

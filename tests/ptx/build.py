@@ -22,9 +22,14 @@ from . import translate
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-FOLDER = Path("build", "ptx")  # within ROOT
+SANITIZERS = os.environ.get("PTX_SANITIZERS", "")  # such as address,undefined
+FROM_NVCC = Path("build", "ptx", "cuda")  # within ROOT
+FOLDER = Path("build", "-".join(["ptx", *SANITIZERS.split(",")]) if SANITIZERS else "ptx")
 FLAGS = ["-std=gnu++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE"]
 FLAGS += ["-fwrapv", "-ffp-contract=off"]  # integers wrap, and every operation rounds
+if SANITIZERS:
+    FLAGS += ["-O0", f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all"]  # optimizing takes an hour
+POISON = "-ftrivial-auto-var-init=pattern"  # what registers hold that were never written
 ARCHITECTURE = "80"
 
 ninja_build = cuda_shim.ninja_build
@@ -69,14 +74,14 @@ def kernels(ptx):
         (HERE / name).read_text()
         for name in ("translate.py", "instructions.py", "forms.py", "arithmetic.h", "floats.h", "machine.h")
     ]
-    key = hashlib.sha256("\n".join([ptx, *parts, compiler_version(), *FLAGS]).encode()).hexdigest()[:24]
+    key = hashlib.sha256("\n".join([ptx, *parts, compiler_version(), *FLAGS, POISON]).encode()).hexdigest()[:24]
     library = ROOT / FOLDER / "kernels" / f"{key}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         draft = library.with_suffix(f".{os.getpid()}")
         source = draft.with_suffix(".cpp")
         source.write_text(translate.translate(ptx))
-        command = [*cuda_shim.compiler(), *FLAGS, "-shared", f"-I{HERE}", str(source), "-o", str(draft)]
+        command = [*cuda_shim.compiler(), *FLAGS, POISON, "-shared", f"-I{HERE}", str(source), "-o", str(draft)]
         subprocess.run([*command, str(ROOT / FOLDER / "machine" / "libptx_machine.so")], check=True)
         draft.replace(library)
         source.unlink()
@@ -88,14 +93,14 @@ def kernels(ptx):
 def cuda_module():
     """The path of ``_cuda``, whose launches go to the machine, and the PTX of each of its sources by name."""
     relative = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
-    keep = FOLDER / "cuda" / "kept"
+    keep = FROM_NVCC / "kept"
     (ROOT / keep).mkdir(parents=True, exist_ok=True)
     gencode = f"-gencode=arch=compute_{ARCHITECTURE},code=compute_{ARCHITECTURE}"
     device_type = "-DTRAINOPS_DEVICE_TYPE=1"
     cu = [nvcc.path, *nvcc.FLAGS, gencode, "-lineinfo", device_type, "--keep", "--keep-dir", str(keep)]
-    host = FOLDER / "cuda" / "host.o"
+    host = FROM_NVCC / "host.o"
     command = [*cuda_shim.compiler(), *FLAGS]
-    joined = [*command, "-r", "-nostdlib"]
+    joined = [*cuda_shim.compiler(), "-r", "-nostdlib"]
     with alone():
         ninja_build.build_module(host, relative, {".cu": cu}, joined, [], f"{nvcc.version}", quiet=True)
         folders = (pybind11.get_include(), sysconfig.get_path("include"))

@@ -34,7 +34,8 @@ T larger(T a, T b) {
   if (is_nan(b)) return a;
   return a > b || (a == b && !std::signbit(a)) ? a : b;
 }
-// From a float that is whole, saturating. NaN becomes 0; where either type has 64 bits, the highest bit alone.
+// From a float that is whole, saturating. Where either type has 64 bits, NaN becomes the highest bit alone, else 0:
+// the PTX manual, cvt, since version 9.0, which no longer says 0 of all types.
 template <typename Integer, typename T>
 Integer to_integer(T a) {
   const bool is_signed = std::is_signed_v<Integer>;

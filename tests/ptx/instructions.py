@@ -164,8 +164,9 @@ class Instructions:
         if found := ATOMIC.fullmatch(opcode):
             target, address, value = operands if found["kind"] == "atom" else ("", *operands)
             scope = "block" if "cta" in (found["scope"], found["late"]) else "device"
+            returns = "true" if target else "false"
             call = f"t.atomic_add<{found['type']}>({self.address(address)}, {self.value(value)}, "
-            call += f"Order::{ORDERS[found['order']]}, Scope::{scope}, {self.site(opcode)});"
+            call += f"Order::{ORDERS[found['order']]}, Scope::{scope}, {returns}, {self.site(opcode)});"
             return f"{self.value(target)} = {call}" if target else call
         if not (found := MEMORY.fullmatch(opcode)):
             return None
@@ -188,4 +189,5 @@ class Instructions:
         code = f"char v[{size}];"
         for i, value in enumerate(values):
             code += f" write<{stored}>(v + {i * item}, get<{stored}>({self.value(value)}));"
-        return f"{code} std::memcpy(t.{place}({where}, {size}, Access::write, {self.site(opcode)}, v), v, {size});"
+        end = ", v" if place == "shared" else ""
+        return f"{code} std::memcpy(t.{place}({where}, {size}, Access::write, {self.site(opcode)}{end}), v, {size});"

@@ -1,6 +1,7 @@
 // The parts of the machine among themselves: memory.cpp, machine.cpp, races.cpp, and what launches: cuda_runtime.cpp.
 #pragma once
 
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -65,13 +66,13 @@ u64 launch_number();
 class Races {
  public:
   virtual ~Races() = default;
-  // `is_there`: a write stores what the memory holds.
-  virtual void access(u32 thread, u64 address, u32 size, Access access, const Site& site, bool is_there) = 0;
+  // `same`: a write stores what the memory holds.
+  virtual void access(u32 thread, u64 address, u32 size, Access access, const Site& site, bool same) = 0;
   virtual void meet(const std::vector<u32>& threads) = 0;  // at a barrier
   virtual void fence(u32 thread, Scope scope) = 0;
-  virtual void atomic(u32 thread, u64 address, Order order, Scope scope) = 0;
+  virtual void atomic(u32 thread, u64 address, Order order, Scope scope, bool returns) = 0;
 };
-Races* new_races(u32 blocks, u32 block_threads);
+std::unique_ptr<Races> new_races(const Kernel& kernel, u32 blocks, u32 block_threads);
 Races* races();  // of the launch; null where none are looked for
 
 // The address by which the race detector knows a byte of a block's shared memory.

@@ -13,6 +13,13 @@
 #include <random>
 
 #include "launch.h"
+// AddressSanitizer has to know which stack is in use.
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#define FOR_SANITIZER(call) call
+#else
+#define FOR_SANITIZER(call)
+#endif
 
 namespace ptx {
 namespace {
@@ -49,8 +56,15 @@ u64 launch = 0;
 thread_local std::string message;
 std::string first_fault;
 
+const void* scheduler_stack;
+size_t scheduler_stack_size;
+
 void yield() {
-  if (_setjmp(current->resume) == 0) _longjmp(scheduler, 1);
+  if (_setjmp(current->resume) == 0) {
+    FOR_SANITIZER(__sanitizer_start_switch_fiber(nullptr, scheduler_stack, scheduler_stack_size));
+    _longjmp(scheduler, 1);
+  }
+  FOR_SANITIZER(__sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size));
 }
 
 }  // namespace
@@ -75,6 +89,7 @@ Races* races() { return race_detector.get(); }
 namespace {
 
 void run_fiber() {
+  FOR_SANITIZER(__sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size));
   try {
     kernel->run(current->thread);
   } catch (const Fault& found) {
@@ -87,9 +102,14 @@ void run_fiber() {
 
 void resume(Fiber& fiber) {
   current = &fiber;
-  if (_setjmp(scheduler) != 0) return;
+  if (_setjmp(scheduler) != 0) {
+    FOR_SANITIZER(__sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr));
+    return;
+  }
+  FOR_SANITIZER(__sanitizer_start_switch_fiber(nullptr, fiber.stack.get(), kStack));
   if (fiber.started) _longjmp(fiber.resume, 1);
   fiber.started = true;
+  FOR_SANITIZER(__asan_unpoison_memory_region(fiber.stack.get(), kStack));  // a fault may have left frames there
   getcontext(&fiber.start);
   fiber.start.uc_stack.ss_sp = fiber.stack.get();
   fiber.start.uc_stack.ss_size = kStack;
@@ -200,7 +220,7 @@ bool run(const Kernel& wanted, u32 blocks, u32 threads, const char* parameters, 
   if (threads > wanted.most_threads) first_fault = "more threads than the kernel was compiled for";
   random_numbers.seed(seed);
   accesses_left = seed == 0 ? 0 : 1;
-  race_detector.reset(finds_races ? new_races(blocks, threads) : nullptr);
+  race_detector = finds_races ? new_races(wanted, blocks, threads) : nullptr;
   if (first_fault.empty()) Grid(blocks, threads, parameters, wanted.shared_bytes + dynamic_shared_bytes).run();
   message = first_fault.empty() ? "" : std::string(wanted.name) + ": " + first_fault;
   return first_fault.empty();

@@ -8,7 +8,7 @@
 
 namespace ptx {
 
-enum class Access { read, write, atomic };
+enum class Access { read, write, atomic_of_block, atomic_of_device };
 enum class Scope { block, device };
 enum class Order { relaxed, acquire, release, acquire_release };
 enum class Vote { any, all, count };
@@ -27,12 +27,12 @@ struct __attribute__((visibility("default"))) Thread {
   const char* parameters;
   u32 parameter_bytes;
 
-  // Where bytes lie in the host's memory, for reading or for what is to be stored there. A fault unless the access is
-  // aligned to its size and inside of what is there.
-  char* global(u64 address, u32 size, Access access, Site& site, const char* stored = nullptr);
+  // Where bytes lie in the host's memory. A fault unless the access is aligned to its size, inside of what is there,
+  // and no race. `stored`: what will be written there. A generic address is one of global memory, or of the
+  // parameters.
+  char* global(u64 address, u32 size, Access access, Site& site);
   char* shared(u32 offset, u32 size, Access access, Site& site, const char* stored = nullptr);
-  char* generic(u64 address, u32 size, Access access, Site& site,
-                const char* stored = nullptr);  // of global memory, or of the parameters
+  char* generic(u64 address, u32 size, Access access, Site& site);
   const char* parameter(u64 offset, u32 size, Site& site);
 
   void barrier(u32 index, Site& site);
@@ -44,10 +44,10 @@ struct __attribute__((visibility("default"))) Thread {
   u32 ballot(bool value, u32 mask, Site& site);
   [[noreturn]] void trap(Site& site);
 
+  // `returns`: whether the kernel is told what was there.
   template <typename T>
-  T atomic_add(u64 address, T value, Order order, Scope scope, Site& site) {
-    char* const bytes = global(address, sizeof(T), Access::atomic, site);
-    synchronize(address, order, scope);
+  T atomic_add(u64 address, T value, Order order, Scope scope, bool returns, Site& site) {
+    char* const bytes = atomic(address, sizeof(T), order, scope, returns, site);
     T before;
     std::memcpy(&before, bytes, sizeof before);
     const T after = before + value;
@@ -56,7 +56,7 @@ struct __attribute__((visibility("default"))) Thread {
   }
 
  private:
-  void synchronize(u64 address, Order order, Scope scope);
+  char* atomic(u64 address, u32 size, Order order, Scope scope, bool returns, Site& site);
 };
 
 template <typename T>

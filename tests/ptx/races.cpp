@@ -1,14 +1,19 @@
-// Finds data races by happens-before, as PTX's memory model defines it:
+// Finds data races by happens-before, as PTX's memory model defines it (PTX manual, "Memory Consistency Model"):
 //
-// - A thread's actions are in order. A barrier orders what all of its threads did before it, before what they do
-// after.
-// - A fence, an atomic, and in another thread an atomic on the same address that comes later and a fence, in this
-// order,
-//   order what came before the first fence before what comes after the second; if both scopes include both threads.
+// - A thread's actions are in order. A barrier orders what its threads did before it, before what they do after.
+// - A fence, an atomic, then in another thread an atomic on the same address and a fence, in this order: what came
+//   before the first fence is before what comes after the second, if both scopes include both threads. An atomic with
+//   release or acquire is its own fence, for its address alone. A `red` returns nothing, so it acquires nothing.
+// - A plain write to the address ends such a chain of atomics.
 //
-// Two accesses of a byte are a race if one writes, not both are atomic, and neither is before the other. After a
-// thread's own atomic on an address, its plain accesses there come after all atomics that this one came after.
-// Two writes of the same bytes are none: Triton lets all threads that hold a result store it.
+// Two accesses of a byte are a race if one writes and neither is before the other, unless both are atomic with scopes
+// that include both threads. After an atomic, plain accesses of its address come after all atomics of the chain.
+//
+// One exception: threads of a block may write the same value to shared memory at the same instruction, as Triton's
+// reductions do. PTX defines this race: a read after either write finds one of the two values ("Limitations on
+// Mixed-size Data-races"). Later writes must come after both.
+//
+// The order that PTX gives to any two fence.sc (which membar is) is left out: another run may have the other order.
 #include <algorithm>
 #include <memory>
 #include <unordered_map>
@@ -25,16 +30,23 @@ void join(Clock& clock, const Clock& other) {
   for (size_t i = 0; i < other.size(); ++i) clock[i] = std::max(clock[i], other[i]);
 }
 
+enum Kind : u64 { kPlain, kAtomicOfBlock, kAtomicOfDevice, kManyReads };
+
 struct Event {
-  u32 thread = 0, time = 0;  // 0: none
-  const Site* site = nullptr;
+  u64 thread : 24, time : 22, site : 16, kind : 2;  // time 0: none
 };
 
-// The last accesses of a byte. Readers that are not ordered among themselves are kept one by one.
-struct Byte {
-  Event write, read;
-  bool atomic = false;
-  std::unique_ptr<std::vector<Event>> readers;  // by thread
+// The last write of some bytes, and the last read since. Reads that are not ordered among themselves are elsewhere:
+// kManyReads.
+struct Cell {
+  Event write = {}, read = {};
+};
+
+// Its cells are as wide as its narrowest access.
+struct Page {
+  static constexpr u64 kBytes = 1024;
+  u64 width = 16;
+  std::vector<Cell> cells = std::vector<Cell>(kBytes / 16);
 };
 
 struct ThreadState {
@@ -45,13 +57,22 @@ struct ThreadState {
 
 class Detector final : public Races {
  public:
-  Detector(u32 blocks, u32 block_threads) : block_threads_(block_threads), threads_(blocks * block_threads) {
+  Detector(const Kernel& kernel, u32 blocks, u32 block_threads)
+      : sites_(kernel.sites), block_threads_(block_threads), threads_(blocks * block_threads) {
     const auto nothing = std::make_shared<const Clock>(threads_.size());
     for (ThreadState& state : threads_) state.others = nothing;
   }
 
-  void access(u32 thread, u64 address, u32 size, Access access, const Site& site, bool is_there) override {
-    for (u64 at = address; at < address + size; ++at) access_byte(thread, at, access, site, is_there);
+  void access(u32 thread, u64 address, u32 size, Access access, const Site& site, bool same) override {
+    Event event = {thread, threads_[thread].time, static_cast<u64>(&site - sites_), kPlain};
+    if (access == Access::atomic_of_block) event.kind = kAtomicOfBlock;
+    if (access == Access::atomic_of_device) event.kind = kAtomicOfDevice;
+    Page& page = pages_[address / Page::kBytes];
+    if (size < page.width) narrow(page, address / Page::kBytes * Page::kBytes, size);
+    for (u64 at = address; at < address + size; at += page.width) {
+      Cell& cell = page.cells[at % Page::kBytes / page.width];
+      access == Access::read ? read(cell, at, event) : write(cell, at, event, same);
+    }
   }
 
   void meet(const std::vector<u32>& met) override {
@@ -66,70 +87,106 @@ class Detector final : public Races {
 
   void fence(u32 thread, Scope scope) override {
     ThreadState& state = threads_[thread];
-    auto known = std::make_shared<Clock>(*state.others);
-    join(*known, state.seen[static_cast<int>(Scope::block)]);
-    if (scope == Scope::device) join(*known, state.seen[static_cast<int>(Scope::device)]);
-    (*known)[thread] = state.time++;
-    state.released[static_cast<int>(Scope::block)] = *known;
-    if (scope == Scope::device) state.released[static_cast<int>(Scope::device)] = *known;
-    state.others = known;
+    learn(thread, state.seen[kBlock]);
+    if (scope == Scope::device) learn(thread, state.seen[kDevice]);
+    state.released[kBlock] = now(thread);
+    if (scope == Scope::device) state.released[kDevice] = state.released[kBlock];
+    ++state.time;
   }
 
-  void atomic(u32 thread, u64 address, Order order, Scope scope) override {
-    if (order == Order::release || order == Order::acquire_release) fence(thread, scope);
+  void atomic(u32 thread, u64 address, Order order, Scope scope, bool returns) override {
     ThreadState& state = threads_[thread];
     Location& location = locations_[address];
+    const bool of_device = scope == Scope::device;
+    const bool releases = order == Order::release || order == Order::acquire_release;
+    const bool acquires = order == Order::acquire || order == Order::acquire_release;
     Clock& of_block = location.of_blocks[thread / block_threads_];
-    join(state.seen[static_cast<int>(Scope::block)], of_block);
-    join(of_block, state.released[static_cast<int>(Scope::block)]);
-    if (scope == Scope::device) {
-      join(state.seen[static_cast<int>(Scope::device)], location.of_device);
-      join(location.of_device, state.released[static_cast<int>(Scope::device)]);
-    }
-    if (order == Order::acquire || order == Order::acquire_release) fence(thread, scope);
+    const Clock before = of_device ? location.of_device : Clock(), before_of_block = of_block;
+    join(of_block, releases ? now(thread) : state.released[kBlock]);
+    if (of_device) join(location.of_device, releases ? now(thread) : state.released[kDevice]);
+    if (releases) ++state.time;
+    if (!returns) return;
+    join(state.seen[kBlock], before_of_block);
+    join(state.seen[kDevice], before);
+    if (acquires) learn(thread, before_of_block), learn(thread, before);
   }
 
  private:
+  enum { kBlock = static_cast<int>(Scope::block), kDevice = static_cast<int>(Scope::device) };
+
+  // What can be learned from atomics on an address.
   struct Location {
     Clock of_device;
     std::unordered_map<u32, Clock> of_blocks;
   };
 
+  void learn(u32 thread, const Clock& clock) {
+    if (clock.empty()) return;
+    const auto known = std::make_shared<Clock>(*threads_[thread].others);
+    join(*known, clock);
+    threads_[thread].others = known;
+  }
+
+  Clock now(u32 thread) const {
+    Clock clock = *threads_[thread].others;
+    clock[thread] = threads_[thread].time;
+    return clock;
+  }
+
   bool is_before(const Event& event, u32 thread) const {
     return event.time == 0 || event.thread == thread || (*threads_[thread].others)[event.thread] >= event.time;
   }
 
-  void access_byte(u32 thread, u64 address, Access access, const Site& site, bool is_there) {
-    auto& page = pages_[address >> 10];
-    if (!page) page.reset(new Byte[1 << 10]);
-    Byte& byte = page[address & 1023];
-    const Event event{thread, threads_[thread].time, &site};
-    if (!(access == Access::atomic && byte.atomic) && !is_there && !is_before(byte.write, thread)) {
-      report(event, address, byte.write, access == Access::read ? "reads" : "writes", "wrote");
-    }
-    if (access == Access::read) return add_reader(byte, event);
-    if (!is_before(byte.read, thread)) report(event, address, byte.read, "writes", "read");
-    if (byte.readers) {
-      for (const Event& reader : *byte.readers) {
-        if (!is_before(reader, thread)) report(event, address, reader, "writes", "read");
-      }
-    }
-    byte.write = event;
-    byte.atomic = access == Access::atomic;
-    byte.read = {};
-    byte.readers.reset();
+  bool both_atomic(const Event& a, const Event& b) const {
+    if (a.kind == kPlain || b.kind == kPlain) return false;
+    const bool of_device = a.kind == kAtomicOfDevice && b.kind == kAtomicOfDevice;
+    return of_device || a.thread / block_threads_ == b.thread / block_threads_;
   }
 
-  void add_reader(Byte& byte, const Event& event) {
-    if (byte.readers) {
-      (*byte.readers)[event.thread] = event;
-    } else if (is_before(byte.read, event.thread)) {
-      byte.read = event;
-    } else {
-      byte.readers = std::make_unique<std::vector<Event>>(threads_.size());
-      for (const Event& reader : {byte.read, event}) (*byte.readers)[reader.thread] = reader;
-      byte.read = {};
+  void narrow(Page& page, u64 begin, u64 width) {
+    std::vector<Cell> cells(Page::kBytes / width);
+    for (u64 i = 0; i < cells.size(); ++i) {
+      const u64 from = i * width / page.width;
+      cells[i] = page.cells[from];
+      if (cells[i].read.kind == kManyReads) readers_[begin + i * width] = readers_[begin + from * page.width];
     }
+    page.cells.swap(cells);
+    page.width = width;
+  }
+
+  void read(Cell& cell, u64 at, const Event& event) {
+    if (!is_before(cell.write, event.thread)) report(event, at, cell.write, "reads", "wrote");
+    add_reader(cell, at, event);
+  }
+
+  void add_reader(Cell& cell, u64 at, const Event& event) {
+    if (cell.read.kind == kManyReads) {
+      readers_[at][event.thread] = event;
+    } else if (is_before(cell.read, event.thread)) {
+      cell.read = event;
+    } else {
+      std::vector<Event>& readers = readers_[at];
+      readers.assign(threads_.size(), Event{});
+      for (const Event& reader : {cell.read, event}) readers[reader.thread] = reader;
+      cell.read.kind = kManyReads;
+    }
+  }
+
+  void write(Cell& cell, u64 at, const Event& event, bool same) {
+    if (!both_atomic(cell.write, event) && !is_before(cell.write, event.thread)) {
+      if (!same || cell.write.site != event.site) report(event, at, cell.write, "writes", "wrote");
+      return add_reader(cell, at, event);  // of two equal writes, the second one is known by what it forbids
+    }
+    if (cell.read.kind == kManyReads) {
+      for (const Event& reader : readers_[at]) {
+        if (!is_before(reader, event.thread)) report(event, at, reader, "writes", "read");
+      }
+      readers_.erase(at);
+    } else if (!is_before(cell.read, event.thread)) {
+      report(event, at, cell.read, "writes", "read");
+    }
+    if (event.kind == kPlain && cell.write.kind != kPlain) locations_.erase(at);
+    cell = {event, {}};
   }
 
   std::string name(u32 thread) const {
@@ -138,18 +195,22 @@ class Detector final : public Races {
 
   [[noreturn]] void report(const Event& event, u64 address, const Event& other, const char* does, const char* did) {
     const std::string place = address >> 63 != 0 ? "shared" : "global";
-    fault(event.site, "race in " + place + " memory: " + name(event.thread) + " " + does + " what " +
-                          name(other.thread) + " " + did + " at " + other.site->where);
+    fault(&sites_[event.site], "race in " + place + " memory: " + name(event.thread) + " " + does + " what " +
+                                   name(other.thread) + " " + did + " at " + sites_[other.site].where);
   }
 
+  const Site* const sites_;
   const u32 block_threads_;
   std::vector<ThreadState> threads_;
-  std::unordered_map<u64, std::unique_ptr<Byte[]>> pages_;
+  std::unordered_map<u64, Page> pages_;
+  std::unordered_map<u64, std::vector<Event>> readers_;  // by cell, and in each by thread
   std::unordered_map<u64, Location> locations_;
 };
 
 }  // namespace
 
-Races* new_races(u32 blocks, u32 block_threads) { return new Detector(blocks, block_threads); }
+std::unique_ptr<Races> new_races(const Kernel& kernel, u32 blocks, u32 block_threads) {
+  return std::make_unique<Detector>(kernel, blocks, block_threads);
+}
 
 }  // namespace ptx

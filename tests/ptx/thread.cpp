@@ -78,11 +78,7 @@ void fault(const Site* site, const std::string& what) {
 }
 void fault_of_division() { fault(nullptr, "division by zero"); }
 
-bool is_there(const char* bytes, const char* stored, u32 size) {
-  return stored != nullptr && std::memcmp(bytes, stored, size) == 0;
-}
-
-char* Thread::global(u64 address, u32 size, Access access, Site& site, const char* stored) {
+char* Thread::global(u64 address, u32 size, Access access, Site& site) {
   maybe_interrupt();
   if (address % size != 0) fault(&site, "an access of " + std::to_string(size) + " bytes is not aligned");
   if (site.launch != launch_number() || address < site.begin || address + size > site.end) {
@@ -92,7 +88,7 @@ char* Thread::global(u64 address, u32 size, Access access, Site& site, const cha
     site.begin = found.begin, site.end = found.end, site.launch = launch_number();
   }
   char* const bytes = reinterpret_cast<char*>(address);
-  if (races()) races()->access(id, address, size, access, site, is_there(bytes, stored, size));
+  if (races()) races()->access(id, address, size, access, site, false);
   return bytes;
 }
 
@@ -102,9 +98,8 @@ char* Thread::shared(u32 offset, u32 size, Access access, Site& site, const char
   if (offset % size != 0) fault(&site, "an access of " + std::to_string(size) + " bytes is not aligned");
   if (u64{offset} + size > own.shared.size()) fault(&site, "an access past the end of shared memory");
   char* const bytes = own.shared.data() + offset;
-  if (races()) {
-    races()->access(id, shared_address(block, offset), size, access, site, is_there(bytes, stored, size));
-  }
+  const bool same = stored != nullptr && std::memcmp(bytes, stored, size) == 0;
+  if (races()) races()->access(id, shared_address(block, offset), size, access, site, same);
   const auto written = own.written.begin() + offset;
   if (access == Access::write) std::fill(written, written + size, 1);
   if (std::find(written, written + size, 0) != written + size)
@@ -112,12 +107,19 @@ char* Thread::shared(u32 offset, u32 size, Access access, Site& site, const char
   return bytes;
 }
 
-char* Thread::generic(u64 address, u32 size, Access access, Site& site, const char* stored) {
+char* Thread::generic(u64 address, u32 size, Access access, Site& site) {
   const u64 first = reinterpret_cast<u64>(parameters);
-  if (address < first || address + size > first + parameter_bytes) return global(address, size, access, site, stored);
+  if (address < first || address + size > first + parameter_bytes) return global(address, size, access, site);
   if (address % size != 0) fault(&site, "a parameter is not aligned");
   if (access != Access::read) fault(&site, "parameters are not to be written");
   return reinterpret_cast<char*>(address);
+}
+
+char* Thread::atomic(u64 address, u32 size, Order order, Scope scope, bool returns, Site& site) {
+  char* const bytes =
+      global(address, size, scope == Scope::device ? Access::atomic_of_device : Access::atomic_of_block, site);
+  if (races()) races()->atomic(id, address, order, scope, returns);
+  return bytes;
 }
 
 const char* Thread::parameter(u64 offset, u32 size, Site& site) {
@@ -133,9 +135,6 @@ u32 Thread::barrier_vote(u32 index, Vote vote, bool value, Site& site) {
 }
 void Thread::fence(Scope scope, Site& site) {
   if (races() && !site.removed) races()->fence(id, scope);
-}
-void Thread::synchronize(u64 address, Order order, Scope scope) {
-  if (races()) races()->atomic(id, address, order, scope);
 }
 void Thread::trap(Site& site) { fault(&site, "trap"); }
 
