@@ -482,6 +482,9 @@ REFUSED = {
     "one list is shorter": (("ema", {"average": [X, X], "tensor": [X]}, "cpu"), "columns are lists of one length"),
     "one list is longer": (("ema", {"average": [X], "tensor": [X, X]}, "cpu"), "columns are lists of one length"),
     "no list": (("ema", {"average": [X], "tensor": (X,)}, "cpu"), "columns are lists of one length"),
+    "a column too many": (("ema", {"average": [X], "tensor": [X], "sources": [X]}, "cpu"), "no such column"),
+    "rows of no group": (("reduce", {"tensor": [X, X]}, "cpu", [1]), "as many rows"),
+    "groups without rows": (("reduce", {"tensor": [X, X]}, "cpu", [1, 2]), "as many rows"),
     "a column of None": (("reduce", {"tensor": None}, "cpu"), "columns are lists of one length"),
 }
 

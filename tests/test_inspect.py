@@ -1,11 +1,15 @@
 """The inspection of machine code: what it finds wrong, what it compiles, and what it keeps."""
 
+from collections import Counter
+from types import SimpleNamespace
+
 import pytest
 from targets import TARGETS
 
 from benchmarks import inspect_cache, inspect_cuda, inspect_triton
 from benchmarks.inspect_triton import TARGETS as GPUS
 from benchmarks.inspect_triton import Found, every_task, expected, fault, sample
+from trainops import core
 
 pytestmark = pytest.mark.skipif(
     not any(target.backend == "triton" for target in TARGETS), reason="Triton is not installed"
@@ -67,6 +71,23 @@ def test_faults_of_cuda_kernels(change, message):
     assert inspect_cuda.fault("ema_kernel", kernel._replace(**change)) == message
 
 
+@pytest.mark.parametrize(
+    ("symbol", "name"),
+    [
+        ("10ema_kernelENS0_11DeviceTableEdPKb", "ema_kernel"),
+        ("16drop_path_kernelIdEEvNS0_8DropPathE", "drop_path_kernel<double>"),
+        ("15backward_kernelIfLb1EEEvNS0_16DropPathBackwardE", "backward_kernel<float, true>"),
+        ("13update_kernelINS_5AdamWEEEvNS0_10UpdateArgsE", "update_kernel<AdamW>"),
+        ("13reduce_kernelINS_7InfNormEEEvNS0_10ReduceArgsE", "reduce_kernel<InfNorm>"),
+        ("13update_kernelINS_4LionELb0EdEEvNS0_10UpdateArgsE", "update_kernel<Lion, false, double>"),
+        ("$__internal_0_$__cuda_sm20_div_rn_f64_full", None),
+    ],
+)
+def test_names_of_cuda_kernels(symbol, name):
+    space = "_ZN8trainops4cuda41_GLOBAL__N__33ada180_9_update_cu_f927e0e3"
+    assert inspect_cuda.name_of(symbol if symbol[0] == "$" else space + symbol) == name
+
+
 def test_the_sample_has_every_variant_and_each_kernel_for_both_vendors():
     tasks = sample()
     assert [task.variant for task in tasks] == list(inspect_triton.variants())
@@ -77,27 +98,45 @@ def test_the_sample_has_every_variant_and_each_kernel_for_both_vendors():
     assert {task.target for task in tasks} == set(GPUS)
 
 
-class Kernel:
-    """Has a hash of its source, as under the interpreter there is none."""
+@pytest.fixture
+def versions(monkeypatch):
+    """Functions have a hash of their source, which under the interpreter they have not: here it is a number."""
+    versions = Counter()
 
-    version = 1
+    def function_of(name):
+        return SimpleNamespace(cache_key=(name, versions[name]))
 
-    def __init__(self, variant):
-        self.cache_key = variant.kernel, self.version
+    monkeypatch.setattr(inspect_triton, "function_of", function_of)
+    return versions
 
 
-def test_keys_are_those_of_all_that_a_result_depends_on(monkeypatch):
-    monkeypatch.setattr(inspect_triton, "kernel_of", Kernel)
+def test_keys_are_those_of_all_that_a_result_depends_on(versions):
     tasks = every_task()
     keys = [inspect_triton.key(task) for task in tasks]
     assert len(set(keys)) == len(tasks)
     assert keys == [inspect_triton.key(task) for task in tasks]
-    monkeypatch.setattr(Kernel, "version", 2)
-    assert not set(keys) & {inspect_triton.key(task) for task in tasks}
+    for function in (*versions,):
+        versions[function] += 1
+        changed = {task.variant for key, task in zip(keys, tasks, strict=True) if inspect_triton.key(task) != key}
+        versions[function] -= 1
+        used = [variant for variant in inspect_triton.variants() if function in functions_of(variant)]
+        assert 0 < len(used) < len(tasks)
+        assert [variant for variant in inspect_triton.variants() if variant in changed] == used
 
 
-def test_what_is_known_is_not_compiled_again(monkeypatch):
-    monkeypatch.setattr(inspect_triton, "kernel_of", Kernel)
+def functions_of(variant):
+    """A rule's functions are constants of the kernels of a step."""
+    return {f"@{variant.module}.{variant.kernel}", *(x for x in variant.constants.values() if f"{x}"[0] == "@")}
+
+
+def test_every_rule_is_compiled():
+    rules = [kind for kind, schema in core._core.SCHEMAS.items() if schema.settings]
+    used = {function for variant in inspect_triton.variants() for function in functions_of(variant)}
+    for rule in rules:
+        assert {f"@{rule}.{function}" for function in ("store_scalars", "load_scalars", "formula")} <= used
+
+
+def test_what_is_known_is_not_compiled_again(monkeypatch, versions):
     monkeypatch.setattr(inspect_triton, "ProcessPoolExecutor", None)
     tasks = every_task()[:3]
     for i, task in enumerate(tasks):
