@@ -214,14 +214,11 @@ def test_a_misaligned_vector_access(cuda):
     lines = [line.replace(asks, ", 0;") if "and.b64" in line else line for line in cuda.texts["ema"].splitlines()]
     faulty = "\n".join(lines)
     assert faulty != cuda.texts["ema"].rstrip("\n")
-    build.kernels(faulty)
-    try:
-        with cuda.active():
-            averages, others = ([at_offset(torch.ones(1000), 1)] for _ in range(2))
-            with pytest.raises(RuntimeError, match="an access of 16 bytes is not aligned"):
-                trainops.ema_update_(averages, others, 0.5, backend="cuda")
-    finally:
-        build.kernels(cuda.texts["ema"])
+    with cuda.active():
+        build.kernels(faulty)
+        averages, others = ([at_offset(torch.ones(1000), 1)] for _ in range(2))
+        with pytest.raises(RuntimeError, match="an access of 16 bytes is not aligned"):
+            trainops.ema_update_(averages, others, 0.5, backend="cuda")
     with cuda.active():
         trainops.ema_update_(*([at_offset(torch.ones(1000), 1)] for _ in range(2)), 0.5, backend="cuda")
 

@@ -20,9 +20,9 @@ def api_of_torch():
 class CudaBackend:
     """In place of the backend's module, while it is active."""
 
-    def __init__(self):
+    def __init__(self, architecture=80):
         self.machine = Machine()
-        path, self.texts = build.cuda_module()
+        path, self.texts, self.libraries = build.cuda_module(architecture)
         self.module = cuda_shim.load(path, "ptx._cuda")
         self.configure(cuda.describe, api_of_torch())
 
@@ -35,6 +35,8 @@ class CudaBackend:
         """Tensors that are made meanwhile, and these alone, lie where the machine can reach them."""
         names = ("_cuda", "_scratches", "uploaded")
         before = {name: getattr(cuda, name) for name in names}
+        for library in self.libraries:  # kernels of several architectures have one name
+            library.add()
         cuda._cuda, cuda._scratches = self.module, Recent(32)
         cuda.uploaded = lambda words, device: uploaded(words, device).clone()
         try:
