@@ -165,7 +165,7 @@ TRITON_AND_CUDA = [
         },
     ),
     *planted(
-        "trainops/adapters/triton.py",
+        "trainops/adapters/_triton.py",
         tests_of("ends", k="triton-cpu"),
         {
             "triton: a program too few": ("kernel[(programs,)]", "kernel[(max(1, programs - 1),)]"),

@@ -8,8 +8,11 @@ from targets import SHIM, Target
 CUDA = Target("cuda", "cpu")
 
 
+ARCHITECTURES = [80, 75, 90, 100]  # the first in `make test`
+
+
 @functools.cache
-def backend():
+def backend(architecture=ARCHITECTURES[0]):
     """Built when first asked for; the tests are skipped where it cannot be."""
     if SHIM is None:
         pytest.skip("there is a CUDA device, or no C++ compiler")
@@ -17,4 +20,4 @@ def backend():
 
     if not build.nvcc.path:
         pytest.skip("no nvcc, which makes the PTX of the CUDA kernels")
-    return CudaBackend()
+    return CudaBackend(architecture)

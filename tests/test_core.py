@@ -87,8 +87,8 @@ def test_an_optimizer_has_the_columns_and_settings_of_its_rule(rule):
     optimizer = kind([p], **options)
     (group,) = optimizer.param_groups
     assert optimizer.rule == rule
-    assert list(optimizer._state_names(group)) == state_of(rule)
-    assert list(optimizer._settings(group)) == core.schema(rule).settings
+    assert list(optimizer.state_names(group)) == state_of(rule)
+    assert list(optimizer.settings(group)) == core.schema(rule).settings
     optimizer.step()
     assert list(optimizer.state[p]) == ["step", *state_of(rule)]
 
@@ -399,6 +399,8 @@ ROWS = {
     "not_and_empty": (torch.ones(1), torch.ones(0), False),
     "subclass": (GRID, WRAPPED, False),
     "subclass_first": (WRAPPED, GRID, False),
+    "other_shape_of_the_same_strides": (torch.ones(4, 6), torch.ones(24).as_strided((2, 12), (6, 1)), False),
+    "empty_of_other_shapes": (torch.ones(0, 3), torch.ones(3, 0), False),
     "missing": (GRID, None, False),
     "missing_first": (None, GRID, False),
     "no_tensor": (GRID, 1.0, False),
@@ -522,7 +524,7 @@ def test_irregular_rows_are_staged_and_written_back():
 
 
 def collected(optimizer, averages=None, **changes):
-    names = [optimizer._state_names(group) for group in optimizer.param_groups]
+    names = [optimizer.state_names(group) for group in optimizer.param_groups]
     arguments = {"param_groups": optimizer.param_groups, "state": optimizer.state} | changes
     return core.collect("adamw", averages=averages or {}, states=names, device_type="cpu", **arguments)
 

@@ -229,11 +229,13 @@ EXPECTED = {
     "min.T": lambda k, a, b: extremum(min, wins=False)(k, a, b) if k in FLOATS else min(a, b),
     "max.T": lambda k, a, b: extremum(max, wins=False)(k, a, b) if k in FLOATS else max(a, b),
     "neg.T": lambda k, a: a ^ 1 << forms.WIDTHS[k] - 1 if k in FLOATS else -a,
-    "abs.T": lambda k, a: a & quiet(k) if k in FLOATS else abs(a),
+    "abs.T": lambda k, a: a & quiet(k) if k in MANTISSAS else a & 0x7FFF7FFF if k.endswith("x2") else abs(a),
     "abs.ftz.T": arithmetic(lambda a: abs(a) if abs(a) >= np.finfo(np.float32).tiny or np.isnan(a) else 0),
     "add[.rn].T": arithmetic(lambda a, b: a + b),
     "sub[.rn].T": arithmetic(lambda a, b: a - b),
     "mul[.rn].T": arithmetic(lambda a, b: a * b),
+    "add.rn.T": lambda k, a, b: fused(k, a, 1.0, b),
+    "mul.rn.T": lambda k, a, b: fused(k, a, b, -0.0),
     "div.rn.T": arithmetic(lambda a, b: a / b),
     "fma.rn.T": fused,
     "sqrt.rn.T": arithmetic(np.sqrt),
@@ -267,11 +269,19 @@ EXPECTED = {
 ROUND = {"rzi": math.trunc, "rni": round, "rmi": math.floor, "rpi": math.ceil}
 
 
+def halves(kind, operands, index):
+    """The lower (0) or the higher halves of pairs."""
+    return [decode(kind[:-2], x >> 16 * index & 0xFFFF) for x in operands]
+
+
 def expected(row, chosen, form, operands):
     """The bits of a result."""
     kind = chosen["T"]
     if row.form.startswith("setp"):
-        return compared(next(name for letter, name in chosen.items() if letter != "T"), *operands)
+        comparison = next(name for letter, name in chosen.items() if letter != "T")
+        if form.second:
+            return sum(compared(comparison, *halves(kind, operands, i)) << i for i in range(2))
+        return compared(comparison, *operands)
     if row.form.startswith("cvt"):
         if (how := row.form.split(".")[1]) in ROUND:
             return to_integer(ROUND[how])(kind, *operands, chosen["F"])
@@ -280,14 +290,12 @@ def expected(row, chosen, form, operands):
         if kind in MANTISSAS:
             return rounded(kind, Fraction(operands[0]) if isinstance(operands[0], int) else operands[0])
         return operands[0]
-    if kind in ("f16x2", "bf16x2"):
-        half = kind[:-2]
-        high, low = (fused(half, *(decode(half, x >> shift & 0xFFFF) for x in operands)) for shift in (16, 0))
-        return high << 16 | low
+    if kind in ("f16x2", "bf16x2") and row.form != "abs.T":
+        return sum(EXPECTED[row.form](kind[:-2], *halves(kind, operands, i)) << 16 * i for i in range(2))
     return EXPECTED[row.form](kind, *operands)
 
 
-def operands_of(row, form):
+def operands_of(row, chosen, form):
     """All combinations of a few values for each operand, as bits."""
     columns = [values_of(kind) for kind in form.sources]
     if row.form.startswith(("shl", "shr", "shf", "bfe", "bfi")):
@@ -301,9 +309,11 @@ def operands_of(row, form):
         columns[2] = [0x3210, 0x7654, 0x0123, 0xFEDC, 0x8B4C, 0xFFFF1234]
     if row.form == "lop3.T":
         columns[3] = TABLES
-    if row.form == "fma.rn.T" and form.sources[0] == "b32":
-        halves = values_of("f16")
-        columns = [[x << 16 | y for x, y in zip(halves, halves[i:] + halves[:i], strict=True)] for i in (1, 4, 5)]
+    if chosen["T"].endswith("x2") and form.sources[0] == "b32":
+        half = values_of("f16")
+        columns = [
+            [x << 16 | y for x, y in zip(half, half[i:] + half[:i], strict=True)] for i in (1, 4, 5)[: len(columns)]
+        ]
     if len(columns) > 2:
         columns = [column if len(column) < 12 else column[::2] for column in columns]
     combinations = itertools.product(*columns)
@@ -340,7 +350,7 @@ def entry(number, opcode, form):
             stored = "f" if register(kind)[1] == "f" else "b"
             lines.append(f"ld.global.{stored}{forms.WIDTHS[kind]} {register(kind)}{i}, [%a0+{8 * i}];")
     sources = [f"{register(kind)}{i}" for i, kind in enumerate(form.sources)]
-    result = f"{register(form.destination)}8"
+    result = "%p8|%p7" if form.second else f"{register(form.destination)}8"
     if opcode.startswith("lop3"):  # its table is a number in the code
         lines.append(f"{opcode} {result}, {', '.join(sources[:3])}, 0;")
         for table in TABLES:
@@ -351,7 +361,10 @@ def entry(number, opcode, form):
     else:
         lines.append(f"{opcode} {result}, {', '.join(sources)};")
     if form.destination == "pred":
-        lines.append("selp.u32 %i4, 1, 0, %p8; st.global.u32 [%a1], %i4;")
+        lines.append("selp.u32 %i4, 1, 0, %p8;")
+        if form.second:
+            lines.append("selp.u32 %i5, 2, 0, %p7; or.b32 %i4, %i4, %i5;")
+        lines.append("st.global.u32 [%a1], %i4;")
     else:
         stored = "f" if register(form.destination)[1] == "f" else "b"
         lines.append(f"st.global.{stored}{forms.WIDTHS[form.destination]} [%a1], {result};")
@@ -380,9 +393,9 @@ def test_form(machine, row):
     for number, of_case, opcode, chosen in cases:
         form = forms.find(opcode)
         assert form is not None, opcode
-        inputs = operands_of(of_case, form)
+        inputs = operands_of(of_case, chosen, form)
         assert len(inputs) > 1
-        width = 1 if form.destination == "pred" else forms.WIDTHS[form.destination]
+        width = 1 + bool(form.second) if form.destination == "pred" else forms.WIDTHS[form.destination]
         with machine.memory():
             operands = torch.tensor(np.array(inputs, np.uint64).view(np.int64))
             results = torch.zeros(len(inputs), dtype=torch.int64)

@@ -6,14 +6,14 @@ import pytest
 import torch
 from contract import same_bits
 from ptx import build
-from ptx.backend import api_of_torch
+from ptx.backend import api_of_torch, see_tensors
 from ptx_fixtures import backend
 from targets import thorough
 from test_cuda import after_steps, at_offset, everything, make_step, with_rows
 from torch import nn
 
 import trainops
-from trainops.adapters import cuda as adapter
+from trainops import core
 
 pytestmark = thorough(lambda **_: True)  # for now: they take a minute of one core
 
@@ -56,29 +56,45 @@ def step_of_groups(_):
     return params
 
 
+def stage(cuda, kind, tensors):
+    """A table of tensors, and its words, which may be changed: by row, and those of the chunks."""
+    table = core.table(kind, {"tensor": tensors}, "cpu")
+    words = table.words(chunk_numel=cuda.module.CHUNK_NUMEL, by_kind=False)
+    rows, chunks = (torch.frombuffer(bytearray(x), dtype=torch.int64).clone() for x in (words.rows, words.chunks))
+    staged = cuda.module.StagedTable(
+        table,
+        words=(rows, chunks),
+        rows=rows.data_ptr(),
+        chunks=chunks.data_ptr(),
+        chunk_count=words.chunk_count,
+        stream=0,
+    )
+    return staged, rows.view(len(tensors), -1)
+
+
 def norms_of(cuda, kind, chunks):
     """Norms of rows of so many chunks, of which all but the first have been added up before."""
-    tensors = [torch.ones(8192) for _ in chunks]
-    table = cuda.module.TensorTable([tensors])
-    rows, first_elements = (
-        torch.frombuffer(bytearray(words), dtype=torch.int64).clone()
-        for words in (table.row_words, table.chunk_words)
-    )
-    firsts = [sum(chunks[:row]) for row in range(len(chunks))]
-    rows.view(len(chunks), -1)[:, 0] = 8192 * torch.tensor(chunks)
-    rows.view(len(chunks), -1)[:, 1] = torch.tensor(firsts)
-    partials = torch.ones(sum(chunks), dtype=torch.float64)
-    counter = torch.zeros(1, dtype=torch.int32)
+    staged, rows = stage(cuda, "reduce", [torch.ones(8192) for _ in chunks])
+    rows[:, 0] = 8192 * torch.tensor(chunks)
+    rows[:, 1] = torch.tensor([sum(chunks[:row]) for row in range(len(chunks))])
+    partials, counter = torch.ones(sum(chunks), dtype=torch.float64), torch.zeros(1, dtype=torch.int32)
     total, total_out, norms = torch.empty((), dtype=torch.float64), torch.empty(()), torch.empty(len(chunks))
-    words = rows.data_ptr(), first_elements.data_ptr()
-    outs = [x.data_ptr() for x in (counter, partials, total, total_out, norms)]
-    cuda.module.norms(table, words, 0, kind, 0, *outs, 0)
+    cuda.module.reduce(
+        staged,
+        statistic=kind,
+        grad_scale=0,
+        counter=counter.data_ptr(),
+        partials=partials.data_ptr(),
+        total=total.data_ptr(),
+        total_out=total_out.data_ptr(),
+        rows_out=norms.data_ptr(),
+    )
     return [total, norms]
 
 
 def norms_of_long_rows(cuda):
     """Rows that a thread, a warp and the block add up."""
-    results = [norms_of(cuda, kind, (2100, 20, 3, 2200)) for kind in ("l1", "l2", "inf")]
+    results = [norms_of(cuda, kind, (2100, 20, 3, 2200)) for kind in ("l1_norm", "l2_norm", "inf_norm")]
     return [x for result in results for x in result]
 
 
@@ -91,16 +107,17 @@ def drop_paths(_):
 
 
 WORK = {
-    "adamw": lambda cuda: [*after_steps(), *step_of_groups(cuda)],
-    "clip_grad_norm": norms_of_long_rows,
+    "update": lambda cuda: [*after_steps(), *step_of_groups(cuda)],
+    "reduce": norms_of_long_rows,
     "drop_path_backward": drop_paths,
     "drop_path": lambda cuda: [],
     "ema": lambda cuda: [],
+    "transform": lambda cuda: [],
 }
 
 # Barriers and fences without which nothing can go wrong, by their place in the source, and why.
 REDUNDANT = {
-    ("bar.sync", "common.cuh", "clip_grad_norm.cu:165"): (
+    ("bar.sync", "common.cuh", "reduce.cu:162"): (
         "is_last_block waits for what all threads of a block have written; the partial sums are written by thread 0, "
         "which also counts the block"
     ),
@@ -151,7 +168,7 @@ def test_without_a_fence_the_race_is_told(cuda):
     ):
         WORK[stem](cuda)
     text = str(error.value)
-    assert "adamw_kernel" in text
+    assert "update_kernel" in text
     assert "race in global memory" in text
     assert text.count("adamw.cu:") >= 2  # where each of the two threads was
     assert text.count("block ") >= 2
@@ -174,21 +191,23 @@ def test_each_device_runs_its_own(cuda):
     """The launch goes to the device that the tensors say they are on, and the current one is as before."""
 
     def of_device_1(tensor):
-        *description, _, shape, strides = adapter.describe(tensor)
+        *description, _, shape, strides = core.describe(tensor)
         return (*description, 1, shape, strides)
 
     with cuda.active():
         cuda.machine.launches()
-        cuda.configure(of_device_1, None)
+        see_tensors(of_device_1, None)
         try:
             with cuda.machine.device(1):
                 out, branch, mask = torch.zeros(3, 100), torch.ones(3, 100), torch.tensor([0.0, 2.0, 2.0])
+            arguments = {"samples": 3, "sample_numel": 100, "channels": 1, "stream": 0}
+            arguments |= {"residual": None, "layer_scale": None, "rows": 0}
             for current in (0, 1):
                 with cuda.machine.device(current):
-                    cuda.module.drop_path(out, None, branch, None, mask, 0, 3, 100, 1, 0)
+                    cuda.module.drop_path(core.reader, out=out, branch=branch, mask=mask, **arguments)
                     assert cuda.machine.library.ptx_get_device() == current
         finally:
-            cuda.configure(adapter.describe, api_of_torch())
+            see_tensors(core.describe, api_of_torch())
         assert [device for device, _ in cuda.machine.launches()] == [1, 1]
         assert out.eq(torch.tensor([[0.0], [2.0], [2.0]])).all()
 
@@ -197,15 +216,12 @@ def test_each_device_runs_its_own(cuda):
 def test_one_element_past_the_end(cuda, numel):
     with cuda.active():
         tensor = torch.ones(numel)
-        table = cuda.module.TensorTable([[tensor]])
-        rows, chunks = (torch.frombuffer(bytearray(words), dtype=torch.int64).clone()
-                        for words in (table.row_words, table.chunk_words))  # fmt: skip
-        words = rows.data_ptr(), chunks.data_ptr()
-        cuda.module.clamp(table, words, 0.5, 0)
+        staged, rows = stage(cuda, "transform", [tensor])
+        cuda.module.clamp(staged, bound=0.5)
         assert tensor.eq(0.5).all()
-        rows[0] += 1
+        rows[0, 0] += 1
         with pytest.raises(RuntimeError, match="outside of all tensors"):
-            cuda.module.clamp(table, words, 0.5, 0)
+            cuda.module.clamp(staged, bound=0.5)
 
 
 def test_a_misaligned_vector_access(cuda):
@@ -214,21 +230,18 @@ def test_a_misaligned_vector_access(cuda):
     lines = [line.replace(asks, ", 0;") if "and.b64" in line else line for line in cuda.texts["ema"].splitlines()]
     faulty = "\n".join(lines)
     assert faulty != cuda.texts["ema"].rstrip("\n")
-    build.kernels(faulty)
-    try:
-        with cuda.active():
-            averages, others = ([at_offset(torch.ones(1000), 1)] for _ in range(2))
-            with pytest.raises(RuntimeError, match="an access of 16 bytes is not aligned"):
-                trainops.ema_update_(averages, others, 0.5, backend="cuda")
-    finally:
-        build.kernels(cuda.texts["ema"])
+    with cuda.active():
+        build.kernels(faulty)
+        averages, others = ([at_offset(torch.ones(1000), 1)] for _ in range(2))
+        with pytest.raises(RuntimeError, match="an access of 16 bytes is not aligned"):
+            trainops.ema_update_(averages, others, 0.5, backend="cuda")
     with cuda.active():
         trainops.ema_update_(*([at_offset(torch.ones(1000), 1)] for _ in range(2)), 0.5, backend="cuda")
 
 
 def test_a_shared_array_is_read_before_it_was_written(cuda):
     """Warps do not store their sums."""
-    text = cuda.texts["clip_grad_norm"]
+    text = cuda.texts["reduce"]
     faulty = "\n".join(line for line in text.splitlines() if "st.shared.f64" not in line)
     assert text.count("st.shared.f64") > 3
     build.kernels(faulty)

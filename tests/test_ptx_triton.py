@@ -41,8 +41,8 @@ with through_ptx() as (machine, launched), machine.schedule(resident=4, seed={se
             check(target, dtype, *args)
 print(*sorted(set(launched)))
 """
-KERNELS = ["drop_path", "drop_path_backward", "ema", "finish_layer_scale", "finish_norms", "partial_norms", "plan"]
-KERNELS += ["update", "update_in_place"]
+KERNELS = ["drop_path", "drop_path_backward", "ema", "finish_layer_scale", "finish_rows", "partial_results", "plan"]
+KERNELS += ["transform", "update"]
 
 
 def run(program):

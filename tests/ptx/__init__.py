@@ -29,6 +29,7 @@ class Machine:
         self.library = build.machine()
         for name in ("ptx_kernel", "ptx_site", "ptx_run", "ptx_launches"):
             getattr(self.library, name).restype = ctypes.c_char_p if name != "ptx_kernel" else ctypes.c_void_p
+        self.library.ptx_allocation.restype = ctypes.c_uint64
 
     def kernel(self, name):
         found = self.library.ptx_kernel(name.encode())
@@ -69,6 +70,18 @@ class Machine:
             yield
         finally:
             self.library.ptx_allocate_here(0)
+
+    def contents(self):
+        """What the tensors hold that `memory` made, by address."""
+        found, size = {}, ctypes.c_uint64()
+        while address := self.library.ptx_allocation(len(found), ctypes.byref(size)):
+            found[address] = ctypes.string_at(address, size.value)
+        return found
+
+    def put_back(self, contents):
+        """Let the tensors hold what they did."""
+        for address, content in contents.items():
+            ctypes.memmove(address, content, len(content))
 
     @contextmanager
     def device(self, index):

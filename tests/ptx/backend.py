@@ -6,8 +6,9 @@ from contextlib import contextmanager
 import cuda_shim
 import torch
 
-from trainops.adapters import cuda
-from trainops.device_table import Recent, uploaded
+from trainops import core
+from trainops.adapters import _device, cuda
+from trainops.uploads import Recent, uploaded
 
 from . import Machine, build
 
@@ -17,32 +18,34 @@ def api_of_torch():
     return getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 
 
+def see_tensors(describe, api):
+    """Choose how C++ reads tensors."""
+    core.reader.configure(api=api, describe=describe, plain_types=(torch.Tensor, torch.nn.Parameter))
+
+
 class CudaBackend:
     """In place of the backend's module, while it is active."""
 
-    def __init__(self):
+    def __init__(self, architecture=80):
         self.machine = Machine()
-        path, self.texts = build.cuda_module()
+        path, self.texts, self.libraries = build.cuda_module(architecture)
         self.module = cuda_shim.load(path, "ptx._cuda")
-        self.configure(cuda.describe, api_of_torch())
-
-    def configure(self, describe, api):
-        """Choose how the module sees tensors."""
-        self.module.configure(api, describe, (torch.Tensor, torch.nn.Parameter))
 
     @contextmanager
     def active(self):
         """Tensors that are made meanwhile, and these alone, lie where the machine can reach them."""
-        names = ("_cuda", "_scratches", "uploaded")
-        before = {name: getattr(cuda, name) for name in names}
+        names = [(cuda, "_cuda"), (cuda, "_scratches"), (cuda, "uploaded"), (_device, "uploaded")]
+        before = [(module, name, getattr(module, name)) for module, name in names]
+        for library in self.libraries:  # kernels of several architectures have one name
+            library.add()
         cuda._cuda, cuda._scratches = self.module, Recent(32)
-        cuda.uploaded = lambda words, device: uploaded(words, device).clone()
+        cuda.uploaded = _device.uploaded = lambda words, device: uploaded(words, device).clone()
         try:
             with self.machine.memory():
                 yield
         finally:
-            for name, value in before.items():
-                setattr(cuda, name, value)
+            for module, name, value in before:
+                setattr(module, name, value)
 
     def kernels(self):
         """The names of all kernels, by the stem of their source."""

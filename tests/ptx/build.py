@@ -30,7 +30,6 @@ FLAGS += ["-fwrapv", "-ffp-contract=off"]  # integers wrap, and every operation 
 if SANITIZERS:
     FLAGS += ["-O0", f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all"]  # optimizing takes an hour
 POISON = "-ftrivial-auto-var-init=pattern"  # what registers hold that were never written
-ARCHITECTURE = "80"
 
 ninja_build = cuda_shim.ninja_build
 sys.modules.setdefault("ninja_build", ninja_build)  # as nvcc.py, which setup.py imports, calls it
@@ -90,26 +89,30 @@ def kernels(ptx):
     return loaded
 
 
-def cuda_module():
-    """The path of ``_cuda``, whose launches go to the machine, and the PTX of each of its sources by name."""
+def cuda_module(architecture):
+    """The path of ``_cuda``, whose launches go to the machine; the PTX of each of its sources by name; their kernels.
+
+    ``architecture``: what nvcc makes the PTX for, such as 80.
+    """
     relative = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
-    keep = FROM_NVCC / "kept"
+    from_nvcc, folder = FROM_NVCC / str(architecture), FOLDER / f"cuda_{architecture}"
+    keep = from_nvcc / "kept"
     (ROOT / keep).mkdir(parents=True, exist_ok=True)
-    gencode = f"-gencode=arch=compute_{ARCHITECTURE},code=compute_{ARCHITECTURE}"
+    gencode = f"-gencode=arch=compute_{architecture},code=compute_{architecture}"
     device_type = "-DTRAINOPS_DEVICE_TYPE=1"
     cu = [nvcc.path, *nvcc.FLAGS, gencode, "-lineinfo", device_type, "--keep", "--keep-dir", str(keep)]
-    host = FROM_NVCC / "host.o"
+    host = from_nvcc / "host.o"
     command = [*cuda_shim.compiler(), *FLAGS]
     joined = [*cuda_shim.compiler(), "-r", "-nostdlib"]
     with alone():
         ninja_build.build_module(host, relative, {".cu": cu}, joined, [], f"{nvcc.version}", quiet=True)
         folders = (pybind11.get_include(), sysconfig.get_path("include"))
         cxx = [*command, device_type, *(f"-I{folder}" for folder in folders)]
-        module = FOLDER / "cuda" / "module" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+        module = folder / "module" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
         library = FOLDER / "machine" / "libptx_machine.so"
         version = f"{compiler_version()} {hashlib.sha256((ROOT / host).read_bytes()).hexdigest()}"
         linker = [*command, "-shared", "-Wl,-rpath,$ORIGIN/../../machine"]
-        bindings = ["csrc/bindings_cuda.cpp"]
+        bindings = ["csrc/cuda/module.cpp"]
         ninja_build.build_module(
             module, bindings, {".cpp": cxx}, linker, [str(host), str(library)], version, quiet=True
         )
@@ -118,5 +121,5 @@ def cuda_module():
         }
         texts = {name: text for name, text in texts.items() if ".entry" in text}
         with ThreadPoolExecutor(ninja_build.max_jobs()) as pool:
-            list(pool.map(kernels, texts.values()))
-    return ROOT / module, texts
+            libraries = list(pool.map(kernels, texts.values()))
+    return ROOT / module, texts, libraries

@@ -83,10 +83,26 @@ inline f32 to_odd(f64 a) {
   return bit_cast<f32>((bit_cast<u32>(rounded) - (std::fabs(f64{rounded}) > std::fabs(a))) | 1);
 }
 template <typename T>
+T one() {
+  return {static_cast<u16>(std::is_same_v<T, f16> ? 0x3c00 : 0x3f80)};
+}
+template <typename T>
 T fused(T a, T b, T c) {
   const f64 product = f64{widen(a)} * widen(b), term = widen(c), sum = product + term;
   const f64 back = sum - product, lost = (product - (sum - back)) + (term - back);
   return narrow<T>(to_odd(to_odd(sum, lost)));
+}
+template <typename T>
+u32 pair(T half) {
+  return u32{half.bits} << 16 | half.bits;
+}
+template <typename T>
+f32 low(u32 pair) {
+  return widen(get<Half<T>>(pair));
+}
+template <typename T>
+f32 high(u32 pair) {
+  return widen(get<Half<T>>(pair >> 16));
 }
 template <typename T>
 u32 fused_pairs(u32 a, u32 b, u32 c) {

@@ -22,6 +22,9 @@ ATOMIC = re.compile(
     r"(?P<kind>atom|red)(?:\.(?P<order>relaxed|acquire|release|acq_rel))?(?:\.(?P<scope>cta|gpu|sys))?\.global"
     r"(?:\.(?P<late>cta|gpu|sys))?\.add\.(?P<type>[us]32|u64)"
 )
+MATRICES = re.compile(
+    r"(?P<kind>ld|st)matrix\.sync\.aligned\.m8n8\.x(?P<count>1|2|4)(?P<transposed>\.trans)?\.shared\.b16"
+)
 ORDERS = {None: "relaxed", "relaxed": "relaxed", "acquire": "acquire", "release": "release"}
 ORDERS["acq_rel"] = "acquire_release"
 FENCES = {"membar.cta": "block", "membar.gl": "device", "membar.sys": "device"}
@@ -111,7 +114,7 @@ class Instructions:
         targets = destination.split("|")
         outputs = [f"set<{form.destination}>({self.value(targets[0])}, {form.result});"]
         if len(targets) > 1:
-            outputs.append(f"set<pred>({self.value(targets[1])}, !({form.result}));")
+            outputs.append(f"set<pred>({self.value(targets[1])}, {form.second or f'!({form.result})'});")
         return " ".join(inputs + outputs)
 
     def moved(self, width, targets, sources):
@@ -151,10 +154,23 @@ class Instructions:
             arguments = ", ".join(f"u32({self.value(operand)})" for operand in operands[1:])
             call = f"t.shuffle(Shuffle::{found[1]}, {arguments}, inside, {self.site(opcode)})"
             return f"bool inside; {self.value(targets[0])} = {call};{inside}"
-        if opcode == "ldmatrix.sync.aligned.m8n8.x4.shared.b16":
-            targets = [self.value(target) for target in in_braces(operands[0])]
-            moves = " ".join(f"{target} = rows[{i}];" for i, target in enumerate(targets))
-            return f"u32 rows[4]; t.load_matrices({self.address(operands[1])}, rows, {self.site(opcode)}); {moves}"
+        if found := re.fullmatch(r"redux\.sync\.(add|min|max)\.([us]32)", opcode):
+            target, value, mask = map(self.value, operands)
+            call = f"t.reduce(Reduction::{found[1]}, get<{found[2]}>({value}), {mask}, {self.site(opcode)})"
+            return f"set<{found[2]}>({target}, {call});"
+        if found := MATRICES.fullmatch(opcode):
+            count = int(found["count"])
+            loads = found["kind"] == "ld"
+            registers, address = operands if loads else operands[::-1]
+            values = [self.value(register) for register in in_braces(registers)]
+            if len(values) != count:
+                raise ValueError("number of matrices")
+            call = f"t.{'load' if loads else 'store'}_matrices({self.address(address)}, parts, {count}, "
+            call += f"{'true' if found['transposed'] else 'false'}, {self.site(opcode)});"
+            if loads:
+                moves = " ".join(f"{value} = parts[{i}];" for i, value in enumerate(values))
+                return f"u32 parts[{count}]; {call} {moves}"
+            return f"const u32 parts[] = {{{', '.join(values)}}}; {call}"
         if opcode == "vote.sync.ballot.b32":
             target, vote, mask = map(self.value, operands)
             return f"{target} = t.ballot({vote}, {mask}, {self.site(opcode)});"

@@ -13,6 +13,7 @@ enum class Scope { block, device };
 enum class Order { relaxed, acquire, release, acquire_release };
 enum class Vote { any, all, count };
 enum class Shuffle { up, down, bfly, idx };
+enum class Reduction { add, min, max };
 
 // An instruction that touches memory or waits for others. The last allocation that it touched is known to be there.
 struct Site {
@@ -40,8 +41,11 @@ struct __attribute__((visibility("default"))) Thread {
   void fence(Scope scope, Site& site);
   void warp_barrier(u32 mask, Site& site);
   u32 shuffle(Shuffle kind, u32 value, u32 operand, u32 limits, u32 mask, bool& inside, Site& site);
-  void load_matrices(u32 row, u32 (&found)[4], Site& site);
+  void load_matrices(u32 row, u32* parts, u32 count, bool transposed, Site& site);
+  void store_matrices(u32 row, const u32* parts, u32 count, bool transposed, Site& site);
   u32 ballot(bool value, u32 mask, Site& site);
+  template <typename T>
+  T reduce(Reduction kind, T value, u32 mask, Site& site);  // u32 and s32
   [[noreturn]] void trap(Site& site);
 
   // `returns`: whether the kernel is told what was there.

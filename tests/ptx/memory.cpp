@@ -3,6 +3,7 @@
 #include <c10/core/CPUAllocator.h>
 
 #include <cstdlib>
+#include <iterator>
 #include <map>
 #include <mutex>
 
@@ -64,6 +65,14 @@ PTX_EXPORT void ptx_allocate_here(int here) {
   static ptx::Allocator& ours = *new ptx::Allocator;
   static c10::Allocator* const before = c10::GetCPUAllocator();
   c10::SetCPUAllocator(here != 0 ? &ours : before, 100);
+}
+// Where the i-th allocation begins, and its size; 0 past the last one.
+PTX_EXPORT ptx::u64 ptx_allocation(ptx::u32 index, ptx::u64* size) {
+  const std::lock_guard<std::mutex> lock(ptx::mutex);
+  if (index >= ptx::allocations().size()) return 0;
+  const auto& found = std::next(ptx::allocations().begin(), index)->second;
+  *size = found.end - found.begin;
+  return found.begin;
 }
 PTX_EXPORT int ptx_get_device() { return ptx::current_device(); }
 PTX_EXPORT void ptx_set_device(int device) { ptx::make_current(device); }

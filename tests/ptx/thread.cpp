@@ -157,16 +157,46 @@ u32 Thread::shuffle(Shuffle kind, u32 value, u32 operand, u32 limits, u32 mask, 
   return values[from];
 }
 
-// Four matrices of 8 rows of 16 bytes: lane i knows where row i % 8 of matrix i / 8 is, and gets the 4 bytes at
-// i % 4 of each matrix's row i / 4.
-void Thread::load_matrices(u32 row, u32 (&found)[4], Site& site) {
-  if (row % 16 != 0) fault(&site, "a row of a matrix is not aligned");
-  const u32 lane = thread % kWarp;
-  u32 rows[kWarp];
-  std::copy_n(exchange(row, ~u32(0), site), kWarp, rows);
-  for (u32 matrix = 0; matrix < 4; ++matrix) {
-    found[matrix] = read<u32>(shared(rows[8 * matrix + lane / 4] + 4 * (lane % 4), 4, Access::read, site));
+namespace {
+
+// Matrices of 8 rows of 8 elements of 2 bytes: lane i knows where row i % 8 of matrix i / 8 begins. A lane's part of
+// a matrix is elements 2 * (i % 4) and the next one of row i / 4; if transposed, of column i / 4. It gets or stores
+// them from the lower to the higher half of a register.
+template <typename Element>
+void for_each_element(u32 lane, const u32* rows, u32 count, bool transposed, Element element) {
+  for (u32 matrix = 0; matrix < count; ++matrix) {
+    for (u32 half = 0; half < 2; ++half) {
+      u32 row = lane / 4, column = 2 * (lane % 4) + half;
+      if (transposed) std::swap(row, column);
+      element(matrix, half, rows[8 * matrix + row] + 2 * column);
+    }
   }
+}
+
+void exchange_rows(u32 row, u32 count, const Site& site, u32* rows) {
+  if (row % 16 != 0 && own_thread().thread % kWarp < 8 * count) fault(&site, "a row of a matrix is not aligned");
+  std::copy_n(exchange(row, ~u32(0), site), kWarp, rows);
+}
+
+}  // namespace
+
+void Thread::load_matrices(u32 row, u32* parts, u32 count, bool transposed, Site& site) {
+  u32 rows[kWarp];
+  exchange_rows(row, count, site, rows);
+  std::fill(parts, parts + count, 0);
+  for_each_element(thread % kWarp, rows, count, transposed, [&](u32 matrix, u32 half, u32 offset) {
+    parts[matrix] |= u32{read<u16>(shared(offset, 2, Access::read, site))} << 16 * half;
+  });
+}
+
+void Thread::store_matrices(u32 row, const u32* parts, u32 count, bool transposed, Site& site) {
+  u32 rows[kWarp];
+  exchange_rows(row, count, site, rows);
+  for_each_element(thread % kWarp, rows, count, transposed, [&](u32 matrix, u32 half, u32 offset) {
+    char element[2];
+    write(element, static_cast<u16>(parts[matrix] >> 16 * half));
+    std::memcpy(shared(offset, 2, Access::write, site, element), element, 2);
+  });
 }
 
 u32 Thread::ballot(bool value, u32 mask, Site& site) {
@@ -175,5 +205,21 @@ u32 Thread::ballot(bool value, u32 mask, Site& site) {
   for (u32 lane = 0; lane < kWarp; ++lane) votes |= (mask >> lane & values[lane] & 1) << lane;
   return votes;
 }
+
+template <typename T>
+T Thread::reduce(Reduction kind, T value, u32 mask, Site& site) {
+  const u32* const values = exchange(static_cast<u32>(value), mask, site);
+  T result = value;
+  for (u32 lane = 0; lane < kWarp; ++lane) {
+    if ((mask >> lane & 1) == 0 || lane == thread % kWarp) continue;
+    const T other = static_cast<T>(values[lane]);
+    if (kind == Reduction::add) result += other;
+    if (kind == Reduction::min) result = std::min(result, other);
+    if (kind == Reduction::max) result = std::max(result, other);
+  }
+  return result;
+}
+template u32 Thread::reduce(Reduction, u32, u32, Site&);
+template s32 Thread::reduce(Reduction, s32, u32, Site&);
 
 }  // namespace ptx

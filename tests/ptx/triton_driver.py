@@ -4,6 +4,7 @@ To be used in a process of its own, with ``TRITON_INTERPRET=0``: a process has o
 """
 
 import struct
+from collections import defaultdict
 from contextlib import contextmanager
 
 import torch
@@ -11,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import CompiledKernel
 
-from trainops import device_table
+from trainops.adapters import _device
 from trainops.adapters import triton as backend
 from trainops.adapters.interface import Backend
 
@@ -44,7 +45,7 @@ class Driver:
         return {"max_shared_mem": 166912, "multiprocessor_count": 4, "warpSize": 32}
 
 
-def launcher(machine, compiled, launched):
+def launcher(machine, compiled, run):
     """What launches a kernel, in place of a GPU's."""
     library = build.kernels(compiled.asm["ptx"])
     types = list(compiled.src.signature.values())
@@ -58,25 +59,77 @@ def launcher(machine, compiled, launched):
             if kind != "constexpr"
         ]
         library.add()  # kernels of several types have one name
-        launched.append(compiled.name)
-        machine.run(compiled.name, x, 32 * metadata.num_warps, *arguments, shared_bytes=metadata.shared)
+        threads = 32 * metadata.num_warps
+        run(compiled, lambda: machine.run(compiled.name, x, threads, *arguments, shared_bytes=metadata.shared))
 
     return launch
 
 
+class Launches:
+    """What was launched: kernels as Triton compiled them."""
+
+    def __init__(self):
+        self.kernels = {}  # by hash
+
+    def __call__(self, compiled, launch):
+        self.kernels[compiled.hash] = compiled
+        launch()
+
+
+class WithoutBarriers(Launches):
+    """Runs each kernel once more without each of its barriers, and keeps those that make no difference.
+
+    A difference is a fault, a race above all, or another content of memory. What a barrier is for depends on the
+    launch: those without which one goes well are taken out of some more.
+    """
+
+    LAUNCHES = 12
+
+    def __init__(self, machine):
+        super().__init__()
+        self.machine = machine
+        self.unnoticed, self.count = {}, defaultdict(int)
+
+    def __call__(self, compiled, launch):
+        if compiled.hash not in self.kernels:
+            self.unnoticed[compiled.hash] = list(self.machine.synchronizations(compiled.name))
+        self.count[compiled.hash] += 1
+        if not self.unnoticed[compiled.hash] or self.count[compiled.hash] > self.LAUNCHES:
+            super().__call__(compiled, launch)
+            return
+        before = self.machine.contents()
+        super().__call__(compiled, launch)
+        after = self.machine.contents()
+        self.unnoticed[compiled.hash] = [
+            site for site in self.unnoticed[compiled.hash] if not self.is_noticed(site, launch, before, after)
+        ]
+        self.machine.put_back(after)
+
+    def is_noticed(self, site, launch, before, after):
+        self.machine.put_back(before)
+        try:
+            with self.machine.without(site):
+                launch()
+        except RuntimeError:
+            return True
+        return self.machine.contents() != after
+
+
 @contextmanager
-def through_ptx(architecture=80):
-    """The Triton backend takes CPU tensors, and its kernels run as PTX. Gives the machine and the launches' names."""
-    machine, launched = Machine(), []
+def through_ptx(architecture=80, launches=None):
+    """The Triton backend takes CPU tensors, and its kernels run as PTX. Gives the machine and the launches."""
+    machine = Machine()
+    launches = Launches() if launches is None else launches(machine)
+    triton.knobs.cache.dir = str(build.ROOT / build.FOLDER / "triton")  # what has not changed is not compiled again
     triton.runtime.driver.set_active(Driver(architecture))
 
     def init_handles(self):
-        self._run = self._run or launcher(machine, self, launched)
+        self._run = self._run or launcher(machine, self, launches)
 
     CompiledKernel._init_handles = init_handles
     backend.serves = lambda device_type: device_type == "cpu"
     backend.probe = lambda: Backend(available=True, details="PTX on the CPU")
-    upload = device_table.uploaded
-    device_table.uploaded = backend.uploaded = lambda words, device: upload(words, device).clone()
+    upload = _device.uploaded
+    _device.uploaded = backend.uploaded = lambda words, device: upload(words, device).clone()
     with machine.memory():
-        yield machine, launched
+        yield machine, launches

@@ -1,0 +1,81 @@
+"""Tests of the ops once more, with Triton's kernels executed as PTX. test_ptx_triton.py runs them.
+
+In a process of their own, with ``TRITON_INTERPRET=0``: ``python -m pytest tests/ptx_triton_cases.py``. A report of
+what was launched, and of barriers without which all went well, is written to the file that TRAINOPS_PTX_REPORT names.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import test_adamw
+import test_adamw_types
+import test_clip_grad
+import test_drop_path
+import test_drop_path_gradients
+import test_drop_path_rows
+import test_ema
+import test_ema_fused
+import test_grad_scale
+from ptx.triton_driver import WithoutBarriers, through_ptx
+from targets import INTERPRETER
+
+AGAIN = {
+    test_adamw: [
+        "matches_exact_for_all_options",
+        "matches_exact_for_all_shapes",
+        "clipping_matches_exact",
+        "averages_match_exact",
+        "a_skipped_step_changes_no_bit",
+        "grad_scaler",
+    ],
+    test_adamw_types: ["a_step_of_any_types_is_exact"],
+    test_clip_grad: [
+        "matches_exact_for_all_shapes",
+        "matches_exact_for_all_max_norms",
+        "matches_exact_for_mixed_dtypes",
+        "norm_is_invariant_under_splitting",
+        "clip_grad_value_is_torchs_for_all_shapes",
+    ],
+    test_drop_path: ["drop_path_add_is_timms", "mixed_dtypes_are_promoted_as_by_pytorch", "odd_shapes"],
+    test_drop_path_gradients: ["gradients", "gradients_of_layer_scale", "gradients_of_mixed_dtypes"],
+    test_drop_path_rows: ["rows_of_the_branch", "rows_of_the_gradient"],
+    test_ema: ["matches_exact_for_all_shapes", "matches_exact_for_all_decays_and_dtypes"],
+    test_ema_fused: ["fused_is_step_then_update"],
+    test_grad_scale: ["a_grad_scale_is_taken_out"],
+}
+for module, names in AGAIN.items():
+    for name in names:
+        globals()[f"test_{module.__name__.removeprefix('test_')}_{name}"] = getattr(module, f"test_{name}")
+
+ARCHITECTURE = int(os.environ.get("TRAINOPS_PTX_ARCHITECTURE", "80"))
+SEED = int(os.environ.get("TRAINOPS_PTX_SEED", "0"))
+
+
+@pytest.fixture(scope="session")
+def machine():
+    takes_out = "TRAINOPS_PTX_BARRIERS" in os.environ
+    with through_ptx(ARCHITECTURE, WithoutBarriers if takes_out else None) as (machine, launches):
+        yield machine, launches
+    if path := os.environ.get("TRAINOPS_PTX_REPORT"):
+        Path(path).write_text(json.dumps([description(launches, key) for key in launches.kernels]))
+
+
+def description(launches, key):
+    """A kernel's name, the types of its arguments, its constants, and the barriers that were of no use."""
+    source = launches.kernels[key].src
+    constants = {source.fn.arg_names[place[0]]: str(value) for place, value in source.constants.items()}
+    unnoticed = [site[2:] for site in launches.unnoticed[key]] if isinstance(launches, WithoutBarriers) else []
+    return [launches.kernels[key].name, source.signature, constants, unnoticed]
+
+
+@pytest.fixture(autouse=True)
+def active(machine):
+    with machine[0].schedule(resident=4, seed=SEED, races=True):
+        yield
+
+
+@pytest.fixture(params=[INTERPRETER], ids=["triton-ptx"])
+def target(request):
+    return request.param
