@@ -159,7 +159,7 @@ def test_every_barrier_and_fence_is_needed(cuda):
 
 
 def test_without_a_fence_the_race_is_told(cuda):
-    stem, site = next((stem, site) for stem, site in sites() if site.opcode == "membar.gl" and stem == "adamw")
+    stem, site = next((stem, site) for stem, site in sites() if site.opcode == "membar.gl" and stem == "update")
     with (
         cuda.active(),
         cuda.machine.schedule(resident=8, races=True),
