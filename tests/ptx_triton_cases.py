@@ -1,9 +1,10 @@
 """Tests of the ops once more, with Triton's kernels executed as PTX. test_ptx_triton.py runs them.
 
-In a process of their own, with ``TRITON_INTERPRET=0``: ``python -m pytest tests/ptx_triton_cases.py``. A report of what
-was launched, and of barriers without which all went well, is written to the file that TRAINOPS_PTX_REPORT names.
+In a process of their own, with ``TRITON_INTERPRET=0``: ``python -m pytest tests/ptx_triton_cases.py``. A report of
+what was launched, and of barriers without which all went well, is written to the file that TRAINOPS_PTX_REPORT names.
 """
 
+import importlib
 import json
 import os
 from pathlib import Path
@@ -145,3 +146,22 @@ def test_rounds_of_ema(target, dtypes, place):
     trainops.ema_update_([average], [param], 0.9, backend=target.backend)
     wide = torch.float64 if torch.float64 in dtypes else torch.float32
     test_adamw_types.assert_stored(average, true, wide, "average")
+
+
+# What must be noticed
+
+
+def test_the_count_of_skipped_steps_without_its_barrier(target):
+    """All threads of `plan` load the count, and one stores it."""
+    plan = importlib.import_module("trainops.triton_kernels").adamw.plan
+    source = plan.src
+    assert source.count("tl.debug_barrier()") == 1
+    plan._unsafe_update_src(source.replace("tl.debug_barrier()", "pass"))
+    plan.device_caches.clear()
+    try:
+        with pytest.raises(RuntimeError, match=r"plan: race in global memory: .*adamw\.py"):
+            test_adamw.test_a_skipped_step_changes_no_bit(target, torch.float32, float("nan"), "both")
+    finally:
+        plan._unsafe_update_src(source)
+        plan.device_caches.clear()
+    test_adamw.test_a_skipped_step_changes_no_bit(target, torch.float32, float("nan"), "both")
