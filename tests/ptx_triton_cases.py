@@ -4,10 +4,12 @@ In a process of their own, with ``TRITON_INTERPRET=0``: ``python -m pytest tests
 what was launched, and of barriers without which all went well, is written to the file that TRAINOPS_PTX_REPORT names.
 """
 
+import importlib
 import json
 import os
 from pathlib import Path
 
+import exact
 import pytest
 import test_adamw
 import test_adamw_types
@@ -18,8 +20,13 @@ import test_drop_path_rows
 import test_ema
 import test_ema_fused
 import test_grad_scale
+import torch
+from contract import assert_contract
 from ptx.triton_driver import WithoutBarriers, through_ptx
-from targets import INTERPRETER
+from targets import INTERPRETER, thorough
+from test_cuda import MIXED, at_offset
+
+import trainops
 
 AGAIN = {
     test_adamw: [
@@ -79,3 +86,82 @@ def active(machine):
 @pytest.fixture(params=[INTERPRETER], ids=["triton-ptx"])
 def target(request):
     return request.param
+
+
+# Several rounds of every loop, with and without a mask: barriers stand between rounds.
+
+LONG = (3, 1025)  # three blocks of the narrowest type, and three elements
+PLACES = {"aligned": 0, "unaligned": 1}
+over_places = pytest.mark.parametrize("place", PLACES)
+
+
+def long(dtype, place, scale=1.0):
+    return at_offset((scale * torch.randn(LONG, dtype=torch.float64)).to(dtype), PLACES[place])
+
+
+@over_places
+def test_rounds_of_adamw(target, dtype, place, monkeypatch):
+    monkeypatch.setattr(test_adamw_types, "SHAPES", (LONG,))
+    test_adamw_types.check_types(target, (dtype,) * 5, PLACES[place] == 0)
+
+
+@thorough(test_adamw_types.is_no_sample)
+@test_adamw_types.over_types
+@over_places
+def test_rounds_of_adamw_of_any_types(target, types, place, monkeypatch):
+    monkeypatch.setattr(test_adamw_types, "SHAPES", (LONG,))
+    test_adamw_types.check_types(target, types, PLACES[place] == 0)
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, float("inf")])
+@over_places
+def test_rounds_of_norms(target, dtype, norm_type, place):
+    """Of numbers whose squares and sums float32 does not hold: those are summed up once more."""
+    x = long(dtype, place, {torch.float64: 1e100, torch.float16: 3e4}.get(dtype, 1e38))
+    if dtype == torch.float16:
+        x[1, 7] = float("inf")
+    got = trainops.get_total_norm([x], norm_type, backend=target.backend)
+    true = exact.norm([exact.exact(x)], norm_type)
+    assert_contract(got, true, torch.linalg.vector_norm(x.double(), norm_type).to(got.dtype), str(norm_type))
+
+
+@over_places
+def test_rounds_of_scaling_and_clamping(target, dtype, place):
+    x = long(dtype, place)
+    p = torch.nn.Parameter(torch.zeros_like(x))
+    p.grad = at_offset(x, PLACES[place])
+    trainops.clip_grads_with_norm_([p], 0.5, torch.tensor(1.0), backend=target.backend)
+    true = exact.exact(x) * exact.clip_coefficient(exact.ONE, 0.5)
+    assert_contract(p.grad, true)
+    p.grad = at_offset(x, PLACES[place])
+    trainops.clip_grad_value_([p], 0.5, backend=target.backend)
+    assert torch.equal(p.grad, x.clamp(-0.5, 0.5))
+
+
+@pytest.mark.parametrize("dtypes", [*[(x, x) for x in test_adamw_types.DTYPES], *[x[:2] for x in MIXED]], ids=str)
+@over_places
+def test_rounds_of_ema(target, dtypes, place):
+    average, param = long(dtypes[0], place), long(dtypes[1], place)
+    true = exact.ema(exact.exact(average), exact.exact(param), 0.9)
+    trainops.ema_update_([average], [param], 0.9, backend=target.backend)
+    wide = torch.float64 if torch.float64 in dtypes else torch.float32
+    test_adamw_types.assert_stored(average, true, wide, "average")
+
+
+# What must be noticed
+
+
+def test_the_count_of_skipped_steps_without_its_barrier(target):
+    """All threads of `plan` load the count, and one stores it."""
+    plan = importlib.import_module("trainops.triton_kernels").update.plan
+    source = plan.src
+    assert source.count("tl.debug_barrier()") == 1
+    plan._unsafe_update_src(source.replace("tl.debug_barrier()", "pass"))
+    plan.device_caches.clear()
+    try:
+        with pytest.raises(RuntimeError, match=r"plan: race in global memory: .*update\.py"):
+            test_adamw.test_a_skipped_step_changes_no_bit(target, torch.float32, float("nan"), "both")
+    finally:
+        plan._unsafe_update_src(source)
+        plan.device_caches.clear()
+    test_adamw.test_a_skipped_step_changes_no_bit(target, torch.float32, float("nan"), "both")

@@ -1,6 +1,10 @@
-"""A sample of Triton's kernels as compiled for sm_80, executed on the CPU: the contract, and no races."""
+"""Triton's kernels as compiled for NVIDIA's GPUs, executed on the CPU: the contract, no races, and no idle barriers.
+
+The cases are in ptx_triton_cases.py. They run in processes of their own, whose Triton does not interpret.
+"""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -14,78 +18,107 @@ from targets import thorough
 if cuda_shim.compiler() is None or importlib.util.find_spec("triton") is None or torch.cuda.is_available():
     pytest.skip("no C++ compiler, no Triton, or there is a GPU", allow_module_level=True)
 
-pytestmark = thorough(lambda **_: True)  # for now: they take half a minute of one core
+CASES = Path(__file__).parent / "ptx_triton_cases.py"
+ARCHITECTURES = [80, 90]
+over_architectures = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda number: f"sm_{number}")
 
-# In a process of its own, whose Triton does not interpret.
-PROGRAM = """
-import sys
-sys.path.insert(0, {tests!r})
-import torch
-import test_adamw, test_clip_grad, test_drop_path_gradients, test_ema, training
-from ptx.triton_driver import through_ptx
-from targets import Target
-
-target, shapes = Target("triton", "cpu"), ((33, 31), (127,))
-dtypes = [getattr(torch, name) for name in {dtypes!r}]
-with through_ptx() as (machine, launched), machine.schedule(resident=4, seed={seed}, races=True):
-    for dtype in dtypes:
-        for check, *args in [
-            (training.check_steps, shapes, {{"lr": 0.05, "amsgrad": True}}, 1, 0.5),
-            (test_ema.test_matches_exact_for_all_shapes, [(1025,), (3, 4001), ()]),
-            (test_adamw.test_a_skipped_step_changes_no_bit, float("nan"), "both"),
-            (test_clip_grad.test_matches_exact_for_all_max_norms, 0.5),
-            (test_clip_grad.test_clip_grad_value_is_torchs_for_all_values, 0.5),
-            (test_drop_path_gradients.test_gradients_of_layer_scale, {shape!r}),
-        ]:
-            torch.manual_seed(0)
-            check(target, dtype, *args)
-print(*sorted(set(launched)))
-"""
 KERNELS = ["drop_path", "drop_path_backward", "ema", "finish_layer_scale", "finish_rows", "partial_results", "plan"]
 KERNELS += ["transform", "update"]
 
+# Every kernel in float32, bfloat16 and float16, where barriers stand between rounds.
+SAMPLE = """
+    rounds_of_adamw and not any_types and not float64
+    or rounds_of_norms and not float64 and 2.0 or rounds_of_norms and float32
+    or rounds_of_scaling and not float64
+    or rounds_of_ema and unaligned and not float64
+    or gradients_of_layer_scale and float32 and 16
+    or without_its_barrier
+"""
+WITH_BARRIERS = "rounds or gradients_of_layer_scale or gradients_and_rows"  # what takes every path between barriers
 
-def run(program):
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    return subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+# Barriers that make no difference, by kernel and place in the source, and why.
+REDUNDANT = {}
+
+
+def run(tmp_path, choice, architecture=80, seed=0, takes_out=False, every=False):
+    """Run cases. Gives of each kernel that was launched what ptx_triton_cases.py reports."""
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(CASES)]
+    command += ["-k", " ".join(choice.split())] if choice else []
+    command += ["--thorough"] if every else []
+    settings = {"ARCHITECTURE": str(architecture), "SEED": str(seed), "REPORT": str(report)}
+    settings |= {"BARRIERS": "1"} if takes_out else {}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    environment |= {"TRITON_INTERPRET": "0", **{f"TRAINOPS_PTX_{name}": value for name, value in settings.items()}}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    return json.loads(report.read_text())
+
+
+def reason(kernel, opcode, where):
+    return next(
+        (why for (of_kernel, place), why in REDUNDANT.items() if of_kernel == kernel and place in where), None
     )
 
 
-def program(dtypes, seed=0):
-    return PROGRAM.format(tests=str(Path(__file__).parent), dtypes=dtypes, seed=seed, shape=(4, 5, 64))
+def assert_explained(found):
+    unnoticed = [(kernel, *site) for kernel, _, _, sites in found for site in sites]
+    assert not [site for site in unnoticed if reason(*site) is None]
 
 
-@thorough(lambda dtype, seed: (dtype, seed) not in [("float32", 0), ("bfloat16", 1)])
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-def test_contract_without_a_race(dtype, seed):
-    done = run(program([dtype], seed))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == KERNELS
+def test_a_sample(tmp_path):
+    """The contract, no races, and each barrier that is taken out is noticed."""
+    found = run(tmp_path, SAMPLE, takes_out=True)
+    assert sorted({kernel for kernel, *_ in found}) == KERNELS
+    assert_explained(found)
 
 
-# Without the barrier, a thread could read the count that another has stored.
-WITHOUT = """
-import sys
-sys.path.insert(0, {tests!r})
-import re
-from ptx import build
-from ptx.triton_driver import through_ptx
-from targets import Target
-import test_adamw, torch
-
-kernels = build.kernels
-def without_barriers(ptx):
-    before_count = re.compile(r"bar\\.sync\\s+0;(?=[^@]*(?:@\\S+\\s+)?st\\.global\\.b64)")
-    return kernels(before_count.sub("", ptx) if ".entry plan" in ptx else ptx)
-build.kernels = without_barriers
-with through_ptx() as (machine, launched), machine.schedule(resident=4, races=True):
-    test_adamw.test_a_skipped_step_changes_no_bit(Target("triton", "cpu"), torch.float32, float("nan"), "both")
-"""
+@thorough(lambda **_: True)
+@over_architectures
+def test_every_barrier_is_needed(tmp_path, architecture):
+    found = run(tmp_path, WITH_BARRIERS, architecture, takes_out=True)
+    assert sorted({kernel for kernel, *_ in found}) == KERNELS
+    assert_explained(found)
 
 
-def test_a_barrier_taken_out_is_noticed():
-    done = run(WITHOUT.format(tests=str(Path(__file__).parent)))
-    assert done.returncode != 0
-    assert "RuntimeError: plan: race in" in done.stderr, done.stderr[-3000:]
+@thorough(lambda **_: True)
+@pytest.mark.parametrize("seed", range(1, 9))
+def test_any_interleaving(tmp_path, seed):
+    run(tmp_path, SAMPLE, seed=seed)
+
+
+NAMES = {"float32": "fp32", "float64": "fp64", "bfloat16": "bf16", "float16": "fp16", "uint32": "uint32"}
+SIZES = {"WORDS", "COLUMNS", "ROWS", "UNIT"}  # those of the tensors, not options
+
+
+def is_a_launch_of(variant, found):
+    """Whether a kernel was compiled with a variant's types and options."""
+    kernel, types, constants, _ = found
+    wanted = {
+        name: NAMES[value[1:]] if isinstance(value, str) else str(value)
+        for name, value in variant.constants.items()
+        if name not in SIZES and not str(value).startswith("@")
+    }  # a function of a rule; fmt: skip
+    pointers = {name: kind for name, kind in variant.arguments.items() if kind[0] == "*"}
+    return (
+        kernel == variant.kernel
+        and all(types.get(name) == kind for name, kind in pointers.items())
+        and all(constants.get(name) == value for name, value in wanted.items())
+    )
+
+
+@thorough(lambda **_: True)
+@over_architectures
+def test_every_variant(tmp_path, architecture):
+    """All that the library compiles meets the contract: every pair of types for one architecture."""
+    from benchmarks.triton_variants import variants
+
+    found = run(tmp_path, "", architecture, every=architecture == ARCHITECTURES[0])
+    missing = [f"{variant.kernel} {variant.label}" for variant in variants()
+               if not any(is_a_launch_of(variant, launch) for launch in found)]  # fmt: skip
+    assert not missing
+
+
+def test_a_failing_case_fails(tmp_path):
+    with pytest.raises(AssertionError, match="deselected"):
+        run(tmp_path, "no_case_has_this_name")

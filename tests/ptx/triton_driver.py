@@ -72,8 +72,8 @@ class Launches:
         self.kernels = {}  # by hash
 
     def __call__(self, compiled, launch):
-        self.kernels[compiled.hash] = compiled
         launch()
+        self.kernels[compiled.hash] = compiled
 
 
 class WithoutBarriers(Launches):
@@ -91,7 +91,7 @@ class WithoutBarriers(Launches):
         self.unnoticed, self.count = {}, defaultdict(int)
 
     def __call__(self, compiled, launch):
-        if compiled.hash not in self.kernels:
+        if compiled.hash not in self.unnoticed:
             self.unnoticed[compiled.hash] = list(self.machine.synchronizations(compiled.name))
         self.count[compiled.hash] += 1
         if not self.unnoticed[compiled.hash] or self.count[compiled.hash] > self.LAUNCHES:
