@@ -27,6 +27,7 @@ from targets import INTERPRETER, thorough
 from test_cuda import MIXED, at_offset
 
 import trainops
+from trainops.backends import select
 
 AGAIN = {
     test_adamw: [
@@ -146,6 +147,33 @@ def test_rounds_of_ema(target, dtypes, place):
     trainops.ema_update_([average], [param], 0.9, backend=target.backend)
     wide = torch.float64 if torch.float64 in dtypes else torch.float32
     test_adamw_types.assert_stored(average, true, wide, "average")
+
+
+# Chunks in one sample and chunks of two, in units of eight elements and of one.
+DROP_PATH = {"packs": (3, 43, 304), "one_by_one": (3, 41, 301)}
+
+
+@pytest.mark.parametrize(
+    "dtypes", [*[(x, x) for x in test_adamw_types.DTYPES], (torch.float32, torch.bfloat16)], ids=str
+)
+@pytest.mark.parametrize("layer_scaled", [False, True])
+@pytest.mark.parametrize("shape", DROP_PATH.values(), ids=DROP_PATH)
+def test_rounds_of_drop_path(target, shape, layer_scaled, dtypes):
+    rest, branch, layer_scale = test_drop_path_gradients.operands(dtypes[0], target.device, shape[-1:], shape)
+    branch = branch.to(dtypes[1])
+    test_drop_path_gradients.check_gradients(target, rest, branch, layer_scale if layer_scaled else None, 0.5)
+    mask = torch.tensor([2.0, 0.0, 2.0], dtype=dtypes[1])[:, None, None]
+    assert torch.equal(select(target.backend, target.device).drop_path(branch, mask, None, None, None), branch * mask)
+
+
+@pytest.mark.parametrize("layer_scaled", [False, True])
+@pytest.mark.parametrize("shape", DROP_PATH.values(), ids=DROP_PATH)
+def test_rounds_of_drop_path_of_rows(target, shape, layer_scaled, dtype):
+    how = (shape, "contiguous", (dtype,) * 3)
+    test_drop_path_rows.check_rows_of_the_branch(target, *how, layer_scaled)
+    for branch_given, scaled in test_drop_path_rows.BACKWARDS:
+        if scaled == layer_scaled:
+            test_drop_path_rows.check_rows_of_the_gradient(target, *how, branch_given, scaled)
 
 
 # What must be noticed
