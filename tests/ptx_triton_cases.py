@@ -27,7 +27,7 @@ from targets import INTERPRETER, thorough
 from test_cuda import MIXED, at_offset
 
 import trainops
-from trainops.backends import select
+from trainops.adapters import select
 
 AGAIN = {
     test_adamw: [
