@@ -70,6 +70,7 @@ class Launches:
 
     def __init__(self):
         self.kernels = {}  # by hash
+        self.unnoticed = {}  # barriers without which all went well, by hash
 
     def __call__(self, compiled, launch):
         launch()
@@ -77,7 +78,7 @@ class Launches:
 
 
 class WithoutBarriers(Launches):
-    """Runs each kernel once more without each of its barriers, and keeps those that make no difference.
+    """Runs each kernel once more without each of its barriers; `unnoticed` keeps those that make no difference.
 
     A difference is a fault, a race above all, or another content of memory. What a barrier is for depends on the
     launch: those without which one goes well are taken out of some more.
@@ -88,9 +89,13 @@ class WithoutBarriers(Launches):
     def __init__(self, machine):
         super().__init__()
         self.machine = machine
-        self.unnoticed, self.count = {}, defaultdict(int)
+        self.count = defaultdict(int)
+        self.is_on = True
 
     def __call__(self, compiled, launch):
+        if not self.is_on:
+            super().__call__(compiled, launch)
+            return
         if compiled.hash not in self.unnoticed:
             self.unnoticed[compiled.hash] = list(self.machine.synchronizations(compiled.name))
         self.count[compiled.hash] += 1
