@@ -167,8 +167,8 @@ PYBIND11_MODULE(_cuda, m) {
     return py::make_tuple(found.count, found.error, found.name);
   });
   py::class_<StagedTable>(m, "StagedTable", py::module_local())
-      .def(py::init(&stage), py::arg("table"), py::kw_only(), py::arg("words"), py::arg("rows"), py::arg("chunks"),
-           py::arg("chunk_count"), py::arg("stream"));
+      .def(py::init(&stage), py::keep_alive<1, 2>(), py::arg("table"), py::kw_only(), py::arg("words"),
+           py::arg("rows"), py::arg("chunks"), py::arg("chunk_count"), py::arg("stream"));
   m.def("reduce", &reduce, py::arg("staged"), py::kw_only(), py::arg("statistic"), py::arg("grad_scale"),
         py::arg("counter"), py::arg("partials"), py::arg("total"), py::arg("total_out"), py::arg("rows_out"));
   m.def("scale", &scale, py::arg("staged"), py::kw_only(), py::arg("coefficient"), py::arg("is_float64"));
