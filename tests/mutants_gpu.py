@@ -95,7 +95,7 @@ TRITON_AND_CUDA = [
                 'f"STATE{i}_TYPE": name for i, name in enumerate(state)',
                 'f"STATE{i}_TYPE": state[0] for i, name in enumerate(state)',
             ),
-            "triton: gradients of the parameter's type": ('"GRAD_TYPE": "grad"', '"GRAD_TYPE": "param"'),
+            "triton: gradients of exp_avg's type": ('"GRAD_TYPE": "grad"', '"GRAD_TYPE": "exp_avg"'),
             "triton: float64 in float32": ('wide={"WIDE": ("PARAM_TYPE",), "AVERAGE', 'wide={"WIDE": (), "AVERAGE'),
         },
     ),
