@@ -11,6 +11,7 @@ from targets import INTERPRETER, TARGETS
 from triton_fixtures import device, divide, launches, small_blocks, tables, uploads  # noqa: F401 (fixtures)
 
 import trainops
+from trainops import drop_path_small
 from trainops.adapters import _triton
 
 # Shapes that have broken kernels before: scalars, nothing, one element, vector tails, several chunks, many tensors.
@@ -82,6 +83,12 @@ def shapes(request, target):
     if request.param == "many" and target == INTERPRETER:
         return SHAPES["many"][:40]  # the interpreter takes some hundredths of a second for each
     return SHAPES[request.param]
+
+
+@pytest.fixture
+def kernels_for_small_tensors(monkeypatch):
+    """DropPath leaves no tensor to PyTorch's operations for being small."""
+    monkeypatch.setattr(drop_path_small, "LARGEST", -1)
 
 
 @pytest.fixture(autouse=True)

@@ -24,6 +24,8 @@ from targets import INTERPRETER, REFERENCE, thorough
 
 import trainops
 
+pytestmark = pytest.mark.usefixtures("kernels_for_small_tensors")
+
 # At 0.5 nothing is rounded: the mask is 2.
 DROP_PROBS = [0.1, 0.3, 0.5, 1.0]
 RANKS = [(64,), (16, 7), (8, 5, 33), (6, 3, 9, 5), (6, 2, 3, 2, 7)]

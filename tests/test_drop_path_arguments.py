@@ -5,23 +5,61 @@ import math
 import numpy as np
 import pytest
 import torch
-from drop_path_formulas import OPERANDS
+from drop_path_formulas import OPERANDS, seeded, timm_drop_path, timm_drop_path_add
 
 import trainops
 
+RATES_OUT_OF_RANGE = [-0.1, 1.0001, math.nan, math.inf]
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("drop_prob", [-0.1, 1.0001, math.nan, math.inf], ids=str)
-def test_drop_prob_out_of_range(drop_prob, training):
-    x = torch.randn(3, 2)
+
+@pytest.mark.parametrize("drop_prob", RATES_OUT_OF_RANGE, ids=str)
+def test_drop_prob_out_of_range(drop_prob):
+    x, state = torch.randn(3, 2), torch.get_rng_state()
     for call in (
-        lambda: trainops.drop_path(x, drop_prob, training),
-        lambda: trainops.drop_path_add(x, x, drop_prob, training),
-        lambda: trainops.DropPath(drop_prob),
-        lambda: trainops.DropPathAdd(drop_prob),
+        lambda: trainops.drop_path(x, drop_prob, True),
+        lambda: trainops.drop_path_add(x, x, drop_prob, True),
+        lambda: trainops.DropPath(drop_prob)(x),
+        lambda: trainops.DropPathAdd(drop_prob)(x, x),
     ):
         with pytest.raises(ValueError, match=f"drop_prob.*{drop_prob}"):
             call()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("drop_prob", ["often", None])
+def test_drop_prob_that_is_no_number(drop_prob):
+    x = torch.randn(3, 2)
+    for call in (trainops.DropPath(drop_prob), lambda x: trainops.DropPathAdd(drop_prob)(x, x)):
+        with pytest.raises(TypeError, match=f"drop_prob must be a number in .*{drop_prob}"):
+            call(x)
+
+
+@pytest.mark.parametrize("drop_prob", [*RATES_OUT_OF_RANGE, None, "often"], ids=str)
+def test_where_nothing_can_drop_any_rate_will_do_as_for_timm(drop_prob):
+    x = torch.randn(3, 2)
+    assert trainops.drop_path(x, drop_prob) is x
+    assert trainops.DropPath(drop_prob).eval()(x) is x
+    assert torch.equal(trainops.DropPathAdd(drop_prob).eval()(x, x), x + x)
+
+
+@pytest.mark.parametrize("drop_prob", [0.3, 1.0])
+@pytest.mark.parametrize("wrapped", [torch.tensor, lambda rate: torch.nn.Parameter(torch.tensor(rate))])
+def test_a_rate_may_be_a_tensor_as_for_timm(drop_prob, wrapped):
+    x = torch.randn(64, 3)
+    rate = wrapped(drop_prob)
+    for ours, timms in (
+        (trainops.DropPath(rate), lambda x: timm_drop_path(x, rate, True)),
+        (lambda x: trainops.DropPathAdd(rate)(x, x), lambda x: timm_drop_path_add(x, x, rate, True)),
+    ):
+        assert torch.equal(seeded(ours, x), seeded(timms, x))
+        assert seeded(ours, x).requires_grad == rate.requires_grad
+    with pytest.raises(RuntimeError, match="p"):
+        trainops.DropPath(torch.tensor(1.5))(x)
+
+
+def test_names_of_modules_with_odd_rates():
+    assert repr(trainops.DropPath(None)) == "DropPath(drop_prob=None)"
+    assert repr(trainops.DropPath(torch.tensor(0.25))) == "DropPath(drop_prob=0.25)"
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -51,18 +89,31 @@ def test_operands_are_tensors(operand):
     with pytest.raises(TypeError, match=f"^{operand} must be a tensor, got ndarray$"):
         trainops.drop_path_add(**inputs)
     with pytest.raises(TypeError, match=r"^x must be a tensor, got ndarray$"):
-        trainops.drop_path(np.ones(10_000))
+        trainops.drop_path(np.ones(10_000), 0.5, True)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
 @pytest.mark.parametrize("scale_by_keep", [True, False])
-def test_only_floating_point_samples_are_dropped(dtype, scale_by_keep):
+def test_only_floating_point_branches_are_dropped(dtype, scale_by_keep):
     x, state = torch.ones(4, 3).to(dtype), torch.get_rng_state()
-    for call in (trainops.drop_path, lambda x, *options: trainops.drop_path_add(x, x, *options)):
-        with pytest.raises(TypeError, match=f"floating-point tensors.*got {dtype}"):
-            call(x, 0.5, True, scale_by_keep)
-        assert call(x, 0.5, False, scale_by_keep).dtype == dtype
+    with pytest.raises(TypeError, match=f"floating-point tensors.*got {dtype}"):
+        trainops.drop_path_add(x, x, 0.5, True, scale_by_keep)
+    assert trainops.drop_path_add(x, x, 0.5, False, scale_by_keep).dtype == dtype
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("scale_by_keep", [True, False])
+def test_what_pytorch_can_drop_of_other_types_is_dropped_as_by_timm(dtype, scale_by_keep):
+    x = torch.ones(64, 3).to(dtype)
+    try:
+        expected = seeded(timm_drop_path, x, 0.5, True, scale_by_keep)
+    except (RuntimeError, NotImplementedError) as error:
+        with pytest.raises(type(error)):
+            trainops.drop_path(x, 0.5, True, scale_by_keep)
+    else:
+        assert not scale_by_keep
+        assert torch.equal(seeded(trainops.drop_path, x, 0.5, True, scale_by_keep), expected)
 
 
 def test_a_scalar_has_no_samples():

@@ -29,6 +29,8 @@ from targets import REFERENCE, interpreted, thorough
 
 import trainops
 
+pytestmark = pytest.mark.usefixtures("kernels_for_small_tensors")
+
 # Samples of one position and of many, channels that are no power of two, more than a program takes, one and none.
 LAYER_SCALED_SHAPES = [
     (0, 5),

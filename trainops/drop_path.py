@@ -5,9 +5,10 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
-from . import reference
+from . import drop_path_small, reference
 from .adapters import check
 from .drop_path_autograd import apply
+from .drop_path_formula import formula, wants_formula
 
 
 def drop_path(
@@ -15,7 +16,6 @@ def drop_path(
     drop_prob: float = 0.0,
     training: bool = False,
     scale_by_keep: bool = True,
-    *,
     backend: str | None = None,
 ) -> Tensor:
     """Zero whole samples of ``x`` at random, and scale the others up to keep the expectation.
@@ -24,26 +24,39 @@ def drop_path(
 
         timm.layers.drop_path(x, drop_prob, training, scale_by_keep)
 
-    bit for bit, from the same seed.
+    bit for bit, from the same seed. Like timm's, it can be traced by torch.fx, scripted, exported and compiled, and
+    returns whatever it is given where nothing is to be dropped.
 
     Args:
-        x: floating-point, of any shape with at least one dimension; dim 0 counts the samples.
-        drop_prob: probability that a sample is dropped, in [0, 1].
+        x: of any shape with at least one dimension; dim 0 counts the samples.
+        drop_prob: probability that a sample is dropped, in [0, 1]; a number, or a tensor for ``bernoulli_``.
         training: where false, ``x`` is returned as it is.
         scale_by_keep: divide the kept samples by ``1 - drop_prob``.
         backend: see :func:`trainops.backends`; by default it follows the device.
 
     Raises:
-        TypeError: ``drop_prob`` is no number, ``x`` no tensor, or what is dropped not floating-point.
+        TypeError: ``drop_prob`` is no number, or ``x`` no tensor.
         ValueError: ``drop_prob`` is out of range, or ``x`` has no dimension.
     """
-    check_drop_prob(drop_prob)
-    check_scale_by_keep(scale_by_keep)
-    check(backend)
-    check_samples("x", x)
     if drop_prob == 0.0 or not training:
         return x
-    return apply(backend, x, reference.drop_path_mask(x, drop_prob, scale_by_keep, mask_dtype(x, None)))
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return formula(x, drop_prob, scale_by_keep)
+    else:  # noqa: RET505 (TorchScript compiles what follows an if, but not this)
+        return _drop_path(x, drop_prob, scale_by_keep, backend)
+
+
+def _drop_path(x: Tensor, drop_prob: float, scale_by_keep: bool, backend: str | None) -> Tensor:
+    if backend is None and (small := drop_path_small.drop_path(x, drop_prob, scale_by_keep)) is not None:
+        return small
+    check(backend)
+    if wants_formula(x, drop_prob):
+        return formula(x, drop_prob, scale_by_keep)
+    check_drop_prob(drop_prob)
+    check_samples("x", x)
+    if not x.is_floating_point():
+        return formula(x, drop_prob, scale_by_keep)  # PyTorch says what can be done with these
+    return apply(backend, x, reference.drop_path_mask(x, drop_prob, scale_by_keep))
 
 
 def drop_path_add(
@@ -53,7 +66,6 @@ def drop_path_add(
     training: bool = False,
     scale_by_keep: bool = True,
     layer_scale: Tensor | None = None,
-    *,
     backend: str | None = None,
 ) -> Tensor:
     """Add a residual branch, of which whole samples are dropped at random.
@@ -68,7 +80,7 @@ def drop_path_add(
     Args:
         residual: floating-point, of the shape of ``branch`` or one that broadcasts with it.
         branch: floating-point, with at least one dimension; dim 0 counts the samples.
-        drop_prob: probability that a sample's branch is dropped, in [0, 1].
+        drop_prob: probability that a sample's branch is dropped, in [0, 1]; a number, or a tensor for ``bernoulli_``.
         training: where false, nothing is dropped.
         scale_by_keep: divide the kept branches by ``1 - drop_prob``.
         layer_scale: factors that broadcast with ``branch``, such as one for each element of its last dim.
@@ -78,15 +90,40 @@ def drop_path_add(
         TypeError: ``drop_prob`` is no number, an operand no tensor, or what is dropped not floating-point.
         ValueError: ``drop_prob`` is out of range, ``branch`` has no dimension, or shapes or devices do not fit.
     """
-    check_drop_prob(drop_prob)
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if drop_prob == 0.0 or not training:
+            return residual + (branch if layer_scale is None else branch * layer_scale)
+        return formula(branch, drop_prob, scale_by_keep, residual, layer_scale)
+    else:  # noqa: RET505 (TorchScript compiles what follows an if, but not this)
+        rate = 0.0 if not training or drop_prob == 0.0 else drop_prob
+        if layer_scale is None and backend is None:
+            small = drop_path_small.drop_path(branch, rate, scale_by_keep, residual)
+            if small is not None:
+                return small
+        return _drop_path_add(residual, branch, rate, scale_by_keep, layer_scale, backend)
+
+
+def _drop_path_add(
+    residual: Tensor,
+    branch: Tensor,
+    rate: float,
+    scale_by_keep: bool,
+    layer_scale: Tensor | None,
+    backend: str | None,
+) -> Tensor:
     check_scale_by_keep(scale_by_keep)
     check(backend)
-    check_samples("branch", branch)
-    check_operand("residual", residual, branch)
-    check_operand("layer_scale", layer_scale, branch)
-    if drop_prob == 0.0 or not training:
+    looked_at = wants_formula(branch, rate) or wants_formula(residual, rate)
+    if not looked_at:
+        check_drop_prob(rate)
+        check_samples("branch", branch)
+        check_operand("residual", residual, branch)
+        check_operand("layer_scale", layer_scale, branch)
+    if type(rate) is float and rate == 0.0:
         return residual + (branch if layer_scale is None else branch * layer_scale)
-    mask = reference.drop_path_mask(branch, drop_prob, scale_by_keep, mask_dtype(branch, layer_scale))
+    if looked_at:
+        return formula(branch, rate, scale_by_keep, residual, layer_scale)
+    mask = reference.drop_path_mask(branch, rate, scale_by_keep, mask_dtype(branch, layer_scale))
     return apply(backend, branch, mask, residual, layer_scale)
 
 
@@ -94,17 +131,13 @@ class DropPath(nn.Module):
     """timm's ``DropPath``: :func:`drop_path` as a module, active in training mode.
 
     Args:
-        drop_prob: probability that a sample is dropped, in [0, 1].
+        drop_prob: probability that a sample is dropped, in [0, 1]. As in timm's class, it is checked when samples
+            are to be dropped, not before.
         scale_by_keep: divide the kept samples by ``1 - drop_prob``.
-
-    Raises:
-        ValueError: ``drop_prob`` is out of range.
     """
 
     def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True) -> None:
         super().__init__()
-        check_drop_prob(drop_prob)
-        check_scale_by_keep(scale_by_keep)
         self.drop_prob = drop_prob
         self.scale_by_keep = scale_by_keep
 
@@ -114,7 +147,8 @@ class DropPath(nn.Module):
 
     def extra_repr(self) -> str:
         """As timm's."""
-        return f"drop_prob={round(self.drop_prob, 3):0.3f}"
+        rate = self.drop_prob
+        return f"drop_prob={round(rate, 3):0.3f}" if isinstance(rate, Real) else f"drop_prob={rate}"
 
 
 class DropPathAdd(DropPath):
@@ -123,9 +157,6 @@ class DropPathAdd(DropPath):
     Args:
         drop_prob: probability that a sample's branch is dropped, in [0, 1].
         scale_by_keep: divide the kept branches by ``1 - drop_prob``.
-
-    Raises:
-        ValueError: ``drop_prob`` is out of range.
     """
 
     def forward(  # type: ignore[override]

@@ -8,6 +8,7 @@ from torch import Tensor
 from . import reference
 from .adapters import Kernels, select
 from .adapters import pytorch as formulas
+from .drop_path_formula import is_transformed
 
 
 class Kept(NamedTuple):
@@ -107,18 +108,3 @@ def _formula(
     term = reference.drop_path(torch.where(mask != 0, branch, 0), mask, None, layer_scale)
     dtype = torch.promote_types(residual.dtype, term.dtype)
     return residual.to(dtype).index_add(0, kept.chosen, term.to(dtype))
-
-
-def is_transformed() -> bool:
-    """Whether others than autograd look at what is done: then it is the formula, in PyTorch's operations.
-
-    Compilers fuse it with what stands around it; tracers record it; function transforms, forward-mode derivatives and
-    modes of dispatch take it apart.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch.autograd.forward_ad._current_level >= 0
-    )

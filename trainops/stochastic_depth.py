@@ -16,7 +16,9 @@ from .drop_path import (
     drop_path_add,
     mask_dtype,
 )
-from .drop_path_autograd import Kept, apply, differentiable, is_transformed
+from .drop_path_autograd import Kept, apply, differentiable
+from .drop_path_formula import is_transformed
+from .stochastic_depth_formula import kept_count, of_any_size, on_whole_batch
 from .tables import PLAIN
 
 MODES = ("fixed", "bernoulli")
@@ -59,6 +61,8 @@ def stochastic_depth(
       waits for that. Where it cannot (in compiled or traced code, a function transform, the capture of a CUDA graph,
       for subclasses of tensors), the branch is run on the whole batch and its result dropped from.
 
+    In both modes torch.fx and torch.export record a run on the whole batch, which is good for batches of any size.
+
     At least one sample is computed, so that all parameters of the branch get a gradient, as DDP expects: where none
     is kept, as with a ``drop_prob`` of 1, its result is dropped, and the gradient is zero.
 
@@ -87,22 +91,28 @@ def stochastic_depth(
     Source: Huang et al., https://arxiv.org/abs/1603.09382; on a part of the batch as in DINOv2,
     https://arxiv.org/abs/2304.07193.
     """
-    _check(residual, branch, drop_prob, layer_scale, mode)
-    check_scale_by_keep(scale_by_keep)
+    _check(branch, mode)
     check(backend)
+    check_scale_by_keep(scale_by_keep)
+    rate = drop_prob if training else 0.0
+    if of_any_size(residual):
+        return on_whole_batch(residual, branch, rate, scale_by_keep, layer_scale, mode)
+    check_drop_prob(drop_prob)
+    check_samples("residual", residual)
+    check_operand("layer_scale", layer_scale, residual, "residual", each_sample=True)
     batch = residual.shape[0]
-    drops = drop_prob > 0.0 and training and batch > 0
-    count = min(batch, max(1, round(batch * (1 - drop_prob)))) if drops else batch  # to keep in mode "fixed"
-    if not drops or (mode == "fixed" and count == batch and drop_prob < 1.0):
+    drops = rate > 0.0 and batch > 0
+    count = kept_count(batch, rate) if drops else batch  # to keep in mode "fixed"
+    if not drops or (mode == "fixed" and count == batch and rate < 1.0):
         return drop_path_add(residual, _call(branch, residual), layer_scale=layer_scale, backend=backend)
-    keep, kept = _draw_fixed(residual, count) if mode == "fixed" else _draw_bernoulli(residual, drop_prob)
-    if drop_prob == 1.0:
+    keep, kept = _draw_fixed(residual, count) if mode == "fixed" else _draw_bernoulli(residual, rate)
+    if rate == 1.0:
         keep = torch.zeros_like(keep)
     samples, residual = _take(backend, residual, keep, kept)
     result = _call(branch, samples)
     mask = keep.to(mask_dtype(result, layer_scale))
-    if scale_by_keep and drop_prob < 1.0:
-        mask = mask / (count / batch if mode == "fixed" else 1 - drop_prob)
+    if scale_by_keep and rate < 1.0:
+        mask = mask / (count / batch if mode == "fixed" else 1 - rate)
     return apply(backend, result, mask, residual, layer_scale, kept)
 
 
@@ -217,18 +227,13 @@ def _call(branch: Callable[[Tensor], Tensor], samples: Tensor) -> Tensor:
     return result
 
 
-def _check(
-    residual: Tensor, branch: Callable[[Tensor], Tensor], drop_prob: float, layer_scale: Tensor | None, mode: str
-) -> None:
-    check_drop_prob(drop_prob)
+def _check(branch: Callable[[Tensor], Tensor], mode: str) -> None:
     _check_mode(mode)
-    check_samples("residual", residual)
     if not callable(branch):
         raise TypeError(
             f"branch must be a function of the residual, got {type(branch).__name__}; for a tensor there "
             "is drop_path_add"
         )
-    check_operand("layer_scale", layer_scale, residual, "residual", each_sample=True)
 
 
 def _check_mode(mode: str) -> None:

@@ -51,4 +51,11 @@ struct DropPathBackward {
 };
 void drop_path_backward(const DropPathBackward& args);
 
+// Every sample of `out` whose mask is 0 becomes that of `residual`, which has the same dtype.
+struct RestoreDropped {
+  Cell out, residual, mask;
+  int64_t samples, sample_numel;
+};
+void restore_dropped(const RestoreDropped& args);
+
 }  // namespace trainops::cpu

@@ -138,6 +138,18 @@ void drop_path_backward(const TensorReader& reader, const py::object& of_branch,
   cpu::drop_path_backward(args);
 }
 
+void restore_dropped(const TensorReader& reader, const py::object& out, const py::object& residual,
+                     const py::object& mask, int64_t samples, int64_t sample_numel) {
+  const Operands cell(reader);
+  cpu::RestoreDropped args;
+  args.out = cell(out);
+  args.residual = cell(residual);
+  args.mask = cell(mask);
+  args.samples = samples;
+  args.sample_numel = sample_numel;
+  cpu::restore_dropped(args);
+}
+
 int threads() {
 #ifdef _OPENMP
   return omp_get_max_threads();
@@ -165,4 +177,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("drop_path_backward", &drop_path_backward, py::arg("reader"), py::kw_only(), py::arg("of_branch"),
         py::arg("of_layer_scale"), py::arg("grad"), py::arg("branch"), py::arg("layer_scale"), py::arg("mask"),
         py::arg("rows"), py::arg("samples"), py::arg("sample_numel"), py::arg("channels"));
+  m.def("restore_dropped", &restore_dropped, py::arg("reader"), py::kw_only(), py::arg("out"), py::arg("residual"),
+        py::arg("mask"), py::arg("samples"), py::arg("sample_numel"));
 }

@@ -117,3 +117,4 @@ def _launch_drop_path_backward(*, rows: Tensor | None, **operands: Any) -> None:
 
 
 drop_path, drop_path_backward = drop_path_operations(_launch_drop_path, _launch_drop_path_backward)
+restore_dropped = getattr(_cpu, "restore_dropped", None)  # only for small tensors: see ..drop_path_small

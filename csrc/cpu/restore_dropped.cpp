@@ -1,0 +1,27 @@
+// Gives dropped samples the residual's bits, where PyTorch's operations have computed residual + branch * 0: that is
+// NaN where the branch is not finite, and 0.0 where the residual is -0.0. Reads the mask; reads the residual and
+// writes the result of dropped samples alone.
+#include <algorithm>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace trainops::cpu {
+namespace {
+
+int64_t bytes_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
+}  // namespace
+
+void restore_dropped(const RestoreDropped& args) {
+  const int64_t mask_bytes = bytes_of(args.mask.dtype), sample_bytes = args.sample_numel * bytes_of(args.out.dtype);
+  const auto* mask = static_cast<const char*>(args.mask.address);
+  const auto* residual = static_cast<const char*>(args.residual.address);
+  auto* out = static_cast<char*>(args.out.address);
+  for (int64_t i = 0; i < args.samples; ++i, mask += mask_bytes, residual += sample_bytes, out += sample_bytes) {
+    const bool dropped = std::all_of(mask, mask + mask_bytes, [](char byte) { return byte == 0; });
+    if (dropped) std::memcpy(out, residual, sample_bytes);
+  }
+}
+
+}  // namespace trainops::cpu

@@ -1,0 +1,61 @@
+"""DropPath of small tensors: PyTorch's own operations, whose calls cost less than those of an autograd function.
+
+The kernels under an autograd function, which is Python, take some 40 microseconds more a call. They save passes over
+memory; a tensor must have some size for that to pay. Here every microsecond counts, so all is in one function.
+"""
+
+import torch
+from torch import Tensor
+
+from . import core
+from .adapters import cpu
+from .drop_path_formula import is_transformed
+from .tables import PLAIN
+
+# For tensors of up to so many elements PyTorch's operations were no slower (forward and backward, float32 and
+# bfloat16, one and two threads). Only CPUs were measured: the tensors of other devices always go to the kernels.
+LARGEST = 1 << 17
+
+DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+
+
+def drop_path(x: Tensor, rate: float, scale_by_keep: bool, residual: Tensor | None = None) -> Tensor | None:
+    """``residual + x * mask``, or None where that is nothing for PyTorch's operations.
+
+    A dropped sample is its residual to the bit, as the kernels have it.
+    """
+    if (
+        type(x) not in PLAIN
+        or not x.is_cpu
+        or x.numel() > LARGEST
+        or x.dtype not in DTYPES
+        or not (shape := x.shape)
+        or type(rate) is not float
+        or not 0.0 < rate <= 1.0
+        or cpu.restore_dropped is None
+        or is_transformed()
+    ):
+        return None
+    if residual is not None and not (
+        type(residual) in PLAIN
+        and residual.is_cpu
+        and residual.dtype is x.dtype
+        and residual.shape == shape
+        and residual.is_contiguous()
+        and x.is_contiguous()
+        and not residual.is_neg()
+    ):
+        return None
+    keep_prob = 1 - rate
+    mask = x.new_empty((shape[0],) + (1,) * (len(shape) - 1)).bernoulli_(keep_prob)
+    if scale_by_keep and keep_prob > 0.0:
+        mask.div_(keep_prob)
+    out = x * mask
+    if residual is None:
+        return out
+    out.add_(residual)
+    if samples := shape[0]:
+        cpu.restore_dropped(
+            core.reader, out=out, residual=residual, mask=mask, samples=samples, sample_numel=x.numel() // samples
+        )
+    return out
