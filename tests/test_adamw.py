@@ -202,7 +202,7 @@ def test_grad_scaler(target, options, unscale_first):
             scaler.step(optimizer)
             scaler.update()
     assert scalers[0].get_scale() == scalers[1].get_scale()
-    assert our_optimizer.skipped_steps == 1
+    assert our_optimizer.skipped_steps == bool(options)  # else the scaler does not even call step()
     for p, q in zip(ours.params, torchs.params, strict=True):
         torch.testing.assert_close(p, q)
     if "max_grad_norm" in options:

@@ -432,6 +432,22 @@ def test_what_is_regular(reader, first, second, regular):
             table.words(chunk_numel=CHUNK, by_kind=True)
 
 
+@pytest.mark.parametrize("second", [0, 1])
+def test_tensors_of_two_devices_are_no_table(monkeypatch, second):
+    """Two GPUs, as far as descriptions tell."""
+    x, y = torch.ones(3), torch.ones(3)
+
+    def on_gpus(tensor):
+        address, code, bits, _, _, *layout = core.describe(tensor)
+        return (address, code, bits, 2, second if tensor is y else 0, *layout)
+
+    other = core._core.TensorReader()
+    other.configure(api=None, describe=on_gpus, plain_types=tuple(PLAIN))
+    monkeypatch.setattr(core, "reader", other)
+    table = core.table("ema", {"average": [x, x], "tensor": [x, y]}, "cuda")
+    assert table.irregular == ([] if second == 0 else [1])
+
+
 STEPS = {
     "plain": (torch.tensor(1.0), True),
     "one_element": (torch.ones(1, 1), True),

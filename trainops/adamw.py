@@ -38,12 +38,14 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
         capturable: accepted for compatibility; step counts are on their parameter's device anyway. Take a step on
             tensors of the same sizes outside of a CUDA graph before each capture.
         differentiable: run PyTorch's own step, with autograd.
-        fused: accepted for compatibility.
+        fused: with a GradScaler, unscale and skip inside ``step()``, and leave unscaled gradients behind, as the
+            fused step of PyTorch does. Otherwise accepted for compatibility.
         max_grad_norm: clip the gradients of all groups together to this norm. They are read, not rewritten: the
-            coefficient is applied inside the update; 0 takes them as zero. The norm is that of the gradients this
-            optimizer holds: the global one under DDP and FSDP2, but a rank's own under ZeroRedundancyOptimizer and
-            FSDP1.
-        skip_nonfinite: leave everything bit for bit as it was when the norm of the gradients is infinite or NaN.
+            coefficient is applied inside the update; 0 takes them as zero. With a GradScaler, ``step()`` unscales in
+            the same pass, and the gradients stay scaled. The norm is that of the gradients this optimizer holds: the
+            global one under DDP and FSDP2, but a rank's own under ZeroRedundancyOptimizer and FSDP1.
+        skip_nonfinite: leave everything bit for bit as it was when the norm of the gradients is infinite or NaN. A
+            GradScaler's scale is dealt with as by ``max_grad_norm``.
         ema: an average to update in the same pass, instead of calling ``ema.update()`` after each step, which is then
             an error. One optimizer has an average: the last that it was given to, so give it to the one that steps
             last. A skipped step leaves the average alone and counts as an update in its warm-up. Every call of
@@ -56,7 +58,8 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
             the first parameter. None until a step measures it (``max_grad_norm`` or ``skip_nonfinite``); 0.0 where
             no parameter has a gradient.
         grad_norms: the same for each parameter that had a gradient, 1-D, in group order.
-        skipped_steps: how many steps were skipped; 0-dim int64, on the device of the first parameter.
+        skipped_steps: how many steps ``step()`` has skipped; 0-dim int64, on the device of the first parameter. (With
+            PyTorch's arguments alone, a GradScaler leaves out the call.)
 
     Raises:
         TypeError: ``max_grad_norm`` or ``ema`` is of another type.

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from . import reference
 from .adapters import Group, StepControl, StepResult, check, select
+from .amp import UnscalesInStep
 from .ema import EMA
 from .rows import by_device, check_state, gather
 from .tables import all_plain
 
 
-class FusedOptimizer(torch.optim.Optimizer):
+class FusedOptimizer(UnscalesInStep, torch.optim.Optimizer):
     """Stands before a class of ``torch.optim`` among the bases of an optimizer, and takes its step.
 
     A subclass names its ``rule`` (``csrc/math/<rule>.h``, ``trainops.reference.<rule>_``), the state and the settings
@@ -47,6 +48,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
         check(backend)
         super().__init__(*args, **options)
+        self._unscaling_by_hand = None  # what PyTorch's constructor has set for fused=True
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
         self.ema = ema
@@ -54,7 +56,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.grad_norm: Tensor | None = None
         self.grad_norms: Tensor | None = None
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self._device())
-        self._accept_amp_scaling()
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -116,7 +117,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         ema: EMA | None = state.get("_ema")
         if ema is not None and ema.optimizer is None:
             ema.attach_to(self)
-        self._accept_amp_scaling()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, as in torch. State that is here in another dtype than its parameter keeps that dtype."""
@@ -135,10 +135,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         for (param, name), dtype in dtypes.items():
             if (value := loaded.get(param, {}).get(name)) is not None:
                 self.state[param][name] = value.to(device=param.device, dtype=dtype, copy=True)
-
-    def _accept_amp_scaling(self) -> None:
-        """A GradScaler then leaves unscaling and skipping to step(), by the attributes grad_scale and found_inf."""
-        self._step_supports_amp_scaling = not self.defaults["differentiable"]
 
     def _device(self) -> torch.device:
         """Where the first parameter is; a group may be empty."""
@@ -166,6 +162,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         averaged, result = self._update(averages, 0.0 if update is None or update.decay is None else update.decay)
         if self.ema is not None and update is not None:
             self.ema.finish_update(update, averaged, result.skipped)
+        self._unscale_as_fused()
         return loss
 
     def _torch_step(self, closure: Callable[[], float] | None) -> float | None:
@@ -256,7 +253,16 @@ class FusedOptimizer(torch.optim.Optimizer):
 
 
 _OWN_SETTINGS = ("max_grad_norm", "skip_nonfinite", "ema", "backend")
-_OWN_ATTRIBUTES = ("_max_grad_norm", "skip_nonfinite", "_ema", "backend", "grad_norm", "grad_norms", "skipped_steps")
+_OWN_ATTRIBUTES = (
+    "_max_grad_norm",
+    "skip_nonfinite",
+    "_ema",
+    "backend",
+    "grad_norm",
+    "grad_norms",
+    "skipped_steps",
+    "_unscaling_by_hand",
+)
 
 
 def _joint_norm(groups: list[Group], control: StepControl) -> tuple[Tensor, Tensor]:
