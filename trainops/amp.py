@@ -1,8 +1,9 @@
 """Who takes a GradScaler's loss scale out of the gradients: the scaler, or the optimizer's ``step()``.
 
 A GradScaler asks the optimizer for ``_step_supports_amp_scaling``. Where that is false, the scaler divides the
-gradients and leaves out steps with infinities, as with PyTorch's default AdamW. Where it is true, the scaler hands its
-scale over in the attributes ``grad_scale`` and ``found_inf``, and ``step()`` does both, as with PyTorch's fused AdamW.
+gradients and leaves out steps with infinities, as with PyTorch's default AdamW. Where it is true, the scaler hands
+its scale over in the attributes ``grad_scale`` and ``found_inf``, and ``step()`` does both, as with PyTorch's fused
+AdamW.
 """
 
 from typing import Any
