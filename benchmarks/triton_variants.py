@@ -116,7 +116,8 @@ def update_variant(rule: str, param: str, state: str, used: list[str], average: 
     types |= {"WIDE": wide(param), "AVERAGE_WIDE": wide(param, average or param)}
     options = [f"{state} state"] * (state != param) + used + [f"{average} average"] * (average is not None)
     writes = tuple(dtype for dtype in (param, *of_state, average) if dtype is not None)
-    functions = {"LOAD_SCALARS": f"@{rule}.load_scalars", "FORMULA": f"@{rule}.formula"}
+    functions = {"LOAD_SCALARS": f"@{rule}.load_scalars", "NEW_STATE": f"@{rule}.new_state"}
+    functions["NEW_PARAM"] = f"@{rule}.new_param"
     return Variant(
         "update",
         "update",

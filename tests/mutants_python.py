@@ -223,14 +223,20 @@ PYTHON = [
         tests_of("stochastic_depth", k="cpu-cpu or reference-cpu"),
         {
             "stochastic depth: scaled by the rate": (
-                '(count / batch if mode == "fixed" else 1 - drop_prob)',
-                "(1 - drop_prob)",
-            ),
-            "stochastic depth: one sample too few": (
-                "min(batch, max(1, round(batch * (1 - drop_prob))))",
-                "min(batch, max(1, round(batch * (1 - drop_prob)) - 1))",
+                '(count / batch if mode == "fixed" else 1 - rate)',
+                "(1 - rate)",
             ),
             "stochastic depth: rows of the wrong samples": ("rows = permutation.argsort()", "rows = permutation"),
+        },
+    ),
+    *planted(
+        "trainops/stochastic_depth_formula.py",
+        tests_of("stochastic_depth", k="cpu-cpu or reference-cpu"),
+        {
+            "stochastic depth: one sample too few": (
+                "sym_max(1, round(batch * (1 - rate)))",
+                "sym_max(1, round(batch * (1 - rate)) - 1)",
+            ),
         },
     ),
 ]

@@ -106,10 +106,10 @@ def test_every_rule_has_the_columns_of_a_step_and_the_specification_takes_the_re
 @pytest.mark.parametrize("rule", RULES)
 def test_triton_takes_the_state_in_the_order_of_the_columns(rule):
     pytest.importorskip("triton")
-    formula = importlib.import_module(f"trainops.triton_kernels.{rule}").formula
+    new_state = importlib.import_module(f"trainops.triton_kernels.{rule}").new_state
     update = importlib.import_module("trainops.triton_kernels.update")
-    param, grad, *state, scalars = inspect.signature(formula.fn).parameters
-    assert (param, grad, scalars) == ("param", "grad", "scalars")
+    grad, *state, scalars = inspect.signature(new_state.fn).parameters
+    assert (grad, scalars) == ("grad", "scalars")
     assert state[: len(state_of(rule))] == state_of(rule)
     types = [name for name in inspect.signature(update.update.fn).parameters if name.startswith("STATE")]
     assert types == [f"STATE{i}_TYPE" for i in range(len(state))]  # a rule with less state leaves the last ones out

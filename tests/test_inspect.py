@@ -133,7 +133,9 @@ def test_every_rule_is_compiled():
     rules = [kind for kind, schema in core._core.SCHEMAS.items() if schema.settings]
     used = {function for variant in inspect_triton.variants() for function in functions_of(variant)}
     for rule in rules:
-        assert {f"@{rule}.{function}" for function in ("store_scalars", "load_scalars", "formula")} <= used
+        assert {
+            f"@{rule}.{function}" for function in ("store_scalars", "load_scalars", "new_state", "new_param")
+        } <= used
 
 
 def test_what_is_known_is_not_compiled_again(monkeypatch, versions):

@@ -4,6 +4,8 @@ The kernels under an autograd function, which is Python, take some 40 microsecon
 memory; a tensor must have some size for that to pay. Here every microsecond counts, so all is in one function.
 """
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,7 @@ def drop_path(x: Tensor, rate: float, scale_by_keep: bool, residual: Tensor | No
         or type(rate) is not float
         or not 0.0 < rate <= 1.0
         or cpu.restore_dropped is None
+        or "TRAINOPS_BACKEND" in os.environ
         or is_transformed()
     ):
         return None

@@ -59,14 +59,23 @@ def load_scalars(scalars, WIDE: tl.constexpr):
 
 
 @triton.jit
-def formula(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, scalars):
-    """One step. Returns the parameter and the state, in the order of the columns."""
-    keep, weight1, beta1, beta2, weight2, step_size, scaled_eps = scalars
+def new_state(grad, exp_avg, exp_avg_sq, max_exp_avg_sq, scalars):
+    """The state after a step, in the order of the columns."""
+    _, weight1, beta1, beta2, weight2, _, _ = scalars
     difference = grad - exp_avg
     exp_avg = tl.where(weight1 < 0.5, exp_avg + weight1 * difference, grad - beta1 * difference)
     exp_avg_sq = exp_avg_sq * beta2 + weight2 * grad * grad
     second_moment = exp_avg_sq
     if max_exp_avg_sq is not None:
         second_moment = tl.maximum(max_exp_avg_sq, exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
-    param = param * keep - divide(step_size * exp_avg, square_root(second_moment) + scaled_eps)
-    return param, exp_avg, exp_avg_sq, second_moment
+    return exp_avg, exp_avg_sq, second_moment
+
+
+@triton.jit
+def new_param(param, exp_avg, exp_avg_sq, second_moment, scalars):
+    """The parameter after a step, from the new state.
+
+    Apart from it, because state that is stored before the division, whose slow path branches, takes no registers.
+    """
+    keep, _, _, _, _, step_size, scaled_eps = scalars
+    return param * keep - divide(step_size * exp_avg, square_root(second_moment) + scaled_eps)

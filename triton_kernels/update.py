@@ -6,7 +6,7 @@ every column once. With AdamW in float32, that is 28 bytes per element, 8 more w
 and 8 more with an average. Arithmetic in float32, or float64 for float64 parameters.
 
 A rule is a file like ``adamw.py``, whose functions are constants of these kernels: ``STORE_SCALARS``,
-``LOAD_SCALARS`` and ``FORMULA``. Its state fills up to three columns.
+``LOAD_SCALARS``, ``NEW_STATE`` and ``NEW_PARAM``. Its state fills up to three columns.
 """
 
 import triton
@@ -98,7 +98,8 @@ def update(
     coefficient,
     skip,
     LOAD_SCALARS: tl.constexpr,
-    FORMULA: tl.constexpr,
+    NEW_STATE: tl.constexpr,
+    NEW_PARAM: tl.constexpr,
     PARAM_TYPE: tl.constexpr,
     GRAD_TYPE: tl.constexpr,
     AVERAGE_TYPE: tl.constexpr,  # this and the following: None where there is no such column
@@ -149,13 +150,14 @@ def update(
             state1 = load(state1_address, offset, end, STATE1_TYPE, WIDE, BLOCK, MASKED)
             param = load(param_address, offset, end, PARAM_TYPE, WIDE, BLOCK, MASKED)
             state2 = load(state2_address, offset, end, STATE2_TYPE, WIDE, BLOCK, MASKED)
-            param, state0, state1, state2 = FORMULA(param, grad, state0, state1, state2, rule_scalars)
+            state0, state1, state2 = NEW_STATE(grad, state0, state1, state2, rule_scalars)
             if STATE0_TYPE is not None:
                 store(state0_address, offset, end, state0, STATE0_TYPE, BLOCK, MASKED)
             if STATE1_TYPE is not None:
                 store(state1_address, offset, end, state1, STATE1_TYPE, BLOCK, MASKED)
             if STATE2_TYPE is not None:
                 store(state2_address, offset, end, state2, STATE2_TYPE, BLOCK, MASKED)
+            param = NEW_PARAM(param, state0, state1, state2, rule_scalars)
             stored = store(param_address, offset, end, param, PARAM_TYPE, BLOCK, MASKED)
             if AVERAGE_TYPE is not None:
                 average = load(average_address, offset, end, AVERAGE_TYPE, AVERAGE_WIDE, BLOCK, MASKED)

@@ -194,7 +194,8 @@ def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl
             skip,
             types=types,
             LOAD_SCALARS=formulas.load_scalars,
-            FORMULA=formulas.formula,
+            NEW_STATE=formulas.new_state,
+            NEW_PARAM=formulas.new_param,
             wide={"WIDE": ("PARAM_TYPE",), "AVERAGE_WIDE": ("PARAM_TYPE", "AVERAGE_TYPE")},
             **absent,
         )
