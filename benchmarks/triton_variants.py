@@ -36,12 +36,12 @@ def wide(*dtypes: str) -> str:
 
 def columns_of(kind: str) -> list[Any]:
     """The columns of a kind of table."""
-    return list(core.schema(kind).columns)
+    return core.schemas[kind].columns
 
 
 def words_of(kind: str) -> int:
     """How many words a row of such a table has."""
-    return len(core.row_words()) + len(columns_of(kind))
+    return len(core.words("row")) + len(columns_of(kind))
 
 
 def variants() -> Iterator[Variant]:
@@ -73,7 +73,7 @@ def variants() -> Iterator[Variant]:
             (average, tensor),
             (average,),
         )
-    for kind, schema in core._core.SCHEMAS.items():
+    for kind, schema in core.schemas.items():
         if schema.settings:
             yield from rule_variants(kind)
     yield from drop_path_variants()
@@ -87,7 +87,7 @@ def rule_variants(rule: str) -> Iterator[Variant]:
         arguments = {"rows": "*i64", "settings": "*i64", "coefficient": "*fp64", "scalars": "*fp64"}
         arguments |= {"grad_scale": "*fp32", "found_inf": "*fp32", "skip": "*i1", "skipped_steps": "*i64"}
         constants = {"STORE_SCALARS": f"@{rule}.store_scalars", "MAXIMIZE": core.setting(rule, "maximize")}
-        constants |= {"WORDS": words_of(rule), "GROUP_WORDS": 2 * len(core.schema(rule).settings)}
+        constants |= {"WORDS": words_of(rule), "GROUP_WORDS": core.group_words(rule)}
         constants |= {"CLIP": bool(of_norm), "SKIP_NONFINITE": bool(of_norm)}
         absent = dict.fromkeys(name for name in (*measured, "known_norm") if name not in of_norm)
         yield Variant("update", "plan", f"{rule}, {label}", arguments | of_norm, constants | absent)

@@ -160,7 +160,7 @@ def test_launches_of_a_step(options, launches, mixed):
 
 def test_equal_words_alone_are_taken_for_those_of_another_table():
     """Those that are remembered have as many words: of as many rows, of other sizes and at other addresses."""
-    assert core.row_words() == ["numel", "first_chunk", "group", "dtypes"]  # and then the address
+    assert core.words("row") == {"numel": 0, "first_chunk": 1, "group": 2, "dtypes": 3}  # and then the address
     for sizes in ((5, 20_000, 3), (5, 20_000, 3), (9_000, 7, 3)):
         tensors = [torch.ones(size, device=DEVICE) for size in sizes]
         table = core.table("reduce", {"tensor": tensors}, DEVICE)

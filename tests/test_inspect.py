@@ -130,7 +130,7 @@ def functions_of(variant):
 
 
 def test_every_rule_is_compiled():
-    rules = [kind for kind, schema in core._core.SCHEMAS.items() if schema.settings]
+    rules = [kind for kind, schema in core.schemas.items() if schema.settings]
     used = {function for variant in inspect_triton.variants() for function in functions_of(variant)}
     for rule in rules:
         assert {

@@ -133,42 +133,6 @@ def configure():
     core.reader.configure(api=DLPACK_API, **chosen)
 
 
-PLAIN = torch.arange(24.0).view(4, 6)
-DESCRIBED = {
-    "plain": (PLAIN, True),
-    "scalar": (torch.tensor(1.0), True),
-    "empty": (torch.empty(3, 0), True),
-    "parameter": (nn.Parameter(PLAIN), True),
-    "view": (PLAIN[1:], True),
-    "transposed": (PLAIN.T, True),
-    "rows": (PLAIN[:1], True),
-    "float64": (PLAIN.double(), True),
-    "bfloat16": (PLAIN.bfloat16(), True),
-    "float16": (PLAIN.half(), True),
-    "columns": (PLAIN[:, :1], False),
-    "gaps": (PLAIN[:, ::2], False),
-    "expanded": (PLAIN[:1].expand(4, 6), False),
-    "complex": (torch.ones(3, dtype=torch.complex64), False),
-    "conjugated": (torch.ones(3, dtype=torch.complex64).conj(), False),
-    "negated": (torch.ones(3, dtype=torch.complex64).conj().imag, False),
-    "negated_one": (torch.ones(1, dtype=torch.complex64).conj().imag, False),
-    "integer": (PLAIN.int(), False),
-    "bool": (PLAIN > 0, False),
-    "float8": (PLAIN.to(torch.float8_e4m3fn), False),
-    "meta": (PLAIN.to("meta"), False),
-    "sparse": (PLAIN.to_sparse(), False),
-}
-
-
-@pytest.mark.parametrize(("tensor", "regular"), DESCRIBED.values(), ids=DESCRIBED)
-@pytest.mark.parametrize("api", [DLPACK_API, None], ids=["dlpack", "python"])
-def test_what_is_regular(configure, api, tensor, regular):
-    configure(api)
-    table = core.table("reduce", {"tensor": [PLAIN, tensor, PLAIN]}, "cpu")
-    assert table.irregular == ([] if regular else [1])
-    assert table.has_float64 == (regular and tensor.dtype == torch.float64)
-
-
 # Addresses are numbers: one that stands where another belongs is not noticed.
 
 
@@ -185,7 +149,12 @@ def test_all_but_tables_are_given_by_name(module):
     found = dict(signatures(module))
     assert {"reduce", "scale", "clamp", "ema", "update", "drop_path", "drop_path_backward"} <= found.keys()
     for name, arguments in found.items():
-        assert not arguments or re.match(r"((table|staged|reader): [\w.:]+, )?\*, \w", arguments), name
+        assert re.fullmatch(r"((table|staged|operands|reader): [\w.:]+)?((^|, )\*, \w.*)?", arguments), name
+
+
+@pytest.mark.parametrize("operands", [core._core.DropPath, core._core.DropPathBackward])
+def test_operands_are_given_by_name(operands):
+    assert re.search(r"\(self: [\w.]+, reader: [\w.:]+, \*, device_type: ", operands.__init__.__doc__)
 
 
 def test_addresses_are_refused_without_their_names():

@@ -187,7 +187,7 @@ def test_elements_beyond_32_bits(device):
     x[first:] = 2.0
     last = words.chunk_count - 1
     chunk = uploaded(words.rows, device), uploaded(words.chunks, device), last
-    shape = {"WORDS": len(core.row_words()) + 1, "CHUNK": 8192, "BLOCK": 1024}
+    shape = {"WORDS": len(core.words("row")) + 1, "CHUNK": 8192, "BLOCK": 1024}
     types = {"DTYPE": _triton.type_of(dtype), "WIDE": _triton.type_of(FLOAT32)}
     partials = torch.zeros(words.chunk_count, dtype=FLOAT64, device=device)
     norm = {"STATISTIC": "l2_norm", "COLUMN": 0}

@@ -5,7 +5,7 @@ a setting or a word stands.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -32,10 +32,35 @@ def describe(x: Tensor) -> tuple[int, int, int, int, int, tuple[int, ...], tuple
     return (x.data_ptr(), *_DTYPE_CODES[x.dtype], *device, tuple(x.shape), x.stride())
 
 
+class Column(NamedTuple):
+    """How a column is used. With no flag, a row always has a tensor there, and kernels only read it."""
+
+    name: str
+    written: bool
+    optional: bool
+    one_per_row: bool  # a float32 for the row, not a number for each element
+
+
+class Schema(NamedTuple):
+    """The columns of a kind of table, and of a rule its settings, in their order."""
+
+    columns: list[Column]
+    places: dict[str, int]  # of the columns, by name
+    settings: list[str]
+    measured: int  # the column whose norm is taken
+
+
 _core, reason = load("_core", "core")
 available = _core is not None
 reader: Any = None
+first_state = 0  # where the columns of a rule's state begin
+schemas: dict[str, Schema] = {}  # by the kind of table: a rule's name, ``ema``, ``reduce`` or ``transform``
 if available:
+    for kind, its in _core.SCHEMAS.items():  # read once: each access to an object of C++ makes its lists anew
+        columns = [Column(x.name, x.written, x.optional, x.one_per_row) for x in its.columns]
+        places = {column.name: place for place, column in enumerate(columns)}
+        schemas[kind] = Schema(columns, places, its.settings, its.measured)
+    first_state = _core.FIRST_STATE
     reader = _core.TensorReader()
     reader.configure(
         api=getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
@@ -54,29 +79,23 @@ def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def schema(kind: str) -> Any:
-    """The columns of a kind of table: a rule's name, ``ema``, ``reduce`` or ``transform``."""
-    return _core.SCHEMAS[kind]
-
-
-def column(kind: str, name: str) -> int:
-    """Where a column stands in a row."""
-    return [column.name for column in schema(kind).columns].index(name)
-
-
 def setting(rule: str, name: str) -> int:
     """Where a setting of a rule stands among them."""
-    return cast(int, schema(rule).settings.index(name))
+    return schemas[rule].settings.index(name)
 
 
-def row_words() -> list[str]:
-    """The names of the words in front of a row's addresses, in their order."""
-    return cast(list[str], _core.ROW_WORDS)
+def words(name: str) -> dict[str, int]:
+    """Where words of a table stand, or what they may be, by name.
+
+    ``row``: in front of a row's addresses. ``step``: in front of the settings of a step. ``setting``: of one setting.
+    ``form``: how a setting is given.
+    """
+    return cast(dict[str, int], _core.WORDS[name])
 
 
-def step_words() -> list[str]:
-    """The names of the words in front of the settings of a step, in their order."""
-    return cast(list[str], _core.STEP_WORDS)
+def group_words(rule: str) -> int:
+    """How many words the settings of a group of parameters have."""
+    return len(words("setting")) * len(schemas[rule].settings)
 
 
 def table(
@@ -110,11 +129,21 @@ def collect(
     return found if found.regular else None
 
 
+def drop_path(*, rows: Tensor | None, **operands: Any) -> Any:
+    """What DropPath's kernels are told: see ``trainops.adapters._drop_path.Launch``; and the ``device_type``."""
+    return _core.DropPath(reader, rows=address(rows), **operands)
+
+
+def drop_path_backward(*, rows: Tensor | None, **operands: Any) -> Any:
+    """What the kernels of its derivative are told."""
+    return _core.DropPathBackward(reader, rows=address(rows), **operands)
+
+
 def step_settings(
     rule: str, max_norm: float | None, ema_decay: float, settings: Sequence[Mapping[str, float | Tensor]]
 ) -> bytes:
     """What a step tells kernels on a device, in 64-bit words. Tensors among the settings lie there."""
-    names = schema(rule).settings
+    names = schemas[rule].settings
     return cast(
         bytes,
         _core.step_words(

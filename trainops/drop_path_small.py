@@ -12,6 +12,7 @@ from torch import Tensor
 from . import core
 from .adapters import cpu
 from .drop_path_formula import is_transformed
+from .reference import drop_path_mask
 from .tables import PLAIN
 
 # For tensors of up to so many elements PyTorch's operations were no slower (forward and backward, float32 and
@@ -49,10 +50,7 @@ def drop_path(x: Tensor, rate: float, scale_by_keep: bool, residual: Tensor | No
         and not residual.is_neg()
     ):
         return None
-    keep_prob = 1 - rate
-    mask = x.new_empty((shape[0],) + (1,) * (len(shape) - 1)).bernoulli_(keep_prob)
-    if scale_by_keep and keep_prob > 0.0:
-        mask.div_(keep_prob)
+    mask = drop_path_mask(x, rate, scale_by_keep)
     out = x * mask
     if residual is None:
         return out

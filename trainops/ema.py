@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .adapters import check
 from .ema_update import check_type, check_unit_interval, update_averages
-from .model_pairs import Matched, cast, check_checkpoint, match
+from .model_pairs import Matched, check_checkpoint, converted, match
 from .reference import write
 
 
@@ -102,7 +102,7 @@ class EMA:
             raise ValueError(f"dtype must be a floating-point type, got {dtype}")
         check(backend)
         self.model = model
-        self.module = cast(copy.deepcopy(model).eval().requires_grad_(False), device, dtype)
+        self.module = converted(copy.deepcopy(model).eval().requires_grad_(False), device, dtype)
         self.decay = decay
         self.warmup = warmup
         self.warmup_gamma = warmup_gamma

@@ -1,9 +1,8 @@
 """Every tensor of a model with its average, as both are now: frameworks replace parameters at will."""
 
 import operator
-import typing
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,8 +81,8 @@ def match(module: nn.Module, model: nn.Module, average_buffers: bool) -> Matched
     pairs, slots = [], []
     for name, average_slot in averages.items():
         source_slot = sources[name]
-        average = typing.cast(Tensor, average_slot.owner[average_slot.key])
-        source = typing.cast(Tensor, source_slot.owner[source_slot.key])
+        average = cast(Tensor, average_slot.owner[average_slot.key])
+        source = cast(Tensor, source_slot.owner[source_slot.key])
         check_pair(name, average, source)
         averaged = kind(average) != "other" and (average_buffers or isinstance(source, nn.Parameter))
         pairs.append(Pair(average, source, averaged))
@@ -104,16 +103,16 @@ def kind(x: Tensor) -> str:
     return "complex" if x.is_complex() else "real" if x.is_floating_point() else "other"
 
 
-def cast(module: nn.Module, device: torch.device | str | int | None, dtype: torch.dtype | None) -> nn.Module:
-    """Move a module, and its floating-point tensors to a dtype. Tied tensors stay tied."""
+def converted(module: nn.Module, device: torch.device | str | int | None, dtype: torch.dtype | None) -> nn.Module:
+    """The module, moved, its floating-point tensors in a dtype. Tied tensors stay tied."""
     done: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def cast_once(x: Tensor) -> Tensor:
+    def convert_once(x: Tensor) -> Tensor:
         if id(x) not in done:
             done[id(x)] = (x, x.to(device=device, dtype=dtype if x.is_floating_point() else None))
         return done[id(x)][1]
 
-    return module._apply(cast_once)  # type: ignore[no-untyped-call, no-any-return]
+    return module._apply(convert_once)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def check_checkpoint(own: dict[str, Any], loaded: dict[str, Any]) -> None:

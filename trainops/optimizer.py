@@ -197,7 +197,7 @@ class FusedOptimizer(UnscalesInStep, torch.optim.Optimizer):
         else:
             params, result = self._update_any(averages, control, ema_decay)
             all_averaged = False
-        if control.max_norm is not None or control.skip_nonfinite:
+        if self._measures:
             self.grad_norm, self.grad_norms = result.total_norm, result.norms
         return averages.keys() if all_averaged else averages.keys() & set(map(id, params)), result
 

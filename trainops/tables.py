@@ -70,7 +70,7 @@ def _stage_row(
     """Put regular tensors into a row; note the ``copies`` whose content is to go back into their originals."""
     layout: Tensor | None = None
     scalars = []
-    for column in core.schema(kind).columns:
+    for column in core.schemas[kind].columns:
         if (original := columns.get(column.name, [None] * (row + 1))[row]) is None:
             continue
         if column.one_per_row:

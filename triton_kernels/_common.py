@@ -20,8 +20,8 @@ def block_numel(*itemsizes: int) -> int:
 
 
 # Words of a row.
-NUMEL, FIRST_CHUNK, GROUP = (tl.constexpr(core.row_words().index(name)) for name in ("numel", "first_chunk", "group"))
-ADDRESSES = tl.constexpr(len(core.row_words()))
+NUMEL, FIRST_CHUNK, GROUP = (tl.constexpr(core.words("row")[name]) for name in ("numel", "first_chunk", "group"))
+ADDRESSES = tl.constexpr(len(core.words("row")))
 
 
 @triton.jit

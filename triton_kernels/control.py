@@ -11,16 +11,19 @@ from trainops import core
 
 from .storage import real
 
-# Words of the settings of a step (csrc/core/schema.h): two for each setting of each group follow.
-MAX_NORM, EMA_DECAY = (tl.constexpr(core.step_words().index(name)) for name in ("max_norm", "ema_decay"))
-GROUPS = tl.constexpr(len(core.step_words()))
-DOUBLE, FLOAT_ADDRESS = tl.constexpr(0), tl.constexpr(1)  # forms; any other: the address of a float64
+# Words of the settings of a step (csrc/core/schema.h): those of each setting of each group follow.
+MAX_NORM, EMA_DECAY = (tl.constexpr(core.words("step")[name]) for name in ("max_norm", "ema_decay"))
+GROUPS = tl.constexpr(len(core.words("step")))
+FORM, VALUE = (tl.constexpr(core.words("setting")[name]) for name in ("form", "value"))
+SETTING_WORDS = tl.constexpr(len(core.words("setting")))
+DOUBLE, FLOAT_ADDRESS = (tl.constexpr(core.words("form")[name]) for name in ("double", "float_address"))
 
 
 @triton.jit
 def setting(words, index: tl.constexpr):
     """A setting of a group as a number, wherever it lies."""
-    form, value = tl.load(words + 2 * index), tl.load(words + 2 * index + 1)
+    own = words + index * SETTING_WORDS
+    form, value = tl.load(own + FORM), tl.load(own + VALUE)
     number = real(value)
     if form != DOUBLE:
         if form == FLOAT_ADDRESS:

@@ -17,7 +17,7 @@ from trainops import core
 from ._common import ADDRESSES, NUMEL, chunk_of, end_of_body
 from .storage import load, real, store
 
-AVERAGE, TENSOR = (tl.constexpr(core.column("ema", name)) for name in ("average", "tensor"))
+AVERAGE, TENSOR = (tl.constexpr(core.schemas["ema"].places[name]) for name in ("average", "tensor"))
 
 
 @triton.jit

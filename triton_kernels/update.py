@@ -15,14 +15,15 @@ import triton.language as tl
 from trainops import core
 
 from ._common import ADDRESSES, GROUP, NUMEL, chunk_of, end_of_body
-from .control import EMA_DECAY, GROUPS, decide
+from .control import EMA_DECAY, GROUPS, decide, setting
 from .ema import moved
 from .reduce import chunks_of_row, result_of
 from .storage import load, real, store
 
-_names = ("param", "grad", "average", "step")
-PARAM, GRAD, AVERAGE, STEP = (tl.constexpr(core.column("adamw", name)) for name in _names)
-STATE = tl.constexpr(len(_names))
+PARAM, GRAD, AVERAGE, STEP = (
+    tl.constexpr(core.schemas["adamw"].places[name]) for name in ("param", "grad", "average", "step")
+)
+STATE = tl.constexpr(core.first_state)
 
 # What `plan` finds out for each row, in float64: its new step count, whether it maximizes, and the rule's scalars.
 NEW_STEP, IS_MAXIMIZED, RULE_SCALARS, SCALARS = (tl.constexpr(i) for i in (0, 1, 2, 10))
@@ -84,7 +85,7 @@ def plan(
         group = settings + GROUPS + tl.load(words + GROUP) * GROUP_WORDS
         step = tl.load(tl.load(words + ADDRESSES + STEP).to(tl.pointer_type(tl.float32))).to(tl.float64) + 1.0
         tl.store(out + NEW_STEP, step)
-        tl.store(out + IS_MAXIMIZED, real(tl.load(group + 2 * MAXIMIZE + 1)))
+        tl.store(out + IS_MAXIMIZED, setting(group, MAXIMIZE))
         STORE_SCALARS(out + RULE_SCALARS, group, step)
 
 

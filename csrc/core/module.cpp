@@ -1,8 +1,7 @@
 // The Python module trainops._core: builds the tables of all compiled backends and of Triton. It has no kernel.
-#include <optional>
-#include <variant>
-
+#include "../math/storage.h"
 #include "device_words.h"
+#include "operands.h"
 #include "python_table.h"
 
 namespace py = pybind11;
@@ -41,24 +40,18 @@ py::list sections_of(const DeviceWords& words) {
   return sections;
 }
 
-int64_t bits_of(double x) {
-  int64_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  return bits;
-}
-
 // What a step tells kernels on a device (schema.h). A setting is a number, or a tensor that lies there.
 py::bytes step_words(const TensorReader& reader, double max_norm, double ema_decay, const py::list& groups) {
   Words words(kGroups);
-  words[kMaxNorm] = bits_of(max_norm);
-  words[kEMADecay] = bits_of(ema_decay);
+  words[kMaxNorm] = bit_cast<int64_t>(max_norm);
+  words[kEMADecay] = bit_cast<int64_t>(ema_decay);
   for (const auto group : groups) {
     for (const auto setting : group) {
       const size_t begin = words.size();
       words.resize(begin + kSettingWords);
       if (PyNumber_Check(setting.ptr()) && (PyFloat_Check(setting.ptr()) || PyLong_Check(setting.ptr()))) {
         words[begin + kForm] = kDouble;
-        words[begin + kValue] = bits_of(setting.cast<double>());
+        words[begin + kValue] = bit_cast<int64_t>(setting.cast<double>());
         continue;
       }
       Description description;
@@ -74,7 +67,7 @@ py::bytes step_words(const TensorReader& reader, double max_norm, double ema_dec
   return as_bytes(words);
 }
 
-#define TRAINOPS_WORD_NAME(id, name, use) name,
+#define TRAINOPS_WORD(id, name) {name, static_cast<int>(id)},
 
 void define_schemas(py::module_& m) {
   py::class_<Column>(m, "Column")
@@ -89,8 +82,13 @@ void define_schemas(py::module_& m) {
   py::dict all;
   for (const Schema& schema : schemas()) all[py::str(schema.name)] = schema;
   m.attr("SCHEMAS") = all;
-  m.attr("ROW_WORDS") = std::vector<const char*>{TRAINOPS_ROW_WORDS(TRAINOPS_WORD_NAME)};
-  m.attr("STEP_WORDS") = std::vector<const char*>{TRAINOPS_STEP_WORDS(TRAINOPS_WORD_NAME)};
+  m.attr("FIRST_STATE") = static_cast<int>(kState);
+  m.attr("WORDS") = std::map<std::string, std::map<std::string, int>>{
+      {"row", {TRAINOPS_ROW_WORDS(TRAINOPS_WORD)}},
+      {"step", {TRAINOPS_STEP_WORDS(TRAINOPS_WORD)}},
+      {"setting", {TRAINOPS_SETTING_WORDS(TRAINOPS_WORD)}},
+      {"form", {TRAINOPS_SETTING_FORMS(TRAINOPS_WORD)}},
+  };
 }
 
 }  // namespace
@@ -126,6 +124,15 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("layout", [](const PythonWords& self) { return as_bytes(self.words.layout()); })
       .def_property_readonly("rows", [](const PythonWords& self) { return as_bytes(self.words.rows()); })
       .def_property_readonly("chunks", [](const PythonWords& self) { return as_bytes(self.words.chunks()); });
+  py::class_<DropPath>(m, "DropPath")
+      .def(py::init(&drop_path_operands), py::arg("reader"), py::kw_only(), py::arg("device_type"), py::arg("out"),
+           py::arg("residual"), py::arg("branch"), py::arg("layer_scale"), py::arg("mask"), py::arg("rows"),
+           py::arg("samples"), py::arg("sample_numel"), py::arg("channels"));
+  py::class_<DropPathBackward>(m, "DropPathBackward")
+      .def(py::init(&drop_path_backward_operands), py::arg("reader"), py::kw_only(), py::arg("device_type"),
+           py::arg("of_branch"), py::arg("of_layer_scale"), py::arg("grad"), py::arg("branch"),
+           py::arg("layer_scale"), py::arg("mask"), py::arg("rows"), py::arg("samples"), py::arg("sample_numel"),
+           py::arg("channels"));
   m.def("step_words", &step_words, py::kw_only(), py::arg("reader"), py::arg("max_norm"), py::arg("ema_decay"),
         py::arg("groups"));
 }

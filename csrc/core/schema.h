@@ -24,7 +24,7 @@ struct Column {
 };
 
 // Lists are written as macros, of which these make enumerators, columns, fields and names.
-#define TRAINOPS_ENUMERATOR(id, name, use) id,
+#define TRAINOPS_ENUMERATOR(id, ...) id,
 #define TRAINOPS_COLUMN(id, name, use) Column{name, use},
 #define TRAINOPS_FIELD(name) double name;
 #define TRAINOPS_NAME(name) #name,
@@ -41,26 +41,25 @@ enum EMAColumn : int { TRAINOPS_EMA_COLUMNS(TRAINOPS_ENUMERATOR) };
 
 // A table on a device is 64-bit words. These precede the addresses of a row, of which there is one for each column.
 // `dtypes` has four bits for each column, the first column's lowest.
-#define TRAINOPS_ROW_WORDS(word)                                                                    \
-  word(kNumel, "numel", kRead) word(kFirstChunk, "first_chunk", kRead) word(kGroup, "group", kRead) \
-      word(kDTypes, "dtypes", kRead)
+#define TRAINOPS_ROW_WORDS(word) \
+  word(kNumel, "numel") word(kFirstChunk, "first_chunk") word(kGroup, "group") word(kDTypes, "dtypes")
 enum RowWord : int { TRAINOPS_ROW_WORDS(TRAINOPS_ENUMERATOR) kAddresses };
 
-// What a step tells kernels on a device: these words, then two for each setting of each group. The first of the two
-// says what the second is: a double, or the address of a float or of a double on the device.
-#define TRAINOPS_STEP_WORDS(word) word(kMaxNorm, "max_norm", kRead) word(kEMADecay, "ema_decay", kRead)
+// What a step tells kernels on a device: these words, then those of each setting of each group. The form of a setting
+// says what its value is: a double, or the address of a float or of a double on the device.
+#define TRAINOPS_STEP_WORDS(word) word(kMaxNorm, "max_norm") word(kEMADecay, "ema_decay")
+#define TRAINOPS_SETTING_WORDS(word) word(kForm, "form") word(kValue, "value")
+#define TRAINOPS_SETTING_FORMS(word) \
+  word(kDouble, "double") word(kFloatAddress, "float_address") word(kDoubleAddress, "double_address")
 enum StepWord : int { TRAINOPS_STEP_WORDS(TRAINOPS_ENUMERATOR) kGroups };
-enum SettingWord : int { kForm, kValue, kSettingWords };
-enum SettingForm : int64_t { kDouble, kFloatAddress, kDoubleAddress };
+enum SettingWord : int { TRAINOPS_SETTING_WORDS(TRAINOPS_ENUMERATOR) kSettingWords };
+enum SettingForm : int64_t { TRAINOPS_SETTING_FORMS(TRAINOPS_ENUMERATOR) };
 
 struct Schema {
   std::string name;
   std::vector<Column> columns;
   std::vector<const char*> settings;  // of a rule
   int measured;                       // the column whose norm is taken
-
-  // How many columns of a rule's rows are its state.
-  int states() const { return static_cast<int>(columns.size()) - kState; }
 };
 
 template <typename Rule>

@@ -16,17 +16,22 @@ inline pybind11::object stolen(PyObject* object) {
 
 // After a backward pass, what a tensor consists of is in no cache: its Python object, the object of C++ that this
 // points to, and the storage that that points to. Rows are read in stages, each of which asks for the next one's
-// memory some rows ahead. Where these objects keep their pointers is not known here; to ask for memory that is none
-// does no harm.
-inline void prefetch_pointees(const void* object, int first_word, int words) {
+// memory some rows ahead. To ask for memory that is none does no harm.
+inline void prefetch(const void* object) {
 #if defined(__GNUC__)
-  void* const* pointers = static_cast<void* const*>(object);
-  for (int i = first_word; i < first_word + words; ++i) {
-    __builtin_prefetch(pointers[i]);
-    __builtin_prefetch(static_cast<const char*>(pointers[i]) + 64);
-    __builtin_prefetch(static_cast<const char*>(pointers[i]) + 128);
-  }
+  __builtin_prefetch(object);
+#else
+  (void)object;
 #endif
+}
+
+// What a tensor's Python object points to, three cache lines of each. Its pointers lie after the object's head.
+inline void prefetch_pointees(const void* object) {
+  constexpr int kHead = 2, kPointers = 2;
+  void* const* pointers = static_cast<void* const*>(object) + kHead;
+  for (int i = 0; i < kPointers; ++i) {
+    for (int line = 0; line < 3; ++line) prefetch(static_cast<const char*>(pointers[i]) + 64 * line);
+  }
 }
 
 class StateReader {
@@ -49,8 +54,8 @@ class StateReader {
     const size_t before = params.size();
     const Py_ssize_t count = PyList_GET_SIZE(all.ptr());
     for (Py_ssize_t i = 0; i < count; ++i) {
-      if (i + kAhead < count) prefetch_pointees(PyList_GET_ITEM(all.ptr(), i + kAhead), kHead, kBody);
-      if (i + 2 * kAhead < count) __builtin_prefetch(PyList_GET_ITEM(all.ptr(), i + 2 * kAhead));
+      if (i + kAhead < count) prefetch_pointees(PyList_GET_ITEM(all.ptr(), i + kAhead));
+      if (i + 2 * kAhead < count) prefetch(PyList_GET_ITEM(all.ptr(), i + 2 * kAhead));
       if (!add_param(PyList_GET_ITEM(all.ptr(), i), used)) return false;
     }
     group_rows.push_back(static_cast<int64_t>(params.size() - before));
@@ -62,8 +67,8 @@ class StateReader {
     const size_t count = tensors_.size(), ahead = kAhead * columns_;
     for (size_t i = 0; i < count; i += columns_) {
       for (size_t column = 0; column < columns_; ++column) {
-        if (i + 2 * ahead + column < count) __builtin_prefetch(tensors_[i + 2 * ahead + column]);
-        if (i + ahead + column < count) prefetch_pointees(tensors_[i + ahead + column], kHead, kBody);
+        if (i + 2 * ahead + column < count) prefetch(tensors_[i + 2 * ahead + column]);
+        if (i + ahead + column < count) prefetch_pointees(tensors_[i + ahead + column]);
       }
       if (!builder_.add_row(&tensors_[i])) return false;
     }
@@ -75,8 +80,7 @@ class StateReader {
   int64_t averaged = 0;             // how many of them have an average
 
  private:
-  static constexpr Py_ssize_t kAhead = 6;     // rows
-  static constexpr int kHead = 2, kBody = 2;  // words of a Python object: its head, and where tensors keep theirs
+  static constexpr Py_ssize_t kAhead = 6;  // rows
 
   bool add_param(PyObject* param, const std::vector<bool>& used) {
     if (!builder_.reader.is_plain(param)) return false;

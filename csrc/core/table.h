@@ -7,9 +7,15 @@
 #include <cstdint>
 #include <vector>
 
+#include "../math/host_device.h"
+
 namespace trainops {
 
 enum class DType : uint8_t { float32, float64, bfloat16, float16, none };
+
+TRAINOPS_HOST_DEVICE int itemsize(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
 
 // One tensor in one column. Its address may be null where it has no elements; `none`: there is no tensor.
 struct Cell {

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "../core/drop_path.h"
 #include "../math/control.h"
 #include "chunks.h"
 
@@ -35,20 +36,7 @@ void ema(const Table& table, double decay);
 void scale(const Table& table, double coefficient);
 void clamp(const Table& table, double bound);
 
-// out = residual + branch * layer_scale * mask[sample]; null residual or layer_scale leave their term out.
-struct DropPath {
-  Cell out, residual, branch, layer_scale, mask;
-  const int64_t* rows;  // the sample of the branch that a sample of the result takes; null: its own
-  int64_t samples, sample_numel, channels;
-};
 void drop_path(const DropPath& args);
-
-// of_branch = grad * layer_scale * mask[sample], and layer scale's gradient: the sum of grad * mask[sample] * branch.
-struct DropPathBackward {
-  Cell of_branch, of_layer_scale, grad, branch, layer_scale, mask;
-  const int64_t* rows;  // the sample of the gradient that a sample of the branch takes; null: its own
-  int64_t samples, sample_numel, channels;
-};
 void drop_path_backward(const DropPathBackward& args);
 
 // Every sample of `out` whose mask is 0 becomes that of `residual`, which has the same dtype.

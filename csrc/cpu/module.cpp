@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../core/operands.h"
 #include "../core/python_table.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -82,65 +83,9 @@ std::tuple<double, bool> update(const PythonTable& table, const std::string& rul
   return {norm, decision.skips};
 }
 
-// The memory of an operand of DropPath; none for None.
-class Operands {
- public:
-  explicit Operands(const TensorReader& reader) : reader_(reader) {}
-
-  Cell operator()(const py::object& tensor) const {
-    if (tensor.is_none()) return {};
-    Description description;
-    if (!reader_.read(tensor.ptr(), description) || !description.in_host_memory()) {
-      throw py::type_error("not a plain floating-point tensor in host memory");
-    }
-    return description.cell;
-  }
-
- private:
-  const TensorReader& reader_;
-};
-
-void drop_path(const TensorReader& reader, const py::object& out, const py::object& residual,
-               const py::object& branch, const py::object& layer_scale, const py::object& mask, uintptr_t rows,
-               int64_t samples, int64_t sample_numel, int64_t channels) {
-  const Operands cell(reader);
-  cpu::DropPath args;
-  args.out = cell(out);
-  args.residual = cell(residual);
-  args.branch = cell(branch);
-  args.layer_scale = cell(layer_scale);
-  args.mask = cell(mask);
-  args.rows = reinterpret_cast<const int64_t*>(rows);
-  args.samples = samples;
-  args.sample_numel = sample_numel;
-  args.channels = channels;
-  py::gil_scoped_release release;
-  cpu::drop_path(args);
-}
-
-void drop_path_backward(const TensorReader& reader, const py::object& of_branch, const py::object& of_layer_scale,
-                        const py::object& grad, const py::object& branch, const py::object& layer_scale,
-                        const py::object& mask, uintptr_t rows, int64_t samples, int64_t sample_numel,
-                        int64_t channels) {
-  const Operands cell(reader);
-  cpu::DropPathBackward args;
-  args.of_branch = cell(of_branch);
-  args.of_layer_scale = cell(of_layer_scale);
-  args.grad = cell(grad);
-  args.branch = cell(branch);
-  args.layer_scale = cell(layer_scale);
-  args.mask = cell(mask);
-  args.rows = reinterpret_cast<const int64_t*>(rows);
-  args.samples = samples;
-  args.sample_numel = sample_numel;
-  args.channels = channels;
-  py::gil_scoped_release release;
-  cpu::drop_path_backward(args);
-}
-
 void restore_dropped(const TensorReader& reader, const py::object& out, const py::object& residual,
                      const py::object& mask, int64_t samples, int64_t sample_numel) {
-  const Operands cell(reader);
+  Operands cell(reader, "cpu");
   cpu::RestoreDropped args;
   args.out = cell(out);
   args.residual = cell(residual);
@@ -171,12 +116,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("update", &update, py::arg("table"), py::kw_only(), py::arg("rule"), py::arg("settings"), py::arg("max_norm"),
         py::arg("skip_nonfinite"), py::arg("grad_scale"), py::arg("found_inf"), py::arg("total_norm"),
         py::arg("ema_decay"), py::arg("norms_out"));
-  m.def("drop_path", &drop_path, py::arg("reader"), py::kw_only(), py::arg("out"), py::arg("residual"),
-        py::arg("branch"), py::arg("layer_scale"), py::arg("mask"), py::arg("rows"), py::arg("samples"),
-        py::arg("sample_numel"), py::arg("channels"));
-  m.def("drop_path_backward", &drop_path_backward, py::arg("reader"), py::kw_only(), py::arg("of_branch"),
-        py::arg("of_layer_scale"), py::arg("grad"), py::arg("branch"), py::arg("layer_scale"), py::arg("mask"),
-        py::arg("rows"), py::arg("samples"), py::arg("sample_numel"), py::arg("channels"));
+  m.def("drop_path", &cpu::drop_path, py::arg("operands"), py::call_guard<py::gil_scoped_release>());
+  m.def("drop_path_backward", &cpu::drop_path_backward, py::arg("operands"),
+        py::call_guard<py::gil_scoped_release>());
   m.def("restore_dropped", &restore_dropped, py::arg("reader"), py::kw_only(), py::arg("out"), py::arg("residual"),
         py::arg("mask"), py::arg("samples"), py::arg("sample_numel"));
 }

@@ -7,14 +7,9 @@
 #include "kernels.h"
 
 namespace trainops::cpu {
-namespace {
-
-int64_t bytes_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
-
-}  // namespace
 
 void restore_dropped(const RestoreDropped& args) {
-  const int64_t mask_bytes = bytes_of(args.mask.dtype), sample_bytes = args.sample_numel * bytes_of(args.out.dtype);
+  const int64_t mask_bytes = itemsize(args.mask.dtype), sample_bytes = args.sample_numel * itemsize(args.out.dtype);
   const auto* mask = static_cast<const char*>(args.mask.address);
   const auto* residual = static_cast<const char*>(args.residual.address);
   auto* out = static_cast<char*>(args.out.address);

@@ -111,7 +111,8 @@ __global__ void __launch_bounds__(kThreads, 3) drop_path_kernel(const __grid_con
 
 }  // namespace
 
-void drop_path(const DropPath& args, const Queue& queue) {
+void drop_path(const DropPath& args, void* stream) {
+  const Queue queue{args.device, stream};
   const int64_t chunks = (args.samples * args.sample_numel + kChunkNumel - 1) / kChunkNumel;
   const auto kernel = args.branch.dtype == DType::float64 ? drop_path_kernel<double> : drop_path_kernel<float>;
   launch(kernel, "drop_path", chunks, queue, args);

@@ -63,7 +63,7 @@ struct Lane {
 
 // The block's share of one group of rows: kColumns columns from `begin` on.
 template <typename T, bool packs>
-__device__ void backward_tile(const DropPathBackward& args, int64_t group, int64_t begin) {
+__device__ void backward_tile(const DropPathBackwardArgs& args, int64_t group, int64_t begin) {
   constexpr int size = Lane<T, packs>::size;
   __shared__ double totals_of_warps[kWarps][kColumns<T, packs>];
   const int64_t channels = args.channels, sample_rows = args.sample_numel / channels;
@@ -115,7 +115,7 @@ __device__ void backward_tile(const DropPathBackward& args, int64_t group, int64
 }
 
 template <typename T, bool packs>
-__global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constant__ DropPathBackward args) {
+__global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constant__ DropPathBackwardArgs args) {
   const int64_t tiles = (args.channels + kColumns<T, packs> - 1) / kColumns<T, packs>;
   const int64_t groups = count_groups(args.samples * (args.sample_numel / args.channels));
   for (int64_t index = blockIdx.x; index < groups * tiles; index += gridDim.x) {
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constan
 }
 
 // Adds up the groups: each warp every eighth of them, for 32 channels.
-__global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant__ DropPathBackward args) {
+__global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant__ DropPathBackwardArgs args) {
   __shared__ double totals_of_warps[kWarps][kWarp];
   const int64_t groups = count_groups(args.samples * (args.sample_numel / args.channels));
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -147,10 +147,10 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant_
   }
 }
 
-int64_t rows_of(const DropPathBackward& args) { return args.samples * (args.sample_numel / args.channels); }
+int64_t rows_of(const DropPathBackwardArgs& args) { return args.samples * (args.sample_numel / args.channels); }
 
 template <typename T>
-void launch_backward(const DropPathBackward& args, const Queue& queue) {
+void launch_backward(const DropPathBackwardArgs& args, const Queue& queue) {
   bool packs = args.channels % kPack<T> == 0;
   for (const Cell* cell : {&args.of_branch, &args.grad, &args.branch, &args.layer_scale}) {
     packs &= reinterpret_cast<uintptr_t>(cell->address) % 16 == 0;
@@ -168,7 +168,8 @@ int64_t drop_path_partials(int64_t samples, int64_t sample_numel, int64_t channe
   return count_groups(samples * (sample_numel / channels)) * channels;
 }
 
-void drop_path_backward(const DropPathBackward& args, const Queue& queue) {
+void drop_path_backward(const DropPathBackwardArgs& args, void* stream) {
+  const Queue queue{args.device, stream};
   if (args.branch.dtype == DType::float64) {
     launch_backward<double>(args, queue);
   } else {

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <string>
 
+#include "../core/drop_path.h"
 #include "../core/schema.h"
 #include "../core/table.h"
 #include "../math/control.h"
@@ -79,23 +80,13 @@ struct UpdateArgs {
 };
 void update(const std::string& rule, const UpdateArgs& args, const Queue& queue);
 
-// out = residual + branch * layer_scale * mask[sample]; null residual or layer_scale leave their term out.
-struct DropPath {
-  Cell out, residual, branch, layer_scale, mask;
-  const int64_t* rows;  // the sample of the branch that a sample of the result takes; null: its own
-  int64_t samples, sample_numel, channels;
-};
-void drop_path(const DropPath& args, const Queue& queue);
+void drop_path(const DropPath& args, void* stream);
 
-// of_branch = grad * layer_scale * mask[sample], and layer scale's gradient: the sum of grad * mask[sample] * branch.
 // Two launches. `partials`: room for drop_path_partials(...) sums.
-struct DropPathBackward {
-  Cell of_branch, of_layer_scale, grad, branch, layer_scale, mask;
-  const int64_t* rows;  // the sample of the gradient that a sample of the branch takes; null: its own
-  int64_t samples, sample_numel, channels;
+struct DropPathBackwardArgs : DropPathBackward {
   double* partials;
 };
-void drop_path_backward(const DropPathBackward& args, const Queue& queue);
+void drop_path_backward(const DropPathBackwardArgs& args, void* stream);
 int64_t drop_path_partials(int64_t samples, int64_t sample_numel, int64_t channels);
 
 }  // namespace trainops::cuda

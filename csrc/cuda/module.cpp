@@ -95,64 +95,10 @@ void update(const StagedTable& staged, const std::string& rule, const py::object
   cuda::update(rule, args, staged.queue);
 }
 
-// The memory of operands of DropPath, and the device that they lie on; none for None.
-class Operands {
- public:
-  explicit Operands(const TensorReader& reader) : reader_(reader) {}
+void drop_path(const DropPath& operands, uintptr_t stream) { cuda::drop_path(operands, at<void>(stream)); }
 
-  Cell operator()(const py::object& tensor) {
-    if (tensor.is_none()) return {};
-    Description description;
-    if (!reader_.read(tensor.ptr(), description) || description.device_type != TRAINOPS_DEVICE_TYPE) {
-      throw py::type_error("not a plain floating-point tensor on a device of this backend");
-    }
-    device_ = description.device_id;
-    return description.cell;
-  }
-
-  cuda::Queue queue(uintptr_t stream) const { return {device_, at<void>(stream)}; }
-
- private:
-  const TensorReader& reader_;
-  int device_ = 0;
-};
-
-// `rows`: the address of an int64 for each sample.
-void drop_path(const TensorReader& reader, const py::object& out, const py::object& residual,
-               const py::object& branch, const py::object& layer_scale, const py::object& mask, uintptr_t rows,
-               int64_t samples, int64_t sample_numel, int64_t channels, uintptr_t stream) {
-  Operands cell(reader);
-  cuda::DropPath args{};
-  args.out = cell(out);
-  args.residual = cell(residual);
-  args.branch = cell(branch);
-  args.layer_scale = cell(layer_scale);
-  args.mask = cell(mask);
-  args.rows = at<const int64_t>(rows);
-  args.samples = samples;
-  args.sample_numel = sample_numel;
-  args.channels = channels;
-  cuda::drop_path(args, cell.queue(stream));
-}
-
-void drop_path_backward(const TensorReader& reader, const py::object& of_branch, const py::object& of_layer_scale,
-                        const py::object& grad, const py::object& branch, const py::object& layer_scale,
-                        const py::object& mask, uintptr_t rows, int64_t samples, int64_t sample_numel,
-                        int64_t channels, uintptr_t partials, uintptr_t stream) {
-  Operands cell(reader);
-  cuda::DropPathBackward args{};
-  args.of_branch = cell(of_branch);
-  args.of_layer_scale = cell(of_layer_scale);
-  args.grad = cell(grad);
-  args.branch = cell(branch);
-  args.layer_scale = cell(layer_scale);
-  args.mask = cell(mask);
-  args.rows = at<const int64_t>(rows);
-  args.samples = samples;
-  args.sample_numel = sample_numel;
-  args.channels = channels;
-  args.partials = at<double>(partials);
-  cuda::drop_path_backward(args, cell.queue(stream));
+void drop_path_backward(const DropPathBackward& operands, uintptr_t partials, uintptr_t stream) {
+  cuda::drop_path_backward({operands, at<double>(partials)}, at<void>(stream));
 }
 
 }  // namespace
@@ -177,12 +123,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("update", &update, py::arg("staged"), py::kw_only(), py::arg("rule"), py::arg("words"), py::arg("norm"),
         py::arg("grad_scale"), py::arg("found_inf"), py::arg("clips"), py::arg("skip_nonfinite"), py::arg("skip"),
         py::arg("skipped_steps"), py::arg("counter"));
-  m.def("drop_path", &drop_path, py::arg("reader"), py::kw_only(), py::arg("out"), py::arg("residual"),
-        py::arg("branch"), py::arg("layer_scale"), py::arg("mask"), py::arg("rows"), py::arg("samples"),
-        py::arg("sample_numel"), py::arg("channels"), py::arg("stream"));
-  m.def("drop_path_backward", &drop_path_backward, py::arg("reader"), py::kw_only(), py::arg("of_branch"),
-        py::arg("of_layer_scale"), py::arg("grad"), py::arg("branch"), py::arg("layer_scale"), py::arg("mask"),
-        py::arg("rows"), py::arg("samples"), py::arg("sample_numel"), py::arg("channels"), py::arg("partials"),
+  m.def("drop_path", &drop_path, py::arg("operands"), py::kw_only(), py::arg("stream"));
+  m.def("drop_path_backward", &drop_path_backward, py::arg("operands"), py::kw_only(), py::arg("partials"),
         py::arg("stream"));
   m.def("drop_path_partials", &cuda::drop_path_partials, py::kw_only(), py::arg("samples"), py::arg("sample_numel"),
         py::arg("channels"));

@@ -11,8 +11,6 @@
 
 namespace trainops::cuda {
 
-__device__ inline int itemsize(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
-
 // What a thread takes of each tensor at a time: two halves of 16 bytes as float, one as double (registers are few).
 template <typename T>
 constexpr int kHalf = 16 / sizeof(T);

@@ -7,15 +7,40 @@ from torch import Tensor
 
 from .. import core
 from ..tables import staged_table
-from .interface import Group
+from .interface import Group, StepControl, StepResult
 
 Operation = Callable[..., Any]
 
 
-def columns_of(rule: str, groups: Sequence[Group]) -> dict[str, list[Any]]:
-    """The columns of all groups, one after the other."""
-    names = [column.name for column in core.schema(rule).columns]
-    return {name: [x for group in groups for x in group.columns.get(name) or [None] * group.rows] for name in names}
+def step_operations(
+    device_type: Callable[[], str], run: Callable[[Any, str, Sequence[Group], StepControl, float], StepResult]
+) -> tuple[Operation, Operation]:
+    """A backend's ``collect`` and ``update``, of what runs its kernels on a table. All groups are one table."""
+
+    def collect(
+        rule: str,
+        param_groups: list[dict[str, Any]],
+        state: dict[Tensor, Any],
+        averages: dict[int, Tensor],
+        states: list[tuple[str, ...]],
+    ) -> Any:
+        """See :class:`trainops.adapters.interface.Kernels`."""
+        return core.collect(rule, param_groups, state, averages, states, device_type())
+
+    def update(
+        rule: str, groups: Sequence[Group], control: StepControl, ema_decay: float, collected: Any = None
+    ) -> StepResult:
+        """See :class:`trainops.adapters.interface.Kernels`."""
+        if collected is not None:
+            return run(collected, rule, groups, control, ema_decay)
+        columns = {
+            name: [x for group in groups for x in group.columns.get(name) or [None] * group.rows]
+            for name in core.schemas[rule].places
+        }
+        with staged_table(rule, columns, device_type(), [group.rows for group in groups]) as table:
+            return run(table, rule, groups, control, ema_decay)
+
+    return collect, update
 
 
 def ema_operations(

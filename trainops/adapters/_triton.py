@@ -54,8 +54,8 @@ class Staged:
     def __init__(self, kind: str, table: Any, device: torch.device) -> None:
         self.words = stage(table, device, kernels()._common.CHUNK, by_kind=True)
         self.device, self.row_count, self.has_float64 = device, table.rows, table.has_float64
-        self.columns = {column.name: i for i, column in enumerate(core.schema(kind).columns)}
-        self._row_words = len(core.row_words()) + len(self.columns)
+        self.columns = core.schemas[kind].places
+        self._row_words = len(core.words("row")) + len(self.columns)
 
     def constants(self, block: int) -> dict[str, int]:
         """What every kernel must know of the table; ``block``: how many elements a program takes at a time."""

@@ -40,10 +40,9 @@ def launch_drop_path(
             channels // unit,
             UNIT=unit,
             INDEX=_index(sample_numel // unit),
-            PRODUCT=_triton.type_of(mask.dtype),
-            WIDE=_triton.type_of(torch.float64 if mask.dtype == torch.float64 else torch.float32),
             CHUNK=common.CHUNK,
             BLOCK=_block(out, residual, branch),
+            **_types(mask),
         )
 
 
@@ -86,10 +85,9 @@ def launch_drop_path_backward(
             channels // unit,
             UNIT=unit,
             INDEX=_index(sample_numel // channels + program_positions),
-            PRODUCT=_triton.type_of(mask.dtype),
-            WIDE=_triton.type_of(torch.float64 if mask.dtype == torch.float64 else torch.float32),
             COLUMNS=columns,
             BLOCK=block,
+            **_types(mask),
         )
         _triton.launch(
             kernels.finish_layer_scale,
@@ -101,6 +99,12 @@ def launch_drop_path_backward(
             ROWS=finish_rows,
             BLOCK=common.REDUCTION_BLOCK,
         )
+
+
+def _types(mask: Tensor) -> dict[str, Any]:
+    """The types of products, which are rounded to the mask's, and of sums."""
+    product = str(mask.dtype).removeprefix("torch.")
+    return {"PRODUCT": _triton.type_of(product), "WIDE": _triton.type_of(_triton.wide_type(product))}
 
 
 def _block(*tensors: Tensor | None) -> int:

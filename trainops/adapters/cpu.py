@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import core
 from ..tables import staged_table
 from ._drop_path import operations as drop_path_operations
-from ._tables import columns_of, ema_operations
+from ._tables import ema_operations, step_operations
 from .interface import Backend, Group, StepControl, StepResult
 
 _cpu, _reason = core.load_kernels("_cpu", "cpu")
@@ -25,17 +25,6 @@ def probe() -> Backend:
 def serves(device_type: str) -> bool:
     """CPU tensors."""
     return device_type == "cpu"
-
-
-def collect(
-    rule: str,
-    param_groups: list[dict[str, Any]],
-    state: dict[Tensor, Any],
-    averages: dict[int, Tensor],
-    states: list[tuple[str, ...]],
-) -> Any:
-    """See :class:`trainops.adapters.interface.Kernels`."""
-    return core.collect(rule, param_groups, state, averages, states, "cpu")
 
 
 def reduce(statistic: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -73,20 +62,9 @@ def _ema(table: Any, decay: float, skip: Tensor | None) -> None:
 ema_, try_ema_ = ema_operations(lambda: "cpu", _ema)
 
 
-def update(
-    rule: str, groups: Sequence[Group], control: StepControl, ema_decay: float, collected: Any = None
-) -> StepResult:
-    """See :class:`trainops.adapters.interface.Kernels`. All groups are one table: two passes over memory."""
-    if collected is not None:
-        return _update(collected, rule, groups, control, ema_decay)
-    group_rows = [group.rows for group in groups]
-    with staged_table(rule, columns_of(rule, groups), "cpu", group_rows) as table:
-        return _update(table, rule, groups, control, ema_decay)
-
-
 def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl, ema_decay: float) -> StepResult:
     norms = _empty_rows(table) if control.measures else None
-    names = core.schema(rule).settings
+    names = core.schemas[rule].settings
     total_norm, skipped = _cpu.update(
         table,
         rule=rule,
@@ -108,12 +86,15 @@ def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl
     )
 
 
-def _launch_drop_path(*, rows: Tensor | None, **operands: Any) -> None:
-    _cpu.drop_path(core.reader, rows=core.address(rows), **operands)
+collect, update = step_operations(lambda: "cpu", _update)
 
 
-def _launch_drop_path_backward(*, rows: Tensor | None, **operands: Any) -> None:
-    _cpu.drop_path_backward(core.reader, rows=core.address(rows), **operands)
+def _launch_drop_path(**operands: Any) -> None:
+    _cpu.drop_path(core.drop_path(device_type="cpu", **operands))
+
+
+def _launch_drop_path_backward(**operands: Any) -> None:
+    _cpu.drop_path_backward(core.drop_path_backward(device_type="cpu", **operands))
 
 
 drop_path, drop_path_backward = drop_path_operations(_launch_drop_path, _launch_drop_path_backward)

@@ -1,7 +1,8 @@
 """The ``cuda`` backend: CUDA C++ for NVIDIA GPUs (``csrc/cuda``)."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from ..tables import staged_table
 from ..uploads import Recent, uploaded
 from ._device import copy_back, device_guard, stage, step_settings, to_device
 from ._drop_path import operations as drop_path_operations
-from ._tables import columns_of, ema_operations
+from ._tables import ema_operations, step_operations
 from .interface import Backend, Group, StepControl, StepResult
 
 _cuda, _reason = core.load_kernels("_cuda", "cuda")
@@ -33,15 +34,8 @@ def serves(device_type: str) -> bool:
     return _cuda is not None and device_type == _cuda.DEVICE_TYPE
 
 
-def collect(
-    rule: str,
-    param_groups: list[dict[str, Any]],
-    state: dict[Tensor, Any],
-    averages: dict[int, Tensor],
-    states: list[tuple[str, ...]],
-) -> Any:
-    """See :class:`trainops.adapters.interface.Kernels`."""
-    return core.collect(rule, param_groups, state, averages, states, _cuda.DEVICE_TYPE)
+def _device_type() -> str:
+    return str(_cuda.DEVICE_TYPE)
 
 
 class _Queue(NamedTuple):
@@ -60,8 +54,8 @@ def _queue(device: torch.device) -> _Queue:
 
 
 def _device_of(table: Any) -> torch.device:
-    is_cuda = _cuda.DEVICE_TYPE == "cuda"
-    return torch.device("cuda", table.device_index) if is_cuda else torch.device(_cuda.DEVICE_TYPE)
+    is_cuda = _device_type() == "cuda"
+    return torch.device("cuda", table.device_index) if is_cuda else torch.device(_device_type())
 
 
 class _Staged:
@@ -79,6 +73,13 @@ class _Staged:
             chunk_count=self.chunk_count,
             stream=self.queue.stream,
         )
+
+
+@contextmanager
+def _staged(kind: str, tensors: Sequence[Tensor]) -> Iterator[tuple[Any, _Staged]]:
+    """A table of one column, regular and on its device, which is current meanwhile."""
+    with staged_table(kind, {"tensor": list(tensors)}, _device_type()) as table, device_guard(_device_of(table)):
+        yield table, _Staged(table)
 
 
 # For each stream, and each thread that launches on it: a counter of blocks, which every kernel leaves at 0, the norm,
@@ -102,11 +103,7 @@ def _scratch(queue: _Queue, chunk_count: int) -> Tensor:
 
 def reduce(statistic: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """See :class:`trainops.adapters.interface.Kernels`."""
-    with (
-        staged_table("reduce", {"tensor": list(tensors)}, _cuda.DEVICE_TYPE) as table,
-        device_guard(_device_of(table)),
-    ):
-        staged = _Staged(table)
+    with _staged("reduce", tensors) as (table, staged):
         scratch = _scratch(staged.queue, staged.chunk_count)
         return _reduce(table, staged, scratch.data_ptr(), statistic)
 
@@ -133,11 +130,7 @@ def _reduce(
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
     """See :func:`trainops.reference.scale_`. A coefficient of 1 leaves the tensors unread."""
-    with (
-        staged_table("transform", {"tensor": list(tensors)}, _cuda.DEVICE_TYPE) as table,
-        device_guard(_device_of(table)),
-    ):
-        staged = _Staged(table)
+    with _staged("transform", tensors) as (_, staged):
         dtype = torch.float32 if coefficient.dtype == torch.float32 else torch.float64
         factor = coefficient.to(staged.queue.device, dtype)
         _cuda.scale(staged.table, coefficient=factor.data_ptr(), is_float64=dtype == torch.float64)
@@ -145,11 +138,8 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
 
 def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
     """See :func:`trainops.reference.clamp_`."""
-    with (
-        staged_table("transform", {"tensor": list(tensors)}, _cuda.DEVICE_TYPE) as table,
-        device_guard(_device_of(table)),
-    ):
-        _cuda.clamp(_Staged(table).table, bound=bound)
+    with _staged("transform", tensors) as (_, staged):
+        _cuda.clamp(staged.table, bound=bound)
 
 
 def _ema(table: Any, decay: float, skip: Tensor | None) -> None:
@@ -159,22 +149,7 @@ def _ema(table: Any, decay: float, skip: Tensor | None) -> None:
         _cuda.ema(staged.table, decay=decay, skip=core.address(skip))
 
 
-ema_, try_ema_ = ema_operations(lambda: str(_cuda.DEVICE_TYPE), _ema)
-
-
-def update(
-    rule: str, groups: Sequence[Group], control: StepControl, ema_decay: float, collected: Any = None
-) -> StepResult:
-    """See :class:`trainops.adapters.interface.Kernels`. All groups are one table, in two launches or one."""
-    if collected is not None:
-        with device_guard(_device_of(collected)):
-            return _update(collected, rule, groups, control, ema_decay)
-    group_rows = [group.rows for group in groups]
-    with (
-        staged_table(rule, columns_of(rule, groups), _cuda.DEVICE_TYPE, group_rows) as table,
-        device_guard(_device_of(table)),
-    ):
-        return _update(table, rule, groups, control, ema_decay)
+ema_, try_ema_ = ema_operations(_device_type, _ema)
 
 
 def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl, ema_decay: float) -> StepResult:
@@ -209,25 +184,29 @@ def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl
     return StepResult(total_norm, norms, skip)
 
 
-def _launch_drop_path(*, out: Tensor, rows: Tensor | None, **operands: Any) -> None:
-    with device_guard(out.device):
-        stream = _queue(out.device).stream
-        _cuda.drop_path(core.reader, out=out, rows=core.address(rows), **operands, stream=stream)
+def _guarded_update(table: Any, *args: Any) -> StepResult:
+    with device_guard(_device_of(table)):
+        return _update(table, *args)
 
 
-def _launch_drop_path_backward(*, of_branch: Tensor, rows: Tensor | None, **operands: Any) -> None:
-    sizes = {name: operands[name] for name in ("samples", "sample_numel", "channels")}
-    size = _cuda.drop_path_partials(**sizes)
-    partials = torch.empty(size, dtype=torch.float64, device=of_branch.device)
-    with device_guard(of_branch.device):
-        stream = _queue(of_branch.device).stream
+collect, update = step_operations(_device_type, _guarded_update)
+
+
+def _launch_drop_path(**operands: Any) -> None:
+    device = operands["out"].device
+    with device_guard(device):
+        _cuda.drop_path(core.drop_path(device_type=_device_type(), **operands), stream=_queue(device).stream)
+
+
+def _launch_drop_path_backward(**operands: Any) -> None:
+    device = operands["of_branch"].device
+    size = _cuda.drop_path_partials(**{name: operands[name] for name in ("samples", "sample_numel", "channels")})
+    partials = torch.empty(size, dtype=torch.float64, device=device)
+    with device_guard(device):
         _cuda.drop_path_backward(
-            core.reader,
-            of_branch=of_branch,
-            rows=core.address(rows),
-            **operands,
+            core.drop_path_backward(device_type=_device_type(), **operands),
             partials=partials.data_ptr(),
-            stream=stream,
+            stream=_queue(device).stream,
         )
 
 

@@ -21,7 +21,7 @@ from ..uploads import uploaded
 from . import _triton
 from ._device import copy_back, device_guard, step_settings, to_device
 from ._drop_path import operations
-from ._tables import columns_of, ema_operations
+from ._tables import ema_operations, step_operations
 from ._triton_drop_path import launch_drop_path, launch_drop_path_backward
 from .interface import Backend, Group, StepControl, StepResult
 
@@ -125,28 +125,6 @@ def _table_device(table: Any) -> torch.device:
     return torch.device("cpu") if _device_type() == "cpu" else torch.device("cuda", table.device_index)
 
 
-def collect(
-    rule: str,
-    param_groups: list[dict[str, Any]],
-    state: dict[Tensor, Any],
-    averages: dict[int, Tensor],
-    states: list[tuple[str, ...]],
-) -> Any:
-    """See :class:`trainops.adapters.interface.Kernels`."""
-    return core.collect(rule, param_groups, state, averages, states, _device_type())
-
-
-def update(
-    rule: str, groups: Sequence[Group], control: StepControl, ema_decay: float, collected: Any = None
-) -> StepResult:
-    """See :class:`trainops.adapters.interface.Kernels`. All groups are one table, in three launches or two."""
-    if collected is not None:
-        return _update(collected, rule, groups, control, ema_decay)
-    group_rows = [group.rows for group in groups]
-    with staged_table(rule, columns_of(rule, groups), _device_type(), group_rows) as table:
-        return _update(table, rule, groups, control, ema_decay)
-
-
 def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl, ema_decay: float) -> StepResult:
     kernels, device = _triton.kernels().update, _table_device(table)
     formulas = importlib.import_module(f"trainops.triton_kernels.{rule}")
@@ -176,7 +154,7 @@ def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl
             counter,
             scalars,
             STORE_SCALARS=formulas.store_scalars,
-            GROUP_WORDS=2 * len(core.schema(rule).settings),
+            GROUP_WORDS=core.group_words(rule),
             MAXIMIZE=core.setting(rule, "maximize"),
             CLIP=control.max_norm is not None,
             SKIP_NONFINITE=control.skip_nonfinite,
@@ -202,5 +180,7 @@ def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl
     copy_back(counter, control)
     return StepResult(control.total_norm if total_norm is None else total_norm, norms, skip)
 
+
+collect, update = step_operations(_device_type, _update)
 
 drop_path, drop_path_backward = operations(launch_drop_path, launch_drop_path_backward)

@@ -1,0 +1,92 @@
+"""The order of what is in tables, which C++ writes and Python and Triton read by name."""
+
+import importlib
+import inspect
+
+import pytest
+import torch
+from table_fixtures import STEP_COLUMNS, names_of, state_of
+from torch import nn
+
+import trainops
+from trainops import core, reference
+
+RULES = [kind for kind, schema in core.schemas.items() if schema.settings]
+
+
+def test_what_the_columns_are():
+    """Where a number stands is written in C++ alone; what there is, is written here once more."""
+    adamw = ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"]
+    assert {kind: names_of(kind) for kind in core.schemas} == {
+        "adamw": [*STEP_COLUMNS, *adamw],
+        "ema": ["average", "tensor"],
+        "reduce": ["tensor"],
+        "transform": ["tensor"],
+    }
+    columns = {kind: core.schemas[kind].columns for kind in core.schemas}
+    uses = {
+        use: {f"{kind} {column.name}" for kind in columns for column in columns[kind] if getattr(column, use)}
+        for use in ("written", "optional", "one_per_row")
+    }
+    written = {f"adamw {name}" for name in ("param", "average", "step", *adamw)} | {"ema average", "transform tensor"}
+    assert uses == {
+        "written": written,
+        "optional": {"adamw average", "adamw max_exp_avg_sq"},
+        "one_per_row": {"adamw step"},
+    }
+    measured = {kind: names_of(kind)[core.schemas[kind].measured] for kind in core.schemas}
+    assert measured == {"adamw": "grad", "ema": "average", "reduce": "tensor", "transform": "tensor"}
+    words = {"row": {0: "numel", 1: "first_chunk", 2: "group", 3: "dtypes"}}
+    words |= {"step": {0: "max_norm", 1: "ema_decay"}, "setting": {0: "form", 1: "value"}}
+    words |= {"form": {0: "double", 1: "float_address", 2: "double_address"}}
+    assert {kind: {place: name for name, place in core.words(kind).items()} for kind in words} == words
+
+
+@pytest.mark.parametrize("kind", core.schemas)
+def test_columns_and_settings_are_found_by_name(kind):
+    names, settings = names_of(kind), core.schemas[kind].settings
+    assert [core.schemas[kind].places[name] for name in names] == list(range(len(names)))
+    assert [core.setting(kind, name) for name in settings] == list(range(len(settings)))
+    assert "step_size" not in core.schemas[kind].places
+    with pytest.raises(ValueError, match="not in list"):
+        core.setting(kind, "step_size")
+
+
+OPTIMIZERS = {"adamw": (trainops.AdamW, {"amsgrad": True})}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_an_optimizer_has_the_columns_and_settings_of_its_rule(rule):
+    kind, options = OPTIMIZERS[rule]
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer = kind([p], **options)
+    (group,) = optimizer.param_groups
+    assert optimizer.rule == rule
+    assert list(optimizer.state_names(group)) == state_of(rule)
+    assert list(optimizer.settings(group)) == core.schemas[rule].settings
+    optimizer.step()
+    assert list(optimizer.state[p]) == ["step", *state_of(rule)]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_has_the_columns_of_a_step_and_the_specification_takes_the_rest(rule):
+    assert names_of(rule)[: len(STEP_COLUMNS)] == STEP_COLUMNS
+    parameters = inspect.signature(getattr(reference, f"{rule}_")).parameters
+    columns = {name for name, x in parameters.items() if x.kind == x.POSITIONAL_OR_KEYWORD}
+    settings = [name for name in parameters if name not in columns]
+    assert columns == set(names_of(rule)) - {"average"}
+    assert settings == [*core.schemas[rule].settings, "coefficient", "skip"]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_triton_takes_the_state_in_the_order_of_the_columns(rule):
+    pytest.importorskip("triton")
+    new_state = importlib.import_module(f"trainops.triton_kernels.{rule}").new_state
+    update = importlib.import_module("trainops.triton_kernels.update")
+    grad, *state, scalars = inspect.signature(new_state.fn).parameters
+    assert (grad, scalars) == ("grad", "scalars")
+    assert state[: len(state_of(rule))] == state_of(rule)
+    types = [name for name in inspect.signature(update.update.fn).parameters if name.startswith("STATE")]
+    assert types == [f"STATE{i}_TYPE" for i in range(len(state))]  # a rule with less state leaves the last ones out
+    assert update.STATE.value == len(STEP_COLUMNS)
