@@ -173,7 +173,7 @@ TRITON_AND_CUDA = [
     ),
     *planted(
         "csrc/core/table_builder.h",
-        tests_of("core", "tables"),
+        tests_of("core", "core_rows", "tables"),
         {
             "tables: lazily negated single elements": (
                 "if (maybe_negated(tensors[i], description)) return false;",

@@ -182,7 +182,7 @@ PYTHON = [
     ),
     *planted(
         "trainops/uploads.py",
-        tests_of("core"),
+        tests_of("uploads"),
         {
             "device tables: uploads of another stream": (
                 "key = (words, device, torch.cuda.current_stream(device).cuda_stream)",

@@ -13,49 +13,28 @@ import exact
 import pytest
 import test_adamw
 import test_adamw_types
-import test_clip_grad
-import test_drop_path
 import test_drop_path_gradients
 import test_drop_path_rows
-import test_ema
 import test_ema_fused
 import test_grad_scale
 import torch
 from contract import assert_contract
 from ptx.triton_driver import WithoutBarriers, through_ptx
+from ptx_fixtures import OPS, once_more
 from targets import INTERPRETER, thorough
 from test_cuda import MIXED, at_offset
 
 import trainops
 from trainops.adapters import select
 
-AGAIN = {
-    test_adamw: [
-        "matches_exact_for_all_options",
-        "matches_exact_for_all_shapes",
-        "clipping_matches_exact",
-        "averages_match_exact",
-        "a_skipped_step_changes_no_bit",
-        "grad_scaler",
-    ],
+MORE = {
     test_adamw_types: ["a_step_of_any_types_is_exact"],
-    test_clip_grad: [
-        "matches_exact_for_all_shapes",
-        "matches_exact_for_all_max_norms",
-        "matches_exact_for_mixed_dtypes",
-        "norm_is_invariant_under_splitting",
-        "clip_grad_value_is_torchs_for_all_shapes",
-    ],
-    test_drop_path: ["drop_path_add_is_timms", "mixed_dtypes_are_promoted_as_by_pytorch", "odd_shapes"],
-    test_drop_path_gradients: ["gradients", "gradients_of_layer_scale", "gradients_of_mixed_dtypes"],
+    test_drop_path_gradients: ["gradients_of_mixed_dtypes"],
     test_drop_path_rows: ["rows_of_the_branch", "rows_of_the_gradient"],
-    test_ema: ["matches_exact_for_all_shapes", "matches_exact_for_all_decays_and_dtypes"],
     test_ema_fused: ["fused_is_step_then_update"],
     test_grad_scale: ["a_grad_scale_is_taken_out"],
 }
-for module, names in AGAIN.items():
-    for name in names:
-        globals()[f"test_{module.__name__.removeprefix('test_')}_{name}"] = getattr(module, f"test_{name}")
+globals().update(once_more(OPS, MORE))
 
 ARCHITECTURE = int(os.environ.get("TRAINOPS_PTX_ARCHITECTURE", "80"))
 SEED = int(os.environ.get("TRAINOPS_PTX_SEED", "0"))
