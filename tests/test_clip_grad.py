@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from contract import DTYPES, assert_contract, exact, real, same_bits, same_values
+from contract import DTYPES, assert_contract, exact, real, same_bits, same_values, ulp
 from controls import CONTROLS, must_fail, truncated, wrong_norm
 from exact import clip_coefficient, magnitudes, norm
 from targets import KERNELS, REFERENCE, interpreted, over, over_kernels, thorough
@@ -51,8 +51,16 @@ def torch_norm(tensors, norm_type=2.0):
     return torch.linalg.vector_norm(torch.stack([x.to(norms[0].device) for x in norms]), norm_type)
 
 
-def assert_norm(ours, tensors, norm_type=2.0, what=""):
-    assert_contract(ours, exact_norm(tensors, norm_type), torch_norm(tensors, norm_type).to(ours), what)
+def assert_norm(target, ours, tensors, norm_type=2.0, what=""):
+    """A norm that we sum ourselves is the exact one, rounded once, but for what sums lose in float64; in Triton's
+    programs, float32 where there is no float64. Other norms are PyTorch's."""
+    true = exact_norm(tensors, norm_type)
+    if norm_type not in KERNEL_NORM_TYPES:
+        assert_contract(ours, true, torch_norm(tensors, norm_type).to(ours), what)
+        return
+    in_float32 = target.backend == "triton" and ours.dtype == torch.float32
+    allowed = ulp(true, ours.dtype) / 2 + (2.0**-23 if in_float32 else 2.0**-50) * true
+    assert abs(exact(ours) - true) <= allowed, f"{what}: {ours.item()} instead of {true}, {allowed} is allowed"
 
 
 class Solution(NamedTuple):
@@ -140,7 +148,7 @@ def test_matches_exact_for_all_layouts(target, dtype, layout):
     view = layout(whole)
     for norm_type in KERNEL_NORM_TYPES:
         norm = trainops.get_total_norm([view], norm_type, backend=target.backend)
-        assert_norm(norm, [view], norm_type, str(norm_type))
+        assert_norm(target, norm, [view], norm_type, str(norm_type))
     outside = whole.clone()
     layout(outside).zero_()
     check_clip(target, [view, randn((5,), dtype, target.device)])
@@ -213,7 +221,7 @@ def test_clip_grad_value_is_torchs_for_all_values(target, dtype, clip_value):
 def test_norm_of_expanded(target, dtype, norm_type):
     tensors = [randn((7, 1), dtype, target.device).expand(7, 9), randn((), dtype, target.device).expand(33)]
     norm = trainops.get_total_norm(tensors, norm_type, backend=target.backend)
-    assert_norm(norm, tensors, norm_type)
+    assert_norm(target, norm, tensors, norm_type)
 
 
 SPLITS = {
@@ -231,7 +239,7 @@ def test_norm_is_invariant_under_splitting(target, dtype, norm_type, split):
     whole = randn((10_001,), dtype, target.device)
     norm = trainops.get_total_norm([whole], norm_type, backend=target.backend)
     norm_of_pieces = trainops.get_total_norm(split(whole), norm_type, backend=target.backend)
-    assert_norm(norm_of_pieces, split(whole), norm_type)
+    assert_norm(target, norm_of_pieces, split(whole), norm_type)
     if target in KERNELS and norm_type in KERNEL_NORM_TYPES:
         # Sums are accumulated in float64.
         rtol = {torch.float32: torch.finfo(torch.float32).eps, torch.float64: 1e-14}[norm.dtype]
