@@ -54,7 +54,7 @@ def sum_norms(tensors: Sequence[Tensor], norm_type: float = 2.0) -> tuple[Tensor
 
 
 def _norm(x: Tensor, norm_type: float) -> Tensor:
-    """The norm of one tensor. On a CPU PyTorch's is off by 6e-4 for 2**24 elements of float32, and slow in float64."""
+    """The norm of one tensor. On a CPU PyTorch's is off by 6e-4 for 2**24 floats, and slow in float64."""
     is_plain, dtype = type(x) in (Tensor, torch.nn.Parameter), scalar_dtype(x.device)
     if x.numel() == 0:
         return wide(x).sum().abs()
