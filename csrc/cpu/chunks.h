@@ -13,6 +13,10 @@ struct Piece {
   int64_t row, begin, size;
 };
 
+// The order in which chunks are started. The norm reads gradients forward; the update that follows goes backward, so
+// that it begins with the gradients that are still in the cache.
+enum class Order { kForward, kBackward };
+
 // Pieces of at most kChunkNumel elements; consecutive pieces are gathered into chunks of about that many. The cut
 // does not depend on how many threads there are.
 class Chunks {
@@ -32,13 +36,12 @@ class Chunks {
 
   const std::vector<Piece>& pieces() const { return pieces_; }
 
-  // Calls body(piece index, piece) for every piece, chunks in parallel. Chunks are started from the last to the
-  // first: after a pass over the gradients for their norm, the last ones are still in the cache.
+  // Calls body(piece index, piece) for every piece, chunks in parallel.
   template <typename Body>
-  void for_each_piece(Body body) const {
+  void for_each_piece(Order order, Body body) const {
     const auto count = static_cast<int64_t>(ends_.size());
     for_each_in_parallel(count, [&](int64_t i) {
-      const int64_t chunk = count - 1 - i;
+      const int64_t chunk = order == Order::kForward ? i : count - 1 - i;
       for (int64_t p = chunk == 0 ? 0 : ends_[chunk - 1]; p < ends_[chunk]; ++p) body(p, pieces_[p]);
     });
   }

@@ -52,7 +52,7 @@ void ema_tile(const Cell& average, const Cell& param, int64_t begin, int64_t siz
 }
 
 void ema(const Table& table, double decay) {
-  Chunks(table).for_each_piece([&](int64_t, const Piece& piece) {
+  Chunks(table).for_each_piece(Order::kBackward, [&](int64_t, const Piece& piece) {
     const Cell& average = table.cell(piece.row, kEMAAverage);
     const Cell& tensor = table.cell(piece.row, kEMATensor);
     for_each_tile(piece, [&](int64_t begin, int64_t size) { ema_tile(average, tensor, begin, size, decay); });

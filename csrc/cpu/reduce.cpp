@@ -73,7 +73,7 @@ Result reduce_table(const Table& table, const Chunks& chunks, int64_t column) {
   using State = typename Statistic::State;
   const std::vector<Piece>& pieces = chunks.pieces();
   std::vector<State> partial(pieces.size());
-  chunks.for_each_piece([&](int64_t index, const Piece& piece) {
+  chunks.for_each_piece(Order::kForward, [&](int64_t index, const Piece& piece) {
     const Cell& cell = table.cell(piece.row, column);
     with_type({cell}, [&](auto type) {
       const auto* values = static_cast<const decltype(type)*>(cell.address);

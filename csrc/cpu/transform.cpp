@@ -27,7 +27,7 @@ TRAINOPS_TRANSFORM_ALL(Clamp)
 
 template <template <typename> class Function>
 void transform(const Table& table, double operand) {
-  Chunks(table).for_each_piece([&](int64_t, const Piece& piece) {
+  Chunks(table).for_each_piece(Order::kBackward, [&](int64_t, const Piece& piece) {
     const Cell& cell = table.cell(piece.row, 0);
     with_type({cell}, [&](auto type) {
       using S = decltype(type);

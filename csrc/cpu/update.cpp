@@ -96,7 +96,7 @@ void update_table(const Table& table, const Chunks& chunks, const GroupSettings&
     }
   }
 
-  chunks.for_each_piece([&](int64_t, const Piece& piece) {
+  chunks.for_each_piece(Order::kBackward, [&](int64_t, const Piece& piece) {
     const auto& s = scalars[scalars_of_row[piece.row]];
     const int states = states_of<Rule>(table, piece.row);
     Cell cells[2 + Rule::kStates] = {table.cell(piece.row, kParam), table.cell(piece.row, kGrad)};
