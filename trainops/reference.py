@@ -66,7 +66,7 @@ def _norm(x: Tensor, norm_type: float) -> Tensor:
         return vector_norm(x if norm_type == math.inf else x.to(dtype), norm_type).to(dtype)
     flat, columns, rows = x.reshape(-1), 1 << 14, 8  # of a block, which caches hold in float64
     whole = flat.numel() // columns * columns
-    blocks = [*flat[:whole].view(-1, columns).split(rows), flat[whole:].view(1, -1)]
+    blocks = [*torch.split(flat[:whole].view(-1, columns), rows), flat[whole:].view(1, -1)]
     terms = (block.to(dtype, copy=True) for block in blocks)
     sums = torch.cat([(x.abs_() if norm_type == 1.0 else x.square_()).sum(dim=1) for x in terms])
     return sums.sum() if norm_type == 1.0 else sums.sum().sqrt()

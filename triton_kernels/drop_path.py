@@ -33,10 +33,10 @@ PARTIALS = 1024  # sums that are added up for a channel in the end, at most
 def term(x, layer_scale, mask, PRODUCT: tl.constexpr):
     """``x * layer_scale * mask``, each product as the type ``PRODUCT`` holds it."""
     wide: tl.constexpr = x.dtype
-    x = x.to(PRODUCT).to(wide)
+    x = narrow(x, PRODUCT).to(wide)
     if layer_scale is not None:
-        x = (x * layer_scale).to(PRODUCT).to(wide)
-    return (x * mask).to(PRODUCT).to(wide)
+        x = narrow(x * layer_scale, PRODUCT).to(wide)
+    return narrow(x * mask, PRODUCT).to(wide)
 
 
 @triton.jit(do_not_specialize=["units", "sample_units", "channel_units"])
@@ -154,7 +154,7 @@ def drop_path_backward(
         if rows is not None:
             row = tl.load(rows + sample_of_position, mask=position < size, other=0)
             source += ((row - sample_of_position) * sample_positions * channels)[:, None]
-        g = tl.load(grad + source, mask=inside, other=0).to(PRODUCT).to(WIDE)
+        g = narrow(tl.load(grad + source, mask=inside, other=0), PRODUCT).to(WIDE)
         x = tl.load(branch + first + element, mask=inside & (value != 0), other=0).to(WIDE)
         result = term(g, scale, value, PRODUCT)
         tl.store(of_branch + first + element, narrow(result, of_branch.dtype.element_ty), mask=inside)

@@ -7,6 +7,11 @@ the compiler use 16-byte accesses; the rest goes through a mask. Both do the sam
 import triton
 import triton.language as tl
 
+from ._common import chunk_of
+
+# Triton's interpreter truncates to bfloat16, where GPUs round to nearest even.
+INTERPRETED = tl.constexpr(not isinstance(chunk_of, triton.JITFunction))
+
 
 @triton.jit
 def elements(address, offset, DTYPE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
@@ -56,7 +61,12 @@ def narrow(values, DTYPE: tl.constexpr):
     """To nearest even; float64 reaches 16 bits by way of float32, as in PyTorch."""
     if DTYPE != tl.float64:
         values = values.to(tl.float32)
-    return values.to(DTYPE)
+    if INTERPRETED and DTYPE == tl.bfloat16 and values.dtype == tl.float32:
+        bits = values.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(values != values, (bits >> 16) | 0x40, nearest).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return values.to(DTYPE)
 
 
 @triton.jit

@@ -1,0 +1,124 @@
+"""`python -m trainops verify`: it passes what is right, and notices what is not."""
+
+import math
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from targets import INTERPRETER, KERNELS, thorough
+
+import trainops
+from trainops import __main__, verify
+from trainops.adapters import cpu
+from trainops.verify import CHECKS, DTYPES, Compared, Place, problem_with
+
+CPU = torch.device("cpu")
+TARGETS = [pytest.param(target, id=f"{target.backend}-{target.device}") for target in KERNELS]
+
+
+@thorough(lambda target, dtype, **_: target in INTERPRETER and dtype in (torch.float64, torch.float16))
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", CHECKS)
+def test_every_op_passes(target, dtype, op):
+    found = verify.run(op, Place(target.backend, torch.device(target.device), dtype))
+    assert found.problem == ""
+    assert 0 <= found.worst <= 1
+
+
+def wrong(monkeypatch, name, change):
+    """Let a kernel of the CPU be called with other arguments, or have another result."""
+    kernels = {key: getattr(cpu._cpu, key) for key in dir(cpu._cpu) if not key.startswith("__")}
+    right = kernels[name]
+    kernels[name] = lambda *args, **named: change(right, args, named)
+    monkeypatch.setattr(cpu, "_cpu", SimpleNamespace(**kernels))
+
+
+def with_argument(**changes):
+    return lambda right, args, named: right(*args, **{k: changes.get(k, lambda x: x)(x) for k, x in named.items()})
+
+
+def with_result(change):
+    return lambda right, args, named: change(right(*args, **named))
+
+
+STEPS = {"AdamW and average", "clipping and skipping in the step"}
+FAULTS = {
+    "eps": ("update", with_argument(settings=lambda all_: [[*s[:3], s[3] * 1.01, *s[4:]] for s in all_]), STEPS),
+    "beta2": ("update", with_argument(settings=lambda all_: [[*s[:2], s[2] - 1e-4, *s[3:]] for s in all_]), STEPS),
+    "no_decay": ("update", with_argument(settings=lambda all_: [[*s[:4], 0.0, *s[5:]] for s in all_]), STEPS),
+    "decay_of_average": ("update", with_argument(ema_decay=lambda decay: decay + 1e-4), STEPS),
+    "no_skip": ("update", with_argument(skip_nonfinite=lambda _: False), {"clipping and skipping in the step"}),
+    "scale": ("update", with_argument(grad_scale=lambda scale: 1.0), {"clipping and skipping in the step"}),
+    "clip": ("update", with_argument(max_norm=lambda x: x and x * 1.001), {"clipping and skipping in the step"}),
+    "norm": ("reduce", with_result(lambda total: total * (1 + 1e-6)), {"norms and clipping"}),
+    "coefficient": ("scale", with_argument(coefficient=lambda x: x * (1 + 1e-5)), {"norms and clipping"}),
+    "bound": ("clamp", with_argument(bound=lambda bound: bound * (1 + 1e-5)), {"norms and clipping"}),
+    "average": ("ema", with_argument(decay=lambda decay: decay + 1e-4), {"EMA.update"}),
+    "no_drop_path": ("drop_path", lambda right, args, named: None, {"DropPath"}),
+    "no_derivative": ("drop_path_backward", lambda right, args, named: None, {"DropPath"}),
+}
+
+
+@pytest.mark.parametrize(("name", "change", "ops"), FAULTS.values(), ids=FAULTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_what_is_wrong_is_noticed(monkeypatch, name, change, ops, dtype):
+    wrong(monkeypatch, name, change)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        assert {op for op in CHECKS if verify.run(op, Place("cpu", CPU, dtype)).problem} == ops
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_truncation_is_noticed(dtype):
+    exact = torch.rand(1000, dtype=torch.float64) + 1
+    rounded = exact.to(dtype)
+    truncated = torch.where(rounded.double() > exact, rounded.nextafter(torch.zeros((), dtype=dtype)), rounded)
+    assert problem_with(verify.rounded("x", rounded, exact)) <= (1.0, "")
+    assert problem_with(verify.rounded("x", truncated, exact))[0] > 1
+
+
+def test_infinities_and_shapes_are_noticed():
+    exact, bad = torch.ones(3, dtype=torch.float64), torch.tensor([1.0, math.nan, 1.0])
+    assert problem_with(verify.rounded("x", bad, exact)) == (
+        math.inf,
+        "x: element 1 is nan instead of 1 (1 of 3 are off)",
+    )
+    assert problem_with(Compared("x", bad, bad, None)) == (0.0, "")
+    assert problem_with(verify.rounded("x", bad[:2], exact))[1] == "x: the shape is (2,), not (3,)"
+
+
+def test_an_error_is_a_finding(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no kernel image")
+
+    wrong(monkeypatch, "clamp", fail)
+    found = verify.run("norms and clipping", Place("cpu", CPU, torch.float32))
+    assert found.problem == "RuntimeError: no kernel image"
+
+
+def test_the_report_of_what_is_wrong(monkeypatch, capsys):
+    wrong(monkeypatch, *FAULTS["average"][:2])
+    assert __main__.main(["verify", "--backend", "cpu"]) == 1
+    shown = capsys.readouterr().out
+    assert shown.count("WRONG") == 1 + len(DTYPES)
+    assert f"trainops {trainops.__version__}, torch {torch.__version__}" in shown
+    assert "cpu on cpu, torch.float32, EMA.update: average" in shown
+
+
+def test_what_cannot_be_verified(capsys):
+    for arguments, message in (
+        (["--backend", "cpu", "--device", "cuda"], "there is no backend to verify ('cpu' and 'cuda')"),
+        (["--device", "nothing"], "nothing"),
+    ):
+        assert __main__.main(["verify", *arguments]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_the_command():
+    command = [sys.executable, "-m", "trainops", "verify", "--backend", "cpu", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("\nall as specified\n")
+    assert done.stderr == ""
