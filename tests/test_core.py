@@ -18,7 +18,8 @@ from torch import nn
 import trainops
 from trainops import core, reference, uploads
 from trainops.adapters import _device
-from trainops.tables import PLAIN, staged_table
+from trainops.plain import PLAIN
+from trainops.tables import staged_table
 from trainops.uploads import Recent, known, uploaded
 
 CHUNK = 8

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from . import core
 from .adapters import cpu
-from .drop_path_formula import is_transformed
-from .tables import PLAIN
+from .plain import PLAIN, is_transformed
 
 # For tensors of up to so many elements PyTorch's operations were no slower (forward and backward, float32 and
 # bfloat16, one and two threads). Only CPUs were measured: the tensors of other devices always go to the kernels.

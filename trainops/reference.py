@@ -13,6 +13,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .plain import PLAIN, is_transformed
+
 vector_norm: Callable[..., Tensor] = torch.linalg.vector_norm
 
 
@@ -55,14 +57,14 @@ def sum_norms(tensors: Sequence[Tensor], norm_type: float = 2.0) -> tuple[Tensor
 
 def _norm(x: Tensor, norm_type: float) -> Tensor:
     """The norm of one tensor. PyTorch's own is fast in float32, but off by 6e-4 for 2**24 elements on a CPU."""
-    is_plain, dtype = type(x) in (Tensor, torch.nn.Parameter), scalar_dtype(x.device)
+    is_plain, dtype = type(x) in PLAIN, scalar_dtype(x.device)
     if x.numel() == 0:
         return wide(x).sum().abs()
     if x.is_complex():  # PyTorch's norm of order 0 warns that it makes real numbers of them
         x = x.to(dtype.to_complex()).abs()
     if not is_plain or x.device.type != "cpu":  # where float64 may be slow, or elements lie elsewhere
         return vector_norm(wide(x), norm_type)
-    if x.numel() <= 1 << 14 or norm_type not in (1.0, 2.0, math.inf):
+    if x.numel() <= 1 << 14 or norm_type not in (1.0, 2.0, math.inf) or is_transformed():  # who sees no numbers
         return vector_norm(x.to(dtype), norm_type)
     flat, columns = wide(x).reshape(-1), 256
     whole = flat.numel() // columns * columns
