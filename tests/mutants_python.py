@@ -181,6 +181,43 @@ PYTHON = [
         },
     ),
     *planted(
+        "trainops/adapters/__init__.py",
+        tests_of("subclasses"),
+        {
+            "dispatch: modes see no operations": ("if not in_memory or is_transformed():", "if not in_memory:"),
+            "dispatch: kernels get wrappers": ("if not in_memory or is_transformed():", "if is_transformed():"),
+        },
+    ),
+    *planted(
+        "trainops/torch_step.py",
+        tests_of("subclasses", "compiled"),
+        {
+            "compiled: a step is traced": ("cls.step = _disable_dynamo(cls.step)", "cls.step = type(self).step"),
+            "compiled: hooks are forgotten": ("        super()._patch_step_function()\n", "        pass\n"),
+            "subclasses: none are left to PyTorch's step": (
+                "return not all_in_memory(x for p in params for x in (p, p.grad))",
+                "return False",
+            ),
+        },
+    ),
+    *planted(
+        "trainops/rows.py",
+        tests_of("subclasses"),
+        {"AdamW: a fused step on meta": ('if param_group.get("fused") and param.is_meta:', "if False:")},
+    ),
+    *planted(
+        "trainops/clip_grad.py",
+        tests_of("subclasses", "compiled"),
+        {
+            "clip: compiled norms have 16 bits": ("list(map(reference.wide, tensors))", "tensors"),
+            "clip: compiled code does not raise": (
+                "tensors)), norm_type, error_if_nonfinite)",
+                "tensors)), norm_type)",
+            ),
+            "clip: kernels get wrappers": ("    return all_plain(tensors) and all(", "    return all("),
+        },
+    ),
+    *planted(
         "trainops/uploads.py",
         tests_of("uploads"),
         {

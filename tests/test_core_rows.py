@@ -9,7 +9,8 @@ from torch import nn
 
 import trainops
 from trainops import core
-from trainops.tables import PLAIN, staged_table
+from trainops.plain import PLAIN
+from trainops.tables import staged_table
 
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = (getattr(torch, name) for name in DTYPES)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from contract import same_bits
+from operations import Operations
 from targets import over_cpu_targets
 from torch import nn
 
@@ -58,6 +59,11 @@ def check_shards(backend):
     for name, (placement, spread) in shares.items():
         param = torch.nn.Parameter(distribute_tensor(torch.ones(5, 3), mesh, [placement]))
         result, optimizer = train(param, [spread(grad) for grad in full_grads()], **options)
+        seen_param = torch.nn.Parameter(distribute_tensor(torch.ones(5, 3), mesh, [placement]))
+        with Operations() as seen:
+            seen_result, _ = train(seen_param, [spread(grad) for grad in full_grads()], **options)
+        assert "lerp" in seen.names
+        torch.testing.assert_close(seen_result.full_tensor(), true)
         torch.testing.assert_close(result.full_tensor(), true, msg=lambda text, name=name: f"{name}: {text}")
         torch.testing.assert_close(optimizer.grad_norm, true_optimizer.grad_norm)
         exp_avg = optimizer.state[param]["exp_avg"].full_tensor()

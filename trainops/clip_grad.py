@@ -2,7 +2,7 @@
 
 Differences from PyTorch: the norm of 16-bit gradients is float32; norms of order 1, 2 and infinity are accumulated so
 that the same gradients give the same bits, with any number of threads; and gradients whose coefficient is 1 are not
-rewritten.
+rewritten. Compiled code has PyTorch's own functions, which compilers fuse; there, too, norms of 16 bits are float32.
 """
 
 import math
@@ -12,10 +12,11 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import reference
 from .adapters import Kernels, check, select
-from .tables import all_plain
+from .plain import all_plain
 
 Tensors = Tensor | Iterable[Tensor]
 
@@ -93,6 +94,8 @@ def get_total_norm(
     norm_type = float(norm_type)
     if not tensors:
         return torch.tensor(0.0)
+    if is_compiling():
+        return torch.nn.utils.get_total_norm(list(map(reference.wide, tensors)), norm_type, error_if_nonfinite)
     if not _all_dense(tensors):
         return torch.nn.utils.get_total_norm(tensors, norm_type, error_if_nonfinite)
     totals = [_norm(kernels, part, norm_type) for kernels, part in _by_device(tensors, backend)]
@@ -133,7 +136,7 @@ def clip_grads_with_norm_(
     grads = _grads(parameters)
     if not grads:
         return
-    if not _all_dense(grads):
+    if is_compiling() or not _all_dense(grads):
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total_norm)
         return
     coefficient = reference.clip_coefficient(total_norm, float(max_norm))
@@ -161,7 +164,7 @@ def clip_grad_value_(
     check(backend)
     parameters = _listed(parameters)
     grads = _grads(parameters)
-    if math.isnan(clip_value) or not _all_dense(grads) or any(x.is_complex() for x in grads):
+    if is_compiling() or math.isnan(clip_value) or not _all_dense(grads) or any(x.is_complex() for x in grads):
         torch.nn.utils.clip_grad_value_(parameters, clip_value)
         return
     torch.autograd.graph.increment_version(grads)

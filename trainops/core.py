@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._extensions import load
+from .plain import PLAIN
 
 _DTYPE_CODES = {  # as DLPack names them: (code, bits)
     torch.float32: (2, 32),
@@ -65,7 +66,7 @@ if available:
     reader.configure(
         api=getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
         describe=describe,
-        plain_types=(torch.Tensor, torch.nn.Parameter),
+        plain_types=tuple(PLAIN),
     )
 
 

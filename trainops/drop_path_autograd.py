@@ -8,7 +8,7 @@ from torch import Tensor
 from . import reference
 from .adapters import Kernels, select
 from .adapters import pytorch as formulas
-from .drop_path_formula import is_transformed
+from .plain import is_transformed
 
 
 class Kept(NamedTuple):

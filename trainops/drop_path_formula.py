@@ -1,12 +1,9 @@
 """DropPath as PyTorch's own operations, for who wants to see those: tracers, compilers, subclasses of tensors."""
 
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
-from torch.autograd import forward_ad
-from torch.compiler import is_compiling
 
 from . import reference
-from .tables import PLAIN
+from .plain import PLAIN, is_transformed
 
 
 def formula(
@@ -26,18 +23,3 @@ def wants_formula(x: Tensor, drop_prob: float) -> bool:
     """Whether ``x`` stands for a tensor or is of a subclass, or the rate is a tensor, or somebody looks on."""
     is_plain = type(x) in PLAIN or not hasattr(x, "__torch_function__")
     return not is_plain or isinstance(drop_prob, Tensor) or is_transformed()
-
-
-def is_transformed() -> bool:
-    """Whether others than autograd look at what is done: then it is the formula, in PyTorch's operations.
-
-    Compilers fuse it with what stands around it; tracers record it; function transforms, forward-mode derivatives and
-    modes of dispatch take it apart.
-    """
-    return (
-        is_compiling()
-        or _are_functorch_transforms_active()
-        or _get_tracing_state() is not None
-        or _len_torch_dispatch_stack() > 0
-        or forward_ad._current_level >= 0
-    )

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from . import core
 from .adapters import cpu
-from .drop_path_formula import is_transformed
+from .plain import PLAIN, is_transformed
 from .reference import drop_path_mask
-from .tables import PLAIN
 
 # For tensors of up to so many elements PyTorch's operations were no slower (forward and backward, float32 and
 # bfloat16, one and two threads). Only CPUs were measured: the tensors of other devices always go to the kernels.

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable, which imports no compiler until it is called
 
 from .adapters import check
 from .ema_update import check_type, check_unit_interval, update_averages
@@ -131,6 +132,7 @@ class EMA:
         warm: float = 1 - (1 + step / self.warmup_gamma) ** -self.warmup_power
         return max(min(warm, self.decay), self.min_decay)
 
+    @_disable_dynamo  # compiled code calls it, by one graph break, and holds none of its numbers
     @torch.no_grad()
     def update(self, *args: NoReturn, **kwargs: NoReturn) -> None:
         """Move the average towards the model that the constructor was given. Takes no arguments.

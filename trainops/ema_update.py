@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
+from . import reference
 from .adapters import check, select
 from .model_pairs import check_pair, kind
-from .tables import all_plain, as_real
+from .plain import all_plain
+from .tables import as_real
 
 
 @torch.no_grad()
@@ -81,6 +84,9 @@ def update_averages(
     averages: Sequence[Tensor], sources: Sequence[Tensor], decay: float, skip: Tensor | None, backend: str | None
 ) -> None:
     """Move averages towards sources that may lie on other devices, unless ``skip`` is true."""
+    if is_compiling():
+        reference.ema_(averages, sources, decay, skip)
+        return
     if averages and select(backend, averages[0].device.type).try_ema_(averages, sources, decay, skip):
         torch.autograd.graph.increment_version(averages)
         return
@@ -101,7 +107,7 @@ def update_averages(
     torch.autograd.graph.increment_version(averages)
     for device, (device_averages, device_sources) in parts.items():
         plain = all_plain(device_averages) and all_plain(device_sources)
-        kernels = select(backend if plain else "reference", device.type)
+        kernels = select(backend, device.type, in_memory=plain)
         kernels.ema_(device_averages, device_sources, decay, skip)
 
 

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from . import reference
 from .adapters import Group, StepControl, StepResult, check, select
-from .amp import UnscalesInStep
 from .ema import EMA
+from .plain import all_in_memory, all_plain
 from .rows import by_device, check_state, gather
-from .tables import all_plain
+from .torch_step import KnowsTorchStep
 
 
-class FusedOptimizer(UnscalesInStep, torch.optim.Optimizer):
+class FusedOptimizer(KnowsTorchStep, torch.optim.Optimizer):
     """Stands before a class of ``torch.optim`` among the bases of an optimizer, and takes its step.
 
     A subclass names its ``rule`` (``csrc/math/<rule>.h``, ``trainops.reference.<rule>_``), the state and the settings
@@ -165,13 +165,6 @@ class FusedOptimizer(UnscalesInStep, torch.optim.Optimizer):
         self._unscale_as_fused()
         return loss
 
-    def _torch_step(self, closure: Callable[[], float] | None) -> float | None:
-        """PyTorch's own step, without the wrapper that runs the step hooks: they run around ours already."""
-        step: Any = super().step
-        wrapped = step.__func__.__wrapped__ if getattr(step, "hooked", False) else step.__func__
-        loss: float | None = wrapped(self, closure)
-        return loss
-
     def _update(self, averages: dict[int, Tensor], ema_decay: float) -> tuple[Collection[int], StepResult]:
         """Norm, clipping, the rule and the fused averages, which are returned by the ``id`` of their parameter."""
         device = self._device()
@@ -207,6 +200,9 @@ class FusedOptimizer(UnscalesInStep, torch.optim.Optimizer):
         """The general path: no state yet, any devices, tensor subclasses, layouts, and no gradient at all."""
         known = set(self.state)
         try:
+            if self._is_left_to_torch():
+                self._torch_step()
+                return [], StepResult()
             groups = gather(self, averages)
             params = [p for group in groups for p in group.columns["param"]]
             torch.autograd.graph.increment_version([*params, *averages.values()])
@@ -228,7 +224,9 @@ class FusedOptimizer(UnscalesInStep, torch.optim.Optimizer):
             control = replace(control, total_norm=joint[0])
         result = StepResult()
         for device, part in parts.items():
-            result = select(self.backend, device.type).update(self.rule, part, control, ema_decay)
+            columns = [column for group in part for column in group.columns.values()]
+            in_memory = all_in_memory(x for column in columns for x in column if x is not None)
+            result = select(self.backend, device.type, in_memory).update(self.rule, part, control, ema_decay)
             control = replace(control, skipped_steps=None)  # counted
         if joint is None:
             return result

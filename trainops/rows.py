@@ -41,6 +41,8 @@ def gather(optimizer: "FusedOptimizer", averages: dict[int, Tensor]) -> list[Gro
         own, names = [optimizer.state[p] for p in params], optimizer.state_names(param_group)
         for param, its in zip(params, own, strict=True):
             if not its:
+                if param_group.get("fused") and param.is_meta:
+                    raise RuntimeError("`fused=True` requires parameters on a device that computes, got one on meta")
                 init_state(its, param, names)
             _move_step(its, param)
         columns = {"param": params, "grad": grads, "average": list(map(averages.get, map(id, params)))}

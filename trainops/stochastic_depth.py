@@ -17,9 +17,8 @@ from .drop_path import (
     mask_dtype,
 )
 from .drop_path_autograd import Kept, apply, differentiable
-from .drop_path_formula import is_transformed
+from .plain import PLAIN, is_transformed
 from .stochastic_depth_formula import kept_count, of_any_size, on_whole_batch
-from .tables import PLAIN
 
 MODES = ("fixed", "bernoulli")
 

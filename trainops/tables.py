@@ -5,7 +5,7 @@ that kernels cannot take as they are, such as complex numbers, gradients with ot
 slices with gaps, and the local shards of a DTensor.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -29,15 +29,6 @@ def aligned(x: Tensor, param: Tensor) -> Tensor:
         return x
     redistributed: Tensor = cast(Any, x).redistribute(cast(Any, param).device_mesh, placements)
     return redistributed
-
-
-# Subclasses give operations another meaning; these do not.
-PLAIN = frozenset((Tensor, torch.nn.Parameter))
-
-
-def all_plain(tensors: Iterable[Tensor]) -> bool:
-    """Whether none is of a subclass that gives operations another meaning."""
-    return PLAIN.issuperset(map(type, tensors))
 
 
 @contextmanager

@@ -6,8 +6,11 @@ from functools import cache
 
 import torch
 
+from ..plain import is_transformed
+
 # Loaded at once, because it has to see every fork of the process (csrc/cpu/parallel.cpp); the others when first used.
 from . import cpu as _cpu  # noqa: F401
+from . import pytorch as _pytorch
 from .interface import Backend, Group, Kernels, StepControl, StepResult
 
 __all__ = ["Backend", "Group", "Kernels", "StepControl", "StepResult", "backends", "check", "select"]
@@ -55,15 +58,19 @@ def check(backend: str | None, origin: str = "") -> None:
         raise RuntimeError(f"backend {backend!r}{origin} is not available: {found.reason} (available: {usable})")
 
 
-def select(backend: str | None, device_type: str) -> Kernels:
+def select(backend: str | None, device_type: str, in_memory: bool = True) -> Kernels:
     """The kernels for tensors on a type of device.
 
-    ``backend`` decides if given, else the environment variable ``TRAINOPS_BACKEND``, else the device.
+    ``backend`` decides if given, else the environment variable ``TRAINOPS_BACKEND``, else the device. But the
+    reference serves tensors that are not ``in_memory`` (see :mod:`trainops.plain`), and whoever wants to see
+    operations.
 
     Raises:
         ValueError: there is no backend of that name.
         RuntimeError: it is not available, or does not take tensors on such a device.
     """
+    if not in_memory or is_transformed():
+        return _pytorch
     return _select(backend, os.environ.get("TRAINOPS_BACKEND"), device_type)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..tables import PLAIN
+from ..plain import PLAIN
 
 # Takes by keyword: out, residual, branch, layer_scale, mask, rows, samples, sample_numel, channels. The tensors are
 # as `has_kernel` wants them and none is empty. `out` is written.

@@ -1,0 +1,15 @@
+"""A mode of dispatch, which sees PyTorch's operations."""
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Operations(TorchDispatchMode):
+    """Notes what is done."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.overloadpacket.__name__.rstrip("_"))
+        return function(*args, **(kwargs or {}))
