@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from . import reference
+from . import advice, reference
 from .adapters import Kernels, check, select
 from .tables import all_plain
 
@@ -133,6 +133,7 @@ def clip_grads_with_norm_(
     grads = _grads(parameters)
     if not grads:
         return
+    advice.clips_outside(parameters, float(max_norm))
     if not _all_dense(grads):
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total_norm)
         return
@@ -159,14 +160,14 @@ def clip_grad_value_(
         backend: see :func:`trainops.backends`; by default it follows the device.
     """
     check(backend)
-    parameters = _listed(parameters)
+    parameters, clip_value = _listed(parameters), float(clip_value)
     grads = _grads(parameters)
     if math.isnan(clip_value) or not _all_dense(grads) or any(x.is_complex() for x in grads):
         torch.nn.utils.clip_grad_value_(parameters, clip_value)
         return
     torch.autograd.graph.increment_version(grads)
     for kernels, part in _by_device(grads, backend):
-        kernels.clamp_(part, float(clip_value))
+        kernels.clamp_(part, clip_value)
 
 
 _STATISTICS = {1.0: "l1_norm", 2.0: "l2_norm", math.inf: "inf_norm"}

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
+from . import advice
 from .adapters import check
 from .ema_update import check_type, check_unit_interval, update_averages
 from .model_pairs import Matched, cast, check_checkpoint, match
@@ -40,8 +41,9 @@ class EMA:
 
     Call :meth:`update` after every optimizer step, or give the object to ``trainops.AdamW(..., ema=ema)`` and the
     step updates the average in the same pass over memory. One optimizer has an average at a time: giving it to a
-    second one takes it from the first. The decay follows timm's ``ModelEmaV3`` and begins with
-    a copy: see :meth:`decay_at`.
+    second one takes it from the first. An average that is swapped in, copied or saved after its model was trained
+    without it gives a warning, once. The decay follows timm's ``ModelEmaV3`` and begins with a copy: see
+    :meth:`decay_at`.
 
     Args:
         model: the model to follow. It is kept and read at every update.
@@ -116,6 +118,7 @@ class EMA:
         self._swapped = False
         self._matched: Matched | None = None
         self._optimizer: weakref.ref[Any] | None = None
+        advice.average_made(self)
 
     def decay_at(self, step: int) -> float:
         """The decay at call number ``step`` of :meth:`update`, from 1: timm's ``ModelEmaV3.get_decay(step)``.
@@ -205,6 +208,7 @@ class EMA:
             RuntimeError: already swapped.
         """
         self._check_not_swapped("swap()")
+        advice.average_used(self)
         pairs = self.check_model().pairs
         saved = [pair.source.detach().clone() for pair in pairs]
         self._swapped = True
@@ -218,6 +222,7 @@ class EMA:
                 for pair, own in zip(pairs, saved, strict=True):
                     pair.source.copy_(own)
             self._swapped = False
+            advice.model_written(self)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
@@ -226,11 +231,16 @@ class EMA:
         Raises:
             ValueError: ``model`` has other weights than the average. Nothing has been changed.
         """
-        for pair in match(self.module, model, self.average_buffers).pairs:
+        pairs = match(self.module, model, self.average_buffers).pairs
+        advice.average_used(self)
+        for pair in pairs:
             pair.source.copy_(pair.average)
+        if model is self.model:
+            advice.model_written(self)
 
     def state_dict(self) -> dict[str, Any]:
         """The averaged weights and the number of updates; the settings are the constructor's."""
+        advice.average_used(self)
         return {"module": self.module.state_dict(), "step": self.step}
 
     @torch.no_grad()
@@ -247,6 +257,7 @@ class EMA:
             raise ValueError(f"step must be a number of updates, got {state_dict['step']!r}")  # noqa: TRY004
         self.module.load_state_dict(state_dict["module"])
         self.step = state_dict["step"]
+        advice.average_loaded(self)
 
     def __repr__(self) -> str:
         names = ("decay", "warmup", "update_after_step", "update_every", "step")
