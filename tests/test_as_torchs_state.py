@@ -77,7 +77,8 @@ def in_a_file_of_weights_alone(cls):
     return go_on(model, optimizer)
 
 
-def loaded_state_is_a_copy(cls):
+def two_optimizers_one_of_which_loaded_the_others(cls):
+    """What they then share is up to PyTorch."""
     _, first = train(cls)
     model, second = train(cls, steps=0)
     second.load_state_dict(first.state_dict())
@@ -150,7 +151,7 @@ def freed_without_the_garbage_collector(cls):
 CASES = [
     from_named_to_nameless_and_back,
     in_a_file_of_weights_alone,
-    loaded_state_is_a_copy,
+    two_optimizers_one_of_which_loaded_the_others,
     groups_that_stand_there_twice,
     tensors_that_stand_there_twice,
     attributes_of_a_copy,

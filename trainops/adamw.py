@@ -35,8 +35,10 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
         amsgrad: use the largest second moment so far (arXiv:1904.09237).
         maximize: ascend.
         foreach: accepted for compatibility.
-        capturable: accepted for compatibility; step counts are on their parameter's device anyway. Take a step on
-            tensors of the same sizes outside of a CUDA graph before each capture.
+        capturable: accepted for compatibility; step counts are float32 on their parameter's device anyway. A
+            ``torch.optim.AdamW`` that loads them from a GPU reads each back to the host, unless ``capturable`` or
+            ``fused`` is set in the loaded groups. Take a step on tensors of the same sizes outside of a CUDA graph
+            before each capture.
         differentiable: run PyTorch's own step, with autograd.
         fused: with a GradScaler, unscale and skip inside ``step()``, and leave unscaled gradients behind, as the
             fused step of PyTorch does. Otherwise accepted for compatibility.

@@ -1,8 +1,9 @@
 """Gradient clipping by norm and by value: the functions of :mod:`torch.nn.utils`, fused.
 
 Differences from PyTorch: the norm of 16-bit gradients is float32; norms of order 1, 2 and infinity are accumulated so
-that the same gradients give the same bits, with any number of threads; and gradients whose coefficient is 1 are not
-rewritten.
+that the same gradients give the same bits, with any number of threads; gradients whose coefficient is 1 are not
+rewritten; and the parts of complex gradients are clipped separately, so that an infinity in one makes no NaN of the
+other.
 """
 
 import math

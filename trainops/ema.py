@@ -56,13 +56,14 @@ class EMA:
         update_every: move the average at every so many calls of :meth:`update`.
         dtype: dtype of the average's floating-point weights; default: the model's. Use ``torch.float32`` for a
             16-bit model: there, ``(1 - decay) * (weight - average)`` is mostly below the last place and is lost.
+            ``module`` then takes inputs of that dtype, while :meth:`swap` keeps the model's.
         device: where the average lives; default: where the model does.
         average_buffers: average floating-point buffers as well; otherwise they are copied. Other buffers are
             always copied.
         backend: see :func:`trainops.backends`; by default it follows the device.
 
     Attributes:
-        module: the averaged model, in eval mode, without gradients.
+        module: the averaged model, in eval mode, without gradients. Call this one: an ``EMA`` is no module.
         step: number of calls of :meth:`update` so far.
 
     Raises:

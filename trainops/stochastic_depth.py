@@ -122,6 +122,9 @@ def stochastic_depth(
 class StochasticDepth(nn.Module):
     """:func:`stochastic_depth` as a module, active in training mode.
 
+    It takes the branch, not its result: torchvision's ``StochasticDepth(p, "row")`` is :class:`trainops.DropPath`,
+    and its mode ``"batch"``, one draw for all samples, is ``drop_path(x[None], p, training)[0]``.
+
     ``x = self.stochastic_depth(x, lambda x: self.mlp(self.norm(x)))``
 
     Args:
