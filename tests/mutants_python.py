@@ -166,6 +166,17 @@ PYTHON = [
         },
     ),
     *planted(
+        "trainops/advice.py",
+        tests_of("advice", "advice_averages", "advice_stochastic_depth"),
+        {
+            "advice: measuring counts as clipping": ("or math.isinf(max_norm)", "or False"),
+            "advice: schedules of epochs are taken for those of steps": ("moves and self.moves and", "moves and"),
+            "advice: everything is said again and again": ("    if topic not in topics:\n", "    if True:\n"),
+            "advice: a model that was loaded counts as trained": ("< WRITES_OF_TRAINING for", "< 1 for"),
+            "advice: drops are not seen": ("        _calls = 0\n", "        pass\n"),
+        },
+    ),
+    *planted(
         "trainops/tables.py",
         tests_of("tables", "ema", "clip_grad", k="cpu"),
         {

@@ -35,17 +35,21 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
         amsgrad: use the largest second moment so far (arXiv:1904.09237).
         maximize: ascend.
         foreach: accepted for compatibility.
-        capturable: accepted for compatibility; step counts are on their parameter's device anyway. Take a step on
-            tensors of the same sizes outside of a CUDA graph before each capture.
+        capturable: accepted for compatibility; step counts are float32 on their parameter's device anyway. A
+            ``torch.optim.AdamW`` that loads them from a GPU reads each back to the host, unless ``capturable`` or
+            ``fused`` is set in the loaded groups. Take a step on tensors of the same sizes outside of a CUDA graph
+            before each capture.
         differentiable: run PyTorch's own step, with autograd.
         fused: with a GradScaler, unscale and skip inside ``step()``, and leave unscaled gradients behind, as the
             fused step of PyTorch does. Otherwise accepted for compatibility.
         max_grad_norm: clip the gradients of all groups together to this norm. They are read, not rewritten: the
             coefficient is applied inside the update; 0 takes them as zero. With a GradScaler, ``step()`` unscales in
             the same pass, and the gradients stay scaled. The norm is that of the gradients this optimizer holds: the
-            global one under DDP and FSDP2, but a rank's own under ZeroRedundancyOptimizer and FSDP1.
+            global one under DDP and FSDP2, but a rank's own under ZeroRedundancyOptimizer and FSDP1. Where
+            ``trainops.clip_grad_norm_`` clips them before, a warning says so once.
         skip_nonfinite: leave everything bit for bit as it was when the norm of the gradients is infinite or NaN. A
-            GradScaler's scale is dealt with as by ``max_grad_norm``.
+            GradScaler's scale is dealt with as by ``max_grad_norm``. PyTorch's schedulers do not see that a step was
+            skipped: compare ``skipped_steps``. On a CPU, a warning says so once.
         ema: an average to update in the same pass, instead of calling ``ema.update()`` after each step, which is then
             an error. One optimizer has an average: the last that it was given to, so give it to the one that steps
             last. A skipped step leaves the average alone and counts as an update in its warm-up. Every call of

@@ -1,8 +1,9 @@
 """Gradient clipping by norm and by value: the functions of :mod:`torch.nn.utils`, fused.
 
 Differences from PyTorch: the norm of 16-bit gradients is float32; norms of order 1, 2 and infinity are accumulated so
-that the same gradients give the same bits, with any number of threads; and gradients whose coefficient is 1 are not
-rewritten. Compiled code has PyTorch's own functions, which compilers fuse; there, too, norms of 16 bits are float32.
+that the same gradients give the same bits, with any number of threads; kernels do not rewrite gradients whose
+coefficient is 1; and the parts of complex gradients are clipped separately, so that an infinity in one makes no NaN of
+the other. Compiled code has PyTorch's own functions, which compilers fuse; there, too, norms of 16 bits are float32.
 """
 
 import math
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import reference
+from . import advice, reference
 from .adapters import Kernels, check, select
 from .plain import all_plain
 
@@ -136,6 +137,8 @@ def clip_grads_with_norm_(
     grads = _grads(parameters)
     if not grads:
         return
+    if not is_compiling():
+        advice.clips_outside(parameters, float(max_norm))
     if is_compiling() or not _all_dense(grads):
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total_norm)
         return
@@ -162,14 +165,14 @@ def clip_grad_value_(
         backend: see :func:`trainops.backends`; by default it follows the device.
     """
     check(backend)
-    parameters = _listed(parameters)
+    parameters, clip_value = _listed(parameters), float(clip_value)
     grads = _grads(parameters)
     if is_compiling() or math.isnan(clip_value) or not _all_dense(grads) or any(x.is_complex() for x in grads):
         torch.nn.utils.clip_grad_value_(parameters, clip_value)
         return
     torch.autograd.graph.increment_version(grads)
     for kernels, part in _by_device(grads, backend):
-        kernels.clamp_(part, float(clip_value))
+        kernels.clamp_(part, clip_value)
 
 
 _STATISTICS = {1.0: "l1_norm", 2.0: "l2_norm", math.inf: "inf_norm"}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable, which imports no compiler until it is called
 
+from . import advice
 from .adapters import check
 from .ema_update import check_type, check_unit_interval, update_averages
 from .model_pairs import Matched, check_checkpoint, converted, match
@@ -41,8 +42,9 @@ class EMA:
 
     Call :meth:`update` after every optimizer step, or give the object to ``trainops.AdamW(..., ema=ema)`` and the
     step updates the average in the same pass over memory. One optimizer has an average at a time: giving it to a
-    second one takes it from the first. The decay follows timm's ``ModelEmaV3`` and begins with
-    a copy: see :meth:`decay_at`.
+    second one takes it from the first. An average that is swapped in, copied or saved after its model was trained
+    without it gives a warning, once. The decay follows timm's ``ModelEmaV3`` and begins with a copy: see
+    :meth:`decay_at`.
 
     Args:
         model: the model to follow. It is kept and read at every update.
@@ -55,13 +57,14 @@ class EMA:
         update_every: move the average at every so many calls of :meth:`update`.
         dtype: dtype of the average's floating-point weights; default: the model's. Use ``torch.float32`` for a
             16-bit model: there, ``(1 - decay) * (weight - average)`` is mostly below the last place and is lost.
+            ``module`` then takes inputs of that dtype, while :meth:`swap` keeps the model's.
         device: where the average lives; default: where the model does.
         average_buffers: average floating-point buffers as well; otherwise they are copied. Other buffers are
             always copied.
         backend: see :func:`trainops.backends`; by default it follows the device.
 
     Attributes:
-        module: the averaged model, in eval mode, without gradients.
+        module: the averaged model, in eval mode, without gradients. Call this one: an ``EMA`` is no module.
         step: number of calls of :meth:`update` so far.
 
     Raises:
@@ -117,6 +120,7 @@ class EMA:
         self._swapped = False
         self._matched: Matched | None = None
         self._optimizer: weakref.ref[Any] | None = None
+        advice.average_made(self)
 
     def decay_at(self, step: int) -> float:
         """The decay at call number ``step`` of :meth:`update`, from 1: timm's ``ModelEmaV3.get_decay(step)``.
@@ -207,6 +211,7 @@ class EMA:
             RuntimeError: already swapped.
         """
         self._check_not_swapped("swap()")
+        advice.average_used(self)
         pairs = self.check_model().pairs
         saved = [pair.source.detach().clone() for pair in pairs]
         self._swapped = True
@@ -220,6 +225,7 @@ class EMA:
                 for pair, own in zip(pairs, saved, strict=True):
                     pair.source.copy_(own)
             self._swapped = False
+            advice.model_written(self)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
@@ -228,11 +234,16 @@ class EMA:
         Raises:
             ValueError: ``model`` has other weights than the average. Nothing has been changed.
         """
-        for pair in match(self.module, model, self.average_buffers).pairs:
+        pairs = match(self.module, model, self.average_buffers).pairs
+        advice.average_used(self)
+        for pair in pairs:
             pair.source.copy_(pair.average)
+        if model is self.model:
+            advice.model_written(self)
 
     def state_dict(self) -> dict[str, Any]:
         """The averaged weights and the number of updates; the settings are the constructor's."""
+        advice.average_used(self)
         return {"module": self.module.state_dict(), "step": self.step}
 
     @torch.no_grad()
@@ -249,6 +260,7 @@ class EMA:
             raise ValueError(f"step must be a number of updates, got {state_dict['step']!r}")  # noqa: TRY004
         self.module.load_state_dict(state_dict["module"])
         self.step = state_dict["step"]
+        advice.average_loaded(self)
 
     def __repr__(self) -> str:
         names = ("decay", "warmup", "update_after_step", "update_every", "step")

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from . import reference
+from . import advice, reference
 from .adapters import Group, StepControl, StepResult, check, select
 from .ema import EMA
 from .plain import all_in_memory, all_plain
@@ -71,6 +71,8 @@ class FusedOptimizer(KnowsTorchStep, torch.optim.Optimizer):
             if not max_grad_norm >= 0.0:
                 raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}")
         self._max_grad_norm = max_grad_norm
+        if max_grad_norm is not None:
+            advice.clips_inside(self)
 
     @property
     def ema(self) -> EMA | None:
@@ -114,6 +116,8 @@ class FusedOptimizer(KnowsTorchStep, torch.optim.Optimizer):
             for param in group["params"]:
                 check_state(param, state["state"].get(param), self.state_names(group))
         super().__setstate__(state)
+        if state.get("_max_grad_norm") is not None:
+            advice.clips_inside(self)
         ema: EMA | None = state.get("_ema")
         if ema is not None and ema.optimizer is None:
             ema.attach_to(self)
@@ -157,6 +161,8 @@ class FusedOptimizer(KnowsTorchStep, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._measures:
+            advice.before_step(self)
         update = None if self.ema is None else self.ema.plan_update(self)
         averages = {} if update is None else update.fusable
         averaged, result = self._update(averages, 0.0 if update is None or update.decay is None else update.decay)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import reference
+from . import advice, reference
 from .adapters import Kernels, check, select
 from .drop_path import (
     check_drop_prob,
@@ -53,9 +53,9 @@ def stochastic_depth(
 
     - ``"fixed"``: always ``max(1, round(batch * keep_prob))`` samples, whichever they are. Shapes are static and the
       host never waits for the device. A sample is dropped with a probability of ``1 - kept / batch``, which rounding
-      makes differ from ``drop_prob``: of a small batch, nothing may be dropped at all. Samples are not dropped
-      independently. With ``scale_by_keep`` the factor is ``batch / kept``, so the expected value is exactly that of
-      the whole branch.
+      makes differ from ``drop_prob``: of a small batch, nothing may be dropped at all (a warning says so after 1000
+      such calls in a row). Samples are not dropped independently. With ``scale_by_keep`` the factor is
+      ``batch / kept``, so the expected value is exactly that of the whole branch.
     - ``"bernoulli"``: each sample by itself, as timm draws them. How many remain is read by the host, which on a GPU
       waits for that. Where it cannot (in compiled or traced code, a function transform, the capture of a CUDA graph,
       for subclasses of tensors), the branch is run on the whole batch and its result dropped from.
@@ -102,7 +102,10 @@ def stochastic_depth(
     batch = residual.shape[0]
     drops = rate > 0.0 and batch > 0
     count = kept_count(batch, rate) if drops else batch  # to keep in mode "fixed"
-    if not drops or (mode == "fixed" and count == batch and rate < 1.0):
+    keeps_all = mode == "fixed" and count == batch and rate < 1.0
+    if drops and mode == "fixed":
+        advice.kept_everything(batch, rate) if keeps_all else advice.dropped_something()
+    if not drops or keeps_all:
         return drop_path_add(residual, _call(branch, residual), layer_scale=layer_scale, backend=backend)
     keep, kept = _draw_fixed(residual, count) if mode == "fixed" else _draw_bernoulli(residual, rate)
     if rate == 1.0:
@@ -117,6 +120,9 @@ def stochastic_depth(
 
 class StochasticDepth(nn.Module):
     """:func:`stochastic_depth` as a module, active in training mode.
+
+    It takes the branch, not its result: torchvision's ``StochasticDepth(p, "row")`` is :class:`trainops.DropPath`,
+    and its mode ``"batch"``, one draw for all samples, is ``drop_path(x[None], p, training)[0]``.
 
     ``x = self.stochastic_depth(x, lambda x: self.mlp(self.norm(x)))``
 
