@@ -2,8 +2,8 @@
 
 Differences from PyTorch: the norm of 16-bit gradients is float32; norms of order 1, 2 and infinity are accumulated so
 that the same gradients give the same bits, with any number of threads; kernels do not rewrite gradients whose
-coefficient is 1; and the parts of complex gradients are clipped separately, so that an infinity in one makes no NaN of
-the other. Compiled code has PyTorch's own functions, which compilers fuse; there, too, norms of 16 bits are float32.
+coefficient is 1; and the parts of complex gradients are clipped separately: an infinity in one makes no NaN of the
+other. Compiled code has PyTorch's own functions, which compilers fuse; there, too, norms of 16 bits are float32.
 """
 
 import math
