@@ -81,6 +81,8 @@ class BuildBackends(build_ext):
 
     def run(self) -> None:
         self.skipped, self.required = listed("TRAINOPS_SKIP"), listed("TRAINOPS_REQUIRE")
+        if self.required:
+            self.required |= {"core"}  # which the others need
         if both := self.skipped & self.required:
             raise SystemExit(f"TRAINOPS_SKIP and TRAINOPS_REQUIRE both name {sorted(both)}")
         max_jobs()  # also an error before anything changes

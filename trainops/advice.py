@@ -93,7 +93,11 @@ _schedules: "weakref.WeakKeyDictionary[Any, _Schedule]" = weakref.WeakKeyDiction
 
 
 def before_step(optimizer: Any) -> None:
-    """A step that measures gradients is about to change things."""
+    """A step is about to change things."""
+    if _without_average and optimizer in _without_average:
+        _warn_of_lost_average(optimizer)
+    if not optimizer._measures:
+        return
     if _clipped_outside and optimizer in _clipped_outside:
         _warn_of_second_clip(optimizer)
     # PyTorch's schedulers set this, for a warning of their own.
@@ -107,6 +111,27 @@ def before_step(optimizer: Any) -> None:
                 "the learning rate's scheduler advanced after a step that was skipped: call `scheduler.step()` only "
                 "where `optimizer.skipped_steps` has not grown since the step before",
             )
+
+
+# An average that was given to two optimizers, both of which take steps. Once for each optimizer.
+
+_without_average: "weakref.WeakSet[Any]" = weakref.WeakSet()
+
+
+def average_taken(optimizer: Any) -> None:
+    """Another optimizer was given the average that this one had."""
+    _without_average.add(optimizer)
+
+
+def _warn_of_lost_average(optimizer: Any) -> None:
+    _without_average.discard(optimizer)
+    if optimizer.ema is None:
+        _advise(
+            optimizer,
+            "lost average",
+            "this optimizer's average was given to another optimizer, whose steps alone move it now: give it only to "
+            "the one that steps last",
+        )
 
 
 # An average that nothing moves. Once for each average.

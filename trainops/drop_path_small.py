@@ -35,7 +35,7 @@ def drop_path(x: Tensor, rate: float, scale_by_keep: bool, residual: Tensor | No
         or type(rate) is not float
         or not 0.0 < rate <= 1.0
         or cpu.restore_dropped is None
-        or "TRAINOPS_BACKEND" in os.environ
+        or os.environ.get("TRAINOPS_BACKEND")
         or is_transformed()
     ):
         return None

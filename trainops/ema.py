@@ -184,9 +184,11 @@ class EMA:
 
     def attach_to(self, optimizer: Any) -> None:
         """Let the steps of an optimizer move the average, and those of no other: ``optimizer.ema = ema``."""
-        if self.optimizer is not optimizer:
+        if (holder := self.optimizer) is not optimizer:
             self.detach()
             self._optimizer = weakref.ref(optimizer)
+            if holder is not None:
+                advice.average_taken(holder)
 
     def detach(self) -> None:
         """Take the average from its optimizer, which goes on without: :meth:`update` moves it again."""

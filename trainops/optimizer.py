@@ -11,12 +11,13 @@ from torch import Tensor
 from . import advice, reference
 from .adapters import Group, StepControl, StepResult, check, select
 from .ema import EMA
+from .loading import LoadsState
 from .plain import all_in_memory, all_plain
-from .rows import by_device, check_state, gather
+from .rows import by_device, gather, has_duplicates
 from .torch_step import KnowsTorchStep
 
 
-class FusedOptimizer(KnowsTorchStep, torch.optim.Optimizer):
+class FusedOptimizer(KnowsTorchStep, LoadsState):
     """Stands before a class of ``torch.optim`` among the bases of an optimizer, and takes its step.
 
     A subclass names its ``rule`` (``csrc/math/<rule>.h``, ``trainops.reference.<rule>_``), the state and the settings
@@ -24,10 +25,16 @@ class FusedOptimizer(KnowsTorchStep, torch.optim.Optimizer):
     """
 
     rule: ClassVar[str]
-
-    def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """The names of the state that a group uses, beside ``step``."""
-        raise NotImplementedError
+    own_attributes = (
+        "_max_grad_norm",
+        "skip_nonfinite",
+        "_ema",
+        "backend",
+        "grad_norm",
+        "grad_norms",
+        "skipped_steps",
+        "_unscaling_by_hand",
+    )
 
     def settings(self, group: dict[str, Any]) -> dict[str, float | Tensor]:
         """The settings of the rule for a group, by name."""
@@ -51,11 +58,11 @@ class FusedOptimizer(KnowsTorchStep, torch.optim.Optimizer):
         self._unscaling_by_hand = None  # what PyTorch's constructor has set for fused=True
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
-        self.ema = ema
         self.backend = backend
         self.grad_norm: Tensor | None = None
         self.grad_norms: Tensor | None = None
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self._device())
+        self.ema = ema  # last: it is taken from the optimizer that has it
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -88,7 +95,7 @@ class FusedOptimizer(KnowsTorchStep, torch.optim.Optimizer):
             if own and own.isdisjoint(map(id, ema.model.parameters())):
                 raise ValueError("ema follows a model that has none of these parameters")
         before, self._ema = getattr(self, "_ema", None), ema
-        if before is not None and before is not ema:
+        if before is not None and before is not ema and before.optimizer is self:
             before.detach()
         if ema is not None:
             ema.attach_to(self)
@@ -106,39 +113,6 @@ class FusedOptimizer(KnowsTorchStep, torch.optim.Optimizer):
     def __repr__(self) -> str:
         own = "".join(f"{name}: {getattr(self, name)}\n" for name in _OWN_SETTINGS)
         return super().__repr__().removesuffix(")") + own + ")"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in _OWN_ATTRIBUTES}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # Unpickling and load_state_dict both come here, the latter after its hooks and before anything is set.
-        for group in state["param_groups"]:
-            for param in group["params"]:
-                check_state(param, state["state"].get(param), self.state_names(group))
-        super().__setstate__(state)
-        if state.get("_max_grad_norm") is not None:
-            advice.clips_inside(self)
-        ema: EMA | None = state.get("_ema")
-        if ema is not None and ema.optimizer is None:
-            ema.attach_to(self)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, as in torch. State that is here in another dtype than its parameter keeps that dtype."""
-        dtypes = {
-            (param, name): x.dtype
-            for param, state in self.state.items()
-            for name, x in state.items()
-            if name != "step" and isinstance(x, Tensor) and x.dtype != param.dtype
-        }
-        super().load_state_dict(state_dict)
-        if not dtypes:
-            return
-        params = [param for group in self.param_groups for param in group["params"]]
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        loaded = {param: state_dict["state"].get(key, {}) for param, key in zip(params, keys, strict=True)}
-        for (param, name), dtype in dtypes.items():
-            if (value := loaded.get(param, {}).get(name)) is not None:
-                self.state[param][name] = value.to(device=param.device, dtype=dtype, copy=True)
 
     def _device(self) -> torch.device:
         """Where the first parameter is; a group may be empty."""
@@ -161,8 +135,7 @@ class FusedOptimizer(KnowsTorchStep, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._measures:
-            advice.before_step(self)
+        advice.before_step(self)
         update = None if self.ema is None else self.ema.plan_update(self)
         averages = {} if update is None else update.fusable
         averaged, result = self._update(averages, 0.0 if update is None or update.decay is None else update.decay)
@@ -212,11 +185,15 @@ class FusedOptimizer(KnowsTorchStep, torch.optim.Optimizer):
             groups = gather(self, averages)
             params = [p for group in groups for p in group.columns["param"]]
             torch.autograd.graph.increment_version([*params, *averages.values()])
+            if has_duplicates(params):  # whose average follows when all of their rows are done
+                for group in groups:
+                    group.columns["average"] = [None] * group.rows
+                return [], self._update_groups(groups, control, ema_decay)
             return params, self._update_groups(groups, control, ema_decay)
-        except Exception:
+        except BaseException as error:
             for param in self.state.keys() - known:
                 del self.state[param]
-            if self.ema is not None:
+            if self.ema is not None and isinstance(error, Exception):
                 self.ema.check_model()
             raise
 
@@ -232,7 +209,10 @@ class FusedOptimizer(KnowsTorchStep, torch.optim.Optimizer):
         for device, part in parts.items():
             columns = [column for group in part for column in group.columns.values()]
             in_memory = all_in_memory(x for column in columns for x in column if x is not None)
-            result = select(self.backend, device.type, in_memory).update(self.rule, part, control, ema_decay)
+            # Rows of one parameter come one after the other in the reference alone.
+            in_turn = has_duplicates([p for group in part for p in group.columns["param"]])
+            kernels = select(self.backend, device.type, in_memory and not in_turn)
+            result = kernels.update(self.rule, part, control, ema_decay)
             control = replace(control, skipped_steps=None)  # counted
         if joint is None:
             return result
@@ -257,16 +237,6 @@ class FusedOptimizer(KnowsTorchStep, torch.optim.Optimizer):
 
 
 _OWN_SETTINGS = ("max_grad_norm", "skip_nonfinite", "ema", "backend")
-_OWN_ATTRIBUTES = (
-    "_max_grad_norm",
-    "skip_nonfinite",
-    "_ema",
-    "backend",
-    "grad_norm",
-    "grad_norms",
-    "skipped_steps",
-    "_unscaling_by_hand",
-)
 
 
 def _joint_norm(groups: list[Group], control: StepControl) -> tuple[Tensor, Tensor]:

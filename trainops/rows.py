@@ -54,9 +54,9 @@ def gather(optimizer: "FusedOptimizer", averages: dict[int, Tensor]) -> list[Gro
 
 def init_state(state: dict[str, Tensor], param: Tensor, names: Sequence[str]) -> None:
     """The state of a parameter before its first step."""
-    state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-    for name in names:
-        state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+    step = torch.zeros((), dtype=torch.float32, device=param.device)
+    zeros = {name: torch.zeros_like(param, memory_format=torch.preserve_format) for name in names}
+    state.update({"step": step, **zeros})  # at once: what interrupts this leaves no half of it
 
 
 def check_state(param: Tensor, state: dict[str, Any] | None, names: Sequence[str]) -> None:
@@ -70,6 +70,11 @@ def check_state(param: Tensor, state: dict[str, Any] | None, names: Sequence[str
             raise ValueError(
                 f"{name} has shape {tuple(state[name].shape)}, but its parameter has shape {tuple(param.shape)}"
             )
+
+
+def has_duplicates(params: list[Tensor]) -> bool:
+    """Whether a parameter is there twice, as PyTorch allows within a group."""
+    return len(set(map(id, params))) < len(params)
 
 
 def by_device(groups: list[Group]) -> dict[torch.device, list[Group]]:

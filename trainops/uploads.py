@@ -38,16 +38,13 @@ class Recent(OrderedDict[Hashable, V]):
 
 
 # The last words of each size: equal ones are replaced by them, whose hash is known.
-_last_words: dict[int, bytes] = {}
+_last_words: Recent[bytes] = Recent(32)
 
 
 def known(words: bytes) -> bytes:
     """The same words, and where they were seen last, the same object."""
-    last = _last_words.get(len(words))
-    if last == words:
-        return last
-    _last_words[len(words)] = words
-    return words
+    last = _last_words.recall(len(words))
+    return last if last == words else _last_words.remember(len(words), words)
 
 
 # What lies on devices, by its content, the device and the stream that it was copied on.

@@ -55,6 +55,13 @@ class PythonTable {
     return builder_.table;
   }
 
+  // The same, of a kind that a kernel is made for.
+  const Table& table(const std::string& kind) const {
+    if (schema().name != kind)
+      throw std::invalid_argument("a table of kind " + schema().name + " is none of " + kind);
+    return table();
+  }
+
   const Schema& schema() const { return builder_.schema; }
   const std::vector<int64_t>& group_rows() const { return group_rows_; }
   int64_t rows() const { return builder_.table.rows(); }

@@ -2,6 +2,7 @@
 // as long to collect.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "table_builder.h"
@@ -25,13 +26,22 @@ inline void prefetch(const void* object) {
 #endif
 }
 
-// What a tensor's Python object points to, three cache lines of each. Its pointers lie after the object's head.
-inline void prefetch_pointees(const void* object) {
-  constexpr int kHead = 2, kPointers = 2;
-  void* const* pointers = static_cast<void* const*>(object) + kHead;
-  for (int i = 0; i < kPointers; ++i) {
+// What a tensor's Python object points to, three cache lines of each. Its pointers lie after the object's head;
+// objects that are too small to have them, like None, are no tensors.
+inline void prefetch_pointees(PyObject* object) {
+  constexpr size_t kHead = 2, kPointers = 2;
+  if (Py_TYPE(object)->tp_basicsize < static_cast<Py_ssize_t>((kHead + kPointers) * sizeof(void*))) return;
+  void* const* pointers = reinterpret_cast<void* const*>(object) + kHead;
+  for (size_t i = 0; i < kPointers; ++i) {
     for (int line = 0; line < 3; ++line) prefetch(static_cast<const char*>(pointers[i]) + 64 * line);
   }
+}
+
+// The value of a key in a dict, null if there is none. Its reference is borrowed.
+inline PyObject* find(PyObject* dict, PyObject* key) {
+  PyObject* const value = PyDict_GetItemWithError(dict, key);
+  if (value == nullptr && PyErr_Occurred()) throw pybind11::error_already_set();
+  return value;
 }
 
 class StateReader {
@@ -52,25 +62,29 @@ class StateReader {
     std::vector<bool> used(columns_);
     for (size_t column = kState; column < columns_; ++column) used[column] = states.contains(names_[column]);
     const size_t before = params.size();
-    const Py_ssize_t count = PyList_GET_SIZE(all.ptr());
-    for (Py_ssize_t i = 0; i < count; ++i) {
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(all.ptr()); ++i) {
+      const Py_ssize_t count = PyList_GET_SIZE(all.ptr());  // code of Python, which a tensor may run, may change it
       if (i + kAhead < count) prefetch_pointees(PyList_GET_ITEM(all.ptr(), i + kAhead));
       if (i + 2 * kAhead < count) prefetch(PyList_GET_ITEM(all.ptr(), i + 2 * kAhead));
-      if (!add_param(PyList_GET_ITEM(all.ptr(), i), used)) return false;
+      if (!add_param(borrowed(PyList_GET_ITEM(all.ptr(), i)), used)) return false;
     }
     group_rows.push_back(static_cast<int64_t>(params.size() - before));
     return true;
   }
 
-  // Adds all rows to the table. False where kernels cannot take one: other devices, odd strides.
+  // Adds all rows to the table. False where kernels cannot take one: other devices, odd strides. Or where a parameter
+  // has several rows, which must be updated one after the other.
   bool add_rows() {
+    if (!in_order_ && has_duplicates()) return false;
     const size_t count = tensors_.size(), ahead = kAhead * columns_;
+    std::vector<PyObject*> row(columns_);
     for (size_t i = 0; i < count; i += columns_) {
       for (size_t column = 0; column < columns_; ++column) {
-        if (i + 2 * ahead + column < count) prefetch(tensors_[i + 2 * ahead + column]);
-        if (i + ahead + column < count) prefetch_pointees(tensors_[i + ahead + column]);
+        if (i + 2 * ahead + column < count) prefetch(tensors_[i + 2 * ahead + column].ptr());
+        if (i + ahead + column < count) prefetch_pointees(tensors_[i + ahead + column].ptr());
+        row[column] = tensors_[i + column].ptr();
       }
-      if (!builder_.add_row(&tensors_[i])) return false;
+      if (!builder_.add_row(row.data())) return false;
     }
     return true;
   }
@@ -81,54 +95,81 @@ class StateReader {
 
  private:
   static constexpr Py_ssize_t kAhead = 6;  // rows
+  static constexpr int kLookAhead = 8;     // entries of the state
 
-  bool add_param(PyObject* param, const std::vector<bool>& used) {
-    if (!builder_.reader.is_plain(param)) return false;
-    auto grad = stolen(PyObject_GetAttr(param, names_[kGrad].ptr()));
-    if (grad.is_none()) return true;
-    PyObject* const own = state_of(param);
-    if (own == nullptr || !PyDict_Check(own)) return false;
+  // References are counted: tensors run code of Python when they are hashed or asked for their gradient.
+  static pybind11::object borrowed(PyObject* object) {
+    return pybind11::reinterpret_borrow<pybind11::object>(object == nullptr ? Py_None : object);
+  }
+
+  bool add_param(const pybind11::object& param, const std::vector<bool>& used) {
+    if (!builder_.reader.is_plain(param.ptr())) return false;
+    const auto grad = stolen(PyObject_GetAttr(param.ptr(), names_[kGrad].ptr()));
+    if (grad.is_none()) {
+      next_state(param.ptr());  // passes over it
+      return true;
+    }
+    const pybind11::object own = state_of(param.ptr());
+    if (!PyDict_Check(own.ptr())) return false;
     const size_t begin = tensors_.size();
-    tensors_.resize(begin + columns_, Py_None);
-    PyObject** const row = &tensors_[begin];
+    tensors_.resize(begin + columns_, pybind11::none());
+    pybind11::object* const row = &tensors_[begin];
     row[kParam] = param;
-    row[kGrad] = grad.ptr();
-    row[kAverage] = average_of(param);
-    row[kStep] = PyDict_GetItemWithError(own, names_[kStep].ptr());
-    if (row[kStep] == nullptr) return false;
+    row[kGrad] = grad;
+    row[kAverage] = average_of(param.ptr());
+    row[kStep] = borrowed(find(own.ptr(), names_[kStep].ptr()));
+    if (row[kStep].is_none()) return false;
     for (size_t column = kState; column < columns_; ++column) {
       if (!used[column]) continue;
-      row[column] = PyDict_GetItemWithError(own, names_[column].ptr());
-      if (row[column] == nullptr) return false;
+      row[column] = borrowed(find(own.ptr(), names_[column].ptr()));
+      if (row[column].is_none()) return false;
     }
-    grads_.push_back(std::move(grad));
-    params.append(pybind11::handle(param));
+    params.append(param);
     return true;
   }
 
-  // States are nearly always kept in the order of the parameters: the next one is found without a hash, which for
-  // tensors is a Python function.
-  PyObject* state_of(PyObject* param) {
+  // The state of a parameter if it is one of the next entries; null if it is none of them. States are nearly always
+  // kept in the order of the parameters, and are found so without a hash, which for tensors is a Python function.
+  PyObject* next_state(PyObject* param) {
     PyObject *key = nullptr, *value = nullptr;
-    if (PyDict_Next(state_.ptr(), &position_, &key, &value) && key == param) return value;
-    return PyDict_GetItemWithError(state_.ptr(), param);
+    Py_ssize_t position = position_;
+    for (int i = 0; i < kLookAhead && PyDict_Next(state_.ptr(), &position, &key, &value); ++i) {
+      if (key == param) {
+        position_ = position;
+        return value;
+      }
+    }
+    return nullptr;
   }
 
-  PyObject* average_of(PyObject* param) {
-    if (averages_.empty()) return Py_None;
-    const auto id = stolen(PyLong_FromVoidPtr(param));
-    PyObject* const average = PyDict_GetItemWithError(averages_.ptr(), id.ptr());
+  pybind11::object state_of(PyObject* param) {
+    if (PyObject* const state = next_state(param)) return borrowed(state);
+    in_order_ = false;
+    return borrowed(find(state_.ptr(), param));
+  }
+
+  pybind11::object average_of(PyObject* param) {
+    if (averages_.empty()) return pybind11::none();
+    PyObject* const average = find(averages_.ptr(), stolen(PyLong_FromVoidPtr(param)).ptr());
     averaged += average != nullptr;
-    return average == nullptr ? Py_None : average;
+    return borrowed(average);
+  }
+
+  bool has_duplicates() const {
+    std::vector<PyObject*> found;
+    for (const auto param : params) found.push_back(param.ptr());
+    std::sort(found.begin(), found.end());
+    return std::adjacent_find(found.begin(), found.end()) != found.end();
   }
 
   TableBuilder& builder_;
   const pybind11::dict& state_;
   const pybind11::dict& averages_;
   Py_ssize_t position_ = 0;  // in the state
+  bool in_order_ = true;  // each parameter's state stands behind that of the one before: no parameter is there twice
   size_t columns_;
-  std::vector<pybind11::object> names_, grads_;
-  std::vector<PyObject*> tensors_;  // row by row; all are kept alive by the optimizer, and the gradients by grads_
+  std::vector<pybind11::object> names_;
+  std::vector<pybind11::object> tensors_;  // row by row
 };
 
 }  // namespace trainops

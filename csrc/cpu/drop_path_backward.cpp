@@ -18,7 +18,8 @@ TRAINOPS_HOST_DEVICE void differentiate(S* __restrict of_branch, double* __restr
                                         int64_t size, Round round) {
   for (int64_t i = 0; i < size; ++i) {
     const T g = read_operand(grad[i], round);
-    if (is_kept) totals[i] += static_cast<double>(g * mask * widen(branch[i]));
+    // A branch that was dropped is not read; an infinite gradient makes NaN there, too.
+    totals[i] += static_cast<double>(is_kept ? g * mask * widen(branch[i]) : g * mask);
     narrow(drop_path_element<true>(g, layer_scale[i], mask, round), of_branch[i]);
   }
 }

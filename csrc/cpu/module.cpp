@@ -32,7 +32,7 @@ void write(const std::vector<double>& values, uintptr_t to, bool is_float64) {
 
 double reduce(const PythonTable& table, const std::string& statistic, uintptr_t rows_out) {
   py::gil_scoped_release release;
-  const cpu::Chunks chunks(table.table());
+  const cpu::Chunks chunks(table.table("reduce"));
   const cpu::Result result = cpu::reduce(statistic, table.table(), chunks, table.schema().measured);
   write(result.rows, rows_out, table.has_float64());
   return result.total;
@@ -40,24 +40,25 @@ double reduce(const PythonTable& table, const std::string& statistic, uintptr_t 
 
 void scale(const PythonTable& table, double coefficient) {
   py::gil_scoped_release release;
-  cpu::scale(table.table(), coefficient);
+  cpu::scale(table.table("transform"), coefficient);
 }
 
 void clamp(const PythonTable& table, double bound) {
   py::gil_scoped_release release;
-  cpu::clamp(table.table(), bound);
+  cpu::clamp(table.table("transform"), bound);
 }
 
 void ema(const PythonTable& table, double decay) {
   py::gil_scoped_release release;
-  cpu::ema(table.table(), decay);
+  cpu::ema(table.table("ema"), decay);
 }
 
 // Returns the norm (of the unscaled gradients, NaN where none was asked for) and whether the step was skipped.
-std::tuple<double, bool> update(const PythonTable& table, const std::string& rule,
-                                const std::vector<std::vector<double>>& settings, std::optional<double> max_norm,
-                                bool skip_nonfinite, double grad_scale, bool found_inf,
-                                std::optional<double> total_norm, double ema_decay, uintptr_t norms_out) {
+std::tuple<double, bool> update(const PythonTable& table, const std::vector<std::vector<double>>& settings,
+                                std::optional<double> max_norm, bool skip_nonfinite, double grad_scale,
+                                bool found_inf, std::optional<double> total_norm, double ema_decay,
+                                uintptr_t norms_out) {
+  if (settings.size() != table.group_rows().size()) throw py::value_error("there is another number of groups");
   for (const auto& group : settings) {
     if (group.size() != table.schema().settings.size())
       throw py::value_error("a group has another number of settings");
@@ -78,7 +79,7 @@ std::tuple<double, bool> update(const PythonTable& table, const std::string& rul
   const Decision decision = decide(control, norm, grad_scale, found_inf);
   if (!decision.skips) {
     const cpu::GroupSettings groups{table.group_rows(), settings};
-    cpu::update(rule, table.table(), chunks, groups, decision.coefficient, ema_decay);
+    cpu::update(table.schema().name, table.table(), chunks, groups, decision.coefficient, ema_decay);
   }
   return {norm, decision.skips};
 }
@@ -113,7 +114,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("scale", &scale, py::arg("table"), py::kw_only(), py::arg("coefficient"));
   m.def("clamp", &clamp, py::arg("table"), py::kw_only(), py::arg("bound"));
   m.def("ema", &ema, py::arg("table"), py::kw_only(), py::arg("decay"));
-  m.def("update", &update, py::arg("table"), py::kw_only(), py::arg("rule"), py::arg("settings"), py::arg("max_norm"),
+  m.def("update", &update, py::arg("table"), py::kw_only(), py::arg("settings"), py::arg("max_norm"),
         py::arg("skip_nonfinite"), py::arg("grad_scale"), py::arg("found_inf"), py::arg("total_norm"),
         py::arg("ema_decay"), py::arg("norms_out"));
   m.def("drop_path", &cpu::drop_path, py::arg("operands"), py::call_guard<py::gil_scoped_release>());

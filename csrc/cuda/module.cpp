@@ -26,8 +26,15 @@ struct StagedTable {
   py::object words;  // whoever owns that memory
   cuda::DeviceTable table;
   cuda::Queue queue;
+  std::string kind;
   int measured;
   bool has_float64;
+
+  // The table, of a kind that a kernel is made for.
+  const cuda::DeviceTable& of(const char* expected) const {
+    if (kind != expected) throw py::value_error("a table of kind " + kind + " is none of " + expected);
+    return table;
+  }
 };
 
 StagedTable stage(const PythonTable& table, const py::object& words, uintptr_t rows, uintptr_t chunks,
@@ -40,6 +47,7 @@ StagedTable stage(const PythonTable& table, const py::object& words, uintptr_t r
   staged.table.chunk_count = chunk_count;
   staged.table.row_words = kAddresses + table.table().columns();
   staged.queue = {table.device_index(), at<void>(stream)};
+  staged.kind = table.schema().name;
   staged.measured = table.schema().measured;
   staged.has_float64 = table.has_float64();
   return staged;
@@ -48,7 +56,7 @@ StagedTable stage(const PythonTable& table, const py::object& words, uintptr_t r
 void reduce(const StagedTable& staged, const std::string& statistic, uintptr_t grad_scale, uintptr_t counter,
             uintptr_t partials, uintptr_t total, uintptr_t total_out, uintptr_t rows_out) {
   cuda::ReduceArgs args{};
-  args.table = staged.table;
+  args.table = staged.table;  // of any kind: the column that is measured
   args.column = staged.measured;
   args.grad_scale = at<const float>(grad_scale);
   args.counter = at<unsigned>(counter);
@@ -62,19 +70,19 @@ void reduce(const StagedTable& staged, const std::string& statistic, uintptr_t g
 
 void scale(const StagedTable& staged, uintptr_t coefficient, bool is_float64) {
   const Cell cell{at<void>(coefficient), is_float64 ? DType::float64 : DType::float32};
-  cuda::scale(staged.table, cell, staged.queue);
+  cuda::scale(staged.of("transform"), cell, staged.queue);
 }
 
-void clamp(const StagedTable& staged, double bound) { cuda::clamp(staged.table, bound, staged.queue); }
+void clamp(const StagedTable& staged, double bound) { cuda::clamp(staged.of("transform"), bound, staged.queue); }
 
 void ema(const StagedTable& staged, double decay, uintptr_t skip) {
-  cuda::ema(staged.table, decay, at<const bool>(skip), staged.queue);
+  cuda::ema(staged.of("ema"), decay, at<const bool>(skip), staged.queue);
 }
 
 // `words`: for the launch to carry, or the address of more words than it carries.
-void update(const StagedTable& staged, const std::string& rule, const py::object& words, uintptr_t norm,
-            uintptr_t grad_scale, uintptr_t found_inf, bool clips, bool skip_nonfinite, uintptr_t skip,
-            uintptr_t skipped_steps, uintptr_t counter) {
+void update(const StagedTable& staged, const py::object& words, uintptr_t norm, uintptr_t grad_scale,
+            uintptr_t found_inf, bool clips, bool skip_nonfinite, uintptr_t skip, uintptr_t skipped_steps,
+            uintptr_t counter) {
   cuda::UpdateArgs args{};
   args.table = staged.table;
   if (py::isinstance<py::bytes>(words)) {
@@ -92,7 +100,7 @@ void update(const StagedTable& staged, const std::string& rule, const py::object
   args.skip = at<bool>(skip);
   args.skipped_steps = at<int64_t>(skipped_steps);
   args.counter = at<unsigned>(counter);
-  cuda::update(rule, args, staged.queue);
+  cuda::update(staged.kind, args, staged.queue);
 }
 
 void drop_path(const DropPath& operands, uintptr_t stream) { cuda::drop_path(operands, at<void>(stream)); }
@@ -120,9 +128,9 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("scale", &scale, py::arg("staged"), py::kw_only(), py::arg("coefficient"), py::arg("is_float64"));
   m.def("clamp", &clamp, py::arg("staged"), py::kw_only(), py::arg("bound"));
   m.def("ema", &ema, py::arg("staged"), py::kw_only(), py::arg("decay"), py::arg("skip"));
-  m.def("update", &update, py::arg("staged"), py::kw_only(), py::arg("rule"), py::arg("words"), py::arg("norm"),
-        py::arg("grad_scale"), py::arg("found_inf"), py::arg("clips"), py::arg("skip_nonfinite"), py::arg("skip"),
-        py::arg("skipped_steps"), py::arg("counter"));
+  m.def("update", &update, py::arg("staged"), py::kw_only(), py::arg("words"), py::arg("norm"), py::arg("grad_scale"),
+        py::arg("found_inf"), py::arg("clips"), py::arg("skip_nonfinite"), py::arg("skip"), py::arg("skipped_steps"),
+        py::arg("counter"));
   m.def("drop_path", &drop_path, py::arg("operands"), py::kw_only(), py::arg("stream"));
   m.def("drop_path_backward", &drop_path_backward, py::arg("operands"), py::kw_only(), py::arg("partials"),
         py::arg("stream"));

@@ -67,7 +67,6 @@ def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl
     names = core.schemas[rule].settings
     total_norm, skipped = _cpu.update(
         table,
-        rule=rule,
         settings=[[float(group.settings[name]) for name in names] for group in groups],
         max_norm=control.max_norm,
         skip_nonfinite=control.skip_nonfinite,

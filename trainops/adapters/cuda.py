@@ -169,7 +169,6 @@ def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl
     in_memory = uploaded(words, device) if len(words) > _cuda.INLINE_BYTES else None
     _cuda.update(
         staged.table,
-        rule=rule,
         words=words if in_memory is None else in_memory.data_ptr(),
         norm=scratch + _NORM if control.measures else core.address(known_norm),
         grad_scale=core.address(grad_scale),

@@ -1,0 +1,255 @@
+"""What else may run while a step collects its rows, and what may stand in its containers."""
+
+import copy
+import threading
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+import trainops
+from trainops import core
+from trainops.adapters import cpu, cuda
+
+
+def optimizer_of(count=12, kind=trainops.AdamW, **options):
+    """After a step, with new gradients."""
+    params = [nn.Parameter(torch.ones(8)) for _ in range(count)]
+    optimizer = kind(params, lr=0.1, **options)
+    for _ in range(2):
+        for i, p in enumerate(params):
+            p.grad = torch.full((8,), 1.0 + i)
+        if not optimizer.state:
+            optimizer.step()
+    return optimizer, params
+
+
+def collected(optimizer):
+    names = [optimizer.state_names(group) for group in optimizer.param_groups]
+    return core.collect("adamw", optimizer.param_groups, optimizer.state, {}, names, "cpu")
+
+
+class AtGradient(TorchFunctionMode):
+    """Runs something when a gradient is read for the n-th time."""
+
+    def __init__(self, n, action):
+        self.left, self.action = n, action
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") == "__get__":
+            self.left -= 1
+            if self.left == 0:
+                self.action()
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_list_of_parameters_that_shrinks():
+    optimizer, _ = optimizer_of()
+    with AtGradient(5, optimizer.param_groups[0]["params"].clear):
+        assert len(collected(optimizer).params) == 5
+
+
+def test_state_that_is_replaced():
+    optimizer, params = optimizer_of()
+    del params[0].grad  # and so are its entries in the state passed over
+
+    def replace():
+        for p in params:
+            optimizer.state[p] = {name: x.clone() for name, x in optimizer.state[p].items()}
+
+    with AtGradient(7, replace):
+        table = collected(optimizer)
+    others = [torch.full((8,), 7.0) for _ in range(50)]  # would take memory that has become free
+    optimizer.step()
+    assert len(table.params) == 11
+    assert all((x == 7).all() for x in others)
+
+
+def test_threads_that_replace_state():
+    optimizer, params = optimizer_of(50)
+    optimizer.state = dict(reversed(optimizer.state.items()))  # looked up by hash, which runs Python
+    ended = threading.Event()
+
+    def replace():
+        while not ended.is_set():
+            for p in params:
+                optimizer.state[p]["exp_avg"] = torch.ones(8)
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    try:
+        for _ in range(100):
+            collected(optimizer)
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_an_interrupt_is_not_swallowed(monkeypatch):
+    optimizer, _ = optimizer_of()
+    optimizer.state = dict(reversed(optimizer.state.items()))
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.Tensor, "__hash__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        collected(optimizer)
+
+
+def test_an_interrupt_leaves_no_half_of_a_state(monkeypatch):
+    optimizer, params = optimizer_of()
+    optimizer.state.clear()
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros_like", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+    assert not optimizer.state
+    optimizer.step()
+    assert optimizer.state[params[-1]]["step"] == 1
+
+
+@pytest.mark.parametrize("without", [[0], [0, 1, 2], [5], list(range(10))], ids=str)
+def test_parameters_without_a_gradient_cost_no_hash(monkeypatch, without):
+    optimizer, params = optimizer_of()
+    for i in without:
+        params[i].grad = None
+    hashed = []
+    monkeypatch.setattr(torch.Tensor, "__hash__", lambda self: hashed.append(self) or id(self))
+    assert len(collected(optimizer).params) == 12 - len(without)
+    assert hashed == []
+
+
+def test_a_parameter_that_is_there_twice():
+    """PyTorch warns and updates it twice, in turn."""
+    results = []
+    for kind in (torch.optim.AdamW, trainops.AdamW):
+        torch.manual_seed(0)
+        a, b = (nn.Parameter(torch.randn(70_000)) for _ in range(2))
+        model = nn.ParameterList([a, b])
+        ema = trainops.EMA(model, 0.5, update_after_step=-2) if kind is trainops.AdamW else None
+        with pytest.warns(UserWarning, match="duplicate"):
+            optimizer = kind([a, a, b], lr=0.1, **({"ema": ema} if ema else {}))
+        for _ in range(3):
+            a.grad, b.grad = torch.randn(70_000), torch.randn(70_000)
+            before = None if ema is None else [x.clone() for x in ema.module.parameters()]
+            optimizer.step()
+        if ema is not None:
+            for x, old, p in zip(ema.module.parameters(), before, (a, b), strict=True):
+                torch.testing.assert_close(x, old + 0.5 * (p.detach() - old))
+        results.append([a, b, optimizer.state[a]["step"]])
+    torch.testing.assert_close(results[1], results[0])
+    assert results[1][2] == 6
+
+
+# Loading
+
+
+def test_keys_of_the_state_that_are_no_parameters():
+    for kind in (torch.optim.AdamW, trainops.AdamW):
+        optimizer, _ = optimizer_of(kind=kind)
+        optimizer.state["note"] = "of a framework"
+        optimizer.state["numbers"] = {"seed": 1}
+        optimizer.load_state_dict(optimizer.state_dict())
+        assert optimizer.state["note"] == "of a framework"
+        assert optimizer.state["numbers"] == {"seed": 1}
+
+
+def test_hooks_of_loading():
+    """The last word has a hook after loading; one before it may change what is loaded."""
+    params = [nn.Parameter(torch.ones(8, dtype=torch.bfloat16))]
+    params[0].grad = torch.ones_like(params[0])
+    optimizer = trainops.AdamW(params)
+    optimizer.step()
+    state = optimizer.state[params[0]]
+    state["exp_avg"] = torch.full((8,), 1 / 3)  # in float32
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.register_load_state_dict_pre_hook(lambda _, loaded: loaded["optimizer"])
+    optimizer.load_state_dict({"optimizer": saved})
+    assert torch.equal(optimizer.state[params[0]]["exp_avg"], torch.full((8,), 1 / 3))
+    optimizer.register_load_state_dict_post_hook(lambda its: its.state[params[0]]["exp_avg"].fill_(0.25))
+    optimizer.load_state_dict({"optimizer": saved})
+    assert torch.equal(optimizer.state[params[0]]["exp_avg"], torch.full((8,), 0.25))
+
+
+# Averages
+
+
+def test_a_copy_that_gives_up_an_average():
+    optimizer, params = optimizer_of(2)
+    optimizer.ema = ema = trainops.EMA(nn.ParameterList(params), 0.9)
+    copy.copy(optimizer).ema = None
+    assert optimizer.ema is ema
+    assert ema.optimizer is optimizer
+
+
+def test_an_average_that_two_optimizers_were_given():
+    model = nn.Linear(2, 2)
+    ema = trainops.EMA(model, 0.9)
+    first = trainops.AdamW([model.weight], ema=ema)
+    second = trainops.AdamW([model.bias], ema=ema)
+    model(torch.ones(2)).sum().backward()
+    second.step()
+    with pytest.warns(UserWarning, match="average was given to another optimizer"):
+        first.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first.step()
+        second.step()
+    assert ema.step == 2
+
+
+def test_a_constructor_that_fails_takes_no_average():
+    model = nn.Linear(2, 2)
+    ema = trainops.EMA(model, 0.9)
+    first = trainops.AdamW(model.parameters(), ema=ema)
+    with pytest.raises(ValueError, match="Invalid max_grad_norm"):
+        trainops.AdamW(model.parameters(), ema=ema, max_grad_norm=-1.0)
+    assert first.ema is ema
+
+
+# Bindings
+
+
+def of_kind(kind):
+    names = core.schemas[kind].places
+    columns = {name: [torch.ones(() if name == "step" else 4)] for name in names}
+    return core.table(kind, columns, "cpu")
+
+
+CALLS = {
+    "ema": {"decay": 0.5},
+    "scale": {"coefficient": 0.5},
+    "clamp": {"bound": 0.5},
+    "reduce": {"statistic": "l2_norm", "rows_out": 0},
+}
+KINDS = {"ema": "ema", "scale": "transform", "clamp": "transform", "reduce": "reduce"}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("kind", ["adamw", "ema", "transform", "reduce"])
+def test_kernels_refuse_tables_of_other_kinds(call, kind):
+    if kind != KINDS[call]:
+        with pytest.raises(ValueError, match=f"a table of kind {kind} is none of {KINDS[call]}"):
+            getattr(cpu._cpu, call)(of_kind(kind), **CALLS[call])
+
+
+@pytest.mark.parametrize(("kind", "groups"), [("reduce", 1), ("adamw", 0), ("adamw", 2)])
+def test_a_step_refuses_tables_of_other_kinds_and_other_groups(kind, groups):
+    names = core.schemas["adamw"].settings
+    step = {"max_norm": None, "skip_nonfinite": False, "grad_scale": 1.0, "found_inf": False, "total_norm": None}
+    with pytest.raises(ValueError, match=r"group|rule"):
+        cpu._cpu.update(of_kind(kind), settings=[[0.5] * len(names)] * groups, **step, ema_decay=0.5, norms_out=0)
+
+
+@pytest.mark.skipif(cuda._cuda is None, reason="the CUDA extension is not built")
+def test_staged_tables_have_a_kind():
+    staged = cuda._cuda.StagedTable(of_kind("reduce"), words=None, rows=0, chunks=0, chunk_count=0, stream=0)
+    with pytest.raises(ValueError, match="a table of kind reduce is none of ema"):
+        cuda._cuda.ema(staged, decay=0.5, skip=0)

@@ -1,0 +1,79 @@
+"""What an optimizer keeps and takes of a state that is pickled or loaded."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from . import advice
+from .rows import check_state
+
+Dtypes = dict[tuple[Tensor, str], torch.dtype]
+
+
+class LoadsState(torch.optim.Optimizer):
+    """An optimizer with attributes of its own, which pickles keep, and state that keeps its dtype."""
+
+    own_attributes: ClassVar[tuple[str, ...]]
+
+    def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """The names of the state that a group uses, beside ``step``."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in self.own_attributes}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Unpickling and load_state_dict both come here, the latter after its pre-hooks and before anything is set.
+        for group in state["param_groups"]:
+            for param in group["params"]:
+                check_state(param, state["state"].get(param), self.state_names(group))
+        if (loading := self.__dict__.get("_loading")) is not None:
+            _keep_dtypes(state, *loading)
+        super().__setstate__(state)
+        if state.get("_max_grad_norm") is not None:
+            advice.clips_inside(self)
+        ema = state.get("_ema")
+        if ema is not None and ema.optimizer is None:
+            ema.attach_to(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, as in torch.
+
+        State that this optimizer holds in another dtype than its parameter's keeps that dtype. Where there is none
+        yet, it gets the parameter's, as in torch.
+
+        Raises:
+            ValueError: the state does not fit the parameters. Nothing has been changed.
+        """
+        seen: dict[str, Any] = {}
+        last_hook = self.register_load_state_dict_pre_hook(lambda _, loaded: seen.update(loaded))
+        self.__dict__["_loading"] = seen, _unlike_their_parameters(self.state)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last_hook.remove()
+            del self.__dict__["_loading"]
+
+
+def _unlike_their_parameters(state: dict[Any, Any]) -> Dtypes:
+    """The dtypes of state that are not those of its parameter, by parameter and name."""
+    return {
+        (param, name): x.dtype
+        for param, its in state.items()
+        if isinstance(param, Tensor)
+        for name, x in its.items()
+        if name != "step" and isinstance(x, Tensor) and x.dtype != param.dtype
+    }
+
+
+def _keep_dtypes(state: dict[str, Any], loaded: dict[str, Any], dtypes: Dtypes) -> None:
+    """Convert what was loaded to these dtypes, from what it was before PyTorch gave it its parameter's."""
+    if not dtypes:
+        return
+    params = [param for group in state["param_groups"] for param in group["params"]]
+    keys = [key for group in loaded["param_groups"] for key in group["params"]]
+    for param, key in zip(params, keys, strict=True):
+        for name, value in loaded["state"].get(key, {}).items():
+            if (dtype := dtypes.get((param, name))) is not None:
+                state["state"][param][name] = value.to(device=param.device, dtype=dtype, copy=True)
