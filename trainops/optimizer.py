@@ -17,7 +17,7 @@ from .tables import all_plain
 
 
 class FusedOptimizer(UnscalesInStep, torch.optim.Optimizer):
-    """Stands before a class of ``torch.optim`` among the bases of an optimizer, and takes its step.
+    """A mixin that replaces ``step`` of a ``torch.optim`` class. List it before that class among the bases.
 
     A subclass names its ``rule`` (``csrc/math/<rule>.h``, ``trainops.reference.<rule>_``), the state and the settings
     that a group of parameters has for it.
@@ -137,7 +137,7 @@ class FusedOptimizer(UnscalesInStep, torch.optim.Optimizer):
                 self.state[param][name] = value.to(device=param.device, dtype=dtype, copy=True)
 
     def _device(self) -> torch.device:
-        """Where the first parameter is; a group may be empty."""
+        """The device of the first parameter; a group may be empty."""
         return next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
 
     @torch.no_grad()
@@ -173,7 +173,10 @@ class FusedOptimizer(UnscalesInStep, torch.optim.Optimizer):
         return loss
 
     def _update(self, averages: dict[int, Tensor], ema_decay: float) -> tuple[Collection[int], StepResult]:
-        """Norm, clipping, the rule and the fused averages, which are returned by the ``id`` of their parameter."""
+        """Measure, clip, apply the rule, move fused averages.
+
+        Returns the ids of the parameters whose averages were moved, and the step's result.
+        """
         device = self._device()
         if self.skipped_steps.device != device:  # the model was moved
             self.skipped_steps = self.skipped_steps.to(device)
@@ -204,7 +207,7 @@ class FusedOptimizer(UnscalesInStep, torch.optim.Optimizer):
     def _update_any(
         self, averages: dict[int, Tensor], control: StepControl, ema_decay: float
     ) -> tuple[list[Tensor], StepResult]:
-        """The general path: no state yet, any devices, tensor subclasses, layouts, and no gradient at all."""
+        """The slow path: missing state, several devices, subclasses, other layouts, no gradients at all."""
         known = set(self.state)
         try:
             groups = gather(self, averages)
@@ -245,7 +248,7 @@ class FusedOptimizer(UnscalesInStep, torch.optim.Optimizer):
         return StepResult(total_norm, norms, skipped)
 
     def _from_scaler(self, name: str) -> Tensor | None:
-        """What a GradScaler has set, as a 0-dim tensor: its found_inf is a number where there are no gradients."""
+        """A GradScaler's attribute as a 0-dim tensor. Its found_inf is a number if there are no gradients."""
         value = getattr(self, name, None)
         if value is None:
             return None
