@@ -25,7 +25,7 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).parent / "csrc"))
-from ninja_build import ROOT, answer, build_module, max_jobs
+from ninja_build import ROOT, build_module, command_output, max_jobs
 from nvcc import Nvcc
 
 BACKENDS = {"trainops._core": "core", "trainops._cpu": "cpu", "trainops._cuda": "cuda"}
@@ -101,7 +101,7 @@ class BuildBackends(build_ext):
         name, target = BACKENDS[ext.name], Path(self.get_ext_fullpath(ext.name))
         target.unlink(missing_ok=True)  # never leave a stale binary behind
         nvcc = Nvcc() if name == "cuda" else None
-        cxx = answer(*self.compiler.compiler_so_cxx, "--version").partition("\n")[0]
+        cxx = command_output(*self.compiler.compiler_so_cxx, "--version").partition("\n")[0]
         if name in self.skipped:
             self.record[name] = {"reason": "skipped by TRAINOPS_SKIP when trainops was built"}
         elif nvcc and not nvcc.version:

@@ -22,8 +22,8 @@ def max_jobs() -> int:
     return int(value) or os.cpu_count() or 1
 
 
-def answer(*command: str) -> str:
-    """What a program prints; empty if there is none that works."""
+def command_output(*command: str) -> str:
+    """What a program prints; empty if it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

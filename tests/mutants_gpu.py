@@ -271,12 +271,12 @@ TRITON_AND_CUDA = [
         tests_of("ends", k="cuda-cpu"),
         {
             "cuda: an element too many in a norm": (
-                "if (i >= range.body && i < range.end) total",
-                "if (i >= range.body && i <= range.end) total",
+                "if (i >= range.body && i < range.end) state",
+                "if (i >= range.body && i <= range.end) state",
             ),
             "cuda: an element of a norm left out": (
-                "if (i >= range.body && i < range.end) total",
-                "if (i > range.body && i < range.end) total",
+                "if (i >= range.body && i < range.end) state",
+                "if (i > range.body && i < range.end) state",
             ),
         },
     ),
@@ -378,7 +378,10 @@ TRITON_AND_CUDA = [
                 "join_partials<Statistic>(args.partials + first, 0, count, 1)",
                 "join_partials<Statistic>(args.partials, 0, count, 1)",
             ),
-            "cuda: rows of eight chunks": ("double sum = count <= kOfThread ?", "double sum = count < kOfThread ?"),
+            "cuda: rows of eight chunks": (
+                "double state = count <= kOfThread ?",
+                "double state = count < kOfThread ?",
+            ),
             "cuda: rows of 2048 chunks": (
                 "count > kOfThread && count <= kOfWarp",
                 "count > kOfThread && count < kOfWarp",
@@ -421,8 +424,8 @@ TRITON_AND_CUDA = [
         tests_of("grad_scale", k="cuda-cpu"),
         {
             "cuda: norms of rows keep the grad scale": (
-                "Statistic::finish(sum) / grad_scale);",
-                "Statistic::finish(sum));",
+                "Statistic::finish(state) / grad_scale);",
+                "Statistic::finish(state));",
             ),
         },
     ),
@@ -440,7 +443,7 @@ TRITON_AND_CUDA = [
         "trainops/uploads.py",
         tests_of("cuda"),
         {
-            "cuda: words of another table": ("    if last == words:\n", "    if last is not None:\n"),
+            "cuda: words of another table": ("if last == words else", "if last is not None else"),
         },
     ),
     *planted(
@@ -474,9 +477,9 @@ TRITON_AND_CUDA = [
         "csrc/cuda/packs.cuh",
         tests_of("cuda", "adamw_types", "ends", k="cuda"),
         {
-            "cuda: addresses at multiples of 8 are aligned": ("together_ % 16 != 0", "together_ % 8 != 0"),
+            "cuda: addresses at multiples of 8 are aligned": ("address_bits_ % 16 != 0", "address_bits_ % 8 != 0"),
             "cuda: halves of a 16-bit pack far apart": (
-                "second = packed_ ? kHalf<T> : kHalf<T> * threads_",
+                "second = has_16_bit_ ? kHalf<T> : kHalf<T> * threads_",
                 "second = kHalf<T> * threads_",
             ),
             "cuda: second halves beyond the end": ("sizeof(T) == 4 && second < range.body", "sizeof(T) == 4"),

@@ -102,10 +102,42 @@ PYTHON = [
                 "_version([*params, *averages.values()])\n            result = kernels",
                 "_version([])\n            result = kernels",
             ),
+            "AdamW: rows of a parameter that is there twice": ("in_memory and not in_turn", "in_memory"),
+            "AdamW: an average of a parameter that is there twice": ("if has_duplicates(params):", "if False:"),
+            "EMA: a copy of an optimizer gives up its average": (" and before.optimizer is self", ""),
+        },
+    ),
+    *planted(
+        "trainops/loading.py",
+        tests_of("adamw_drop_in", "interference", k="cpu-cpu or reference-cpu or not target"),
+        {
             "AdamW: state in another dtype is lost when it is loaded": (
-                "self.state[param][name] = value.to(device=param.device, dtype=dtype, copy=True)",
+                'state["state"][param][name] = value.to(device=param.device, dtype=dtype, copy=True)',
                 "pass",
             ),
+        },
+    ),
+    *planted(
+        "csrc/core/state_reader.h",
+        tests_of("interference"),
+        {
+            "collect: no look ahead": ("kLookAhead = 8", "kLookAhead = 1"),
+            "collect: parameters without a gradient are not passed over": (
+                "      next_state(param.ptr());  // passes over it\n",
+                "",
+            ),
+            "collect: an error of a lookup is forgotten": (
+                "if (value == nullptr && PyErr_Occurred()) throw pybind11::error_already_set();",
+                "PyErr_Clear();",
+            ),
+            "collect: a parameter that is there twice": ("if (!in_order_ && has_duplicates()) return false;", ""),
+        },
+    ),
+    *planted(
+        "csrc/core/python_table.h",
+        tests_of("interference"),
+        {
+            "tables: of any kind": ("if (schema().name != kind) throw", "if (false) throw"),
         },
     ),
     *planted(

@@ -1,4 +1,4 @@
-"""What ``setup.py`` recorded about the compiled modules, and how they are loaded."""
+"""Loads the compiled modules, and reads what ``setup.py`` recorded about them."""
 
 import importlib
 import json

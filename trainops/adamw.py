@@ -127,7 +127,7 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
         return (*names, "max_exp_avg_sq") if group.get("amsgrad", False) else names
 
     def settings(self, group: dict[str, Any]) -> dict[str, float | Tensor]:
-        """Those of a group, as the rule names them."""
+        """The settings of a group, by the rule's names."""
         lr, (beta1, beta2) = group["lr"], group["betas"]
         return {
             "lr": lr.squeeze() if isinstance(lr, Tensor) else lr,

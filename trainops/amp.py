@@ -1,4 +1,4 @@
-"""Who takes a GradScaler's loss scale out of the gradients: the scaler, or the optimizer's ``step()``.
+"""Takes a GradScaler's loss scale out of the gradients: in the scaler, or in the optimizer's ``step()``.
 
 A GradScaler asks the optimizer for ``_step_supports_amp_scaling``. Where that is false, the scaler divides the
 gradients and leaves out steps with infinities, as with PyTorch's default AdamW. Where it is true, the scaler hands

@@ -179,7 +179,7 @@ _STATISTICS = {1.0: "l1_norm", 2.0: "l2_norm", math.inf: "inf_norm"}
 
 
 def _norm(kernels: Kernels, tensors: list[Tensor], norm_type: float) -> Tensor:
-    """For other norm orders we call PyTorch, and for complex numbers where their parts alone do not tell."""
+    """For other norm orders we call PyTorch. For complex tensors only the 2-norm equals that of the parts."""
     if norm_type not in _STATISTICS or (norm_type != 2.0 and any(x.is_complex() for x in tensors)):
         return reference.grad_norms(tensors, norm_type)[0]
     return kernels.reduce(_STATISTICS[norm_type], tensors)[0]

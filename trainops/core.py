@@ -1,7 +1,7 @@
 """Tables of tensors for kernels, which C++ builds (``csrc/core``), and the order of their columns.
 
-A table has one row per parameter and one column per role. Kernels that are not of C++ learn from here where a column,
-a setting or a word stands.
+A table has one row per parameter and one column per role. Triton's kernels learn from here the place of a column, a
+setting or a word.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ _DEVICE_CODES = {"cpu": 1, "cuda": 2}
 
 
 def describe(x: Tensor) -> tuple[int, int, int, int, int, tuple[int, ...], tuple[int, ...]] | None:
-    """Address, dtype code, bits, device code and index, shape, strides; None for what no kernel takes as it is.
+    """Address, dtype code, bits, device code and index, shape, strides; None for a tensor that no kernel takes.
 
     C++ asks it where PyTorch is too old for a tensor to describe itself.
     """
@@ -34,7 +34,7 @@ def describe(x: Tensor) -> tuple[int, int, int, int, int, tuple[int, ...], tuple
 
 
 class Column(NamedTuple):
-    """How a column is used. With no flag, a row always has a tensor there, and kernels only read it."""
+    """The use of a column. Without a flag, every row has a tensor there, and kernels only read it."""
 
     name: str
     written: bool
@@ -48,7 +48,7 @@ class Schema(NamedTuple):
     columns: list[Column]
     places: dict[str, int]  # of the columns, by name
     settings: list[str]
-    measured: int  # the column whose norm is taken
+    measured: int  # the column whose norm is taken; of no use for `ema` and `transform`
 
 
 _core, reason = load("_core", "core")
@@ -76,17 +76,17 @@ def load_kernels(module: str, name: str) -> tuple[Any, str]:
 
 
 def address(x: Tensor | None) -> int:
-    """Where a tensor's elements are; 0 for None."""
+    """The address of a tensor's elements; 0 for None."""
     return 0 if x is None else x.data_ptr()
 
 
 def setting(rule: str, name: str) -> int:
-    """Where a setting of a rule stands among them."""
+    """The index of a setting among those of a rule."""
     return schemas[rule].settings.index(name)
 
 
 def words(name: str) -> dict[str, int]:
-    """Where words of a table stand, or what they may be, by name.
+    """The indices of words, or the values that a word may have, by name.
 
     ``row``: in front of a row's addresses. ``step``: in front of the settings of a step. ``setting``: of one setting.
     ``form``: how a setting is given.
@@ -95,7 +95,7 @@ def words(name: str) -> dict[str, int]:
 
 
 def group_words(rule: str) -> int:
-    """How many words the settings of a group of parameters have."""
+    """The number of words for the settings of a group of parameters."""
     return len(words("setting")) * len(schemas[rule].settings)
 
 
@@ -114,7 +114,7 @@ def collect(
     states: list[tuple[str, ...]],
     device_type: str,
 ) -> Any:
-    """The rows of a step straight from an optimizer's containers; None where not all are as kernels like them.
+    """The rows of a step straight from an optimizer's containers, if all rows are regular, else None.
 
     ``averages`` are by the ``id`` of their parameter. ``states``: the names of the state that each group uses.
     """
@@ -131,19 +131,19 @@ def collect(
 
 
 def drop_path(*, rows: Tensor | None, **operands: Any) -> Any:
-    """What DropPath's kernels are told: see ``trainops.adapters._drop_path.Launch``; and the ``device_type``."""
+    """The arguments of DropPath's kernel: those of ``trainops.adapters._drop_path.Launch``, and ``device_type``."""
     return _core.DropPath(reader, rows=address(rows), **operands)
 
 
 def drop_path_backward(*, rows: Tensor | None, **operands: Any) -> Any:
-    """What the kernels of its derivative are told."""
+    """The arguments of its derivative's kernels: those of ``LaunchBackward``, and ``device_type``."""
     return _core.DropPathBackward(reader, rows=address(rows), **operands)
 
 
 def step_settings(
     rule: str, max_norm: float | None, ema_decay: float, settings: Sequence[Mapping[str, float | Tensor]]
 ) -> bytes:
-    """What a step tells kernels on a device, in 64-bit words. Tensors among the settings lie there."""
+    """The settings of a step as 64-bit words for the device. Tensors among them must lie on that device."""
     names = schemas[rule].settings
     return cast(
         bytes,

@@ -30,7 +30,7 @@ def drop_path(
     Args:
         x: of any shape with at least one dimension; dim 0 counts the samples.
         drop_prob: probability that a sample is dropped, in [0, 1]; a number, or a tensor for ``bernoulli_``.
-        training: where false, ``x`` is returned as it is.
+        training: if false, ``x`` itself is returned.
         scale_by_keep: divide the kept samples by ``1 - drop_prob``.
         backend: see :func:`trainops.backends`; by default it follows the device.
 
@@ -74,8 +74,8 @@ def drop_path_add(
 
         residual + timm.layers.drop_path(branch * layer_scale, drop_prob, training, scale_by_keep)
 
-    bit for bit, from the same seed and for finite operands. A dropped sample's branch is not read: the result there
-    is the residual, whatever the branch holds, and with its own sign of zero.
+    bit for bit, from the same seed and for finite operands. A dropped sample's branch has no effect: the result there
+    is the residual, even if the branch holds infinities or NaN, and keeps its sign of zero.
 
     Args:
         residual: floating-point, of the shape of ``branch`` or one that broadcasts with it.
@@ -146,7 +146,7 @@ class DropPath(nn.Module):
         return drop_path(x, self.drop_prob, self.training, self.scale_by_keep)
 
     def extra_repr(self) -> str:
-        """As timm's."""
+        """The rate for ``repr``, as in timm."""
         rate = self.drop_prob
         return f"drop_prob={round(rate, 3):0.3f}" if isinstance(rate, Real) else f"drop_prob={rate}"
 
@@ -185,7 +185,7 @@ def check_drop_prob(drop_prob: float) -> None:
 
 
 def check_scale_by_keep(scale_by_keep: bool) -> None:
-    """Raise unless it is true or false: other things are meant for another argument."""
+    """Raise unless it is true or false. Catches an argument in the wrong position."""
     if not isinstance(scale_by_keep, (bool, int)):
         raise TypeError(f"scale_by_keep must be a bool, got {type(scale_by_keep).__name__}")
 
@@ -217,7 +217,7 @@ def check_operand(
 
 
 def _fits(shape: torch.Size, branch: torch.Size, enlarges: bool) -> bool:
-    """Whether ``shape`` broadcasts with ``branch``, and unless it ``enlarges``, to the branch's own shape."""
+    """Whether ``shape`` broadcasts with ``branch``. The result must have the branch's shape unless ``enlarges``."""
     pairs = zip(reversed(shape), reversed(branch), strict=False)
     if enlarges:
         return all(a == b or a == 1 or b == 1 for a, b in pairs)

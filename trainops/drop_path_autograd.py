@@ -1,4 +1,4 @@
-"""DropPath's kernels under autograd, and their formula where something else looks on."""
+"""DropPath's kernels under autograd. Under compilers, tracers and function transforms, the reference."""
 
 from typing import Any, NamedTuple
 
@@ -7,19 +7,19 @@ from torch import Tensor
 
 from . import reference
 from .adapters import Kernels, select
-from .adapters import pytorch as formulas
+from .adapters import pytorch as reference_kernels
 from .plain import is_transformed
 
 
 class Kept(NamedTuple):
     """Samples that a branch was run on."""
 
-    chosen: Tensor  # [kept], int64: which
-    rows: Tensor  # [batch], int64: where among them each sample is; any of them for a dropped one
+    chosen: Tensor  # [kept], int64: the indices of the samples
+    rows: Tensor  # [batch], int64: the place of each sample in `chosen`; any place for a dropped sample
 
 
 class _DropPath(torch.autograd.Function):
-    """The kernel and the kernel of its derivative; where that is differentiated again, its formula."""
+    """DropPath's forward and backward kernels. Double backward uses the reference."""
 
     @staticmethod
     def forward(
@@ -35,7 +35,7 @@ class _DropPath(torch.autograd.Function):
         ctx.kernels = kernels
         ctx.residual = _unlike(residual, out.shape, out.dtype)
         ctx.branch = _unlike(branch, out.shape if kept is None else branch.shape, mask.dtype)
-        # The branch is needed for the derivative by layer scale alone.
+        # Only layer scale's gradient needs the branch.
         needed = branch if layer_scale is not None and ctx.needs_input_grad[4] else None
         if kept is None:
             ctx.save_for_backward(mask, layer_scale, needed)
@@ -58,7 +58,7 @@ class _DropPath(torch.autograd.Function):
 
 
 def _unlike(x: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> tuple[torch.Size, torch.dtype] | None:
-    """Shape and dtype of ``x`` where they are others than these."""
+    """Shape and dtype of ``x``, or None if they are ``shape`` and ``dtype``, or there is no ``x``."""
     return None if x is None or (x.dtype == dtype and x.shape == shape) else (x.shape, x.dtype)
 
 
@@ -68,8 +68,8 @@ def _reduce(grad: Tensor, unlike: tuple[torch.Size, torch.dtype] | None) -> Tens
 
 
 def differentiable(kernels: Kernels) -> Kernels:
-    """The kernels for a derivative, or where that may be differentiated again, their formulas."""
-    return formulas if torch.is_grad_enabled() or is_transformed() else kernels
+    """The kernels for a derivative. If it may be differentiated again, those of the reference."""
+    return reference_kernels if torch.is_grad_enabled() or is_transformed() else kernels
 
 
 def apply(

@@ -1,4 +1,4 @@
-"""DropPath as PyTorch's own operations, for who wants to see those: tracers, compilers, subclasses of tensors."""
+"""DropPath as PyTorch's own operations, for tracers, compilers and tensor subclasses."""
 
 from torch import Tensor
 
@@ -20,6 +20,6 @@ def formula(
 
 
 def wants_formula(x: Tensor, drop_prob: float) -> bool:
-    """Whether ``x`` stands for a tensor or is of a subclass, or the rate is a tensor, or somebody looks on."""
+    """Whether the input is a proxy or subclass, the rate is a tensor, or :func:`is_transformed`."""
     is_plain = type(x) in PLAIN or not hasattr(x, "__torch_function__")
     return not is_plain or isinstance(drop_prob, Tensor) or is_transformed()

@@ -14,7 +14,7 @@ from .adapters import cpu
 from .plain import PLAIN, is_transformed
 from .reference import drop_path_mask
 
-# For tensors of up to so many elements PyTorch's operations were no slower (forward and backward, float32 and
+# Up to this many elements, PyTorch's operations were no slower (forward and backward, float32 and
 # bfloat16, one and two threads). Only CPUs were measured: the tensors of other devices always go to the kernels.
 LARGEST = 1 << 17
 
@@ -22,9 +22,9 @@ DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def drop_path(x: Tensor, rate: float, scale_by_keep: bool, residual: Tensor | None = None) -> Tensor | None:
-    """``residual + x * mask``, or None where that is nothing for PyTorch's operations.
+    """``residual + x * mask``, or None if the caller must take another path.
 
-    A dropped sample is its residual to the bit, as the kernels have it.
+    A dropped sample has the residual's bits, as with the kernels.
     """
     if (
         type(x) not in PLAIN

@@ -22,7 +22,7 @@ class Update(NamedTuple):
     """An update of an average that is about to happen."""
 
     matched: Matched
-    decay: float | None  # None: this one is passed over
+    decay: float | None  # None: the average does not move
 
     @property
     def fusable(self) -> dict[int, Tensor]:
@@ -50,11 +50,11 @@ class EMA:
         model: the model to follow. It is kept and read at every update.
         decay: how much of the average stays at each update, in [0, 1].
         warmup: let the decay grow as ``1 - (1 + n / warmup_gamma) ** -warmup_power`` up to ``decay``.
-        warmup_gamma: number of updates after which the warm-up begins to bite.
+        warmup_gamma: time scale of the warm-up, in updates.
         warmup_power: exponent of the warm-up.
         min_decay: lower limit of the decay during warm-up, in [0, 1].
-        update_after_step: number of updates during which the average is a plain copy.
-        update_every: move the average at every so many calls of :meth:`update`.
+        update_after_step: the average is a plain copy up to and including update ``update_after_step + 1``.
+        update_every: move the average only at every ``update_every``-th update. The others are counted, too.
         dtype: dtype of the average's floating-point weights; default: the model's. Use ``torch.float32`` for a
             16-bit model: there, ``(1 - decay) * (weight - average)`` is mostly below the last place and is lost.
             ``module`` then takes inputs of that dtype, while :meth:`swap` keeps the model's.
@@ -65,7 +65,8 @@ class EMA:
 
     Attributes:
         module: the averaged model, in eval mode, without gradients. Call this one: an ``EMA`` is no module.
-        step: number of calls of :meth:`update` so far.
+        step: number of updates so far: calls of :meth:`update`, and steps of the optimizer that has the average.
+            Skipped steps count, and so do updates that ``update_every`` leaves out.
 
     Raises:
         TypeError: an argument is of another type.
@@ -123,9 +124,9 @@ class EMA:
         advice.average_made(self)
 
     def decay_at(self, step: int) -> float:
-        """The decay at call number ``step`` of :meth:`update`, from 1: timm's ``ModelEmaV3.get_decay(step)``.
+        """The decay at update number ``step``, counted from 1: timm's ``ModelEmaV3.get_decay(step)``.
 
-        0 (a plain copy) up to and including call ``update_after_step + 1``; then ``decay``, approached from below
+        0 (a plain copy) up to and including update ``update_after_step + 1``; then ``decay``, approached from below
         with ``warmup``.
         """
         step = max(0, step - self.update_after_step - 1)
@@ -156,11 +157,11 @@ class EMA:
             raise
 
     def plan_update(self, optimizer: torch.optim.Optimizer | None = None) -> "Update":
-        """What the next update does, as a part of the step of an ``optimizer`` or by itself. Changes nothing.
+        """Plan the next update, within the step of an ``optimizer`` or alone. Changes nothing.
 
         Raises:
             ValueError: the model's weights no longer match the average's.
-            RuntimeError: called inside :meth:`swap`, or another one has the average.
+            RuntimeError: called inside :meth:`swap`, or another optimizer has the average.
         """
         self._check_not_swapped("update()")
         self._check_holder(optimizer)
@@ -244,7 +245,7 @@ class EMA:
             advice.model_written(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """The averaged weights and the number of updates; the settings are the constructor's."""
+        """The averaged weights and ``step``. The settings are constructor arguments and not saved."""
         advice.average_used(self)
         return {"module": self.module.state_dict(), "step": self.step}
 
@@ -270,11 +271,11 @@ class EMA:
         return f"{type(self).__name__}({type(self.model).__name__}{settings})"
 
     def __getstate__(self) -> dict[str, Any]:
-        # What is only of this average, and not of a copy.
+        # A copy starts unswapped, unmatched and without an optimizer.
         return {**self.__dict__, "_swapped": False, "_matched": None, "_optimizer": None}
 
     def _match(self) -> Matched:
-        """Every tensor of the model with its average, as they are now: frameworks replace parameters at will."""
+        """Pair every tensor of the model with its average, again if one was replaced: frameworks do that at will."""
         if self._matched is None or not self._matched.is_current():
             return self.check_model()
         return self._matched

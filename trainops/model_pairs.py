@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Slot(NamedTuple):
-    """Where a module keeps one of its tensors."""
+    """The dictionary and the key under which a module keeps a tensor."""
 
     owner: dict[str, Tensor | None]
     key: str

@@ -18,7 +18,7 @@ from .torch_step import KnowsTorchStep
 
 
 class FusedOptimizer(KnowsTorchStep, LoadsState):
-    """Stands before a class of ``torch.optim`` among the bases of an optimizer, and takes its step.
+    """A mixin that replaces ``step`` of a ``torch.optim`` class. List it before that class among the bases.
 
     A subclass names its ``rule`` (``csrc/math/<rule>.h``, ``trainops.reference.<rule>_``), the state and the settings
     that a group of parameters has for it.
@@ -115,7 +115,7 @@ class FusedOptimizer(KnowsTorchStep, LoadsState):
         return super().__repr__().removesuffix(")") + own + ")"
 
     def _device(self) -> torch.device:
-        """Where the first parameter is; a group may be empty."""
+        """The device of the first parameter; a group may be empty."""
         return next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
 
     @torch.no_grad()
@@ -145,7 +145,10 @@ class FusedOptimizer(KnowsTorchStep, LoadsState):
         return loss
 
     def _update(self, averages: dict[int, Tensor], ema_decay: float) -> tuple[Collection[int], StepResult]:
-        """Norm, clipping, the rule and the fused averages, which are returned by the ``id`` of their parameter."""
+        """Measure, clip, apply the rule, move fused averages.
+
+        Returns the ids of the parameters whose averages were moved, and the step's result.
+        """
         device = self._device()
         if self.skipped_steps.device != device:  # the model was moved
             self.skipped_steps = self.skipped_steps.to(device)
@@ -176,7 +179,7 @@ class FusedOptimizer(KnowsTorchStep, LoadsState):
     def _update_any(
         self, averages: dict[int, Tensor], control: StepControl, ema_decay: float
     ) -> tuple[list[Tensor], StepResult]:
-        """The general path: no state yet, any devices, tensor subclasses, layouts, and no gradient at all."""
+        """The slow path: missing state, several devices, subclasses, other layouts, no gradients at all."""
         known = set(self.state)
         try:
             if self._is_left_to_torch():
@@ -229,7 +232,7 @@ class FusedOptimizer(KnowsTorchStep, LoadsState):
         return StepResult(total_norm, norms, skipped)
 
     def _from_scaler(self, name: str) -> Tensor | None:
-        """What a GradScaler has set, as a 0-dim tensor: its found_inf is a number where there are no gradients."""
+        """A GradScaler's attribute as a 0-dim tensor. Its found_inf is a number if there are no gradients."""
         value = getattr(self, name, None)
         if value is None:
             return None

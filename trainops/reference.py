@@ -2,8 +2,8 @@
 
 The kernels are checked against these functions, and these functions serve where there is no kernel. They work on
 any device and dtype. Arithmetic is in float32 for float32 and 16-bit parameters and in float64 for float64 ones;
-what is stored is rounded once, at the end. Scalars are computed in float64, and rounded once where they meet tensors.
-On CPUs, norms are as good as sums in float64. Devices without float64 use float32 instead.
+stored values are rounded once, at the end. Scalars are computed in float64, and rounded once where they meet tensors.
+Norms of plain CPU tensors are accumulated in float64. Devices without float64 use float32 instead.
 """
 
 import math
@@ -56,7 +56,10 @@ def sum_norms(tensors: Sequence[Tensor], norm_type: float = 2.0) -> tuple[Tensor
 
 
 def _norm(x: Tensor, norm_type: float) -> Tensor:
-    """The norm of one tensor. On a CPU PyTorch's is off by 6e-4 for 2**24 floats, and slow in float64."""
+    """The norm of one tensor.
+
+    PyTorch's float32 CPU norm has an error of 6e-4 at 2**24 elements. Its float64 norm is slow.
+    """
     is_plain, dtype = type(x) in PLAIN, scalar_dtype(x.device)
     if x.numel() == 0:
         return wide(x).sum().abs()
@@ -136,9 +139,9 @@ def adamw_(
     v = exp_avg_sq.to(dtype) * beta2 + (1 - beta2) * g * g
     v_max = v if max_exp_avg_sq is None else torch.maximum(max_exp_avg_sq.to(dtype), v)
     denominator = (v_max / rounded(correction2, dtype)).sqrt() + eps
-    update = m / rounded(correction1, dtype) / denominator
+    delta = m / rounded(correction1, dtype) / denominator
     kept = param.to(dtype) * rounded(1 - lr * weight_decay, dtype)
-    write(param, kept - rounded(lr, dtype) * update, skip)
+    write(param, kept - rounded(lr, dtype) * delta, skip)
     write(exp_avg, m, skip)
     write(exp_avg_sq, v, skip)
     write(step, t, skip)
@@ -149,7 +152,7 @@ def adamw_(
 def ema_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None) -> None:
     """``average += (1 - decay) * (tensor - average)``.
 
-    Infinities do what one would expect: decay 0 copies, decay 1 keeps, and equal values stay.
+    Special cases avoid ``inf - inf``: decay 0 copies, decay 1 keeps, equal values stay.
     """
     for average, tensor in zip(averages, tensors, strict=True):
         dtype = torch.promote_types(wide(average).dtype, wide(tensor).dtype)
@@ -179,8 +182,8 @@ def drop_path(
 ) -> Tensor:
     """Stochastic depth (arXiv:1603.09382): ``residual + branch * layer_scale * mask``.
 
-    With a residual, a dropped sample is its residual, whatever its branch holds. ``rows`` tells for each sample of
-    the result which one of ``branch`` it takes: a branch may hold the kept samples alone.
+    With a residual, a dropped sample is its residual, whatever its branch holds. ``branch`` may hold only the kept
+    samples: sample ``i`` of the result then takes ``branch[rows[i]]``.
     """
     if rows is not None:
         branch = branch.index_select(0, rows)
@@ -195,7 +198,7 @@ def drop_path_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of :func:`drop_path` by the branch, in ``grad``'s shape, and given ``branch``, by layer scale.
 
-    ``rows`` tells for each sample of the branch which one of ``grad`` it takes, and ``mask`` is that of the branch.
+    ``mask`` has a value per sample of the branch. With ``rows``, sample ``i`` of the branch takes ``grad[rows[i]]``.
     """
     grad = (grad if rows is None else grad.index_select(0, rows)).to(mask.dtype)
     of_layer_scale = None

@@ -78,7 +78,7 @@ def has_duplicates(params: list[Tensor]) -> bool:
 
 
 def by_device(groups: list[Group]) -> dict[torch.device, list[Group]]:
-    """The groups as they are where everything is on one device; else one of each per device."""
+    """Splits the groups by device. If all are on one device, they are returned as they are."""
     devices = list(dict.fromkeys(p.device for group in groups for p in group.columns["param"]))
     if len(devices) == 1:
         return {devices[0]: groups}
@@ -93,7 +93,7 @@ def by_device(groups: list[Group]) -> dict[torch.device, list[Group]]:
 
 
 def _move_step(state: dict[str, Any], param: Tensor) -> None:
-    """Bring a step count to its parameter, where steps can be skipped without waiting for the device."""
+    """Moves the step count to the parameter's device, so that a skip needs no synchronization."""
     step = state["step"]
     if isinstance(step, Tensor) and step.device != param.device:
         state["step"] = step.to(param.device)

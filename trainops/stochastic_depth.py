@@ -154,7 +154,7 @@ class StochasticDepth(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """What it was made with."""
+        """The settings for ``repr``."""
         return f"drop_prob={round(self.drop_prob, 3):0.3f}, mode={self.mode!r}"
 
 
@@ -180,7 +180,7 @@ def _draw_bernoulli(residual: Tensor, drop_prob: float) -> tuple[Tensor, Kept | 
 
 
 def _host_may_know(x: Tensor) -> bool:
-    """Whether how many values of a tensor are not zero can be read, and code may depend on it."""
+    """Whether the host may read how many values are nonzero. It may not while tracing or capturing."""
     captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
     return type(x) in PLAIN and not x.is_meta and not is_transformed() and not captured
 

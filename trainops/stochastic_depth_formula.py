@@ -1,4 +1,4 @@
-"""Stochastic depth as operations that are good for a batch of any size, for torch.fx and torch.export."""
+"""Stochastic depth as operations for a batch of any size, for torch.fx and torch.export."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from . import reference
 
 
 def of_any_size(residual: Tensor) -> bool:
-    """Whether ``residual`` stands for batches of any size, because torch.fx or torch.export looks on."""
+    """Whether a tracer (torch.fx, torch.export) needs operations for a batch of any size."""
     if isinstance(residual, torch.fx.Proxy) or getattr(torch.compiler, "is_exporting", bool)():
         return True
     return isinstance(residual, Tensor) and residual.ndim > 0 and isinstance(residual.shape[0], torch.SymInt)
@@ -42,9 +42,9 @@ def on_whole_batch(
 
 
 def kept_count(batch: int, rate: float) -> int:
-    """How many samples mode "fixed" keeps."""
+    """The number of samples that mode "fixed" keeps."""
     count: int = torch.sym_max(1, round(batch * (1 - rate)))  # type: ignore[no-untyped-call]
     return count
 
 
-torch.fx.wrap("kept_count")  # records the call: rounding is nothing that it could look into
+torch.fx.wrap("kept_count")  # records the call: torch.fx cannot trace `round`

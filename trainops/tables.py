@@ -1,8 +1,7 @@
-"""What stands between lists of tensors and a kernel's table of addresses.
+"""Tables for rows that kernels cannot take as they are.
 
-Tables are built by ``csrc/core`` (``trainops.core``). Here is what it leaves to Python: how rows are made regular
-that kernels cannot take as they are, such as complex numbers, gradients with other strides than their parameter,
-slices with gaps, and the local shards of a DTensor.
+``csrc/core`` (``trainops.core``) builds tables of regular rows. This file makes the other rows regular: complex
+numbers, gradients with other strides than their parameter, slices with gaps, and the local shards of a DTensor.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,7 @@
 """Words in a device's memory, found by their content.
 
-What is uploaded is never written again. A table is made anew at every step, from the addresses of the tensors as they
-are then, and its words are looked up or uploaded, so nothing stale can be used.
+Uploaded words are never written again. Every step makes its table anew from the current addresses of the tensors, and
+looks its words up or uploads them, so nothing stale can be used.
 """
 
 from collections import OrderedDict
@@ -37,28 +37,27 @@ class Recent(OrderedDict[Hashable, V]):
         return value
 
 
-# The last words of each size: equal ones are replaced by them, whose hash is known.
+# The last words of each size.
 _last_words: Recent[bytes] = Recent(32)
 
 
 def known(words: bytes) -> bytes:
-    """The same words, and where they were seen last, the same object."""
+    """Returns the last equal bytes object, whose hash is already computed, or else ``words``."""
     last = _last_words.recall(len(words))
     return last if last == words else _last_words.remember(len(words), words)
 
 
-# What lies on devices, by its content, the device and the stream that it was copied on.
+# Uploaded words, by their content, the device and the stream of the copy.
 _uploads: Recent[Tensor] = Recent(128)
 
-# For CUDA graphs: pinned buffers that stand ready, by size, because none may be allocated during capture; and what
-# captured graphs read, which may be replayed at any time.
+# Pinned buffers by size, since a capture cannot allocate them. `_captured` keeps alive what graphs read on replay.
 _spares: dict[int, list[Tensor]] = {}
 _captured: list[Tensor] = []
 _SPARES = 4  # of each size
 
 
 def uploaded(words: bytes, device: torch.device) -> Tensor:
-    """64-bit words in the device's memory, without waiting for it. Not to be written."""
+    """64-bit words in the device's memory, without waiting for it. The caller must not write to them."""
     if device.type == "cpu":
         return torch.frombuffer(bytearray(words), dtype=torch.int64)
     key = (words, device, torch.cuda.current_stream(device).cuda_stream)
@@ -82,7 +81,7 @@ def _pinned(count: int) -> Tensor:
 
 
 def _upload_in_capture(words: bytes, device: torch.device) -> Tensor:
-    """The copy becomes part of the graph, and is made whenever it is replayed: nothing is there before."""
+    """Records the copy in the graph. The words are in place only when the graph is replayed."""
     spares = _spares.get(len(words))
     if not spares:
         raise RuntimeError(

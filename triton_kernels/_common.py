@@ -1,7 +1,7 @@
-"""How every kernel finds its elements.
+"""Finds the elements of a kernel.
 
 A program takes one chunk of a table (``csrc/core/device_words.h``): up to ``CHUNK`` consecutive elements of one row.
-What follows a return is compiled, too, unless it stands in an ``else``.
+Triton compiles code after a return. Kernels use ``else`` so that it is not compiled.
 """
 
 import triton
@@ -9,7 +9,7 @@ import triton.language as tl
 
 from trainops import core
 
-CHUNK = 8192  # elements: a multiple of every block
+CHUNK = 8192  # elements; a multiple of every block
 REDUCTION_BLOCK = 2048  # partial results that a program takes at a time
 THREADS = 128  # of a program
 
@@ -29,13 +29,13 @@ def chunk_of(chunks, index, CHUNK: tl.constexpr):
     """The row of a chunk, and its first element there."""
     row = tl.load(chunks + 2 * index)
     begin = tl.load(chunks + 2 * index + 1)
-    begin = tl.multiple_of(begin, CHUNK)  # to be stated where it is loaded: loops hand it on
+    begin = tl.multiple_of(begin, CHUNK)  # stated here, because loops pass it on
     return row, begin
 
 
 @triton.jit
 def end_of_body(begin, end, addresses, BLOCK: tl.constexpr):
-    """Where the elements end that can be taken in whole, aligned blocks. ``addresses``: of all tensors, or-ed."""
+    """The end of the elements that whole, aligned blocks can take. ``addresses``: those of all tensors, or-ed."""
     end_of_blocks = begin + (end - begin) // BLOCK * BLOCK
     return tl.where(addresses % 16 == 0, end_of_blocks, begin)
 

@@ -6,6 +6,8 @@
     p <- p - step_size * m / (sqrt(v) + scaled_eps)
     with step_size = lr * sqrt(1 - beta2^t) / (1 - beta1^t) and scaled_eps = eps * sqrt(1 - beta2^t)
 
+grad is already multiplied by the coefficient.
+
 Agrees with: torch.optim.AdamW (torch/optim/adam.py, _single_tensor_adam), and csrc/math/adamw.h.
 """
 
@@ -38,7 +40,7 @@ def bias_correction(beta, step):
 
 @triton.jit
 def store_scalars(out, group, step):
-    """What the formula needs to know of a row at its step count, in float64."""
+    """Stores the scalars of the formula for a row at its step count, in float64."""
     lr, beta1, beta2 = setting(group, LR), setting(group, BETA1), setting(group, BETA2)
     correction = tl.sqrt(bias_correction(beta2, step))
     tl.store(out + 0, 1.0 - lr * setting(group, WEIGHT_DECAY))
@@ -60,7 +62,10 @@ def load_scalars(scalars, WIDE: tl.constexpr):
 
 @triton.jit
 def new_state(grad, exp_avg, exp_avg_sq, max_exp_avg_sq, scalars):
-    """The state after a step, in the order of the columns."""
+    """The state after a step, in the order of the columns.
+
+    The third value is the second moment for :func:`new_param`. It is a column only with AMSGrad.
+    """
     _, weight1, beta1, beta2, weight2, _, _ = scalars
     difference = grad - exp_avg
     exp_avg = tl.where(weight1 < 0.5, exp_avg + weight1 * difference, grad - beta1 * difference)
@@ -75,7 +80,8 @@ def new_state(grad, exp_avg, exp_avg_sq, max_exp_avg_sq, scalars):
 def new_param(param, exp_avg, exp_avg_sq, second_moment, scalars):
     """The parameter after a step, from the new state.
 
-    Apart from it, because state that is stored before the division, whose slow path branches, takes no registers.
+    Separate from ``new_state``: storing the state before the division frees registers. The division's slow path
+    branches.
     """
     keep, _, _, _, _, step_size, scaled_eps = scalars
     return param * keep - divide(step_size * exp_avg, square_root(second_moment) + scaled_eps)

@@ -1,4 +1,4 @@
-"""What a step does with its gradients, whatever the rule (``csrc/math/control.h``), and how its settings are read.
+"""Clipping, unscaling and skipping, the same for every rule (``csrc/math/control.h``), and the settings of a step.
 
 coefficient = min(1, max_norm / (norm + 1e-6)) / grad_scale
 skips       = found_inf, or skip_nonfinite and a norm that is infinite or NaN

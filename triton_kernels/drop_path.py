@@ -4,18 +4,19 @@
     of_branch      = grad * layer_scale * mask[sample]
     of_layer_scale = sum over samples and positions of grad * mask[sample] * branch
 
-A branch may hold some samples alone, such as those that are kept. Then forward, where samples are those of the
-result, reads ``branch[rows[sample]]``, and backward, where they are the branch's, ``grad[rows[sample]]``.
+The branch may hold only the kept samples. Forward then reads ``branch[rows[sample]]``; backward reads
+``grad[rows[sample]]``.
 
 Per element of a kept sample, forward reads branch and residual and writes out (12 bytes in float32); backward reads
 grad and branch and writes the branch's gradient (12 bytes), or reads grad alone (8 bytes) where layer scale needs no
 gradient. With a residual, and for layer scale's gradient, a dropped sample's branch is not read. Arithmetic in
 float32, or float64 when all operands are; each product of the first two lines is rounded to the type that PyTorch
-gives it. Layer scale's gradient is summed in two launches, in an order that depends on the sizes alone.
+gives it. Layer scale's gradient is summed in two launches, in an order that depends on the sizes, the types and the
+alignment alone.
 
-What differs from sample to sample and from channel to channel is looked up once for ``UNIT`` consecutive elements: a
-power of two that divides the size of a sample and the number of channels, up to the eight of a 16-byte access. So
-are the conditions that accesses depend on: those that differ within 16 bytes would make four accesses of one.
+Forward looks up mask, row and channel once per ``UNIT`` elements: a power of two that divides the size of a sample
+and the number of channels, at most the eight elements of a 16-byte access. The conditions of accesses are uniform
+within a unit, else a 16-byte access splits in four.
 
 Agrees with: timm.layers.drop_path (timm/layers/drop.py), and csrc/math/drop_path.h.
 """

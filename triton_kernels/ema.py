@@ -3,8 +3,8 @@
     ema <- ema + (1 - decay) * (param - ema)
 
 Reads both and writes the average: 12 bytes per float32 element. Arithmetic in the wider of the two types, float32 at
-least. Written as torch.lerp writes it; infinities do what one would expect: decay 0 copies, decay 1 keeps, and equal
-values stay.
+least. Written as torch.lerp writes it. Special cases avoid inf - inf: decay 0 copies, decay 1 keeps, equal values
+stay.
 
 Agrees with: torch._foreach_lerp_(ema, params, 1 - decay).
 """

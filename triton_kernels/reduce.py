@@ -1,7 +1,8 @@
 """Statistics over a column (``statistics.py``).
 
 Each element is read once (4 bytes in float32), in two launches: one partial result per chunk, in the type of
-arithmetic; then the results over each row's chunks and over all, in float64. The order depends on the sizes alone.
+arithmetic; then the results over each row's chunks and over all, in float64. The order depends on the sizes and types
+alone.
 """
 
 import triton

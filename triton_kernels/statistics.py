@@ -1,4 +1,4 @@
-"""What is gathered from tensors (``csrc/math/statistics.h``): the norms.
+"""Statistics of tensors (``csrc/math/statistics.h``): the norms.
 
     norm = (sum over tensors and elements of |x|^p)^(1/p),    p = 1, 2 or inf
 
@@ -22,7 +22,7 @@ def add(state, x, STATISTIC: tl.constexpr):
 
 @triton.jit
 def add_state(state, other, STATISTIC: tl.constexpr):
-    """Two states put together, element by element."""
+    """Combines two states, element by element."""
     if STATISTIC == "inf_norm":
         return tl.maximum(state, other, propagate_nan=tl.PropagateNan.ALL)
     else:
@@ -31,7 +31,7 @@ def add_state(state, other, STATISTIC: tl.constexpr):
 
 @triton.jit
 def join(states, STATISTIC: tl.constexpr):
-    """One state of many."""
+    """Combines all states into one."""
     if STATISTIC == "inf_norm":
         is_nan = tl.max((states != states).to(tl.int32), axis=0) != 0
         return tl.where(is_nan, float("nan"), tl.max(tl.where(states != states, 0.0, states), axis=0))

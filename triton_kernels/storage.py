@@ -1,4 +1,4 @@
-"""How elements are read and written, in whichever type a tensor has (``csrc/math/storage.h``).
+"""Reads and writes elements, in the type of each tensor (``csrc/math/storage.h``).
 
 Where all addresses of a row are multiples of 16 bytes, whole blocks are read and written without a mask, which lets
 the compiler use 16-byte accesses; the rest goes through a mask. Both do the same arithmetic.

@@ -2,8 +2,8 @@
 
 Two launches after the partial results of the norm (``reduce.py``). ``plan`` finishes the norm, decides the
 coefficient and whether the step is skipped, and evaluates each row's scalars in float64. ``update`` reads and writes
-every column once. With AdamW in float32, that is 28 bytes per element, 8 more with AMSGrad
-and 8 more with an average. Arithmetic in float32, or float64 for float64 parameters.
+every column once. With AdamW in float32, that is 28 bytes per element, 8 more with AMSGrad and 8 more with an
+average. Arithmetic in float32, or float64 for float64 parameters.
 
 A rule is a file like ``adamw.py``, whose functions are constants of these kernels: ``STORE_SCALARS``,
 ``LOAD_SCALARS``, ``NEW_STATE`` and ``NEW_PARAM``. Its state fills up to three columns.
@@ -25,7 +25,8 @@ PARAM, GRAD, AVERAGE, STEP = (
 )
 STATE = tl.constexpr(core.first_state)
 
-# What `plan` finds out for each row, in float64: its new step count, whether it maximizes, and the rule's scalars.
+# `plan` stores SCALARS float64 slots for each row: the new step count, whether it maximizes, and room for eight
+# scalars of the rule.
 NEW_STEP, IS_MAXIMIZED, RULE_SCALARS, SCALARS = (tl.constexpr(i) for i in (0, 1, 2, 10))
 
 
@@ -55,8 +56,9 @@ def plan(
 ):
     """Program 0 decides the coefficient and whether to skip; program i finds the scalars of row i - 1.
 
-    ``partials`` (with ``total_norm`` and ``norms`` to be written), ``known_norm``, ``grad_scale`` and ``found_inf``
-    may each be None. ``norms`` are those of the unscaled gradients. ``MAXIMIZE``: which setting that is.
+    ``partials`` (with ``total_norm`` and ``norms``, which are written), ``known_norm``, ``grad_scale``,
+    ``found_inf``, ``skip`` and ``skipped_steps`` may each be None. ``norms`` are those of the unscaled gradients.
+    ``MAXIMIZE``: the index of that setting.
     """
     row = tl.program_id(0).to(tl.int64) - 1
     inverse_scale = 1.0
@@ -103,7 +105,7 @@ def update(
     NEW_PARAM: tl.constexpr,
     PARAM_TYPE: tl.constexpr,
     GRAD_TYPE: tl.constexpr,
-    AVERAGE_TYPE: tl.constexpr,  # this and the following: None where there is no such column
+    AVERAGE_TYPE: tl.constexpr,  # this and the STATE types: None if there is no such column
     STATE0_TYPE: tl.constexpr,
     STATE1_TYPE: tl.constexpr,
     STATE2_TYPE: tl.constexpr,
@@ -125,19 +127,19 @@ def update(
         tl.store(step, tl.load(row_scalars + NEW_STEP).to(tl.float32))
     end = tl.minimum(begin + CHUNK, tl.load(words + NUMEL))
     param_address, grad_address = tl.load(addresses + PARAM), tl.load(addresses + GRAD)
-    together, average_address = param_address | grad_address, tl.load(addresses + AVERAGE)
-    together |= average_address
+    address_bits, average_address = param_address | grad_address, tl.load(addresses + AVERAGE)
+    address_bits |= average_address
     state0_address, state1_address, state2_address = param_address, param_address, param_address
     if STATE0_TYPE is not None:
         state0_address = tl.load(addresses + STATE)
-        together |= state0_address
+        address_bits |= state0_address
     if STATE1_TYPE is not None:
         state1_address = tl.load(addresses + STATE + 1)
-        together |= state1_address
+        address_bits |= state1_address
     if STATE2_TYPE is not None:
         state2_address = tl.load(addresses + STATE + 2)
-        together |= state2_address
-    body = end_of_body(begin, end, together, BLOCK)
+        address_bits |= state2_address
+    body = end_of_body(begin, end, address_bits, BLOCK)
 
     factor = tl.load(coefficient)
     factor = tl.where(tl.load(row_scalars + IS_MAXIMIZED) != 0.0, -factor, factor).to(WIDE)

@@ -1,4 +1,4 @@
-// What DropPath's kernels are told.
+// The arguments of DropPath's kernels.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@ namespace trainops {
 // out = residual + branch * layer_scale * mask[sample]
 struct DropPath {
   Cell out, residual, branch, layer_scale, mask;
-  const int64_t* rows;  // the sample of the branch that a sample of the result takes; null: its own
+  const int64_t* rows;  // sample i of the result takes branch[rows[i]]; null: branch[i]
   int64_t samples, sample_numel, channels;
   int device;
 };
@@ -18,7 +18,7 @@ struct DropPath {
 // of_branch = grad * layer_scale * mask[sample], and layer scale's gradient: the sum of grad * mask[sample] * branch.
 struct DropPathBackward {
   Cell of_branch, of_layer_scale, grad, branch, layer_scale, mask;
-  const int64_t* rows;  // the sample of the gradient that a sample of the branch takes; null: its own
+  const int64_t* rows;  // sample i of the branch takes grad[rows[i]]; null: grad[i]
   int64_t samples, sample_numel, channels;
   int device;
 };

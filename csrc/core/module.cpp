@@ -40,7 +40,7 @@ py::list sections_of(const DeviceWords& words) {
   return sections;
 }
 
-// What a step tells kernels on a device (schema.h). A setting is a number, or a tensor that lies there.
+// The settings of a step for a device (schema.h). A setting is a number, or a tensor on that device.
 py::bytes step_words(const TensorReader& reader, double max_norm, double ema_decay, const py::list& groups) {
   Words words(kGroups);
   words[kMaxNorm] = bit_cast<int64_t>(max_norm);

@@ -10,7 +10,7 @@
 
 namespace trainops {
 
-// The memory of operands, which all lie on one device; none for None.
+// The memory of operands, which all lie on one device. An empty cell for None.
 class Operands {
  public:
   Operands(const TensorReader& reader, const std::string& device_type)

@@ -49,7 +49,7 @@ class PythonTable {
     regular = table().rows() > 0;
   }
 
-  // What kernels work on.
+  // The table for kernels. Throws if some rows are irregular.
   const Table& table() const {
     if (!irregular.empty()) throw std::logic_error("this table has rows that kernels cannot take");
     return builder_.table;
@@ -69,7 +69,7 @@ class PythonTable {
   int32_t device_index() const { return std::max(builder_.device_id, 0); }
 
   std::vector<int64_t> irregular;  // the rows that kernels cannot take as they are
-  bool regular = false;            // of the rows of a step: whether they are all there
+  bool regular = false;            // of the rows of a step: whether there are any, and kernels can take all
   pybind11::list params;           // of the rows of a step
   int64_t averaged = 0;            // how many of them have an average
 

@@ -1,4 +1,4 @@
-// The rules that there are, and every kind of table by name.
+// The list of rules, and every kind of table by name.
 #pragma once
 
 #include <algorithm>

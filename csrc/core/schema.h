@@ -1,7 +1,7 @@
-// The columns of every table, and the settings of every rule: the one place where their order is written.
+// The columns of a step and of EMA, and the words of a table on a device. Their order is written only here.
 //
-// A rule's formula file lists its state and its settings (math/adamw.h). C++ makes enumerators of these lists; Python
-// and Triton read them by name from trainops._core.
+// A rule's formula file lists its state and its settings (math/adamw.h). rules.h lists all kinds of table. C++ makes
+// enumerators of these lists; Python and Triton read them by name from trainops._core.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 
 namespace trainops {
 
-// How a column is used. Without any of these, a row always has a tensor there, and kernels only read it.
+// The use of a column. Without a flag, every row has a tensor there, and kernels only read it.
 enum Use : int { kRead = 0, kWritten = 1, kOptional = 2, kOnePerRow = 4 };
 
 struct Column {
@@ -35,18 +35,18 @@ struct Column {
       column(kStep, "step", kWritten | kOnePerRow)
 enum StepColumn : int { TRAINOPS_STEP_COLUMNS(TRAINOPS_ENUMERATOR) kState };
 
-// The columns of an average that moves by itself, and those of operations on one list of tensors.
+// The columns of an EMA outside of a step.
 #define TRAINOPS_EMA_COLUMNS(column) column(kEMAAverage, "average", kWritten) column(kEMATensor, "tensor", kRead)
 enum EMAColumn : int { TRAINOPS_EMA_COLUMNS(TRAINOPS_ENUMERATOR) };
 
-// A table on a device is 64-bit words. These precede the addresses of a row, of which there is one for each column.
-// `dtypes` has four bits for each column, the first column's lowest.
+// A table on a device is 64-bit words. A row is these words, then one address per column. `dtypes` has four bits for
+// each column; the lowest are the first column's.
 #define TRAINOPS_ROW_WORDS(word) \
   word(kNumel, "numel") word(kFirstChunk, "first_chunk") word(kGroup, "group") word(kDTypes, "dtypes")
 enum RowWord : int { TRAINOPS_ROW_WORDS(TRAINOPS_ENUMERATOR) kAddresses };
 
-// What a step tells kernels on a device: these words, then those of each setting of each group. The form of a setting
-// says what its value is: a double, or the address of a float or of a double on the device.
+// A step's settings on a device are these words, then those of each setting of each group. The form of a setting says
+// what its value is: a double, or the address of a float or of a double on the device.
 #define TRAINOPS_STEP_WORDS(word) word(kMaxNorm, "max_norm") word(kEMADecay, "ema_decay")
 #define TRAINOPS_SETTING_WORDS(word) word(kForm, "form") word(kValue, "value")
 #define TRAINOPS_SETTING_FORMS(word) \
@@ -59,7 +59,7 @@ struct Schema {
   std::string name;
   std::vector<Column> columns;
   std::vector<const char*> settings;  // of a rule
-  int measured;                       // the column whose norm is taken
+  int measured;                       // the column whose norm is taken; of no use for `ema` and `transform`
 };
 
 template <typename Rule>

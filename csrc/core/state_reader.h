@@ -1,5 +1,5 @@
-// The rows of a step, straight from an optimizer's `param_groups` and `state`: what would take Python several times
-// as long to collect.
+// Collects the rows of a step straight from an optimizer's `param_groups` and `state`. Python would take several
+// times as long.
 #pragma once
 
 #include <algorithm>
@@ -9,15 +9,15 @@
 
 namespace trainops {
 
-// A reference that is counted.
-inline pybind11::object stolen(PyObject* object) {
+// Takes ownership of a new reference. Throws if it is null.
+inline pybind11::object take_ownership(PyObject* object) {
   if (object == nullptr) throw pybind11::error_already_set();
   return pybind11::reinterpret_steal<pybind11::object>(object);
 }
 
-// After a backward pass, what a tensor consists of is in no cache: its Python object, the object of C++ that this
-// points to, and the storage that that points to. Rows are read in stages, each of which asks for the next one's
-// memory some rows ahead. To ask for memory that is none does no harm.
+// After backward, tensor objects are not cached: the Python object, the C++ object that it points to, and the storage
+// that this points to. Each stage prefetches the next stage's memory, some rows ahead. Prefetching an invalid address
+// is harmless.
 inline void prefetch(const void* object) {
 #if defined(__GNUC__)
   __builtin_prefetch(object);
@@ -26,8 +26,8 @@ inline void prefetch(const void* object) {
 #endif
 }
 
-// What a tensor's Python object points to, three cache lines of each. Its pointers lie after the object's head;
-// objects that are too small to have them, like None, are no tensors.
+// Prefetches three cache lines of each object that a tensor's Python object points to. The pointers follow its head.
+// Objects that are too small to have them, like None, are no tensors.
 inline void prefetch_pointees(PyObject* object) {
   constexpr size_t kHead = 2, kPointers = 2;
   if (Py_TYPE(object)->tp_basicsize < static_cast<Py_ssize_t>((kHead + kPointers) * sizeof(void*))) return;
@@ -50,12 +50,12 @@ class StateReader {
   StateReader(TableBuilder& builder, const pybind11::dict& state, const pybind11::dict& averages)
       : builder_(builder), state_(state), averages_(averages), columns_(builder.schema.columns.size()) {
     for (const Column& column : builder.schema.columns) {
-      names_.push_back(stolen(PyUnicode_InternFromString(column.name)));
+      names_.push_back(take_ownership(PyUnicode_InternFromString(column.name)));
     }
   }
 
-  // Notes the parameters of a group that have a gradient, with the state that the group uses, by name. False where
-  // anything is out of the ordinary: no state yet, subclasses of tensors.
+  // Notes the parameters of a group that have a gradient, with the state that the group uses, by name. False if one
+  // is irregular: it has no state yet, or is of a subclass.
   bool add_group(const pybind11::dict& group, const pybind11::tuple& states) {
     const pybind11::object all = group["params"];
     if (!PyList_Check(all.ptr())) return false;
@@ -104,7 +104,7 @@ class StateReader {
 
   bool add_param(const pybind11::object& param, const std::vector<bool>& used) {
     if (!builder_.reader.is_plain(param.ptr())) return false;
-    const auto grad = stolen(PyObject_GetAttr(param.ptr(), names_[kGrad].ptr()));
+    const auto grad = take_ownership(PyObject_GetAttr(param.ptr(), names_[kGrad].ptr()));
     if (grad.is_none()) {
       next_state(param.ptr());  // passes over it
       return true;
@@ -150,7 +150,7 @@ class StateReader {
 
   pybind11::object average_of(PyObject* param) {
     if (averages_.empty()) return pybind11::none();
-    PyObject* const average = find(averages_.ptr(), stolen(PyLong_FromVoidPtr(param)).ptr());
+    PyObject* const average = find(averages_.ptr(), take_ownership(PyLong_FromVoidPtr(param)).ptr());
     averaged += average != nullptr;
     return borrowed(average);
   }

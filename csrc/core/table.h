@@ -1,7 +1,8 @@
-// What every kernel takes: one row per parameter, and in it one cell per column (schema.h).
+// The argument of most kernels: one row per parameter, and in it one cell per column (schema.h).
 //
 // A table only describes memory; it owns none. All cells of a row have the same number of elements in the same memory
-// order (table_builder.h sees to that), so kernels treat a row as flat memory.
+// order, except for columns with one element per row (`step`). table_builder.h ensures this, so kernels treat a row
+// as flat memory.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +18,7 @@ TRAINOPS_HOST_DEVICE int itemsize(DType dtype) {
   return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
 }
 
-// One tensor in one column. Its address may be null where it has no elements; `none`: there is no tensor.
+// One tensor in one column. The address may be null if the tensor has no elements. `none`: there is no tensor.
 struct Cell {
   void* address = nullptr;
   DType dtype = DType::none;

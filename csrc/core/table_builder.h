@@ -20,8 +20,8 @@ class TableBuilder {
         device_types_(std::move(device_types)),
         cells_(schema.columns.size()) {}
 
-  // One tensor or None for each column. False, and the table as it was, where kernels cannot take the row as it is:
-  // its tensors must have the same shape and the same dense strides.
+  // Adds a row: one tensor or None for each column. Returns false and adds nothing if kernels cannot take the row.
+  // Its tensors must have the same shape and the same dense strides.
   bool add_row(PyObject* const* tensors) {
     const Description* first = nullptr;
     for (size_t i = 0; i < cells_.size(); ++i) {

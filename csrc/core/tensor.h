@@ -46,7 +46,7 @@ constexpr uint8_t kFloat = 2, kBFloat = 4;
 constexpr int32_t kCPU = 1, kCUDA = 2, kPinned = 3, kROCM = 10;
 }  // namespace dlpack
 
-// Where a tensor lies in memory. Dimensions of size 1 are left out: they have no say in the order of elements.
+// Where a tensor lies in memory. Dimensions of size 1 are left out: they do not affect the order of elements.
 struct Description {
   static constexpr int32_t kMaxDims = 64;
 
@@ -56,7 +56,7 @@ struct Description {
   int64_t numel = 1;
   int64_t shape[kMaxDims], strides[kMaxDims];
 
-  // False for tensors of more dimensions than anyone has.
+  // False if there are more than kMaxDims dimensions.
   bool set_shape(int32_t dims, const int64_t* sizes, const int64_t* steps) {
     numel = 1;
     ndim = 0;
@@ -101,7 +101,7 @@ struct Description {
 
 class TensorReader {
  public:
-  // `api` is torch.Tensor.__dlpack_c_exchange_api__ or None; `describe` is trainops.tables.describe; `plain_types`
+  // `api` is torch.Tensor.__dlpack_c_exchange_api__ or None; `describe` is trainops.core.describe; `plain_types`
   // are the classes whose tensors are memory and nothing else.
   void configure(const pybind11::object& api, pybind11::object describe, pybind11::tuple plain_types) {
     api_ = nullptr;
@@ -122,7 +122,7 @@ class TensorReader {
     return false;
   }
 
-  // False for what kernels cannot take as it is: no memory of its own, complex, integer.
+  // False for a tensor that kernels cannot take: one without memory, complex numbers, integers.
   bool read(PyObject* object, Description& out) const {
     return api_ != nullptr ? read_dlpack(object, out) : read_python(object, out);
   }
@@ -188,7 +188,7 @@ inline bool maybe_negated(PyObject* tensor, const Description& d) {
   return answer == Py_True;
 }
 
-// The types of device, as DLPack numbers them, to which PyTorch gives a name.
+// DLPack's numbers for the devices that PyTorch calls `name`.
 inline std::vector<int32_t> device_types(const std::string& name) {
   if (name == "cpu") return {dlpack::kCPU, dlpack::kPinned};
   if (name == "cuda") return {dlpack::kCUDA, dlpack::kROCM};

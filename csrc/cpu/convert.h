@@ -1,4 +1,4 @@
-// Tensors of any type as values of the type that a loop works on: the formulas are in math/float16.h.
+// Tensors of any type as values of the type that a loop works on: the formulas are in math/storage.h.
 //
 // Where all tensors of a loop have one type, the loop reads and writes them where they lie, and widens and narrows
 // 16-bit ones in registers. All other mixtures are widened into a tile of the type of the arithmetic and narrowed
@@ -28,8 +28,8 @@ constexpr DType dtype_of = std::is_same_v<S, BFloat16>  ? DType::bfloat16
                            : std::is_same_v<S, double>  ? DType::float64
                                                         : DType::float32;
 
-// Calls function(S{}) with the type S that a loop over these cells works on: that of all of them where they have one,
-// else the type of the arithmetic, which is double where the first of them is. Cells without a tensor do not count.
+// Calls function(S{}). S is the common type of the cells. For mixed types it is double if the first cell is double,
+// else float. Empty cells do not count.
 template <typename Function>
 void with_type(const Cell* begin, const Cell* end, Function function) {
   const DType dtype = begin->dtype;
@@ -52,8 +52,8 @@ void read(const Cell& cell, int64_t begin, int64_t size, T* values);
 template <typename T>
 void write(const Cell& cell, int64_t begin, int64_t size, const T* values);
 
-// Where to write the elements of `cell` from `begin` on before `store`: the memory itself where it holds S, else
-// `buffer`. If S is a 16-bit type, so is the cell's.
+// Where to write the elements of `cell` from `begin` on before `store`. Returns the tensor's memory if it holds S,
+// else `buffer`. A 16-bit S requires a cell of type S.
 template <typename S>
 S* place(const Cell& cell, int64_t begin, S* buffer) {
   if (is_narrow<S> || cell.dtype == dtype_of<S>) return static_cast<S*>(cell.address) + begin;
@@ -70,7 +70,7 @@ S* load(const Cell& cell, int64_t begin, int64_t size, S* buffer) {
   return values;
 }
 
-// Writes back what `load` or `place` gave: nothing to do where `values` is the memory itself.
+// Writes back the values from `load` or `place`. Does nothing if they are the tensor's memory.
 template <typename S>
 void store(const Cell& cell, int64_t begin, int64_t size, const S* values) {
   if constexpr (!is_narrow<S>) {

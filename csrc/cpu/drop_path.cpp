@@ -46,8 +46,8 @@ void run(const DropPath& args) {
     S* out = place(args.out, begin, out_buffer);
     const S* residual = has_residual ? load(args.residual, begin, tile.size, residual_buffer) : nullptr;
     if (mask != 0 || !has_residual) {  // without a residual the product is taken, as timm takes it: -0.0, NaN
-      const int64_t of_branch = row_of(args.rows, tile.sample) * args.sample_numel + tile.begin;
-      const S* branch = load(args.branch, of_branch, tile.size, branch_buffer);
+      const int64_t branch_offset = row_of(args.rows, tile.sample) * args.sample_numel + tile.begin;
+      const S* branch = load(args.branch, branch_offset, tile.size, branch_buffer);
       const Wide<S>* scale = layer_scale.empty() ? nullptr : layer_scale.data() + begin % period;
       with_rounding<S>(args.mask.dtype,
                        [&](auto round) { add_tile(out, residual, branch, scale, mask, tile.size, round); });

@@ -1,4 +1,4 @@
-// What DropPath and its derivative have in common: how samples are cut into tiles.
+// Common to DropPath and its derivative: roundings, layer scale, and the cut of samples into tiles.
 #pragma once
 
 #include <algorithm>
@@ -29,14 +29,13 @@ void with_rounding(DType products, Function function) {
   }
 }
 
-// Rounds what may come in a wider type than that of the products: values that are stored as a 16-bit type do not.
+// Rounds an operand that may be wider than the products. 16-bit operands need no rounding.
 template <typename S, typename Round>
 TRAINOPS_HOST_DEVICE Wide<S> read_operand(S x, Round round) {
   return is_narrow<S> ? widen(x) : round(widen(x));
 }
 
-// Layer scale, of one channel or more, repeated so often that tiles of whole rows can start at its first element;
-// nothing where there is none.
+// Repeats layer scale to fill a tile. Empty if there is none.
 template <typename T>
 std::vector<T> repeat_layer_scale(const Cell& layer_scale, int64_t channels) {
   if (layer_scale.address == nullptr) return {};

@@ -58,10 +58,10 @@ void run(const DropPathBackward& args) {
     S of_branch_buffer[kTileNumel], grad_buffer[kTileNumel], branch_buffer[kTileNumel];
     const auto mask = mask_of<Wide<S>>(args.mask, tile.sample);
     const int64_t begin = tile.sample * args.sample_numel + tile.begin, channel = begin % period;
-    const int64_t of_grad = row_of(args.rows, tile.sample) * args.sample_numel + tile.begin;
+    const int64_t grad_offset = row_of(args.rows, tile.sample) * args.sample_numel + tile.begin;
     S* of_branch = place(args.of_branch, begin, of_branch_buffer);
     const S* branch = mask == 0 ? nullptr : load(args.branch, begin, tile.size, branch_buffer);
-    const S* grad = load(args.grad, of_grad, tile.size, grad_buffer);
+    const S* grad = load(args.grad, grad_offset, tile.size, grad_buffer);
     with_rounding<S>(args.mask.dtype, [&](auto round) {
       differentiate_tile(of_branch, totals.data() + chunk * period + channel, grad, branch,
                          layer_scale.data() + channel, mask, tile.size, round);

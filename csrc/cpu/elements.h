@@ -5,7 +5,7 @@
 
 #include "../math/storage.h"
 
-// For lambdas, which have to become part of the version that each instruction set gets of a loop.
+// Inlines a lambda, so that it is compiled for the caller's instruction set.
 #if defined(__GNUC__)
 #define TRAINOPS_INLINE __attribute__((always_inline))
 #else
@@ -26,7 +26,7 @@ TRAINOPS_HOST_DEVICE BFloat16Pair widen_pair(const BFloat16* from) {
   return {bit_cast<float>(word << 16), bit_cast<float>(word & 0xffff0000u)};
 }
 
-// What a formula leaves in its references goes back to the columns that are not const.
+// Writes back the values of a formula, to columns that are not const.
 TRAINOPS_HOST_DEVICE void put_pair(BFloat16Pair pair, BFloat16* to) {
   const uint32_t word = (round_to_bfloat16(pair.low) >> 16) | (round_to_bfloat16(pair.high) & 0xffff0000u);
   std::memcpy(to, &word, sizeof(word));

@@ -27,8 +27,8 @@ struct GroupSettings {
   const std::vector<std::vector<double>>& numbers;
 };
 
-// Advances the step counts and updates every row by a rule; then moves the rows' averages. All gradients are first
-// multiplied with `grad_coefficient`.
+// Advances the step counts, then updates every row by a rule and moves its average, tile by tile in one pass. The
+// rule takes gradients times `grad_coefficient`; the gradients in memory are not changed.
 void update(const std::string& rule, const Table& table, const Chunks& chunks, const GroupSettings& groups,
             double grad_coefficient, double ema_decay);
 
@@ -39,7 +39,7 @@ void clamp(const Table& table, double bound);
 void drop_path(const DropPath& args);
 void drop_path_backward(const DropPathBackward& args);
 
-// Every sample of `out` whose mask is 0 becomes that of `residual`, which has the same dtype.
+// Copies every sample whose mask is 0 from `residual` to `out`, which has the same dtype.
 struct RestoreDropped {
   Cell out, residual, mask;
   int64_t samples, sample_numel;

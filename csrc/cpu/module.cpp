@@ -1,5 +1,6 @@
-// The Python module trainops._cpu: calls the kernels without the interpreter lock, and returns numbers. Tables are
-// those of trainops._core. trainops/adapters/cpu.py tells what the arguments mean.
+// The Python module trainops._cpu: calls the kernels, and returns numbers. All but restore_dropped, which is short,
+// run without the interpreter lock. Tables are those of trainops._core. StepControl (trainops/adapters/interface.py)
+// explains the arguments of a step.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -19,7 +20,7 @@ using namespace trainops;
 
 namespace {
 
-// Writes statistics of rows where Python wants them, which is where the tensor at this address is.
+// Writes the statistics of rows into the memory of a tensor.
 void write(const std::vector<double>& values, uintptr_t to, bool is_float64) {
   for (size_t i = 0; i < values.size(); ++i) {
     if (is_float64) {
@@ -53,7 +54,7 @@ void ema(const PythonTable& table, double decay) {
   cpu::ema(table.table("ema"), decay);
 }
 
-// Returns the norm (of the unscaled gradients, NaN where none was asked for) and whether the step was skipped.
+// Returns the norm (of the unscaled gradients, NaN if it is not needed) and whether the step was skipped.
 std::tuple<double, bool> update(const PythonTable& table, const std::vector<std::vector<double>>& settings,
                                 std::optional<double> max_norm, bool skip_nonfinite, double grad_scale,
                                 bool found_inf, std::optional<double> total_norm, double ema_decay,

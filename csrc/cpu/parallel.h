@@ -7,11 +7,10 @@
 #include <omp.h>
 #endif
 
-// A function marked so is compiled once per instruction set, and the loader picks the best that the machine has.
-// By the name of a processor, the loader would look for that very model; x86-64-v4 is a set of features: AVX-512F
-// and, among others, the instructions on 16-bit elements that AVX-512F lacks, without which loops over 16-bit types
-// get by with half of its registers. Compilers that know no such sets are content with that.
-// Floating-point contraction is off in this build, so every version gives the same bits.
+// TRAINOPS_MULTIVERSION compiles a function once per instruction set, and the loader picks the best that the machine
+// has. x86-64-v4 names features, not one CPU model. It includes AVX-512BW, which 16-bit loops need for full
+// registers. GCC before 12 lacks the name and gets avx512f. Floating-point contraction is off in this build, so every
+// version gives the same bits.
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
 #if __GNUC__ >= 12
 #define TRAINOPS_AVX512 "x86-64-v4"

@@ -1,6 +1,6 @@
-// Statistics over a column (math/statistics.h): 4 bytes per float32 element. What is gathered is kept in float64
-// whatever the type, in an order that depends on the sizes alone: the same tensors give the same bits with any number
-// of threads and any instruction set.
+// Statistics over a column (math/statistics.h): 4 bytes per float32 element. States are kept in float64 whatever the
+// type, in an order that depends on the sizes alone: the same tensors give the same bits with any number of threads
+// and any instruction set.
 #include <stdexcept>
 
 #include "../math/statistics.h"

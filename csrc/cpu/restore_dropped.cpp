@@ -1,6 +1,6 @@
-// Gives dropped samples the residual's bits, where PyTorch's operations have computed residual + branch * 0: that is
-// NaN where the branch is not finite, and 0.0 where the residual is -0.0. Reads the mask; reads the residual and
-// writes the result of dropped samples alone.
+// Gives dropped samples the residual's bits after PyTorch's operations have computed residual + branch * 0. Those
+// give NaN if the branch is not finite, and 0.0 if the residual is -0.0. Reads the mask, and only of dropped samples
+// the residual; writes only dropped samples.
 #include <algorithm>
 #include <cstring>
 

@@ -50,7 +50,7 @@ TRAINOPS_RULES(TRAINOPS_UPDATE_ALL)
 #undef TRAINOPS_UPDATE_ALL
 #undef TRAINOPS_UPDATE
 
-// How many columns of its state a row has. Optional ones are the last.
+// The number of state columns that a row has. Optional ones are last.
 template <typename Rule>
 int states_of(const Table& table, int64_t row) {
   int states = 0;

@@ -1,4 +1,4 @@
-// How kernels are launched, and how they find their rows and chunks: a block takes chunk after chunk of a table.
+// Launches kernels, and finds their rows and chunks. A block takes chunk after chunk of a table.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -31,7 +31,7 @@ class DeviceGuard {
 // Throws a std::runtime_error that names the kernel.
 void check(cudaError_t status, const char* kernel);
 
-// Blocks for so many chunks: no more than run at a time, because each takes chunk after chunk.
+// The number of blocks for `chunks`. No more than run at a time, because each takes chunk after chunk.
 unsigned grid_size(const void* kernel, int64_t chunks, int device, const char* name);
 
 template <typename... Params, typename... Args>
@@ -45,7 +45,7 @@ void launch(void (*kernel)(Params...), const char* name, int64_t chunks, const Q
 
 // On the device
 
-// An address that a table holds. That it is one of global memory has to be said, or accesses are generic ones.
+// An address that a table holds. Without this hint the compiler emits generic loads.
 template <typename T>
 __device__ T* global(int64_t word) {
   T* const address = reinterpret_cast<T*>(word);
@@ -80,8 +80,8 @@ __device__ inline Chunk chunk_of(const DeviceTable& table, int64_t index) {
   return {row, begin, begin + (left < kChunkNumel ? left : kChunkNumel)};
 }
 
-// True for all threads of the block that comes here last; it then sees what the others have written. The counter
-// must be 0 before, and is again.
+// True for all threads of the block that calls this last. It then sees what the other blocks have written. The
+// counter must be 0 on entry. The last block resets it.
 __device__ inline bool is_last_block(unsigned* counter) {
   __shared__ bool last;
   __syncthreads();

@@ -1,4 +1,4 @@
-// How a step of any rule is controlled from numbers that lie on the device: the formulas are in math/control.h.
+// Controls a step of any rule by numbers that lie on the device: the formulas are in math/control.h.
 #pragma once
 
 #include "../math/rule.h"
@@ -9,7 +9,7 @@ namespace trainops::cuda {
 
 __device__ inline double real(int64_t word) { return bit_cast<double>(word); }
 
-// Every block decides for itself.
+// Every block evaluates this, with the same result.
 __device__ inline Decision decide_step(const UpdateArgs& args, const int64_t* words) {
   Control control;
   control.clips = args.clips;
@@ -37,7 +37,7 @@ __device__ typename Rule::Settings settings_of(const int64_t* words, int64_t gro
   return settings_from<Rule>(numbers);
 }
 
-// One block advances the step counts, when no other needs the old ones any more.
+// Advances the step counts. One block does this, after the others have read the old ones.
 __device__ inline void advance_steps(const DeviceTable& table) {
   constexpr int ahead = 4;
   for (int64_t base = threadIdx.x; base < table.row_count; base += ahead * kThreads) {
@@ -59,7 +59,7 @@ __device__ inline void advance_steps(const DeviceTable& table) {
   }
 }
 
-// The last act of a step.
+// Ends a step: the last block advances the step counts and stores whether the step was skipped.
 __device__ inline void finish_step(const UpdateArgs& args, bool skips) {
   if (!is_last_block(args.counter)) return;
   if (!skips) advance_steps(args.table);

@@ -1,4 +1,4 @@
-// What the launchers need to know of devices.
+// Devices, for the launchers.
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -10,7 +10,7 @@ namespace trainops::cuda {
 
 void check(cudaError_t status, const char* kernel) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // is not to be found by the next launch
+  cudaGetLastError();  // clears the error, so that the next launch does not report it
   throw std::runtime_error(std::string("CUDA kernel ") + kernel + ": " + cudaGetErrorString(status));
 }
 
@@ -45,7 +45,7 @@ Devices devices() {
   if (cudaDriverGetVersion(&driver) == cudaSuccess && driver == 0) return {0, "no NVIDIA driver", ""};
   const cudaError_t status = cudaGetDeviceCount(&found.count);
   if (status != cudaSuccess) {
-    cudaGetLastError();  // is not to be found by the next launch
+    cudaGetLastError();  // clears the error, so that the next launch does not report it
     return {0, cudaGetErrorString(status), ""};
   }
   cudaDeviceProp properties;

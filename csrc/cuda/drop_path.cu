@@ -6,7 +6,7 @@
 namespace trainops::cuda {
 namespace {
 
-// Where an element lies in repetitions of `size` elements: one division for a chunk finds it for all of its elements.
+// Quotient and remainder of an element index by `size`. One 64-bit division serves a whole chunk.
 struct Cycle {
   int64_t size, turn, position;
 
@@ -45,18 +45,18 @@ __device__ void forward_pack(const DropPath& args, const VectorRange<T>& range, 
     if (!exist[half]) continue;
     const int64_t own = sample.after(firsts[half]).turn;
     mask[half] = load<T>(args.mask, own);
-    shifts[half] = ahead(args.rows, own, args.sample_numel);
+    shifts[half] = sample_offset(args.rows, own, args.sample_numel);
   }
-  LaneOffset of_scale = offset, of_branch = offset;
-  of_scale.first = channel.after(firsts[0]).position;
-  of_scale.second = channel.after(firsts[1]).position;
+  LaneOffset scale_offset = offset, branch_offset = offset;
+  scale_offset.first = channel.after(firsts[0]).position;
+  scale_offset.second = channel.after(firsts[1]).position;
   const bool has_residual = args.residual.address != nullptr;
-  of_branch.first += shifts[0];
-  of_branch.second += shifts[1];
-  of_branch.has_first = offset.has_first && (!has_residual || mask[0] != T(0));
-  of_branch.has_second = offset.has_second && (!has_residual || mask[1] != T(0));
-  const Raw raw_branch = fetch<T>(args.branch, of_branch), raw_residual = fetch<T>(args.residual, offset);
-  const Raw raw_scale = fetch<T>(args.layer_scale, of_scale);
+  branch_offset.first += shifts[0];
+  branch_offset.second += shifts[1];
+  branch_offset.has_first = offset.has_first && (!has_residual || mask[0] != T(0));
+  branch_offset.has_second = offset.has_second && (!has_residual || mask[1] != T(0));
+  const Raw raw_branch = fetch<T>(args.branch, branch_offset), raw_residual = fetch<T>(args.residual, offset);
+  const Raw raw_scale = fetch<T>(args.layer_scale, scale_offset);
 
   T x[kPack<T>], layer_scale[kPack<T>], residual[kPack<T>];
   unpack(raw_branch, args.branch.dtype, x);
@@ -80,10 +80,10 @@ __device__ void forward_one(const DropPath& args, int64_t i, int64_t sample, int
   const T mask = load<T>(args.mask, sample), residual = has_residual ? load<T>(args.residual, i) : T(0);
   T result = residual;
   if (!has_residual || mask != T(0)) {
-    const int64_t of_branch = i + ahead(args.rows, sample, args.sample_numel);
+    const int64_t branch_offset = i + sample_offset(args.rows, sample, args.sample_numel);
     const T layer_scale = args.layer_scale.address == nullptr ? T(1) : load<T>(args.layer_scale, channel);
     with_rounding<T>(args.mask.dtype, [&](auto round) {
-      result = term(load<T>(args.branch, of_branch), layer_scale, mask, round);
+      result = term(load<T>(args.branch, branch_offset), layer_scale, mask, round);
       if (has_residual) result = residual + result;
     });
   }

@@ -1,5 +1,5 @@
-// What DropPath and its derivative have in common: which samples they take, and products, each rounded to the type
-// that PyTorch gives it.
+// Common to DropPath and its derivative: which samples they read, and products, each rounded to the type that PyTorch
+// gives it.
 #pragma once
 
 #include "../math/drop_path.h"
@@ -7,8 +7,8 @@
 
 namespace trainops::cuda {
 
-// How far ahead of a sample's elements those are that it takes of another tensor: of sample rows[sample].
-__device__ inline int64_t ahead(const int64_t* rows, int64_t sample, int64_t sample_numel) {
+// Offset from a sample's elements to those of sample rows[sample] in another tensor.
+__device__ inline int64_t sample_offset(const int64_t* rows, int64_t sample, int64_t sample_numel) {
   return rows == nullptr ? 0 : (rows[sample] - sample) * sample_numel;
 }
 
@@ -22,7 +22,7 @@ __device__ void with_rounding(DType products, Function function) {
   function(RoundNothing{});
 }
 
-// `x` is rounded first: a gradient may come in another type. Without a layer scale, that is 1.
+// Rounds `x` first, since a gradient may have a wider type. Pass 1 if there is no layer scale.
 template <typename T, typename Round>
 __device__ T term(T x, T layer_scale, T mask, Round round) {
   return drop_path_element<true>(round(x), layer_scale, mask, round);

@@ -27,7 +27,7 @@ __host__ __device__ inline int64_t count_groups(int64_t rows) {
 template <typename T, bool packs>
 constexpr int kColumns = kWarp * (packs ? kPack<T> : 1);
 
-// A lane's elements of one row and of layer scale, where packs can be used.
+// A lane's elements of one row and of layer scale: a pack, or without `packs` a single element.
 template <typename T, bool packs>
 struct Lane {
   static constexpr int size = packs ? kPack<T> : 1;
@@ -88,7 +88,8 @@ __device__ void backward_tile(const DropPathBackwardArgs& args, int64_t group, i
     const T mask = load<T>(args.mask, sample);
     const LaneOffset offset = lane.in_row(row * channels, true);
     T grad[size], branch[size];
-    lane.read(args.grad, lane.in_row(row * channels + ahead(args.rows, sample, args.sample_numel), true), grad);
+    const int64_t grad_offset = row * channels + sample_offset(args.rows, sample, args.sample_numel);
+    lane.read(args.grad, lane.in_row(grad_offset, true), grad);
     lane.read(args.branch, lane.in_row(row * channels, mask != T(0)), branch);
     with_rounding<T>(args.mask.dtype, [&](auto round) {
 #pragma unroll

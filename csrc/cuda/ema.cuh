@@ -1,4 +1,4 @@
-// One element of an average, for ema.cu and as the last act of a fused AdamW step. The formula is in math/ema.h.
+// One element or pack of an average, for ema.cu and for a fused step of any rule. The formula is in math/ema.h.
 #pragma once
 
 #include "../math/ema.h"
@@ -15,7 +15,7 @@ __device__ inline void ema_one(const Cell& average, const Cell& param, int64_t i
   }
 }
 
-// A pack of each, as they lie in memory.
+// Moves a pack of the average. Takes and returns packs as they lie in memory.
 template <typename T>
 __device__ Raw ema_pack(const Raw& average, DType average_dtype, const Raw& param, DType param_dtype, double decay) {
   const EMAWeight<T> weight(decay);

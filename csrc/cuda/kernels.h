@@ -1,6 +1,6 @@
-// The CUDA kernels, as the bindings call them: each function is one launch on a stream of a device, waits for nothing
-// and throws a std::runtime_error that names the kernel where it cannot be launched. All addresses that are not said
-// to be on the host are on the device. What is null is not there.
+// The CUDA kernels, as the bindings call them. A function makes one launch on a stream of a device unless it says
+// otherwise, and waits for nothing. It throws a std::runtime_error that names the kernel if the launch fails, and a
+// std::invalid_argument for an unknown rule or statistic. Addresses are device addresses. Null means absent.
 #pragma once
 
 #include <cstdint>
@@ -21,14 +21,14 @@ namespace trainops::cuda {
 // Elements of a chunk, the unit of a block's work. Also the unit of the partial results of a statistic.
 constexpr int64_t kChunkNumel = 8192;
 
-// The devices that there are; an error's text where they cannot be counted.
+// Counts the devices, without a launch. `error` says why they cannot be counted, if so.
 struct Devices {
   int count;
   std::string error, name;  // of the first
 };
 Devices devices();
 
-// Where a kernel runs.
+// The device and the stream that a kernel is launched on.
 struct Queue {
   int device;
   void* stream;
@@ -41,13 +41,13 @@ struct DeviceTable {
   int64_t row_count, chunk_count, row_words;
 };
 
-// A statistic of each row of a column and of all of them, divided by `grad_scale`. `counter` must be 0, and is again.
+// A statistic of each row of a column and of all of them, divided by `grad_scale`.
 struct ReduceArgs {
   DeviceTable table;
   int64_t column;
   const float* grad_scale;
-  unsigned* counter;
-  double* partials;  // one per chunk
+  unsigned* counter;  // must be 0 on entry; the kernel resets it
+  double* partials;   // one per chunk
   double* total;
   void* total_out;  // the same, and the rows' results, as float or double
   void* rows_out;
@@ -55,7 +55,7 @@ struct ReduceArgs {
 };
 void reduce(const std::string& statistic, const ReduceArgs& args, const Queue& queue);
 
-// Multiplies with a float or double that lies on the device; 1 leaves the tensors unread.
+// Multiplies by a float or double that lies on the device; 1 leaves the tensors unread.
 void scale(const DeviceTable& table, const Cell& coefficient, const Queue& queue);
 void clamp(const DeviceTable& table, double bound, const Queue& queue);
 
@@ -75,8 +75,8 @@ struct UpdateArgs {
   const float* found_inf;
   bool clips, skip_nonfinite;
   bool* skip;              // written: whether the step was skipped
-  int64_t* skipped_steps;  // is then increased
-  unsigned* counter;       // must be 0, and is again
+  int64_t* skipped_steps;  // incremented if the step is skipped
+  unsigned* counter;       // must be 0 on entry; the kernel resets it
 };
 void update(const std::string& rule, const UpdateArgs& args, const Queue& queue);
 
@@ -87,6 +87,8 @@ struct DropPathBackwardArgs : DropPathBackward {
   double* partials;
 };
 void drop_path_backward(const DropPathBackwardArgs& args, void* stream);
+
+// Without a launch.
 int64_t drop_path_partials(int64_t samples, int64_t sample_numel, int64_t channels);
 
 }  // namespace trainops::cuda

@@ -1,5 +1,6 @@
 // The Python module trainops._cuda: launches the kernels. Tables are those of trainops._core, and Python has put
-// their words into the memory of the device. trainops/adapters/cuda.py tells what the arguments mean.
+// their words into the memory of the device. kernels.h and StepControl (trainops/adapters/interface.py) explain the
+// arguments.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -79,7 +80,7 @@ void ema(const StagedTable& staged, double decay, uintptr_t skip) {
   cuda::ema(staged.of("ema"), decay, at<const bool>(skip), staged.queue);
 }
 
-// `words`: for the launch to carry, or the address of more words than it carries.
+// `words`: bytes passed as kernel arguments, or the device address of a longer list.
 void update(const StagedTable& staged, const py::object& words, uintptr_t norm, uintptr_t grad_scale,
             uintptr_t found_inf, bool clips, bool skip_nonfinite, uintptr_t skip, uintptr_t skipped_steps,
             uintptr_t counter) {

@@ -1,8 +1,8 @@
-// How the elements of a chunk are read and written.
+// Reads and writes the elements of a chunk.
 //
-// Each thread takes 32 bytes at a time (of the type that the arithmetic is done in; 16 of float64): all tensors are
-// first read in accesses of 16 bytes, so that the reads overlap, and then converted; what type a tensor has is the
-// same for all threads. Elements that do not fill 16 bytes, and rows with an address that is no multiple of 16, are
+// Each thread takes 32 bytes at a time (counted in the type of the arithmetic; 16 bytes of float64). It first reads
+// all tensors in accesses of 16 bytes, so that the reads overlap, and then converts them. All threads branch alike on
+// the type of a tensor. Elements that do not fill 16 bytes, and rows with an address that is no multiple of 16, are
 // read and written one by one, with the same arithmetic.
 #pragma once
 
@@ -11,43 +11,45 @@
 
 namespace trainops::cuda {
 
-// What a thread takes of each tensor at a time: two halves of 16 bytes as float, one as double (registers are few).
+// Elements that a thread takes of each tensor at a time: two halves of 16 bytes as float, one as double, which needs
+// more registers.
 template <typename T>
 constexpr int kHalf = 16 / sizeof(T);
 template <typename T>
 constexpr int kPack = sizeof(T) == 8 ? kHalf<T> : 2 * kHalf<T>;
 
-// Which elements of [begin, end) the threads of a group take. Where all tensors are of type T, neighbours take
-// neighbouring halves. A tensor of 16-bit numbers is read in packs, whose halves then have to be neighbours.
+// Assigns the elements of [begin, end) to threads. If no tensor is 16-bit, adjacent threads read adjacent halves. A
+// 16-bit tensor needs both halves of a pack adjacent.
 template <typename T>
 struct VectorRange {
   int64_t begin, body, end;  // [begin, body): in whole halves or packs; [body, end): one by one
   int stride, second;        // of a thread's first half from its neighbour's; of its second half from its first
 
   __device__ VectorRange(int64_t from, int64_t to, int threads) : begin(from), end(to) {
-    together_ = 0;
-    packed_ = foreign_ = false;
+    address_bits_ = 0;
+    has_16_bit_ = mixes_float64_ = false;
     threads_ = threads;
   }
 
   __device__ void add(const Cell& cell) {
-    together_ |= reinterpret_cast<uintptr_t>(cell.address);
+    address_bits_ |= reinterpret_cast<uintptr_t>(cell.address);
     if (cell.address == nullptr) return;
-    packed_ |= itemsize(cell.dtype) == 2;
-    foreign_ |= (itemsize(cell.dtype) == 8) != (sizeof(T) == 8);  // there is no arithmetic of its own on such packs
+    has_16_bit_ |= itemsize(cell.dtype) == 2;
+    // Packs cannot mix 8-byte types with others, so such rows go element by element.
+    mixes_float64_ |= (itemsize(cell.dtype) == 8) != (sizeof(T) == 8);
   }
 
-  // To be called when all tensors are known. Irregular ones are taken one by one.
+  // Called after all tensors are added. If not `regular`, elements go one by one.
   __device__ void close(bool regular = true) {
-    const int64_t granule = packed_ ? kPack<T> : kHalf<T>;
-    body = together_ % 16 != 0 || foreign_ || !regular ? begin : begin + ((end - begin) & -granule);
+    const int64_t granule = has_16_bit_ ? kPack<T> : kHalf<T>;
+    body = address_bits_ % 16 != 0 || mixes_float64_ || !regular ? begin : begin + ((end - begin) & -granule);
     stride = static_cast<int>(granule);
-    second = packed_ ? kHalf<T> : kHalf<T> * threads_;
+    second = has_16_bit_ ? kHalf<T> : kHalf<T> * threads_;
   }
 
  private:
-  uintptr_t together_;
-  bool packed_, foreign_;
+  uintptr_t address_bits_;  // of all addresses, or-ed
+  bool has_16_bit_, mixes_float64_;
   int threads_;
 };
 
@@ -56,7 +58,7 @@ struct Raw {
   uint4 halves[2];
 };
 
-// Where a thread's halves are, and whether they are inside of the range's body.
+// The elements that a thread's halves begin at, and whether they are inside the range's body.
 struct LaneOffset {
   int64_t first, second;
   bool has_first, has_second;
@@ -69,7 +71,7 @@ struct LaneOffset {
   }
 };
 
-// Compilers take accesses of 16 bytes apart where they can, and do not always put them together again.
+// Written in PTX, because compilers split 16-byte accesses and do not always join them again.
 __device__ inline uint4 load_half(const char* address) {
 #ifdef __CUDA_ARCH__
   uint4 half;

@@ -1,5 +1,5 @@
-// Statistics over a column (math/statistics.h), in one launch: 4 bytes per float32 element. What is gathered is kept
-// in float64 whatever the type, in an order that depends on the sizes alone.
+// Statistics over a column (math/statistics.h), in one launch: 4 bytes per float32 element. States are kept
+// in float64 whatever the type, in an order that depends on the sizes and on the tensor's type alone.
 #include <stdexcept>
 
 #include "../math/statistics.h"
@@ -8,17 +8,17 @@
 namespace trainops::cuda {
 namespace {
 
-// Packs of a gradient that a thread has on the way at a time.
+// Packs of a tensor that a thread reads ahead.
 constexpr int kAhead = 2;
 
-// A thread's share of a chunk. An unaligned row is added up in the same order as an aligned one.
+// The state of a thread's share of a chunk. Alignment does not change the order of the elements.
 template <typename Statistic, typename T>
-__device__ double sum_of_thread(const Cell& cell, const Chunk& chunk) {
+__device__ double state_of_thread(const Cell& cell, const Chunk& chunk) {
   constexpr int tile_numel = kThreads * kPack<T>;
   VectorRange<T> range(chunk.begin, chunk.end, kThreads);
   range.add(cell);
   range.close();
-  double total = 0.0;
+  double state = 0.0;
   for (int64_t tile = range.begin; tile < range.body; tile += kAhead * tile_numel) {
     Raw raw[kAhead];
 #pragma unroll
@@ -30,57 +30,57 @@ __device__ double sum_of_thread(const Cell& cell, const Chunk& chunk) {
       T x[kPack<T>];
       unpack(raw[i], cell.dtype, x);  // zeros, which add nothing, where there are no elements
 #pragma unroll
-      for (int j = 0; j < kPack<T>; ++j) total = Statistic::add(total, static_cast<double>(x[j]));
+      for (int j = 0; j < kPack<T>; ++j) state = Statistic::add(state, static_cast<double>(x[j]));
     }
   }
-  if (range.body == range.end) return total;
+  if (range.body == range.end) return state;
   for (int64_t tile = range.begin + (range.body - range.begin) / tile_numel * tile_numel; tile < range.end;
        tile += tile_numel) {
 #pragma unroll 1
     for (int j = 0; j < kPack<T>; ++j) {
       const int64_t i = tile + threadIdx.x * range.stride + (j < kHalf<T> ? j : range.second + j - kHalf<T>);
-      if (i >= range.body && i < range.end) total = Statistic::add(total, load<double>(cell, i));
+      if (i >= range.body && i < range.end) state = Statistic::add(state, load<double>(cell, i));
     }
   }
-  return total;
+  return state;
 }
 
-// Joins what the lanes of a warp have; the first lane's result counts.
+// Joins the states of a warp's lanes. Only the first lane's result is valid.
 template <typename Statistic>
-__device__ double join_warp(double total) {
+__device__ double join_warp(double state) {
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    total = Statistic::join(total, __shfl_down_sync(kAllLanes, total, distance));
+    state = Statistic::join(state, __shfl_down_sync(kAllLanes, state, distance));
   }
-  return total;
+  return state;
 }
 
-// Joins what the threads of the block have; all get the result. `shared`: one for each warp, free again when all
+// Joins the states of the block's threads; all get the result. `shared`: one for each warp, free again when all
 // threads have passed another barrier.
 template <typename Statistic>
-__device__ double join_block(double total, double* shared) {
-  total = join_warp<Statistic>(total);
-  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = total;
+__device__ double join_block(double state, double* shared) {
+  state = join_warp<Statistic>(state);
+  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = state;
   __syncthreads();
-  total = shared[0];
+  state = shared[0];
 #pragma unroll
-  for (int warp = 1; warp < kWarps; ++warp) total = Statistic::join(total, shared[warp]);
-  return total;
+  for (int warp = 1; warp < kWarps; ++warp) state = Statistic::join(state, shared[warp]);
+  return state;
 }
 
-// Every `step`-th partial sum, several at a time.
+// Joins every `step`-th partial state, several at a time.
 template <typename Statistic>
 __device__ double join_partials(const double* partials, int64_t begin, int64_t count, int step) {
   constexpr int ahead = 4;
-  double totals[ahead] = {};
+  double states[ahead] = {};
 #pragma unroll 1
   for (int64_t i = begin; i < count; i += ahead * step) {
 #pragma unroll
     for (int k = 0; k < ahead; ++k) {
-      if (i + k * step < count) totals[k] = Statistic::join(totals[k], __ldcg(partials + i + k * step));
+      if (i + k * step < count) states[k] = Statistic::join(states[k], __ldcg(partials + i + k * step));
     }
   }
-  return Statistic::join(Statistic::join(totals[0], totals[1]), Statistic::join(totals[2], totals[3]));
+  return Statistic::join(Statistic::join(states[0], states[1]), Statistic::join(states[2], states[3]));
 }
 
 __device__ void write(void* out, bool is_double, int64_t i, double x) {
@@ -91,10 +91,11 @@ __device__ void write(void* out, bool is_double, int64_t i, double x) {
   }
 }
 
-// Rows of more chunks than these are added up by a warp, or by the whole block.
+// A row of more chunks than these is joined by a warp, or by the whole block.
 constexpr int64_t kOfThread = 8, kOfWarp = 2048;
 
-// The last act, of one block: each thread has a row at a time, and is helped with long ones.
+// Finishes the rows and the total. One block does this: each thread has a row at a time, and is helped with long
+// ones.
 template <typename Statistic>
 __device__ void finish_rows(const ReduceArgs& args) {
   __shared__ double shared[2][kWarps];
@@ -110,7 +111,7 @@ __device__ void finish_rows(const ReduceArgs& args) {
       first = words.words[kFirstChunk];
       count = (words.numel() + kChunkNumel - 1) / kChunkNumel;
     }
-    double sum = count <= kOfThread ? join_partials<Statistic>(args.partials + first, 0, count, 1) : 0.0;
+    double state = count <= kOfThread ? join_partials<Statistic>(args.partials + first, 0, count, 1) : 0.0;
 
     unsigned helped = __ballot_sync(kAllLanes, count > kOfThread && count <= kOfWarp);
     for (; helped != 0; helped &= helped - 1) {
@@ -119,7 +120,7 @@ __device__ void finish_rows(const ReduceArgs& args) {
       const int64_t of_owner = __shfl_sync(kAllLanes, count, owner);
       const double joined = join_warp<Statistic>(join_partials<Statistic>(partials, lane, of_owner, kWarp));
       const double result = __shfl_sync(kAllLanes, joined, 0);
-      if (lane == owner) sum = result;
+      if (lane == owner) state = result;
     }
 
     if (__syncthreads_or(count > kOfWarp)) {
@@ -130,14 +131,14 @@ __device__ void finish_rows(const ReduceArgs& args) {
         const double* const partials = args.partials + row_of(args.table, base + owner).words[kFirstChunk];
         const double joined = join_partials<Statistic>(partials, threadIdx.x, counts[owner], kThreads);
         const double result = join_block<Statistic>(joined, shared[0]);
-        if (static_cast<int>(threadIdx.x) == owner) sum = result;
+        if (static_cast<int>(threadIdx.x) == owner) state = result;
         __syncthreads();
       }
     }
 
     if (row < args.table.row_count) {
-      write(args.rows_out, args.out_is_double, row, Statistic::finish(sum) / grad_scale);
-      total = Statistic::join(total, sum);
+      write(args.rows_out, args.out_is_double, row, Statistic::finish(state) / grad_scale);
+      total = Statistic::join(total, state);
     }
   }
   total = Statistic::finish(join_block<Statistic>(total, shared[1])) / grad_scale;
@@ -154,10 +155,10 @@ __global__ void __launch_bounds__(kThreads, 4) reduce_kernel(const __grid_consta
   for (int64_t index = blockIdx.x; index < args.table.chunk_count; index += gridDim.x, turn ^= 1) {
     const Chunk chunk = chunk_of(args.table, index);
     const Cell cell = chunk.row.cell(static_cast<int>(args.column));
-    const double of_thread = cell.dtype == DType::float64 ? sum_of_thread<Statistic, double>(cell, chunk)
-                                                          : sum_of_thread<Statistic, float>(cell, chunk);
-    const double total = join_block<Statistic>(of_thread, shared[turn]);
-    if (threadIdx.x == 0) args.partials[index] = total;
+    const double of_thread = cell.dtype == DType::float64 ? state_of_thread<Statistic, double>(cell, chunk)
+                                                          : state_of_thread<Statistic, float>(cell, chunk);
+    const double of_block = join_block<Statistic>(of_thread, shared[turn]);
+    if (threadIdx.x == 0) args.partials[index] = of_block;
   }
   if (is_last_block(args.counter)) finish_rows<Statistic>(args);
 }

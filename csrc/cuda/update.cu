@@ -10,7 +10,7 @@
 namespace trainops::cuda {
 namespace {
 
-// A row's cells for its elements, by column. That of the step count stays empty.
+// A row's cells by column. The cell of the step count stays empty.
 template <typename Rule>
 struct Cells {
   static constexpr int count = kState + Rule::kStates;
@@ -23,7 +23,7 @@ struct Cells {
     }
   }
 
-  // How many columns of state there are. Optional ones are the last.
+  // The number of state columns that the row has. Optional ones are last.
   __device__ int states() const {
     int states = 0;
 #pragma unroll

@@ -34,18 +34,18 @@ TRAINOPS_HOST_DEVICE double square_root(double x) { return sqrt(x); }
 #define TRAINOPS_ADAMW_SETTINGS(setting) \
   setting(lr) setting(beta1) setting(beta2) setting(eps) setting(weight_decay) setting(maximize)
 
-// A rule (CONTRIBUTING.md tells what it consists of).
+// A rule (CONTRIBUTING.md, "Adding a rule", lists its parts).
 struct AdamW {
   enum State : int { TRAINOPS_ADAMW_STATE(TRAINOPS_ENUMERATOR) kStates };
   static constexpr Column state[] = {TRAINOPS_ADAMW_STATE(TRAINOPS_COLUMN)};
 
-  // Those of one parameter group.
+  // The settings of one parameter group.
   struct Settings {
     TRAINOPS_ADAMW_SETTINGS(TRAINOPS_FIELD)
   };
   static constexpr const char* setting_names[] = {TRAINOPS_ADAMW_SETTINGS(TRAINOPS_NAME)};
 
-  // The settings for one parameter at its step count.
+  // The scalars of one parameter at its step count.
   template <typename T>
   struct Scalars {
     T coefficient, keep, weight1, beta1, beta2, weight2, step_size, scaled_eps;
@@ -65,16 +65,17 @@ struct AdamW {
     return result;
   }
 
-  // Calls function(formula) with the formula for so many columns of state; with a shorter one, where that is wanted,
-  // if the first moment takes less than half of the gradient, as with any betas in use.
-  template <bool wants_short, typename T, typename Function>
+  // Calls function(formula). The formula depends on the number of state columns. If 1 - beta1 < 0.5, as with any
+  // usual beta1, it may omit the other branch of lerp.
+  template <bool may_omit_branch, typename T, typename Function>
   TRAINOPS_HOST_DEVICE static void with_formula(int states, const Scalars<T>& s, Function function) {
     if (states == kStates) return function(Formula<true, false>{});
-    if (wants_short && s.weight1 < T(0.5)) return function(Formula<false, wants_short>{});
+    if (may_omit_branch && s.weight1 < T(0.5)) return function(Formula<false, may_omit_branch>{});
     function(Formula<false, false>{});
   }
 
-  template <bool amsgrad, bool small>
+  // `small_weight`: the caller guarantees weight1 < 0.5.
+  template <bool amsgrad, bool small_weight>
   struct Formula {
     static constexpr int states = amsgrad ? kStates : kMaxExpAvgSq;
 
@@ -82,7 +83,8 @@ struct AdamW {
     TRAINOPS_HOST_DEVICE void operator()(T& param, T grad, T* state, const Scalars<T>& s) const {
       const T g = s.coefficient * grad;
       const T difference = g - state[kExpAvg];
-      const T m = small || s.weight1 < T(0.5) ? state[kExpAvg] + s.weight1 * difference : g - s.beta1 * difference;
+      const T m =
+          small_weight || s.weight1 < T(0.5) ? state[kExpAvg] + s.weight1 * difference : g - s.beta1 * difference;
       const T v = state[kExpAvgSq] * s.beta2 + s.weight2 * g * g;
       T second_moment = v;
       if constexpr (amsgrad) {

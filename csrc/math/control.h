@@ -1,4 +1,5 @@
-// What a step does with its gradients, whatever the rule: decided once, from numbers that are known when it begins.
+// Clipping, unscaling and skipping, the same for every rule. A step decides after the norm, if it measures one, and
+// before it updates a parameter. On CUDA, every block evaluates the same decision.
 //
 //   coefficient = min(1, max_norm / (norm + 1e-6)) / grad_scale
 //   skips       = found_inf, or skip_nonfinite and a norm that is infinite or NaN
@@ -18,7 +19,7 @@ TRAINOPS_HOST_DEVICE double clip_coefficient(double norm, double max_norm) {
 
 TRAINOPS_HOST_DEVICE bool is_finite(double x) { return x - x == 0.0; }
 
-// What the user wants, as far as it is known without the gradients.
+// The user's settings.
 struct Control {
   bool clips = false, skip_nonfinite = false;
   double max_norm = 0.0;

@@ -4,8 +4,9 @@
 //   out = residual + (branch * layer_scale) * mask[sample]          mask: 0, or 1 / keep_prob
 //
 // Each product is rounded to the type that PyTorch gives it, so the result is that of
-// `residual + drop_path(branch * layer_scale)` bit for bit, in 16-bit types as well. (A dropped sample is its
-// residual as it is, where PyTorch makes -0.0 + 0.0 of it.) Agrees with: timm.layers.drop_path (timm/layers/drop.py).
+// `residual + drop_path(branch * layer_scale)` bit for bit, in 16-bit types as well. One difference: a dropped sample
+// keeps the residual's bits. PyTorch turns -0.0 into 0.0.
+// Agrees with: timm.layers.drop_path (timm/layers/drop.py).
 #pragma once
 
 #include "host_device.h"

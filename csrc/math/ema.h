@@ -1,7 +1,7 @@
 // ema <- ema + (1 - decay) * (param - ema)
 //
-// Written as torch.lerp writes it. Infinities do what one would expect, where inf - inf would make a NaN of them:
-// decay 0 copies the parameter, decay 1 keeps the average, and equal values stay (a -inf attention mask in a buffer).
+// Written as torch.lerp writes it. Special cases avoid inf - inf: decay 0 copies, decay 1 keeps, equal values stay (a
+// -inf attention mask in a buffer).
 // Agrees with: torch._foreach_lerp_(ema, params, 1 - decay).
 #pragma once
 
@@ -20,7 +20,7 @@ struct EMAWeight {
   TRAINOPS_HOST_DEVICE bool small() const { return weight > T(0) && weight < T(0.5); }
 };
 
-// `small` asserts that the weight is small(), which nearly every average's is: a loop is shorter without the choices.
+// With `small`, the caller guarantees 0 < weight < 0.5, the usual case. The loop then has one choice left.
 template <bool small = false, typename T>
 TRAINOPS_HOST_DEVICE T ema_element(T average, T param, EMAWeight<T> w) {
   const T difference = param - average;

@@ -1,4 +1,4 @@
-// What is the same for every rule.
+// Functions for every rule.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace trainops {
 
-// A rule's scalars, evaluated in double, rounded once. They are numbers and nothing else.
+// Rounds a rule's scalars, evaluated in double, once. `Scalars` has no members but numbers.
 template <typename Rule, typename T>
 TRAINOPS_HOST_DEVICE typename Rule::template Scalars<T> rounded(const typename Rule::template Scalars<double>& wide) {
   constexpr int count = sizeof(wide) / sizeof(double);
@@ -22,10 +22,11 @@ TRAINOPS_HOST_DEVICE typename Rule::template Scalars<T> rounded(const typename R
   return result;
 }
 
-// A rule's settings by number, in the order of its names.
+// The number of a rule's settings.
 template <typename Rule>
 constexpr int kSettings = sizeof(typename Rule::Settings) / sizeof(double);
 
+// A rule's settings from numbers in the order of its names.
 template <typename Rule>
 TRAINOPS_HOST_DEVICE typename Rule::Settings settings_from(const double* numbers) {
   typename Rule::Settings settings;

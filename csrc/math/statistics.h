@@ -1,5 +1,5 @@
-// What is gathered from tensors. A statistic has a State, which begins as State{}; add() takes one element into it,
-// join() puts two together, and finish() makes the result of it. A NaN stays.
+// Statistics of tensors: the norms. A statistic has a State, which begins as State{}; add() takes one element into
+// it, join() combines two states, and finish() returns the result. A NaN stays.
 //
 //   norm = (sum over tensors and elements of |x|^p)^(1/p)
 //

@@ -1,8 +1,9 @@
 // bfloat16 and float16 to and from the type that the arithmetic is done in, rounding to nearest even.
 //
-// On the CPU by branch-free integer arithmetic, so that compilers vectorise it for every instruction set; float16 is
-// not converted by F16C instructions because GCC does not vectorise those. On CUDA devices by their instructions,
-// which give the same bits but for the payload of NaNs.
+// bfloat16 widens by a shift. The other conversions are branch-free on the CPU, so that compilers vectorise them for
+// every instruction set: integer arithmetic, and a float addition for subnormal float16. F16C instructions are not
+// used because GCC does not vectorise them. CUDA devices use their instructions, which give the same bits but for the
+// payload of NaNs.
 #pragma once
 
 #include <cstdint>
@@ -46,7 +47,7 @@ TRAINOPS_HOST_DEVICE float widen(Float16 x) {
 #endif
 }
 
-// The upper half is what `x` rounds to.
+// The result's upper 16 bits hold `x` rounded to bfloat16.
 TRAINOPS_HOST_DEVICE uint32_t round_to_bfloat16(float x) {
   const uint32_t bits = bit_cast<uint32_t>(x);
   return x != x ? 0x7fc00000u : bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -76,7 +77,7 @@ TRAINOPS_HOST_DEVICE void narrow(float x, Float16& to) {
 #endif
 }
 
-// float32 and float64 themselves and each other, and to 16 bits from float64 by way of float32, as PyTorch converts.
+// Conversions among float32 and float64. float64 reaches 16 bits through float32, as in PyTorch.
 TRAINOPS_HOST_DEVICE float widen(float x) { return x; }
 TRAINOPS_HOST_DEVICE double widen(double x) { return x; }
 TRAINOPS_HOST_DEVICE void narrow(float x, float& to) { to = x; }

@@ -48,7 +48,7 @@ def build(*flags):
     (ROOT / module.parent).mkdir(parents=True, exist_ok=True)
     with open(ROOT / module.parent / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of several test processes, one builds
-        version = ninja_build.answer(*compiler(), "--version").partition("\n")[0]
+        version = ninja_build.command_output(*compiler(), "--version").partition("\n")[0]
         compilers = {".cpp": cxx, ".cu": cxx}
         ninja_build.build_module(module, relative, compilers, [*command, "-shared"], [], version, quiet=True)
     return ROOT / module

@@ -46,7 +46,7 @@ def alone():
 
 
 def compiler_version():
-    return ninja_build.answer(*cuda_shim.compiler(), "--version").partition("\n")[0]
+    return ninja_build.command_output(*cuda_shim.compiler(), "--version").partition("\n")[0]
 
 
 def sources(*names):

@@ -8,7 +8,8 @@ import torch
 
 from ..plain import is_transformed
 
-# Loaded at once, because it has to see every fork of the process (csrc/cpu/parallel.cpp); the others when first used.
+# Imported at once, because it has to see every fork of the process (csrc/cpu/parallel.cpp). `cuda` and `triton` are
+# imported when they are first asked for.
 from . import cpu as _cpu  # noqa: F401
 from . import pytorch as _pytorch
 from .interface import Backend, Group, Kernels, StepControl, StepResult
@@ -17,7 +18,7 @@ __all__ = ["Backend", "Group", "Kernels", "StepControl", "StepResult", "backends
 
 NAMES = ("reference", "cpu", "cuda", "triton")
 
-# What serves a type of device, best first; other devices are served by the reference.
+# The backends for a type of device, best first. The reference serves other devices.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 
@@ -49,7 +50,7 @@ def check(backend: str | None, origin: str = "") -> None:
         ValueError: there is no backend of that name.
         RuntimeError: it is not available; the message says why.
     """
-    if backend is None or torch.compiler.is_compiling():  # what is compiled is PyTorch's operations
+    if backend is None or torch.compiler.is_compiling():  # compiled code uses PyTorch's operations
         return
     if backend not in NAMES:
         raise ValueError(f"unknown backend {backend!r}{origin}; there are {', '.join(NAMES)}")

@@ -1,4 +1,4 @@
-"""What kernels on a device are told, whichever backend they are of."""
+"""The arguments of kernels on a device, for ``cuda`` and ``triton`` alike."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +13,7 @@ from .interface import Group, StepControl
 
 
 def device_guard(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes the device current, where launches go and captures are looked for."""
+    """Makes the device current: kernels are launched there, and captures are looked for there."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
@@ -25,7 +25,7 @@ def to_device(x: Tensor | None, device: torch.device, dtype: torch.dtype | None 
 
 
 def copy_back(counter: Tensor | None, control: StepControl) -> None:
-    """Tells the step's count of skipped steps what ``counter`` is now, where that is a copy on another device."""
+    """Copies ``counter`` back to ``control.skipped_steps`` if it is a copy on another device."""
     if counter is not None and counter is not control.skipped_steps and control.skipped_steps is not None:
         control.skipped_steps.copy_(counter)
 
@@ -33,7 +33,7 @@ def copy_back(counter: Tensor | None, control: StepControl) -> None:
 class Section(NamedTuple):
     """Consecutive chunks of rows that have the same types."""
 
-    kind: tuple[str | None, ...]  # by column the name of its dtype; None: there is no tensor
+    kind: tuple[str | None, ...]  # the dtype of each column, by name; None if there is no tensor
     first_chunk: int
     chunk_count: int
 
@@ -47,7 +47,7 @@ class StagedWords(NamedTuple):
     sections: list[Section]
 
 
-# The chunks of tables, by what they depend on.
+# The chunks of tables, by the layout that they depend on.
 _chunks: Recent[bytes] = Recent(32)
 
 
@@ -63,7 +63,7 @@ def stage(table: Any, device: torch.device, chunk_numel: int, by_kind: bool) -> 
 def step_settings(
     rule: str, groups: Sequence[Group], control: StepControl, ema_decay: float, device: torch.device
 ) -> bytes:
-    """The settings of a step in words. Those that lie on the device stay there."""
+    """The settings of a step as words. A setting on the device stays there: its word is an address."""
     settings = [{name: _setting(x, device) for name, x in group.settings.items()} for group in groups]
     return core.step_settings(rule, control.max_norm, ema_decay, settings)
 

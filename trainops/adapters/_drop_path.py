@@ -9,8 +9,8 @@ from torch import Tensor
 from .. import reference
 from ..plain import PLAIN
 
-# Takes by keyword: out, residual, branch, layer_scale, mask, rows, samples, sample_numel, channels. The tensors are
-# as `has_kernel` wants them and none is empty. `out` is written.
+# Takes by keyword: out, residual, branch, layer_scale, mask, rows, samples, sample_numel, channels. `has_kernel` is
+# true of the tensors, and none is empty. `out` is written.
 Launch = Callable[..., None]
 
 # Likewise: of_branch, of_layer_scale (both written), grad, branch, layer_scale, mask, rows and the three sizes.
@@ -95,7 +95,7 @@ def _promoted(a: Tensor, b: Tensor) -> torch.dtype:
 def has_kernel(
     branch: Tensor, mask: Tensor, residual: Tensor | None, layer_scale: Tensor | None, rows: Tensor | None
 ) -> bool:
-    """Whether all are flat memory, sample by sample in the same order; others are left to the reference."""
+    """Whether all are flat memory, sample by sample in the same order. If not, the reference serves them."""
     is_double = branch.dtype == torch.float64
     for x in (branch, mask, residual, layer_scale):
         if x is not None and (
@@ -114,7 +114,7 @@ def has_kernel(
             return False
     elif residual.shape != (shape if rows is None else (samples, *shape[1:])):
         return False
-    # Not the strides are compared: those of a dimension of size 1 say nothing.
+    # Strides are not compared: a dimension of size 1 may have any.
     if branch.is_contiguous() and (residual is None or residual.is_contiguous()):
         return layer_scale is None or _lies_in(layer_scale, -1, len(shape))
     memory_format = _FORMATS.get(len(shape))
@@ -126,7 +126,7 @@ def has_kernel(
 
 
 def _lies_in(layer_scale: Tensor, dim: int, ndim: int) -> bool:
-    """Whether it has one factor for each element of one dimension (from the end), which comes last in memory."""
+    """Whether layer scale has one factor per channel. ``dim`` is the channel dimension, last in memory."""
     if not -dim <= layer_scale.ndim <= ndim or ndim < 2:
         return False
     return layer_scale.shape[dim] == layer_scale.numel()

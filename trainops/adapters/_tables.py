@@ -1,4 +1,4 @@
-"""The ops that every compiled backend makes of a table in the same way."""
+"""The ops that ``cpu``, ``cuda`` and ``triton`` build from a table in the same way."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ Operation = Callable[..., Any]
 def step_operations(
     device_type: Callable[[], str], run: Callable[[Any, str, Sequence[Group], StepControl, float], StepResult]
 ) -> tuple[Operation, Operation]:
-    """A backend's ``collect`` and ``update``, of what runs its kernels on a table. All groups are one table."""
+    """A backend's ``collect`` and ``update``. ``run`` runs its kernels on a table, which holds all groups."""
 
     def collect(
         rule: str,
@@ -46,7 +46,7 @@ def step_operations(
 def ema_operations(
     device_type: Callable[[], str], run: Callable[[Any, float, Tensor | None], None]
 ) -> tuple[Operation, Operation]:
-    """A backend's ``ema_`` and ``try_ema_``, of what runs its kernel on a table."""
+    """A backend's ``ema_`` and ``try_ema_``. ``run`` runs its kernel on a table."""
 
     def ema_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None) -> None:
         """See :func:`trainops.reference.ema_`."""

@@ -1,4 +1,4 @@
-"""How Triton's kernels are found and launched, over the sections of a table's chunks."""
+"""Finds Triton's kernels, and launches them over the sections of a table's chunks."""
 
 import importlib
 import os
@@ -33,7 +33,7 @@ def type_of(dtype: torch.dtype | str | None) -> Any:
 
 @cache
 def warps() -> int:
-    """How many a program has."""
+    """Warps per program."""
     threads: int = kernels()._common.THREADS
     if interpreted():
         return threads // 32
@@ -44,7 +44,10 @@ def warps() -> int:
 
 
 def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
-    """Contraction to fused multiply-add is off so that results do not depend on how a kernel was compiled."""
+    """Launch a kernel.
+
+    Contraction to fused multiply-add is off so that results do not depend on how the kernel was compiled.
+    """
     kernel[(programs,)](*args, **constants, num_warps=warps(), enable_fp_fusion=False)
 
 
@@ -58,11 +61,11 @@ class Staged:
         self._row_words = len(core.words("row")) + len(self.columns)
 
     def constants(self, block: int) -> dict[str, int]:
-        """What every kernel must know of the table; ``block``: how many elements a program takes at a time."""
+        """The constants of every kernel; ``block``: how many elements a program takes at a time."""
         return {"WORDS": self._row_words, "CHUNK": kernels()._common.CHUNK, "BLOCK": block}
 
     def reduction_constants(self) -> dict[str, int]:
-        """The same for a kernel that joins partial results."""
+        """The constants of a kernel that joins partial results."""
         return self.constants(kernels()._common.REDUCTION_BLOCK)
 
     def over_chunks(
@@ -70,7 +73,8 @@ class Staged:
     ) -> None:
         """Launch a kernel for each section of chunks.
 
-        ``types`` has the constants for the types of columns, ``wide`` those for the type of arithmetic on some.
+        ``types``: constants that name the type of a column. ``wide``: constants that name the type of arithmetic on
+        the columns of some of the former.
         """
         for section in self.words.sections:
             dtypes = {constant: section.kind[self.columns[column]] for constant, column in types.items()}
@@ -95,7 +99,7 @@ class Staged:
         return torch.empty((), dtype=dtype, device=self.device), rows
 
     def partial_results(self, statistic: str, column: str) -> Tensor:
-        """The statistic of each chunk, as far as it goes."""
+        """The unfinished statistic of each chunk."""
         partials = torch.empty(self.words.chunk_count, dtype=torch.float64, device=self.device)
         self.over_chunks(
             kernels().reduce.partial_results,

@@ -112,7 +112,7 @@ def _block(*tensors: Tensor | None) -> int:
 
 
 def _unit(numel: int) -> int:
-    """How many consecutive elements the DropPath kernels take as one."""
+    """The number of consecutive elements that the DropPath kernels take as a unit."""
     return math.gcd(numel, _triton.kernels().drop_path.UNIT)
 
 

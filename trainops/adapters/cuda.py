@@ -82,8 +82,7 @@ def _staged(kind: str, tensors: Sequence[Tensor]) -> Iterator[tuple[Any, _Staged
         yield table, _Staged(table)
 
 
-# For each stream, and each thread that launches on it: a counter of blocks, which every kernel leaves at 0, the norm,
-# and room for partial results.
+# Scratch memory per stream and host thread: block counter, norm, partial results. Kernels reset the counter.
 _scratches: Recent[Tensor] = Recent(32)
 _captured: list[Tensor] = []
 _COUNTER, _NORM, _PARTIALS = (8 * i for i in range(3))
@@ -111,7 +110,7 @@ def reduce(statistic: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 def _reduce(
     table: Any, staged: _Staged, scratch: int, statistic: str, grad_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A statistic of a column and of its rows; the first is left in the scratch memory as float64, too."""
+    """A statistic of a column and of its rows. Leaves the first in the scratch memory as well, as float64."""
     dtype = torch.float64 if table.has_float64 else torch.float32
     total = torch.empty((), dtype=dtype, device=staged.queue.device)
     rows = torch.empty(table.rows, dtype=dtype, device=staged.queue.device)

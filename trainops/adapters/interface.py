@@ -1,4 +1,4 @@
-"""What every backend provides, and what a fused step takes and returns."""
+"""The interface of a backend, and the arguments and results of a fused step."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Backend:
-    """Whether a backend can be used here, and what there is to know about it.
+    """The state of a backend on this machine.
 
     Attributes:
         available: whether it can be used.
@@ -39,14 +39,14 @@ class Group:
 
 @dataclass(frozen=True)
 class StepControl:
-    """What decides the coefficient of a step's gradients, and whether the step is taken."""
+    """The inputs that decide the coefficient of the gradients, and whether the step is taken."""
 
     max_norm: float | None = None
     skip_nonfinite: bool = False
     grad_scale: Tensor | None = None  # gradients are this many times too large
     found_inf: Tensor | None = None  # nonzero: skip the step
-    total_norm: Tensor | None = None  # of the unscaled gradients, where it is known already
-    skipped_steps: Tensor | None = None  # 0-dim int64; is increased where the step is skipped
+    total_norm: Tensor | None = None  # of the unscaled gradients, if it is already known
+    skipped_steps: Tensor | None = None  # 0-dim int64; incremented if the step is skipped
 
     @property
     def measures(self) -> bool:
@@ -55,12 +55,12 @@ class StepControl:
 
     @property
     def may_skip(self) -> bool:
-        """Whether there is anything that could make the step be skipped."""
+        """Whether the step could be skipped."""
         return self.skip_nonfinite or self.found_inf is not None
 
 
 class StepResult(NamedTuple):
-    """What a step found out. All on the device; None where it was not needed."""
+    """The results of a step, on its device. None where it was not needed."""
 
     total_norm: Tensor | None = None  # 0-dim, before clipping, of the unscaled gradients
     norms: Tensor | None = None  # 1-D, one per parameter
@@ -76,11 +76,11 @@ class Collected(Protocol):
 
     @property
     def group_rows(self) -> list[int]:
-        """How many of them each group has."""
+        """The number of these parameters in each group."""
 
     @property
     def averaged(self) -> int:
-        """How many of them have an average."""
+        """The number of these parameters that have an average."""
 
 
 class Kernels(Protocol):
@@ -100,7 +100,7 @@ class Kernels(Protocol):
         averages: dict[int, Tensor],
         states: list[tuple[str, ...]],
     ) -> Collected | None:
-        """The rows of a step, where every one is as kernels like it; None where the general path must be taken.
+        """The rows of a step, if all rows are regular, else None.
 
         ``averages`` are by the ``id`` of their parameter. ``states``: the names of the state that each group uses.
         """
@@ -135,7 +135,7 @@ class Kernels(Protocol):
     def try_ema_(
         self, averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None
     ) -> bool:
-        """The same where every tensor, whatever it may be, is as kernels like it; else False, and nothing is done."""
+        """Like :meth:`ema_`, if all rows are regular. Else returns False and does nothing."""
 
     def drop_path(
         self,
@@ -157,5 +157,5 @@ class Kernels(Protocol):
     ) -> tuple[Tensor, Tensor | None]:
         """The gradients of the branch and, where ``branch`` is given, of the layer scale.
 
-        The first has the dtype of the mask unless it is rounded to that of ``branch``.
+        The first has the dtype of ``mask``, or that of ``branch`` where a kernel computes both.
         """

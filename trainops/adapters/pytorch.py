@@ -28,7 +28,7 @@ __all__ = [
 
 
 def probe() -> Backend:
-    """It is always there."""
+    """The reference is always available."""
     return Backend(available=True, details=f"plain PyTorch {torch.__version__}")
 
 
@@ -59,7 +59,7 @@ def ema_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, sk
 
 
 def try_ema_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None) -> bool:
-    """There is no quick way to tell."""
+    """Always False: the caller then uses :func:`ema_`."""
     return False
 
 
@@ -70,7 +70,7 @@ def collect(
     averages: dict[int, Tensor],
     states: list[tuple[str, ...]],
 ) -> None:
-    """The specification takes lists of tensors."""
+    """Always None: the specification takes lists of tensors, not tables."""
 
 
 _ORDERS = {"l1_norm": 1.0, "l2_norm": 2.0, "inf_norm": math.inf}

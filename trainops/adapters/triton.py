@@ -40,7 +40,7 @@ def probe() -> Backend:
 
         _triton.kernels()
         if not _triton.interpreted():
-            _ = triton.runtime.driver.active.utils  # is built when first wanted, for which it needs a C compiler
+            _ = triton.runtime.driver.active.utils  # is built on first use, which needs a C compiler
     except Exception as error:
         reason = f"Triton is installed but does not work: {error}"
         warnings.warn(f"trainops runs without its triton backend: {reason}", RuntimeWarning, stacklevel=2)
