@@ -1,7 +1,7 @@
 """Lightning: ``gradient_clip_val`` inside the optimizer's step, and an average as a callback.
 
-``trainops.AdamW(..., max_grad_norm=1.0)`` in ``configure_optimizers`` clips inside in every precision; nothing from here
-is needed. A module whose ``gradient_clip_val`` is to be applied inside derives from :class:`ClipInStep`.
+``trainops.AdamW(..., max_grad_norm=1.0)`` in ``configure_optimizers`` clips inside in every precision and needs
+nothing from here. A module whose ``gradient_clip_val`` is to be applied inside derives from :class:`ClipInStep`.
 """
 
 from contextlib import ExitStack
