@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -145,6 +144,40 @@ def test_register_finds_the_optimizer_under_its_name():
         assert {k: v for k, v in ours.items() if k != "params"} == {k: v for k, v in theirs.items() if k != "params"}
 
 
+@pytest.mark.parametrize("clip", ["outside", "inside"])
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
+def test_steps_of_timms_own_training(clip, scaled):
+    """Its factory, scaler and clipping, as its train.py puts them together, with one line of ours before."""
+    losses = []
+    for kind in ("stock", clip):
+        handle = patch() if kind == "outside" else None
+        opt, options = ("trainopsadamw", {"max_grad_norm": 0.1}) if kind == "inside" else ("adamw", {})
+        integration.register()
+        torch.manual_seed(0)
+        model = build("vit_tiny_patch16_224", inside=False)  # under a patch with our DropPath all the same
+        optimizer = timm.optim.create_optimizer_v2(model, opt, lr=1e-3, weight_decay=0.05, **options)
+        assert isinstance(optimizer, trainops.AdamW) == (kind != "stock")
+        scaler = timm.utils.NativeScaler("cpu")
+        scaler._scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        losses.append([])
+        for _ in range(4):
+            loss = model(image(model)).square().mean()
+            losses[-1].append(loss.item())
+            clip_grad = None if options else 0.1
+            optimizer.zero_grad()
+            if scaled:
+                scaler(loss, optimizer, clip_grad=clip_grad, parameters=model.parameters())
+            else:
+                loss.backward()
+                if clip_grad is not None:
+                    timm.utils.dispatch_clip_grad(model.parameters(), clip_grad)
+                optimizer.step()
+        if handle is not None:
+            handle.undo()
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert abs(losses[0][-1] - losses[0][0]) > 0.01 * losses[0][0]
+
+
 TRAIN = os.environ.get("TIMM_TRAIN", "")
 
 
@@ -153,21 +186,20 @@ TRAIN = os.environ.get("TIMM_TRAIN", "")
 def test_train_py_with_one_more_line(tmp_path, line):
     images(tmp_path / "data")
     source = Path(TRAIN).read_text()
-    lines = {
+    ours = {
         "register": "from trainops.integrations.timm import register; register()",
         "patch": "from trainops.integrations import patch; patch()",
-    }
-    import_of_timm = re.search(r"^from timm\.utils import .*$", source, re.MULTILINE)
-    edited = source[: import_of_timm.end()] + "\n" + lines[line] + source[import_of_timm.end() :]
-    (tmp_path / "edited.py").write_text(edited)
+    }[line]
+    imported, logger, rest = source.partition("_logger = logging.getLogger('train')\n")
+    (tmp_path / "edited.py").write_text(f"{imported}{logger}{ours}\n{rest}")
     (tmp_path / "stock.py").write_text(source)
-    clip = ["--opt", "trainopsadamw", "--opt-kwargs", "max_grad_norm=0.5"]
-    outside = ["--opt", "adamw", "--clip-grad", "0.5"]
+    inside, outside = ["--opt", "trainopsadamw", "--opt-kwargs", "max_grad_norm=0.5"], ["--clip-grad", "0.5"]
+    outside = ["--opt", "adamw", *outside]
     losses = [
-        run(tmp_path, "edited.py", clip if line == "register" else outside),
+        run(tmp_path, "edited.py", inside if line == "register" else outside),
         run(tmp_path, "stock.py", outside),
     ]
-    assert losses[0] == losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def images(path):
@@ -188,4 +220,4 @@ def run(path, script, options):
     command += ["--output", "out", "--log-interval", "1", *options]
     subprocess.run(command, cwd=path, check=True, capture_output=True, text=True)
     summary = (path / "out" / script / "summary.csv").read_text().splitlines()
-    return [[float(x) for x in row.split(",")[:3]] for row in summary[1:]]
+    return [float(x) for row in summary[1:] for x in row.split(",")[:3]]
