@@ -19,7 +19,7 @@ class Module(pl.LightningModule):
         torch.manual_seed(0)
         self.net, self.lr = nn.Sequential(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8), nn.Linear(8, 2)), lr
         self.make, self.options, self.overflow_at = make, options, overflow_at
-        self.after, self.losses = [], []
+        self.after, self.losses, self.seen, self.watch = [], [], [], lambda: None
 
     def training_step(self, batch, batch_idx):
         loss = self.net(batch[0].to(self.net[0].weight.dtype)).square().sum()
@@ -32,6 +32,7 @@ class Module(pl.LightningModule):
 
     def on_train_batch_end(self, *_):
         self.after.append([p.detach().clone() for p in self.net.parameters()])
+        self.seen.append(self.watch())
 
     def configure_optimizers(self):
         return self.make(self.net.parameters(), lr=self.lr, **self.options)
@@ -187,10 +188,13 @@ def test_finders_do_not_move_the_average(tmp_path, finder, first):
     callback = integration.EMACallback(0.5)
     find = finder(num_training_steps=30, update_attr=False, early_stop_threshold=None)
     module = Module()
+    module.watch = lambda: 0 if callback.ema is None else callback.ema.step
     epochs = 9
     fit(tmp_path, module, callbacks=[callback, find] if first else [find, callback], max_epochs=epochs)
     assert len(find.optimal_lr.results["lr"]) == 30
     assert callback.ema.step == 5 * epochs
+    before = 5 if finder is LaterFinder else 0
+    assert module.seen[before : before + 30] == [before] * 30  # not even until the finder puts things back
     steps = (
         module.after[:5] + module.after[-5 * (epochs - 1) :] if finder is LaterFinder else module.after[-5 * epochs :]
     )
