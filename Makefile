@@ -5,9 +5,10 @@
 # interpreter's environment as it is, with no network, and only builds trainops in place.
 
 VENV := .venv
+INTEGRATIONS := .venv-integrations
 ifdef PYTHON
 RUN := $(PYTHON)
-SETUP := $(VENV)/.built-with-$(notdir $(PYTHON))
+SETUP := $(VENV)/.built-with-$(subst /,-,$(PYTHON))
 else
 RUN := $(VENV)/bin/python
 SETUP := $(VENV)/.built
@@ -20,7 +21,7 @@ CLANG_FORMAT = $(shell $(RUN) -c "import sysconfig; print(sysconfig.get_path('sc
 # Tests run in one process per core where pytest-xdist is there to do it.
 PARALLEL = $(shell $(RUN) -c "import xdist" 2>/dev/null && echo --numprocesses=auto)
 
-.PHONY: build demo test test-all mutants coverage lint bench inspect format clean
+.PHONY: build demo test test-all test-integrations mutants coverage lint bench inspect format clean
 
 build: $(SETUP)
 	$(RUN) -m trainops
@@ -37,6 +38,15 @@ test-all: $(SETUP)
 	$(RUN) -m pytest $(PARALLEL) --thorough
 	$(RUN) -m pytest -m large
 	$(MAKE) inspect
+
+# The tests with HF Trainer, Accelerate, Lightning and timm, in an environment of their own: 6 GB.
+ifdef PYTHON
+test-integrations: $(SETUP)
+	$(RUN) -m pytest tests/integrations
+else
+test-integrations: $(INTEGRATIONS)/.requirements
+	$(MAKE) test-integrations PYTHON=$(INTEGRATIONS)/bin/python
+endif
 
 # Plants faults, one at a time, and shows which ones no test notices: an hour. `make mutants ONLY=cpu,ema` has some.
 mutants: $(SETUP)
@@ -64,12 +74,17 @@ format: $(SETUP)
 	$(CLANG_FORMAT) -i $(CXX_SOURCES)
 
 clean:
-	rm -rf $(VENV) build outputs trainops/_build.json trainops/*.so *.egg-info
+	rm -rf $(VENV) $(INTEGRATIONS) build outputs trainops/_build.json trainops/*.so *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.requirements: requirements-dev.txt
 	python3 -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+$(INTEGRATIONS)/.requirements: requirements-integrations.txt
+	python3 -m venv $(INTEGRATIONS)
+	$(INTEGRATIONS)/bin/python -m pip install --quiet -r requirements-integrations.txt
 	touch $@
 
 ifndef PYTHON

@@ -15,6 +15,11 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+# By name, since trainops.integrations.patch() puts ours in their place.
+from torch.nn.utils import clip_grad_value_ as torch_clip_grad_value_
+from torch.nn.utils import clip_grads_with_norm_ as torch_clip_grads_with_norm_
+from torch.nn.utils import get_total_norm as torch_get_total_norm
+
 from . import advice, reference
 from .adapters import Kernels, check, select
 from .plain import all_plain
@@ -96,9 +101,9 @@ def get_total_norm(
     if not tensors:
         return torch.tensor(0.0)
     if is_compiling():
-        return torch.nn.utils.get_total_norm(list(map(reference.wide, tensors)), norm_type, error_if_nonfinite)
+        return torch_get_total_norm(list(map(reference.wide, tensors)), norm_type, error_if_nonfinite)
     if not _all_dense(tensors):
-        return torch.nn.utils.get_total_norm(tensors, norm_type, error_if_nonfinite)
+        return torch_get_total_norm(tensors, norm_type, error_if_nonfinite)
     totals = [_norm(kernels, part, norm_type) for kernels, part in _by_device(tensors, backend)]
     total_norm = totals[0] if len(totals) == 1 else reference.grad_norms(totals, norm_type)[0]
     if error_if_nonfinite and not math.isfinite(total_norm.item()):
@@ -140,7 +145,7 @@ def clip_grads_with_norm_(
     if not is_compiling():
         advice.clips_outside(parameters, float(max_norm))
     if is_compiling() or not _all_dense(grads):
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total_norm)
+        torch_clip_grads_with_norm_(parameters, max_norm, total_norm)
         return
     coefficient = reference.clip_coefficient(total_norm, float(max_norm))
     torch.autograd.graph.increment_version(grads)
@@ -168,7 +173,7 @@ def clip_grad_value_(
     parameters, clip_value = _listed(parameters), float(clip_value)
     grads = _grads(parameters)
     if is_compiling() or math.isnan(clip_value) or not _all_dense(grads) or any(x.is_complex() for x in grads):
-        torch.nn.utils.clip_grad_value_(parameters, clip_value)
+        torch_clip_grad_value_(parameters, clip_value)
         return
     torch.autograd.graph.increment_version(grads)
     for kernels, part in _by_device(grads, backend):
