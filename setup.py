@@ -4,7 +4,7 @@ A backend that cannot be built is left out, never fatal: the reason goes into ``
 ``python -m trainops`` shows it. No torch is needed to build, and the binaries serve every torch version.
 
 Environment:
-    TRAINOPS_SKIP=cpu              backends not to build, separated by commas
+    TRAINOPS_SKIP=cpu              backends not to build, separated by commas; core, which all need, counts as one
     TRAINOPS_REQUIRE=cpu,cuda      backends whose failure is an error, separated by commas
     MAX_JOBS=8                     compiler processes at a time
     CUDA_HOME=/usr/local/cuda      where bin/nvcc is (or CUDA_PATH); else it is looked for on PATH
@@ -81,10 +81,10 @@ class BuildBackends(build_ext):
 
     def run(self) -> None:
         self.skipped, self.required = listed("TRAINOPS_SKIP"), listed("TRAINOPS_REQUIRE")
-        if self.required:
-            self.required |= {"core"}  # which the others need
         if both := self.skipped & self.required:
             raise SystemExit(f"TRAINOPS_SKIP and TRAINOPS_REQUIRE both name {sorted(both)}")
+        if self.required and "core" in self.skipped:
+            raise SystemExit("TRAINOPS_SKIP names core, which every backend that TRAINOPS_REQUIRE names needs")
         max_jobs()  # also an error before anything changes
         self.record: dict[str, dict[str, str]] = {}
         super().run()
@@ -137,8 +137,9 @@ class BuildBackends(build_ext):
         return ROOT / module
 
     def leave_out(self, name: str, reason: str, warn: bool = True) -> None:
-        if name in self.required:
-            raise SystemExit(f"TRAINOPS_REQUIRE names {name}, which cannot be built: {reason}")
+        if name in self.required or (name == "core" and self.required):
+            needed = name if name in self.required else f"{', '.join(sorted(self.required))}, which needs core"
+            raise SystemExit(f"TRAINOPS_REQUIRE names {needed}, which cannot be built: {reason}")
         self.record[name] = {"reason": reason}
         if warn:
             self.warn(f"trainops is built without its {name} backend: {reason}")
