@@ -151,10 +151,6 @@ PYTHON = [
         "trainops/ema.py",
         tests_of("ema_model", "ema_fused", k="cpu-cpu or reference-cpu or test_decay or test_bad or copy"),
         {
-            "EMA: warm-up is off by one step": (
-                "step - self.update_after_step - 1)",
-                "step - self.update_after_step)",
-            ),
             "EMA: every step is an update": ("if step % self.update_every == 0 else None", ""),
             "EMA: swapped weights are not given back": ("pair.source.copy_(own)", "pass"),
             "EMA: what is done is done again": (
@@ -168,6 +164,16 @@ PYTHON = [
             "EMA: replaced tensors are not noticed": (
                 "if self._matched is None or not self._matched.is_current():",
                 "if self._matched is None:",
+            ),
+        },
+    ),
+    *planted(
+        "trainops/ema_schedule.py",
+        tests_of("ema_model", k="test_decay"),
+        {
+            "EMA: warm-up is off by one step": (
+                "step - self.update_after_step - 1)",
+                "step - self.update_after_step)",
             ),
         },
     ),

@@ -4,7 +4,6 @@ import copy
 import weakref
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from numbers import Integral, Real
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -13,7 +12,8 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable, which impo
 
 from . import advice
 from .adapters import check
-from .ema_update import check_type, check_unit_interval, update_averages
+from .ema_schedule import DecaySchedule
+from .ema_update import check_type, update_averages
 from .model_pairs import Matched, check_checkpoint, converted, match
 from .reference import write
 
@@ -30,7 +30,7 @@ class Update(NamedTuple):
         return {} if self.decay is None else self.matched.fusable
 
 
-class EMA:
+class EMA(DecaySchedule):
     """A copy of ``model`` whose weights follow those of ``model`` slowly.
 
     Equivalent to::
@@ -91,30 +91,21 @@ class EMA:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        check_unit_interval("decay", decay)
-        check_unit_interval("min_decay", min_decay)
-        check_type("warmup", warmup, bool, "True or False")
-        check_type("warmup_gamma", warmup_gamma, Real, "a number")
-        check_type("warmup_power", warmup_power, Real, "a number")
-        check_type("update_after_step", update_after_step, Integral, "an integer")
-        check_type("update_every", update_every, Integral, "an integer")
+        super().__init__(
+            decay,
+            warmup=warmup,
+            warmup_gamma=warmup_gamma,
+            warmup_power=warmup_power,
+            min_decay=min_decay,
+            update_after_step=update_after_step,
+            update_every=update_every,
+        )
         check_type("dtype", dtype, (torch.dtype, type(None)), "a torch.dtype")
-        if not warmup_gamma > 0.0:
-            raise ValueError(f"warmup_gamma must be positive, got {warmup_gamma}")
-        if update_every < 1:
-            raise ValueError(f"update_every must be at least 1, got {update_every}")
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating-point type, got {dtype}")
         check(backend)
         self.model = model
         self.module = converted(copy.deepcopy(model).eval().requires_grad_(False), device, dtype)
-        self.decay = decay
-        self.warmup = warmup
-        self.warmup_gamma = warmup_gamma
-        self.warmup_power = warmup_power
-        self.min_decay = min_decay
-        self.update_after_step = update_after_step
-        self.update_every = update_every
         self.average_buffers = average_buffers
         self.backend = backend
         self.step = 0
@@ -122,20 +113,6 @@ class EMA:
         self._matched: Matched | None = None
         self._optimizer: weakref.ref[Any] | None = None
         advice.average_made(self)
-
-    def decay_at(self, step: int) -> float:
-        """The decay at update number ``step``, counted from 1: timm's ``ModelEmaV3.get_decay(step)``.
-
-        0 (a plain copy) up to and including update ``update_after_step + 1``; then ``decay``, approached from below
-        with ``warmup``.
-        """
-        step = max(0, step - self.update_after_step - 1)
-        if step == 0:
-            return 0.0
-        if not self.warmup:
-            return self.decay
-        warm: float = 1 - (1 + step / self.warmup_gamma) ** -self.warmup_power
-        return max(min(warm, self.decay), self.min_decay)
 
     @_disable_dynamo  # compiled code calls it, by one graph break, and holds none of its numbers
     @torch.no_grad()
