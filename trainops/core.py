@@ -130,6 +130,15 @@ def collect(
     return found if found.regular else None
 
 
+def are_small(branch: Tensor, residual: Tensor | None, largest: int) -> bool:
+    """Whether DropPath's operands are plain tensors of up to ``largest`` elements on the CPU.
+
+    A residual must have the branch's type and size, and both must be contiguous. False where ``TRAINOPS_BACKEND`` is
+    set.
+    """
+    return cast(bool, _core.are_small(reader, branch, residual, largest))
+
+
 def drop_path(*, rows: Tensor | None, **operands: Any) -> Any:
     """The arguments of DropPath's kernel: those of ``trainops.adapters._drop_path.Launch``, and ``device_type``."""
     return _core.DropPath(reader, rows=address(rows), **operands)

@@ -4,21 +4,16 @@ The kernels under an autograd function, which is Python, take some 40 microsecon
 memory; a tensor must have some size for that to pay. Here every microsecond counts, so all is in one function.
 """
 
-import os
-
-import torch
 from torch import Tensor
 
 from . import core
 from .adapters import cpu
-from .plain import PLAIN, is_transformed
+from .plain import is_transformed
 from .reference import drop_path_mask
 
 # Up to this many elements, PyTorch's operations were no slower (forward and backward, float32 and
 # bfloat16, one and two threads). Only CPUs were measured: the tensors of other devices always go to the kernels.
 LARGEST = 1 << 17
-
-DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 
 def drop_path(x: Tensor, rate: float, scale_by_keep: bool, residual: Tensor | None = None) -> Tensor | None:
@@ -27,26 +22,13 @@ def drop_path(x: Tensor, rate: float, scale_by_keep: bool, residual: Tensor | No
     A dropped sample has the residual's bits, as with the kernels.
     """
     if (
-        type(x) not in PLAIN
-        or not x.is_cpu
-        or x.numel() > LARGEST
-        or x.dtype not in DTYPES
-        or not (shape := x.shape)
-        or type(rate) is not float
+        type(rate) is not float
         or not 0.0 < rate <= 1.0
         or cpu.restore_dropped is None
-        or os.environ.get("TRAINOPS_BACKEND")
         or is_transformed()
-    ):
-        return None
-    if residual is not None and not (
-        type(residual) in PLAIN
-        and residual.is_cpu
-        and residual.dtype is x.dtype
-        and residual.shape == shape
-        and residual.is_contiguous()
-        and x.is_contiguous()
-        and not residual.is_neg()
+        or not core.are_small(x, residual, LARGEST)
+        or not (shape := x.shape)
+        or (residual is not None and (residual.shape != shape or residual.is_neg()))
     ):
         return None
     mask = drop_path_mask(x, rate, scale_by_keep)

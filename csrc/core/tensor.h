@@ -72,6 +72,16 @@ struct Description {
 
   bool in_host_memory() const { return device_type == dlpack::kCPU || device_type == dlpack::kPinned; }
 
+  // Whether the elements lie in memory in the order of the dimensions.
+  bool contiguous() const {
+    int64_t expected = 1;
+    for (int32_t i = ndim - 1; i >= 0 && numel > 0; --i) {
+      if (strides[i] != expected) return false;
+      expected *= shape[i];
+    }
+    return true;
+  }
+
   // Whether the elements fill their memory: no gaps, no overlap.
   bool dense() const {
     if (numel == 0) return true;
