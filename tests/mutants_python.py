@@ -102,6 +102,12 @@ PYTHON = [
                 "_version([*params, *averages.values()])\n            result = kernels",
                 "_version([])\n            result = kernels",
             ),
+        },
+    ),
+    *planted(
+        "trainops/optimizer.py",
+        tests_of("interference"),
+        {
             "AdamW: rows of a parameter that is there twice": ("in_memory and not in_turn", "in_memory"),
             "AdamW: an average of a parameter that is there twice": ("if has_duplicates(params):", "if False:"),
             "EMA: a copy of an optimizer gives up its average": (" and before.optimizer is self", ""),
