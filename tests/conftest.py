@@ -54,6 +54,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "integrations" in item.path.parts:  # warnings of the frameworks are no faults of ours
+            item.add_marker(pytest.mark.filterwarnings("default"), append=False)
+            item.add_marker(pytest.mark.filterwarnings("error:::trainops"), append=False)
     if config.getoption("--thorough"):
         return
     left = [item for item in items if is_thorough(item)]
