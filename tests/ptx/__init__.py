@@ -7,6 +7,9 @@ import ctypes
 import struct
 from contextlib import contextmanager
 from typing import NamedTuple
+from unittest import mock
+
+import torch
 
 from . import build
 
@@ -20,6 +23,11 @@ class Site(NamedTuple):
     index: int
     opcode: str
     where: str
+
+
+def clone_of_storage(storage):
+    """As ``UntypedStorage.clone``, which deep copies of tensors use, but from the allocator that one can choose."""
+    return torch.empty(storage.nbytes(), dtype=torch.uint8).untyped_storage().copy_(storage)
 
 
 class Machine:
@@ -67,7 +75,8 @@ class Machine:
         """Make tensors on the machine's current device: it knows their ends."""
         self.library.ptx_allocate_here(1)
         try:
-            yield
+            with mock.patch.object(torch.UntypedStorage, "clone", clone_of_storage):
+                yield
         finally:
             self.library.ptx_allocate_here(0)
 
