@@ -426,6 +426,18 @@ def test_a_deep_copy_is_in_reach(machine):
         assert tensor.detach().view(torch.int32).tolist() == list(range(64))
 
 
+def test_a_barrier_of_another_kernel_of_this_name(machine):
+    """Its number says nothing about the one that has the name now."""
+    texts = [f"{HEAD}.visible .entry namesake()\n{{\n{body}bar.sync 0;\nret;\n}}\n" for body in ("", "membar.gl;\n")]
+    build.kernels(texts[0])
+    [barrier] = machine.synchronizations("namesake")
+    with machine.without(barrier):
+        pass
+    build.kernels(texts[1])
+    with pytest.raises(LookupError, match=r"another kernel of this name.*membar\.gl"), machine.without(barrier):
+        pass
+
+
 # Devices and threads
 
 
