@@ -1,5 +1,6 @@
 """The machine that executes PTX: small kernels, each with one fault or with none."""
 
+import copy
 import shutil
 import subprocess
 import threading
@@ -128,6 +129,7 @@ BODIES = {
     "setp.eq.u32 %p0, %t, 2; @%p0 st.shared.u32 [s], 4;",
     "write_after_one": "st.shared.u32 [s], 3; setp.eq.u32 %p0, %t, 1; @%p0 ret; bar.warp.sync 0xfd;"
     "setp.eq.u32 %p0, %t, 2; @%p0 st.shared.u32 [s], 4;",
+    "own_number": "st.global.u32 [%own], %id;",
     "own_bytes": OWN_BYTE + "st.global.u8 [%d0], %h0;",
     "bytes_of_a_vector": roles("st.global.v4.u32 [%x], {%id, %id, %id, %id};", "ld.global.u8 %h0, [%x+13];"),
     "bytes_beside_a_vector": roles("st.global.v4.u32 [%x], {%id, %id, %id, %id};", "ld.global.u8 %h0, [%x+16];"),
@@ -412,6 +414,28 @@ def test_other_faults(machine, name, threads, fault):
 
 def test_a_quotient(machine):
     check(machine, "divide", 1, 1, contents=(1,))
+
+
+def test_a_deep_copy_is_in_reach(machine):
+    """That of a parameter is a new tensor; that of a buffer is a new storage, from another allocator of PyTorch's."""
+    with machine.memory():
+        x = torch.nn.BatchNorm1d(64)
+        twin = copy.deepcopy(x)
+    for tensor in (x.weight, x.running_mean, twin.weight, twin.running_mean):
+        machine.run("own_number", 1, 64, tensor)
+        assert tensor.detach().view(torch.int32).tolist() == list(range(64))
+
+
+def test_a_barrier_of_another_kernel_of_this_name(machine):
+    """Its number says nothing about the one that has the name now."""
+    texts = [f"{HEAD}.visible .entry namesake()\n{{\n{body}bar.sync 0;\nret;\n}}\n" for body in ("", "membar.gl;\n")]
+    build.kernels(texts[0])
+    [barrier] = machine.synchronizations("namesake")
+    with machine.without(barrier):
+        pass
+    build.kernels(texts[1])
+    with pytest.raises(LookupError, match=r"another kernel of this name.*membar\.gl"), machine.without(barrier):
+        pass
 
 
 # Devices and threads

@@ -133,9 +133,11 @@ def reason(site):
 
 @functools.cache
 def sites():
+    """The barriers and fences of this architecture's kernels: the names are the same for every architecture."""
     cuda = backend()
-    return [(stem, site) for stem, names in cuda.kernels().items() for name in names
-            for site in cuda.machine.synchronizations(name)]  # fmt: skip
+    with cuda.active():
+        return [(stem, site) for stem, names in cuda.kernels().items() for name in names
+                for site in cuda.machine.synchronizations(name)]  # fmt: skip
 
 
 def is_noticed(cuda, stem, site):
@@ -206,11 +208,11 @@ def test_each_device_runs_its_own(cuda):
         try:
             with cuda.machine.device(1):
                 out, branch, mask = torch.zeros(3, 100), torch.ones(3, 100), torch.tensor([0.0, 2.0, 2.0])
-            arguments = {"samples": 3, "sample_numel": 100, "channels": 1, "stream": 0}
-            arguments |= {"residual": None, "layer_scale": None, "rows": 0}
+            arguments = {"out": out, "branch": branch, "mask": mask, "samples": 3, "sample_numel": 100, "channels": 1}
+            operands = core.drop_path(device_type="cpu", residual=None, layer_scale=None, rows=None, **arguments)
             for current in (0, 1):
                 with cuda.machine.device(current):
-                    cuda.module.drop_path(core.reader, out=out, branch=branch, mask=mask, **arguments)
+                    cuda.module.drop_path(operands, stream=0)
                     assert cuda.machine.library.ptx_get_device() == current
         finally:
             see_tensors(core.describe, api_of_torch())

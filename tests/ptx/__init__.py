@@ -7,6 +7,9 @@ import ctypes
 import struct
 from contextlib import contextmanager
 from typing import NamedTuple
+from unittest import mock
+
+import torch
 
 from . import build
 
@@ -20,6 +23,11 @@ class Site(NamedTuple):
     index: int
     opcode: str
     where: str
+
+
+def clone_of_storage(storage):
+    """As ``UntypedStorage.clone``, which deep copies of tensors use, but from the allocator that one can choose."""
+    return torch.empty(storage.nbytes(), dtype=torch.uint8).untyped_storage().copy_(storage)
 
 
 class Machine:
@@ -67,7 +75,8 @@ class Machine:
         """Make tensors on the machine's current device: it knows their ends."""
         self.library.ptx_allocate_here(1)
         try:
-            yield
+            with mock.patch.object(torch.UntypedStorage, "clone", clone_of_storage):
+                yield
         finally:
             self.library.ptx_allocate_here(0)
 
@@ -95,19 +104,27 @@ class Machine:
     def synchronizations(self, name):
         """The barriers and fences of a kernel."""
         kernel, index = self.kernel(name), 0
-        while (opcode := self.library.ptx_site(kernel, index, 1)) is not None:
-            if opcode.decode().startswith(SYNCHRONIZES):
-                yield Site(name, index, opcode.decode(), self.library.ptx_site(kernel, index, 0).decode())
+        while (site := self._site(kernel, name, index)) is not None:
+            if site.opcode.startswith(SYNCHRONIZES):
+                yield site
             index += 1
+
+    def _site(self, kernel, name, index):
+        """The instruction of this number, or None past the last one."""
+        where, opcode = (self.library.ptx_site(kernel, index, which) for which in (0, 1))
+        return None if opcode is None else Site(name, index, opcode.decode(), where.decode())
 
     @contextmanager
     def without(self, site):
-        """Run a kernel as if this barrier or fence were not there."""
-        self.library.ptx_remove(self.kernel(site.kernel), site.index, 1)
+        """Run a kernel as if this barrier or fence were not there. Another kernel of its name is a LookupError."""
+        kernel = self.kernel(site.kernel)
+        if site != (found := self._site(kernel, site.kernel, site.index)):
+            raise LookupError(f"{site} is of another kernel of this name: this one has {found} there")
+        self.library.ptx_remove(kernel, site.index, 1)
         try:
             yield
         finally:
-            self.library.ptx_remove(self.kernel(site.kernel), site.index, 0)
+            self.library.ptx_remove(kernel, site.index, 0)
 
     def launches(self):
         """Device and name of the kernels that were launched since it was last asked."""
