@@ -8,6 +8,7 @@ from contract import same_bits
 from ptx import build
 from ptx.backend import api_of_torch, see_tensors
 from ptx_fixtures import backend
+from scratch import ROOT
 from targets import thorough
 from test_cuda import after_steps, at_offset, everything, make_step, with_rows
 from torch import nn
@@ -114,9 +115,9 @@ WORK = {
     "transform": lambda cuda: [],
 }
 
-# Barriers and fences without which nothing can go wrong, by their place in the source, and why.
+# Barriers and fences without which nothing can go wrong, by their header and the call in a kernel, and why.
 REDUNDANT = {
-    ("bar.sync", "common.cuh", "reduce.cu:162"): (
+    ("bar.sync", "common.cuh", "reduce.cu", "is_last_block("): (
         "is_last_block waits for what all threads of a block have written; the partial sums are written by thread 0, "
         "which also counts the block"
     ),
@@ -126,9 +127,16 @@ REDUNDANT = {
 def reason(site):
     places = site.where.split(", inlined at ")
     return next((
-        why for (opcode, file, line), why in REDUNDANT.items()
-        if site.opcode == opcode and f"/{file}:" in places[0] and places[-1].endswith(f"/{line}")
+        why for (opcode, header, file, call), why in REDUNDANT.items()
+        if site.opcode == opcode and f"/{header}:" in places[0] and places[-1].endswith(f"/{file}:{line_of(file, call)}")
     ), None)  # fmt: skip
+
+
+def line_of(file, call):
+    """The line of the only such call in a file of the CUDA kernels."""
+    lines = (ROOT / "csrc/cuda" / file).read_text().splitlines()
+    (found,) = [i for i, line in enumerate(lines, start=1) if call in line]
+    return found
 
 
 @functools.cache
