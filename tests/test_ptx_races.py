@@ -128,7 +128,9 @@ def reason(site):
     places = site.where.split(", inlined at ")
     return next((
         why for (opcode, header, file, call), why in REDUNDANT.items()
-        if site.opcode == opcode and f"/{header}:" in places[0] and places[-1].endswith(f"/{file}:{line_of(file, call)}")
+        if site.opcode == opcode
+        and f"/{header}:" in places[0]
+        and places[-1].endswith(f"/{file}:{line_of(file, call)}")
     ), None)  # fmt: skip
 
 
