@@ -127,7 +127,7 @@ def test_parameters_without_a_gradient_cost_no_hash(monkeypatch, without):
 
 
 def test_state_of_parameters_that_are_gone_costs_no_hash(monkeypatch):
-    optimizer, params = optimizer_of()
+    optimizer, _ = optimizer_of()
     del optimizer.param_groups[0]["params"][3:6]
     hashed = []
     monkeypatch.setattr(torch.Tensor, "__hash__", lambda self: hashed.append(self) or id(self))
