@@ -88,8 +88,8 @@ def setting(rule: str, name: str) -> int:
 def words(name: str) -> dict[str, int]:
     """The indices of words, or the values that a word may have, by name.
 
-    ``row``: in front of a row's addresses. ``chunk``: of a chunk. ``step``: in front of the settings of a step. ``setting``: of one setting.
-    ``form``: how a setting is given.
+    ``row``: in front of a row's addresses. ``chunk``: of a chunk. ``step``: in front of the settings of a step.
+    ``setting``: of one setting. ``form``: how a setting is given.
     """
     return cast(dict[str, int], _core.WORDS[name])
 
