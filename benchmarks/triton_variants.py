@@ -1,5 +1,6 @@
 """Every compilation of the Triton kernels: each type and option that their machine code depends on."""
 
+import importlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -86,7 +87,7 @@ def rule_variants(rule: str) -> Iterator[Variant]:
     for label, of_norm in norms.items():
         arguments = {"rows": "*i64", "settings": "*i64", "coefficient": "*fp64", "scalars": "*fp64"}
         arguments |= {"grad_scale": "*fp32", "found_inf": "*fp32", "skip": "*i1", "skipped_steps": "*i64"}
-        constants = {"STORE_SCALARS": f"@{rule}.store_scalars", "MAXIMIZE": core.setting(rule, "maximize")}
+        constants = {"STORE_SCALARS": f"@{rule}.store_scalars", "SCALARS": scalars_of(rule)}
         constants |= {"WORDS": words_of(rule), "GROUP_WORDS": core.group_words(rule)}
         constants |= {"CLIP": bool(of_norm), "SKIP_NONFINITE": bool(of_norm)}
         absent = dict.fromkeys(name for name in (*measured, "known_norm") if name not in of_norm)
@@ -101,8 +102,12 @@ def rule_variants(rule: str) -> Iterator[Variant]:
 
 def state_of(rule: str) -> list[Any]:
     """The columns that a rule adds to those of every step."""
-    names = [column.name for column in columns_of(rule)]
-    return columns_of(rule)[names.index("step") + 1 :]
+    return columns_of(rule)[len(core.step_columns) :]
+
+
+def scalars_of(rule: str) -> int:
+    """How many scalars a rule has for each row."""
+    return int(importlib.import_module(f"trainops.triton_kernels.{rule}").SCALARS)
 
 
 def update_variant(rule: str, param: str, state: str, used: list[str], average: str | None) -> Variant:
@@ -123,7 +128,8 @@ def update_variant(rule: str, param: str, state: str, used: list[str], average: 
         "update",
         ", ".join([rule, param, *options]),
         {**TABLE, "settings": "*i64", "scalars": "*fp64", "coefficient": "*fp64", "skip": "*i1"},
-        {"WORDS": words_of(rule), **functions} | {k: None if v is None else f":{v}" for k, v in types.items()},
+        {"WORDS": words_of(rule), "SCALARS": scalars_of(rule), **functions}
+        | {k: None if v is None else f":{v}" for k, v in types.items()},
         (param, *writes),
         writes,
     )

@@ -61,6 +61,7 @@ TRITON_AND_CUDA = [
         tests_of("adamw", k="triton-cpu"),
         {
             "triton: beta2 for beta1": ("grad - beta1 * difference", "grad - beta2 * difference"),
+            "triton: maximize ignored": ("!= 0.0, -coefficient, coefficient)", "!= 0.0, coefficient, coefficient)"),
         },
     ),
     *planted(
@@ -75,7 +76,6 @@ TRITON_AND_CUDA = [
         "triton_kernels/update.py",
         tests_of("adamw", k="triton-cpu"),
         {
-            "triton: maximize ignored": ("!= 0.0, -factor, factor)", "!= 0.0, factor, factor)"),
             "triton: a step is not skipped": (
                 "        if tl.load(skip) != 0:\n            return",
                 "        if tl.load(skip) == 2:\n            return",
@@ -196,10 +196,19 @@ TRITON_AND_CUDA = [
                 "const auto [entry, is_new] = known.try_emplace(std::vector<DType>{}, found.size());",
             ),
             "device tables: a layout without sizes": ("      words.push_back(table_.numel(row));\n", ""),
-            "device tables: dtypes of the column before": ("<< (4 * column)", "<< (4 * column + 4)"),
             "device tables: chunks of a section's first row": (
                 "first_chunks_[row] = chunk_count_;",
                 "first_chunks_[row] = first;",
+            ),
+        },
+    ),
+    *planted(
+        "csrc/core/table.h",
+        tests_of("core"),
+        {
+            "device tables: dtypes of the column before": (
+                "<< (kDTypeBits * column)",
+                "<< (kDTypeBits * column + kDTypeBits)",
             ),
         },
     ),
@@ -365,8 +374,8 @@ TRITON_AND_CUDA = [
         tests_of("ends"),
         {
             "cuda: chunks begin one too late": (
-                "words.insert(words.end(), {row, i * chunk_numel_});",
-                "words.insert(words.end(), {row, (i + 1) * chunk_numel_});",
+                "words[begin + kChunkBegin] = i * chunk_numel_;",
+                "words[begin + kChunkBegin] = (i + 1) * chunk_numel_;",
             ),
         },
     ),
@@ -375,12 +384,12 @@ TRITON_AND_CUDA = [
         tests_of("cuda"),
         {
             "cuda: partial sums of the first row for all": (
-                "join_partials<Statistic>(args.partials + first, 0, count, 1)",
-                "join_partials<Statistic>(args.partials, 0, count, 1)",
+                "join_partials<Statistic>(all_partials + first, 0, count, 1)",
+                "join_partials<Statistic>(all_partials, 0, count, 1)",
             ),
             "cuda: rows of eight chunks": (
-                "double state = count <= kOfThread ?",
-                "double state = count < kOfThread ?",
+                "State state = count <= kOfThread ?",
+                "State state = count < kOfThread ?",
             ),
             "cuda: rows of 2048 chunks": (
                 "count > kOfThread && count <= kOfWarp",
@@ -397,8 +406,8 @@ TRITON_AND_CUDA = [
                 "const Cell cell = chunk.row.cell(0);",
             ),
             "cuda: the norm keeps the grad scale": (
-                "total = Statistic::finish(join_block<Statistic>(total, shared[1])) / grad_scale;",
-                "total = Statistic::finish(join_block<Statistic>(total, shared[1]));",
+                "Statistic::finish(join_block<Statistic>(total, shared[1])) / grad_scale;",
+                "Statistic::finish(join_block<Statistic>(total, shared[1]));",
             ),
         },
     ),
@@ -494,8 +503,8 @@ TRITON_AND_CUDA = [
         tests_of("adamw", "grad_scale", k="cuda-cpu"),
         {
             "cuda: a swapped pair of addresses": (
-                "args.partials = at<double>(partials);\n  args.total = at<double>(total);",
-                "args.partials = at<double>(total);\n  args.total = at<double>(partials);",
+                "args.partials = at<void>(partials);\n  args.total = at<double>(total);",
+                "args.partials = at<void>(total);\n  args.total = at<double>(partials);",
             ),
             "cuda: the grad scale for found_inf": (
                 "args.found_inf = at<const float>(found_inf)",

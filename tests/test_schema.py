@@ -36,7 +36,8 @@ def test_what_the_columns_are():
     }
     measured = {kind: names_of(kind)[core.schemas[kind].measured] for kind in core.schemas}
     assert measured == {"adamw": "grad", "ema": "average", "reduce": "tensor", "transform": "tensor"}
-    words = {"row": {0: "numel", 1: "first_chunk", 2: "group", 3: "dtypes"}}
+    assert core.step_columns == {name: place for place, name in enumerate(STEP_COLUMNS)}
+    words = {"row": {0: "numel", 1: "first_chunk", 2: "group", 3: "dtypes"}, "chunk": {0: "row", 1: "begin"}}
     words |= {"step": {0: "max_norm", 1: "ema_decay"}, "setting": {0: "form", 1: "value"}}
     words |= {"form": {0: "double", 1: "float_address", 2: "double_address"}}
     assert {kind: {place: name for name, place in core.words(kind).items()} for kind in words} == words
@@ -84,8 +85,8 @@ def test_triton_takes_the_state_in_the_order_of_the_columns(rule):
     pytest.importorskip("triton")
     new_state = importlib.import_module(f"trainops.triton_kernels.{rule}").new_state
     update = importlib.import_module("trainops.triton_kernels.update")
-    grad, *state, scalars = inspect.signature(new_state.fn).parameters
-    assert (grad, scalars) == ("grad", "scalars")
+    param, grad, *state, scalars = inspect.signature(new_state.fn).parameters
+    assert (param, grad, scalars) == ("param", "grad", "scalars")
     assert state[: len(state_of(rule))] == state_of(rule)
     types = [name for name in inspect.signature(update.update.fn).parameters if name.startswith("STATE")]
     assert types == [f"STATE{i}_TYPE" for i in range(len(state))]  # a rule with less state leaves the last ones out

@@ -54,14 +54,14 @@ class Schema(NamedTuple):
 _core, reason = load("_core", "core")
 available = _core is not None
 reader: Any = None
-first_state = 0  # where the columns of a rule's state begin
+step_columns: dict[str, int] = {}  # the places of the columns of every rule, by name; those of its state follow
 schemas: dict[str, Schema] = {}  # by the kind of table: a rule's name, ``ema``, ``reduce`` or ``transform``
 if available:
     for kind, its in _core.SCHEMAS.items():  # read once: each access to an object of C++ makes its lists anew
         columns = [Column(x.name, x.written, x.optional, x.one_per_row) for x in its.columns]
         places = {column.name: place for place, column in enumerate(columns)}
         schemas[kind] = Schema(columns, places, its.settings, its.measured)
-    first_state = _core.FIRST_STATE
+    step_columns = _core.STEP_COLUMNS
     reader = _core.TensorReader()
     reader.configure(
         api=getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
@@ -88,8 +88,8 @@ def setting(rule: str, name: str) -> int:
 def words(name: str) -> dict[str, int]:
     """The indices of words, or the values that a word may have, by name.
 
-    ``row``: in front of a row's addresses. ``step``: in front of the settings of a step. ``setting``: of one setting.
-    ``form``: how a setting is given.
+    ``row``: in front of a row's addresses. ``chunk``: of a chunk. ``step``: in front of the settings of a step.
+    ``setting``: of one setting. ``form``: how a setting is given.
     """
     return cast(dict[str, int], _core.WORDS[name])
 

@@ -23,12 +23,16 @@ def block_numel(*itemsizes: int) -> int:
 NUMEL, FIRST_CHUNK, GROUP = (tl.constexpr(core.words("row")[name]) for name in ("numel", "first_chunk", "group"))
 ADDRESSES = tl.constexpr(len(core.words("row")))
 
+# Words of a chunk.
+CHUNK_ROW, CHUNK_BEGIN = (tl.constexpr(core.words("chunk")[name]) for name in ("row", "begin"))
+CHUNK_WORDS = tl.constexpr(len(core.words("chunk")))
+
 
 @triton.jit
 def chunk_of(chunks, index, CHUNK: tl.constexpr):
     """The row of a chunk, and its first element there."""
-    row = tl.load(chunks + 2 * index)
-    begin = tl.load(chunks + 2 * index + 1)
+    words = chunks + CHUNK_WORDS * index
+    row, begin = tl.load(words + CHUNK_ROW), tl.load(words + CHUNK_BEGIN)
     begin = tl.multiple_of(begin, CHUNK)  # stated here, because loops pass it on
     return row, begin
 

@@ -1,12 +1,11 @@
 """AdamW (arXiv:1711.05101, algorithm 2; AMSGrad: arXiv:1904.09237).
 
+    g <- coefficient * g
     p <- p * (1 - lr * weight_decay)
     m <- m + (1 - beta1) * (g - m)
     v <- beta2 * v + (1 - beta2) * g^2
     p <- p - step_size * m / (sqrt(v) + scaled_eps)
     with step_size = lr * sqrt(1 - beta2^t) / (1 - beta1^t) and scaled_eps = eps * sqrt(1 - beta2^t)
-
-grad is already multiplied by the coefficient.
 
 Agrees with: torch.optim.AdamW (torch/optim/adam.py, _single_tensor_adam), and csrc/math/adamw.h.
 """
@@ -19,9 +18,10 @@ from trainops import core
 from ._common import divide, square_root
 from .control import setting
 
-LR, BETA1, BETA2, EPS, WEIGHT_DECAY = (
-    tl.constexpr(core.setting("adamw", name)) for name in ("lr", "beta1", "beta2", "eps", "weight_decay")
+LR, BETA1, BETA2, EPS, WEIGHT_DECAY, MAXIMIZE = (
+    tl.constexpr(core.setting("adamw", name)) for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "maximize")
 )
+SCALARS = 8  # that `store_scalars` stores
 
 
 @triton.jit
@@ -50,23 +50,27 @@ def store_scalars(out, group, step):
     tl.store(out + 4, 1.0 - beta2)
     tl.store(out + 5, lr / bias_correction(beta1, step) * correction)
     tl.store(out + 6, setting(group, EPS) * correction)
+    tl.store(out + 7, setting(group, MAXIMIZE))
 
 
 @triton.jit
-def load_scalars(scalars, WIDE: tl.constexpr):
-    """The scalars in the type of arithmetic: keep, weight1, beta1, beta2, weight2, step_size, scaled_eps."""
+def load_scalars(scalars, coefficient, WIDE: tl.constexpr):
+    """The scalars in the type of arithmetic, as :func:`new_state` names them. ``coefficient``: of the gradients."""
+    coefficient = tl.where(tl.load(scalars + 7) != 0.0, -coefficient, coefficient).to(WIDE)
     keep, weight1, beta1 = tl.load(scalars).to(WIDE), tl.load(scalars + 1).to(WIDE), tl.load(scalars + 2).to(WIDE)
     beta2, weight2 = tl.load(scalars + 3).to(WIDE), tl.load(scalars + 4).to(WIDE)
-    return keep, weight1, beta1, beta2, weight2, tl.load(scalars + 5).to(WIDE), tl.load(scalars + 6).to(WIDE)
+    step_size, scaled_eps = tl.load(scalars + 5).to(WIDE), tl.load(scalars + 6).to(WIDE)
+    return coefficient, keep, weight1, beta1, beta2, weight2, step_size, scaled_eps
 
 
 @triton.jit
-def new_state(grad, exp_avg, exp_avg_sq, max_exp_avg_sq, scalars):
+def new_state(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, scalars):
     """The state after a step, in the order of the columns.
 
     The third value is the second moment for :func:`new_param`. It is a column only with AMSGrad.
     """
-    _, weight1, beta1, beta2, weight2, _, _ = scalars
+    coefficient, _, weight1, beta1, beta2, weight2, _, _ = scalars
+    grad = coefficient * grad
     difference = grad - exp_avg
     exp_avg = tl.where(weight1 < 0.5, exp_avg + weight1 * difference, grad - beta1 * difference)
     exp_avg_sq = exp_avg_sq * beta2 + weight2 * grad * grad
@@ -83,5 +87,5 @@ def new_param(param, exp_avg, exp_avg_sq, second_moment, scalars):
     Separate from ``new_state``: storing the state before the division frees registers. The division's slow path
     branches.
     """
-    keep, _, _, _, _, step_size, scaled_eps = scalars
+    _, keep, _, _, _, _, step_size, scaled_eps = scalars
     return param * keep - divide(step_size * exp_avg, square_root(second_moment) + scaled_eps)

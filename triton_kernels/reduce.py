@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ._common import ADDRESSES, FIRST_CHUNK, NUMEL, chunk_of, end_of_body
-from .statistics import add, add_state, finish, join
+from .statistics import add, finish, join, join_lanes, overflows, start
 from .storage import load
 
 
@@ -25,11 +25,12 @@ def gather_chunk(
     BLOCK: tl.constexpr,
 ):
     """The state of one chunk, gathered in ``WIDE`` and returned in float64."""
-    states = tl.zeros([BLOCK], WIDE)
+    states = start(STATISTIC, BLOCK, WIDE)
     for MASKED in tl.static_range(2):
         for offset in range(body if MASKED else begin, end if MASKED else body, BLOCK):
-            states = add(states, load(address, offset, end, DTYPE, WIDE, BLOCK, MASKED), STATISTIC)
-    return join(states, STATISTIC).to(tl.float64)
+            exists = offset + tl.arange(0, BLOCK) < end if MASKED else None
+            states = add(states, load(address, offset, end, DTYPE, WIDE, BLOCK, MASKED), exists, STATISTIC)
+    return join_lanes(states, STATISTIC)
 
 
 @triton.jit(do_not_specialize=["first_chunk"])
@@ -46,10 +47,7 @@ def partial_results(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program i: the state of chunk ``first_chunk + i``, into ``partials``.
-
-    Where float32 overflows, as the squares of 1e30 do, it is gathered once more in float64.
-    """
+    """Program i: the state of chunk ``first_chunk + i``, into ``partials``. If float32 overflows, float64 follows."""
     index = first_chunk + tl.program_id(0)
     row, begin = chunk_of(chunks, index, CHUNK)
     words = rows + row * WORDS
@@ -57,20 +55,26 @@ def partial_results(
     address = tl.load(words + ADDRESSES + COLUMN)
     body = end_of_body(begin, end, address, BLOCK)
     state = gather_chunk(address, begin, body, end, DTYPE, WIDE, STATISTIC, BLOCK)
-    if STATISTIC != "inf_norm" and WIDE != tl.float64:
-        if state == float("inf"):
+    if WIDE != tl.float64:
+        if overflows(state, STATISTIC):
             state = gather_chunk(address, begin, body, end, DTYPE, tl.float64, STATISTIC, BLOCK)
-    tl.store(partials + index, state)
+    for i in tl.static_range(len(state)):
+        tl.store(partials + index * len(state) + i, state[i])
 
 
 @triton.jit
 def result_of(partials, first, last, STATISTIC: tl.constexpr, BLOCK: tl.constexpr):
     """The statistic over chunks ``first`` to ``last``."""
-    states = tl.zeros([BLOCK], tl.float64)
+    states = start(STATISTIC, BLOCK, tl.float64)
     for offset in range(first, last, BLOCK):
-        i = offset + tl.arange(0, BLOCK)
-        states = add_state(states, tl.load(partials + i, mask=i < last, other=0.0), STATISTIC)
-    return finish(join(states, STATISTIC), STATISTIC)
+        index = offset + tl.arange(0, BLOCK)
+        others = ()
+        for i in tl.static_range(len(states)):
+            nothing = start(STATISTIC, BLOCK, tl.float64)[i]
+            number = tl.load(partials + index * len(states) + i, mask=index < last, other=nothing)
+            others = others + (number,)  # noqa: RUF005 (Triton has no stars)
+        states = join(states, others, STATISTIC)
+    return finish(join_lanes(states, STATISTIC), STATISTIC)
 
 
 @triton.jit

@@ -5,8 +5,9 @@ coefficient and whether the step is skipped, and evaluates each row's scalars in
 every column once. With AdamW in float32, that is 28 bytes per element, 8 more with AMSGrad and 8 more with an
 average. Arithmetic in float32, or float64 for float64 parameters.
 
-A rule is a file like ``adamw.py``, whose functions are constants of these kernels: ``STORE_SCALARS``,
-``LOAD_SCALARS``, ``NEW_STATE`` and ``NEW_PARAM``. Its state fills up to three columns.
+A rule is a file like ``adamw.py``. Its functions are constants of these kernels: ``STORE_SCALARS``, ``LOAD_SCALARS``,
+``NEW_STATE`` and ``NEW_PARAM``; so is ``SCALARS``, how many float64 slots its scalars take for each row. Its state
+fills up to three columns.
 """
 
 import triton
@@ -15,19 +16,16 @@ import triton.language as tl
 from trainops import core
 
 from ._common import ADDRESSES, GROUP, NUMEL, chunk_of, end_of_body
-from .control import EMA_DECAY, GROUPS, decide, setting
+from .control import EMA_DECAY, GROUPS, decide
 from .ema import moved
 from .reduce import chunks_of_row, result_of
 from .storage import load, real, store
 
-PARAM, GRAD, AVERAGE, STEP = (
-    tl.constexpr(core.schemas["adamw"].places[name]) for name in ("param", "grad", "average", "step")
-)
-STATE = tl.constexpr(core.first_state)
+PARAM, GRAD, AVERAGE, STEP = (tl.constexpr(core.step_columns[name]) for name in ("param", "grad", "average", "step"))
+STATE = tl.constexpr(len(core.step_columns))
 
-# `plan` stores SCALARS float64 slots for each row: the new step count, whether it maximizes, and room for eight
-# scalars of the rule.
-NEW_STEP, IS_MAXIMIZED, RULE_SCALARS, SCALARS = (tl.constexpr(i) for i in (0, 1, 2, 10))
+# For each row, `plan` stores float64 slots: these, then the rule's scalars.
+NEW_STEP, RULE_SCALARS = tl.constexpr(0), tl.constexpr(1)
 
 
 @triton.jit(do_not_specialize=["chunk_count"])
@@ -46,8 +44,8 @@ def plan(
     skipped_steps,
     scalars,
     STORE_SCALARS: tl.constexpr,
+    SCALARS: tl.constexpr,
     GROUP_WORDS: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
     CLIP: tl.constexpr,
     SKIP_NONFINITE: tl.constexpr,
     WORDS: tl.constexpr,
@@ -58,7 +56,6 @@ def plan(
 
     ``partials`` (with ``total_norm`` and ``norms``, which are written), ``known_norm``, ``grad_scale``,
     ``found_inf``, ``skip`` and ``skipped_steps`` may each be None. ``norms`` are those of the unscaled gradients.
-    ``MAXIMIZE``: the index of that setting.
     """
     row = tl.program_id(0).to(tl.int64) - 1
     inverse_scale = 1.0
@@ -83,11 +80,10 @@ def plan(
         if partials is not None:
             first, last = chunks_of_row(rows, row, WORDS, CHUNK)
             tl.store(norms + row, result_of(partials, first, last, "l2_norm", BLOCK) * inverse_scale)
-        words, out = rows + row * WORDS, scalars + row * SCALARS
+        words, out = rows + row * WORDS, scalars + row * (RULE_SCALARS + SCALARS)
         group = settings + GROUPS + tl.load(words + GROUP) * GROUP_WORDS
         step = tl.load(tl.load(words + ADDRESSES + STEP).to(tl.pointer_type(tl.float32))).to(tl.float64) + 1.0
         tl.store(out + NEW_STEP, step)
-        tl.store(out + IS_MAXIMIZED, setting(group, MAXIMIZE))
         STORE_SCALARS(out + RULE_SCALARS, group, step)
 
 
@@ -101,6 +97,7 @@ def update(
     coefficient,
     skip,
     LOAD_SCALARS: tl.constexpr,
+    SCALARS: tl.constexpr,
     NEW_STATE: tl.constexpr,
     NEW_PARAM: tl.constexpr,
     PARAM_TYPE: tl.constexpr,
@@ -120,7 +117,7 @@ def update(
         if tl.load(skip) != 0:
             return
     row, begin = chunk_of(chunks, first_chunk + tl.program_id(0), CHUNK)
-    words, row_scalars = rows + row * WORDS, scalars + row * SCALARS
+    words, row_scalars = rows + row * WORDS, scalars + row * (RULE_SCALARS + SCALARS)
     addresses = words + ADDRESSES
     if begin == 0:
         step = tl.load(addresses + STEP).to(tl.pointer_type(tl.float32))
@@ -141,19 +138,17 @@ def update(
         address_bits |= state2_address
     body = end_of_body(begin, end, address_bits, BLOCK)
 
-    factor = tl.load(coefficient)
-    factor = tl.where(tl.load(row_scalars + IS_MAXIMIZED) != 0.0, -factor, factor).to(WIDE)
-    rule_scalars = LOAD_SCALARS(row_scalars + RULE_SCALARS, WIDE)
+    rule_scalars = LOAD_SCALARS(row_scalars + RULE_SCALARS, tl.load(coefficient), WIDE)
     ema_decay = real(tl.load(settings + EMA_DECAY))
 
     for MASKED in tl.static_range(2):
         for offset in range(body if MASKED else begin, end if MASKED else body, BLOCK):
-            grad = load(grad_address, offset, end, GRAD_TYPE, WIDE, BLOCK, MASKED) * factor
+            grad = load(grad_address, offset, end, GRAD_TYPE, WIDE, BLOCK, MASKED)
             state0 = load(state0_address, offset, end, STATE0_TYPE, WIDE, BLOCK, MASKED)
             state1 = load(state1_address, offset, end, STATE1_TYPE, WIDE, BLOCK, MASKED)
             param = load(param_address, offset, end, PARAM_TYPE, WIDE, BLOCK, MASKED)
             state2 = load(state2_address, offset, end, STATE2_TYPE, WIDE, BLOCK, MASKED)
-            state0, state1, state2 = NEW_STATE(grad, state0, state1, state2, rule_scalars)
+            state0, state1, state2 = NEW_STATE(param, grad, state0, state1, state2, rule_scalars)
             if STATE0_TYPE is not None:
                 store(state0_address, offset, end, state0, STATE0_TYPE, BLOCK, MASKED)
             if STATE1_TYPE is not None:

@@ -1,7 +1,7 @@
 // A Table as 64-bit words for the memory of a device (the words of a row: schema.h).
 //
 // A chunk is up to `chunk_numel` elements of one row, the unit of a block's or program's work. A row without elements
-// has one empty chunk. The words of a chunk are its row and its first element there.
+// has one empty chunk.
 //
 // Kernels for which types are data (CUDA) take the chunks in the order of the rows. Others are compiled for a
 // combination of types (Triton): for them, rows of one combination form a section, whose chunks follow each other.
@@ -71,11 +71,16 @@ class DeviceWords {
 
   Words chunks() const {
     Words words;
-    words.reserve(2 * chunk_count_);
+    words.reserve(kChunkWords * chunk_count_);
     for (const std::vector<int64_t>& members : members_) {
       for (const int64_t row : members) {
         const int64_t count = chunks_of_row(table_.numel(row), chunk_numel_);
-        for (int64_t i = 0; i < count; ++i) words.insert(words.end(), {row, i * chunk_numel_});
+        for (int64_t i = 0; i < count; ++i) {
+          const size_t begin = words.size();
+          words.resize(begin + kChunkWords);
+          words[begin + kChunkRow] = row;
+          words[begin + kChunkBegin] = i * chunk_numel_;
+        }
       }
     }
     return words;
@@ -114,7 +119,7 @@ class DeviceWords {
   void add_row(Words& words, int64_t row, int64_t group) const {
     int64_t dtypes = 0;
     for (int64_t column = 0; column < table_.columns(); ++column) {
-      dtypes |= static_cast<int64_t>(table_.cell(row, column).dtype) << (4 * column);
+      dtypes |= dtype_bits(table_.cell(row, column).dtype, column);
     }
     const size_t begin = words.size();
     words.resize(begin + kAddresses);

@@ -28,7 +28,9 @@ PythonWords words_of(const py::object& table, int64_t chunk_numel, bool by_kind)
 
 // Names of dtypes, as torch has them.
 const char* name_of(DType dtype) {
-  constexpr const char* names[] = {"float32", "float64", "bfloat16", "float16"};
+#define TRAINOPS_DTYPE(name, ...) #name,
+  constexpr const char* names[] = {TRAINOPS_DTYPES(TRAINOPS_DTYPE)};
+#undef TRAINOPS_DTYPE
   return dtype == DType::none ? nullptr : names[static_cast<int>(dtype)];
 }
 
@@ -58,7 +60,7 @@ py::bytes step_words(const TensorReader& reader, double max_norm, double ema_dec
       }
       Description description;
       if (!reader.read(setting.ptr(), description) || description.numel != 1 ||
-          description.cell.dtype > DType::float64) {
+          (description.cell.dtype != DType::float32 && description.cell.dtype != DType::float64)) {
         throw py::type_error("a setting is a number, or a tensor with one float32 or float64");
       }
       const bool is_float = description.cell.dtype == DType::float32;
@@ -83,7 +85,7 @@ bool are_small(const TensorReader& reader, const py::object& branch, const py::o
          first.same_order(second);
 }
 
-#define TRAINOPS_WORD(id, name) {name, static_cast<int>(id)},
+#define TRAINOPS_WORD(id, name, ...) {name, static_cast<int>(id)},
 
 void define_schemas(py::module_& m) {
   py::class_<Column>(m, "Column")
@@ -98,11 +100,10 @@ void define_schemas(py::module_& m) {
   py::dict all;
   for (const Schema& schema : schemas()) all[py::str(schema.name)] = schema;
   m.attr("SCHEMAS") = all;
-  m.attr("FIRST_STATE") = static_cast<int>(kState);
+  m.attr("STEP_COLUMNS") = std::map<std::string, int>{TRAINOPS_STEP_COLUMNS(TRAINOPS_WORD)};
   m.attr("WORDS") = std::map<std::string, std::map<std::string, int>>{
-      {"row", {TRAINOPS_ROW_WORDS(TRAINOPS_WORD)}},
-      {"step", {TRAINOPS_STEP_WORDS(TRAINOPS_WORD)}},
-      {"setting", {TRAINOPS_SETTING_WORDS(TRAINOPS_WORD)}},
+      {"row", {TRAINOPS_ROW_WORDS(TRAINOPS_WORD)}},      {"chunk", {TRAINOPS_CHUNK_WORDS(TRAINOPS_WORD)}},
+      {"step", {TRAINOPS_STEP_WORDS(TRAINOPS_WORD)}},    {"setting", {TRAINOPS_SETTING_WORDS(TRAINOPS_WORD)}},
       {"form", {TRAINOPS_SETTING_FORMS(TRAINOPS_WORD)}},
   };
 }

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 #include <string_view>
 
 #include "../math/adamw.h"
@@ -18,6 +20,16 @@ inline const std::vector<Schema>& rules() {
   return all;
 }
 #undef TRAINOPS_RULE_SCHEMA
+
+// Calls function(Rule{}) with the rule of that name.
+template <typename Function>
+void with_rule(const std::string& rule, Function function) {
+#define TRAINOPS_CASE(Rule, name) \
+  if (rule == name) return function(Rule{});
+  TRAINOPS_RULES(TRAINOPS_CASE)
+#undef TRAINOPS_CASE
+  throw std::invalid_argument("there is no rule " + rule);
+}
 
 inline const std::vector<Schema>& schemas() {
   static const std::vector<Schema> all = [] {

@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "table.h"
+
 namespace trainops {
 
 // The use of a column. Without a flag, every row has a tensor there, and kernels only read it.
@@ -39,11 +41,15 @@ enum StepColumn : int { TRAINOPS_STEP_COLUMNS(TRAINOPS_ENUMERATOR) kState };
 #define TRAINOPS_EMA_COLUMNS(column) column(kEMAAverage, "average", kWritten) column(kEMATensor, "tensor", kRead)
 enum EMAColumn : int { TRAINOPS_EMA_COLUMNS(TRAINOPS_ENUMERATOR) };
 
-// A table on a device is 64-bit words. A row is these words, then one address per column. `dtypes` has four bits for
-// each column; the lowest are the first column's.
+// A table on a device is 64-bit words. A row is these words, then one address per column. `dtypes` holds the
+// type of each column (table.h).
 #define TRAINOPS_ROW_WORDS(word) \
   word(kNumel, "numel") word(kFirstChunk, "first_chunk") word(kGroup, "group") word(kDTypes, "dtypes")
 enum RowWord : int { TRAINOPS_ROW_WORDS(TRAINOPS_ENUMERATOR) kAddresses };
+
+// A chunk of a table (device_words.h) is its row, and its first element there.
+#define TRAINOPS_CHUNK_WORDS(word) word(kChunkRow, "row") word(kChunkBegin, "begin")
+enum ChunkWord : int { TRAINOPS_CHUNK_WORDS(TRAINOPS_ENUMERATOR) kChunkWords };
 
 // A step's settings on a device are these words, then those of each setting of each group. The form of a setting says
 // what its value is: a double, or the address of a float or of a double on the device.
@@ -64,6 +70,7 @@ struct Schema {
 
 template <typename Rule>
 Schema schema_of_rule(const char* name) {
+  static_assert(kState + Rule::kStates <= kMaxColumns, "the types of a row's columns fit into one word");
   Schema schema{name, {TRAINOPS_STEP_COLUMNS(TRAINOPS_COLUMN)}, {}, kGrad};
   schema.columns.insert(schema.columns.end(), std::begin(Rule::state), std::end(Rule::state));
   schema.settings.assign(std::begin(Rule::setting_names), std::end(Rule::setting_names));

@@ -12,7 +12,15 @@
 
 namespace trainops {
 
-enum class DType : uint8_t { float32, float64, bfloat16, float16, none };
+// The types of stored numbers: macro(torch's name, type in C++, ...) for each. storage.h has the types that C++
+// lacks.
+#define TRAINOPS_DTYPES(macro, ...)                                                                             \
+  macro(float32, float, __VA_ARGS__) macro(float64, double, __VA_ARGS__) macro(bfloat16, BFloat16, __VA_ARGS__) \
+      macro(float16, Float16, __VA_ARGS__)
+
+#define TRAINOPS_DTYPE(name, ...) name,
+enum class DType : uint8_t { TRAINOPS_DTYPES(TRAINOPS_DTYPE) none };
+#undef TRAINOPS_DTYPE
 
 TRAINOPS_HOST_DEVICE int itemsize(DType dtype) {
   return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
@@ -23,6 +31,17 @@ struct Cell {
   void* address = nullptr;
   DType dtype = DType::none;
 };
+
+// The types of a row's columns make one word on a device. The lowest bits are the first column's.
+constexpr int kDTypeBits = 4, kMaxColumns = 64 / kDTypeBits;
+static_assert(static_cast<int>(DType::none) < 1 << (kDTypeBits - 1), "a type fits, and the word's sign stays free");
+
+TRAINOPS_HOST_DEVICE int64_t dtype_bits(DType dtype, int64_t column) {
+  return static_cast<int64_t>(dtype) << (kDTypeBits * column);
+}
+TRAINOPS_HOST_DEVICE DType dtype_of_column(int64_t word, int column) {
+  return static_cast<DType>(word >> (kDTypeBits * column) & ((1 << kDTypeBits) - 1));
+}
 
 class Table {
  public:

@@ -15,18 +15,20 @@
 
 namespace trainops::cpu {
 
-template <typename S>
-constexpr bool is_narrow = std::is_same_v<S, BFloat16> || std::is_same_v<S, Float16>;
-
 // The type of the arithmetic on values that are stored as S.
 template <typename S>
-using Wide = std::conditional_t<is_narrow<S>, float, S>;
+using Wide = decltype(widen(S{}));
 
 template <typename S>
-constexpr DType dtype_of = std::is_same_v<S, BFloat16>  ? DType::bfloat16
-                           : std::is_same_v<S, Float16> ? DType::float16
-                           : std::is_same_v<S, double>  ? DType::float64
-                                                        : DType::float32;
+constexpr bool is_narrow = !std::is_same_v<S, Wide<S>>;
+
+template <typename S>
+constexpr DType dtype_of = DType::none;
+#define TRAINOPS_DTYPE(name, S, ...) \
+  template <>                        \
+  inline constexpr DType dtype_of<S> = DType::name;
+TRAINOPS_DTYPES(TRAINOPS_DTYPE)
+#undef TRAINOPS_DTYPE
 
 // Calls function(S{}). S is the common type of the cells. For mixed types it is double if the first cell is double,
 // else float. Empty cells do not count.

@@ -1,8 +1,6 @@
 // Statistics over a column (math/statistics.h): 4 bytes per float32 element. States are kept in float64 whatever the
 // type, in an order that depends on the sizes alone: the same tensors give the same bits with any number of threads
 // and any instruction set.
-#include <stdexcept>
-
 #include "../math/statistics.h"
 #include "convert.h"
 #include "kernels.h"
@@ -46,15 +44,11 @@ TRAINOPS_HOST_DEVICE typename Statistic::State reduce_run(const S* values, int64
 }
 
 // One named function for each statistic and type, because only those can be compiled for several instruction sets.
-#define TRAINOPS_REDUCE(Statistic, S)                                                             \
+#define TRAINOPS_REDUCE(dtype, S, Statistic)                                                      \
   TRAINOPS_MULTIVERSION Statistic::State reduce_piece(Statistic, const S* values, int64_t size) { \
     return reduce_run<Statistic>(values, size);                                                   \
   }
-#define TRAINOPS_REDUCE_ALL(Statistic, name) \
-  TRAINOPS_REDUCE(Statistic, float)          \
-  TRAINOPS_REDUCE(Statistic, double)         \
-  TRAINOPS_REDUCE(Statistic, BFloat16)       \
-  TRAINOPS_REDUCE(Statistic, Float16)
+#define TRAINOPS_REDUCE_ALL(Statistic, name) TRAINOPS_DTYPES(TRAINOPS_REDUCE, Statistic)
 TRAINOPS_STATISTICS(TRAINOPS_REDUCE_ALL)
 #undef TRAINOPS_REDUCE_ALL
 #undef TRAINOPS_REDUCE
@@ -94,11 +88,7 @@ Result reduce_table(const Table& table, const Chunks& chunks, int64_t column) {
 }  // namespace
 
 Result reduce(const std::string& statistic, const Table& table, const Chunks& chunks, int64_t column) {
-#define TRAINOPS_CASE(Statistic, name) \
-  if (statistic == name) return reduce_table<Statistic>(table, chunks, column);
-  TRAINOPS_STATISTICS(TRAINOPS_CASE)
-#undef TRAINOPS_CASE
-  throw std::invalid_argument("there is no statistic " + statistic);
+  return with_statistic(statistic, [&](auto its) { return reduce_table<decltype(its)>(table, chunks, column); });
 }
 
 }  // namespace trainops::cpu

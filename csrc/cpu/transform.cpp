@@ -11,18 +11,12 @@ namespace trainops::cpu {
 namespace {
 
 // One named function for each operation and type, because only those can be compiled for several instruction sets.
-#define TRAINOPS_TRANSFORM(Function, S)                                                           \
+#define TRAINOPS_TRANSFORM(dtype, S, Function)                                                    \
   TRAINOPS_MULTIVERSION void transform_run(S* values, int64_t size, Function<Wide<S>> function) { \
     for_each_element(size, [function](Wide<S>& x) TRAINOPS_INLINE { x = function(x); }, values);  \
   }
-#define TRAINOPS_TRANSFORM_ALL(Function) \
-  TRAINOPS_TRANSFORM(Function, float)    \
-  TRAINOPS_TRANSFORM(Function, double)   \
-  TRAINOPS_TRANSFORM(Function, BFloat16) \
-  TRAINOPS_TRANSFORM(Function, Float16)
-TRAINOPS_TRANSFORM_ALL(Scale)
-TRAINOPS_TRANSFORM_ALL(Clamp)
-#undef TRAINOPS_TRANSFORM_ALL
+TRAINOPS_DTYPES(TRAINOPS_TRANSFORM, Scale)
+TRAINOPS_DTYPES(TRAINOPS_TRANSFORM, Clamp)
 #undef TRAINOPS_TRANSFORM
 
 template <template <typename> class Function>

@@ -2,7 +2,6 @@
 // pass: every column is read and, where it is written, written once. With AdamW in float32, that is 28 bytes per
 // element, 8 more with AMSGrad and 8 more with an average. Arithmetic in float32, or float64 for float64 parameters.
 #include <algorithm>
-#include <stdexcept>
 
 #include "../core/rules.h"
 #include "../math/rule.h"
@@ -20,7 +19,7 @@ TRAINOPS_HOST_DEVICE void apply(Formula formula, S* param, const S* grad, S* con
                                 const Scalars& s, std::index_sequence<i...>) {
   using T = Wide<S>;
   const auto element = [&](T& p, T g, auto&... values) TRAINOPS_INLINE {
-    T own[] = {values...};
+    T own[kLength<sizeof...(i)>] = {values...};
     formula(p, g, own, s);
     ((values = own[i]), ...);
   };
@@ -36,16 +35,12 @@ TRAINOPS_HOST_DEVICE void update_run(S* param, const S* grad, S* const* state, i
 }
 
 // One named function for each rule and type, because only those can be compiled for several instruction sets.
-#define TRAINOPS_UPDATE(Rule, S)                                                                                   \
+#define TRAINOPS_UPDATE(dtype, S, Rule)                                                                            \
   TRAINOPS_MULTIVERSION void update_tile(Rule, S* param, const S* grad, S* const* state, int states, int64_t size, \
                                          const Rule::Scalars<Wide<S>>& s) {                                        \
     update_run<Rule>(param, grad, state, states, size, s);                                                         \
   }
-#define TRAINOPS_UPDATE_ALL(Rule, name) \
-  TRAINOPS_UPDATE(Rule, float)          \
-  TRAINOPS_UPDATE(Rule, double)         \
-  TRAINOPS_UPDATE(Rule, BFloat16)       \
-  TRAINOPS_UPDATE(Rule, Float16)
+#define TRAINOPS_UPDATE_ALL(Rule, name) TRAINOPS_DTYPES(TRAINOPS_UPDATE, Rule)
 TRAINOPS_RULES(TRAINOPS_UPDATE_ALL)
 #undef TRAINOPS_UPDATE_ALL
 #undef TRAINOPS_UPDATE
@@ -69,7 +64,7 @@ void update_piece(const Table& table, const Piece& piece, int states,
   for_each_tile(piece, [&](int64_t begin, int64_t size) {
     const auto read = [&](int column) { return load(cell(column), begin, size, buffers[column]); };
     S* const param = read(kParam);
-    S* state[Rule::kStates];
+    S* state[kLength<Rule::kStates>];
     for (int i = 0; i < states; ++i) state[i] = read(kState + i);
     update_tile(Rule{}, param, read(kGrad), state, states, size, scalars);
     for (int i = 0; i < states; ++i) store(cell(kState + i), begin, size, state[i]);
@@ -110,11 +105,7 @@ void update_table(const Table& table, const Chunks& chunks, const GroupSettings&
 
 void update(const std::string& rule, const Table& table, const Chunks& chunks, const GroupSettings& groups,
             double grad_coefficient, double ema_decay) {
-#define TRAINOPS_CASE(Rule, name) \
-  if (rule == name) return update_table<Rule>(table, chunks, groups, grad_coefficient, ema_decay);
-  TRAINOPS_RULES(TRAINOPS_CASE)
-#undef TRAINOPS_CASE
-  throw std::invalid_argument("there is no rule " + rule);
+  with_rule(rule, [&](auto its) { update_table<decltype(its)>(table, chunks, groups, grad_coefficient, ema_decay); });
 }
 
 }  // namespace trainops::cpu

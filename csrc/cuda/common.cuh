@@ -60,9 +60,7 @@ struct Row {
 
   __device__ int64_t numel() const { return words[kNumel]; }
   __device__ void* address(int column) const { return global<void>(words[kAddresses + column]); }
-  __device__ Cell cell(int column) const {
-    return {address(column), static_cast<DType>(words[kDTypes] >> (4 * column) & 15)};
-  }
+  __device__ Cell cell(int column) const { return {address(column), dtype_of_column(words[kDTypes], column)}; }
 };
 
 __device__ inline Row row_of(const DeviceTable& table, int64_t row) { return {table.rows + row * table.row_words}; }
@@ -74,8 +72,9 @@ struct Chunk {
 };
 
 __device__ inline Chunk chunk_of(const DeviceTable& table, int64_t index) {
-  const Row row = row_of(table, table.chunks[2 * index]);
-  const int64_t begin = table.chunks[2 * index + 1];
+  const int64_t* const words = table.chunks + kChunkWords * index;
+  const Row row = row_of(table, words[kChunkRow]);
+  const int64_t begin = words[kChunkBegin];
   const int64_t left = row.numel() - begin;
   return {row, begin, begin + (left < kChunkNumel ? left : kChunkNumel)};
 }

@@ -47,7 +47,7 @@ struct ReduceArgs {
   int64_t column;
   const float* grad_scale;
   unsigned* counter;  // must be 0 on entry; the kernel resets it
-  double* partials;   // one per chunk
+  void* partials;     // room for a State of the statistic per chunk (math/statistics.h)
   double* total;
   void* total_out;  // the same, and the rows' results, as float or double
   void* rows_out;

@@ -5,10 +5,12 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <map>
 #include <string>
 #include <string_view>
 
 #include "../core/python_table.h"
+#include "../math/statistics.h"
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -61,7 +63,7 @@ void reduce(const StagedTable& staged, const std::string& statistic, uintptr_t g
   args.column = staged.measured;
   args.grad_scale = at<const float>(grad_scale);
   args.counter = at<unsigned>(counter);
-  args.partials = at<double>(partials);
+  args.partials = at<void>(partials);
   args.total = at<double>(total);
   args.total_out = at<void>(total_out);
   args.rows_out = at<void>(rows_out);
@@ -112,10 +114,13 @@ void drop_path_backward(const DropPathBackward& operands, uintptr_t partials, ui
 
 }  // namespace
 
+#define TRAINOPS_STATE_WORDS(Statistic, name) {name, state_words<Statistic>},
+
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "The compiled CUDA kernels of trainops.";
   m.attr("DEVICE_TYPE") = TRAINOPS_DEVICE_TYPE == dlpack::kCUDA ? "cuda" : "cpu";
   m.attr("CHUNK_NUMEL") = cuda::kChunkNumel;
+  m.attr("STATE_WORDS") = std::map<std::string, int>{TRAINOPS_STATISTICS(TRAINOPS_STATE_WORDS)};
   m.attr("INLINE_BYTES") = cuda::kInlineWords * sizeof(int64_t);
   m.def("devices", [] {
     const cuda::Devices found = cuda::devices();

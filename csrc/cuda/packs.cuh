@@ -63,6 +63,8 @@ struct LaneOffset {
   int64_t first, second;
   bool has_first, has_second;
 
+  LaneOffset() = default;
+
   template <typename T>
   __device__ LaneOffset(const VectorRange<T>& range, int64_t tile, int thread)
       : first(tile + thread * range.stride), second(first + range.second) {

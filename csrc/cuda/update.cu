@@ -1,8 +1,6 @@
 // A step of any rule (math/adamw.h) with clipping, unscaling, skipping and the average (math/ema.h), in one launch:
 // every column is read and, where it is written, written once. With AdamW in float32, that is 28 bytes per element, 8
 // more with AMSGrad and 8 more with an average. Arithmetic in float32, or float64 for float64 parameters.
-#include <stdexcept>
-
 #include "../core/rules.h"
 #include "control.cuh"
 #include "ema.cuh"
@@ -46,12 +44,12 @@ __device__ void update_pack(const Cells<Rule>& cells, const LaneOffset& offset,
   unpack(raw[kGrad], cells.at[kGrad].dtype, grad);
   Rule::template with_formula<false>(cells.states(), scalars, [&](auto formula) {
     constexpr int states = decltype(formula)::states;
-    T state[states][kPack<T>];
+    T state[kLength<states>][kPack<T>];
 #pragma unroll
     for (int i = 0; i < states; ++i) unpack(raw[kState + i], cells.at[kState + i].dtype, state[i]);
 #pragma unroll
     for (int j = 0; j < kPack<T>; ++j) {
-      T own[states];
+      T own[kLength<states>];
 #pragma unroll
       for (int i = 0; i < states; ++i) own[i] = state[i][j];
       formula(param[j], grad[j], own, scalars);
@@ -77,7 +75,7 @@ __device__ void update_one(const Cells<Rule>& cells, int64_t i, const typename R
   const T grad = load<T>(cells.at[kGrad], i);
   Rule::template with_formula<false>(cells.states(), scalars, [&](auto formula) {
     constexpr int states = decltype(formula)::states;
-    T state[states];
+    T state[kLength<states>];
 #pragma unroll
     for (int k = 0; k < states; ++k) state[k] = load<T>(cells.at[kState + k], i);
     formula(param, grad, state, scalars);
@@ -144,11 +142,9 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_consta
 }  // namespace
 
 void update(const std::string& rule, const UpdateArgs& args, const Queue& queue) {
-#define TRAINOPS_CASE(Rule, name) \
-  if (rule == name) return launch(update_kernel<Rule>, name, args.table.chunk_count, queue, args);
-  TRAINOPS_RULES(TRAINOPS_CASE)
-#undef TRAINOPS_CASE
-  throw std::invalid_argument("there is no rule " + rule);
+  with_rule(rule, [&](auto its) {
+    launch(update_kernel<decltype(its)>, rule.c_str(), args.table.chunk_count, queue, args);
+  });
 }
 
 }  // namespace trainops::cuda

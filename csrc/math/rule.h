@@ -22,6 +22,10 @@ TRAINOPS_HOST_DEVICE typename Rule::template Scalars<T> rounded(const typename R
   return result;
 }
 
+// The length of an array of so many: arrays are not empty, and a formula may have no state.
+template <int count>
+constexpr int kLength = count > 0 ? count : 1;
+
 // The number of a rule's settings.
 template <typename Rule>
 constexpr int kSettings = sizeof(typename Rule::Settings) / sizeof(double);

@@ -100,7 +100,8 @@ class Staged:
 
     def partial_results(self, statistic: str, column: str) -> Tensor:
         """The unfinished statistic of each chunk."""
-        partials = torch.empty(self.words.chunk_count, dtype=torch.float64, device=self.device)
+        size = self.words.chunk_count, kernels().statistics.NUMBERS[statistic]
+        partials = torch.empty(size, dtype=torch.float64, device=self.device)
         self.over_chunks(
             kernels().reduce.partial_results,
             partials,

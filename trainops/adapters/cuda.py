@@ -88,8 +88,9 @@ _captured: list[Tensor] = []
 _COUNTER, _NORM, _PARTIALS = (8 * i for i in range(3))
 
 
-def _scratch(queue: _Queue, chunk_count: int) -> Tensor:
-    size = 2 + chunk_count
+def _scratch(staged: _Staged, statistic: str) -> Tensor:
+    size = 2 + staged.chunk_count * _cuda.STATE_WORDS[statistic]
+    queue = staged.queue
     if queue.captures:
         _captured.append(torch.zeros(size, dtype=torch.float64, device=queue.device))
         return _captured[-1]
@@ -103,7 +104,7 @@ def _scratch(queue: _Queue, chunk_count: int) -> Tensor:
 def reduce(statistic: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """See :class:`trainops.adapters.interface.Kernels`."""
     with _staged("reduce", tensors) as (table, staged):
-        scratch = _scratch(staged.queue, staged.chunk_count)
+        scratch = _scratch(staged, statistic)
         return _reduce(table, staged, scratch.data_ptr(), statistic)
 
 
@@ -157,7 +158,7 @@ def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl
     grad_scale, found_inf = (to_device(x, device, torch.float32) for x in (control.grad_scale, control.found_inf))
     total_norm, norms = control.total_norm, None
     # Both kernels use the same scratch memory: the second finds the norm there.
-    scratch_memory = _scratch(staged.queue, staged.chunk_count)
+    scratch_memory = _scratch(staged, "l2_norm")
     scratch = scratch_memory.data_ptr()
     known_norm = to_device(total_norm, device, torch.float64)
     if control.measures:

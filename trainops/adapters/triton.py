@@ -131,7 +131,8 @@ def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl
     with device_guard(device):
         staged = _triton.Staged(rule, table, device)
         settings = uploaded(step_settings(rule, groups, control, ema_decay, device), device)
-        scalars = torch.empty(staged.row_count, kernels.SCALARS.value, dtype=torch.float64, device=device)
+        slots = kernels.RULE_SCALARS.value + formulas.SCALARS
+        scalars = torch.empty(staged.row_count, slots, dtype=torch.float64, device=device)
         coefficient = torch.empty((), dtype=torch.float64, device=device)
         skip = torch.empty((), dtype=torch.bool, device=device) if control.may_skip else None
         counter = None if skip is None else to_device(control.skipped_steps, device)
@@ -154,8 +155,8 @@ def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl
             counter,
             scalars,
             STORE_SCALARS=formulas.store_scalars,
+            SCALARS=formulas.SCALARS,
             GROUP_WORDS=core.group_words(rule),
-            MAXIMIZE=core.setting(rule, "maximize"),
             CLIP=control.max_norm is not None,
             SKIP_NONFINITE=control.skip_nonfinite,
             **staged.reduction_constants(),
@@ -172,6 +173,7 @@ def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl
             skip,
             types=types,
             LOAD_SCALARS=formulas.load_scalars,
+            SCALARS=formulas.SCALARS,
             NEW_STATE=formulas.new_state,
             NEW_PARAM=formulas.new_param,
             wide={"WIDE": ("PARAM_TYPE",), "AVERAGE_WIDE": ("PARAM_TYPE", "AVERAGE_TYPE")},
