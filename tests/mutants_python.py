@@ -109,7 +109,7 @@ PYTHON = [
         tests_of("interference"),
         {
             "AdamW: rows of a parameter that is there twice": ("in_memory and not in_turn", "in_memory"),
-            "AdamW: an average of a parameter that is there twice": ("if has_duplicates(params):", "if False:"),
+            "AdamW: an average of a parameter that is there twice": ("if have_common_memory(params):", "if False:"),
             "EMA: a copy of an optimizer gives up its average": (" and before.optimizer is self", ""),
         },
     ),
@@ -136,7 +136,7 @@ PYTHON = [
                 "if (value == nullptr && PyErr_Occurred()) throw pybind11::error_already_set();",
                 "PyErr_Clear();",
             ),
-            "collect: a parameter that is there twice": ("if (!in_order_ && has_duplicates()) return false;", ""),
+            "collect: a parameter that is there twice": ("return !have_common_memory();", "return true;"),
         },
     ),
     *planted(
@@ -150,7 +150,7 @@ PYTHON = [
         "trainops/adamw.py",
         tests_of("adamw", "adamw_drop_in", "ema_fused", "reference", k="cpu-cpu or reference-cpu or not target"),
         {
-            "AdamW: maximize is ignored": ('"maximize": group["maximize"],', '"maximize": False,'),
+            "AdamW: maximize is ignored": ('bool(group["maximize"])', "False"),
         },
     ),
     *planted(
@@ -158,7 +158,7 @@ PYTHON = [
         tests_of("ema_model", "ema_fused", k="cpu-cpu or reference-cpu or test_decay or test_bad or copy"),
         {
             "EMA: every step is an update": ("if step % self.update_every == 0 else None", ""),
-            "EMA: swapped weights are not given back": ("pair.source.copy_(own)", "pass"),
+            "EMA: swapped weights are not given back": ("pair.source.copy_(weight)", "pass"),
             "EMA: what is done is done again": (
                 "matched = update.matched.without(done) if done else update.matched",
                 "matched = update.matched",

@@ -157,6 +157,41 @@ def test_a_parameter_that_is_there_twice():
     assert results[1][2] == 6
 
 
+ALIASES = {
+    "the_same_memory": lambda t: (t, t),
+    "overlapping": lambda t: (t[:60_000], t[20_000:]),
+    "two_dimensions": lambda t: (t.view(300, 300), t[299:]),
+}
+
+
+@pytest.mark.parametrize("alias", ALIASES.values(), ids=ALIASES)
+@pytest.mark.parametrize("first_step", [True, False], ids=["first_step", "later_step"])
+def test_parameters_that_share_memory_are_updated_in_turn(alias, first_step):
+    results = []
+    for kind in (torch.optim.AdamW, trainops.AdamW):
+        torch.manual_seed(0)
+        t = torch.randn(90_000)
+        params = [nn.Parameter(x) for x in alias(t)]
+        optimizer = kind(params, lr=0.1, weight_decay=1.0)
+        for _ in range(1 if first_step else 3):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        results.append(t)
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_neighbours_in_memory_share_nothing():
+    t = torch.randn(60)
+    params = [nn.Parameter(x) for x in (t[20:40], t[:20], t[40:])]
+    optimizer = trainops.AdamW(params)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.ones(20)
+        optimizer.step()
+    assert collected(optimizer) is not None
+
+
 # Loading
 
 
@@ -221,6 +256,82 @@ def test_a_constructor_that_fails_takes_no_average():
     with pytest.raises(ValueError, match="Invalid max_grad_norm"):
         trainops.AdamW(model.parameters(), ema=ema, max_grad_norm=-1.0)
     assert first.ema is ema
+
+
+def pair_of_layers():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    ema = trainops.EMA(model, 0.5)
+    ema.update()
+    ema.update()
+    return model, ema
+
+
+def test_an_average_follows_a_module_that_was_replaced():
+    model, ema = pair_of_layers()
+    model[1] = nn.Linear(3, 3)
+    nn.init.constant_(model[1].weight, 7.0)
+    for _ in range(60):
+        ema.update()
+    assert (ema.module[1].weight == 7).all()
+
+
+def test_an_average_notices_weights_that_are_no_longer_tied():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    ema = trainops.EMA(model, 0.5)
+    ema.update()
+    model[1].weight = nn.Parameter(torch.ones(3, 3))
+    with pytest.raises(ValueError, match=r"1\.weight is in the model alone"):
+        ema.update()
+
+
+def test_an_average_notices_a_module_that_was_wrapped_and_a_buffer_that_came():
+    model, ema = pair_of_layers()
+    model[1] = nn.Sequential(model[1])
+    with pytest.raises(ValueError, match="alone"):
+        ema.update()
+    model, _ = pair_of_layers()
+    model.register_buffer("late", None)
+    ema = trainops.EMA(model, 0.5)
+    ema.update()
+    model.late = torch.ones(2)
+    with pytest.raises(ValueError, match="late is in the model alone"):
+        ema.update()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64], ids=str)
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_buffer_of_another_shape_raises_before_anything_moves(dtype, fused):
+    model = nn.Linear(3, 3)
+    model.register_buffer("counts", torch.ones(2).to(dtype))
+    ema = trainops.EMA(model, 0.5)
+    optimizer = trainops.AdamW(model.parameters(), lr=0.1, ema=ema if fused else None)
+    for _ in range(2):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    model.counts.data = torch.ones(3).to(dtype)
+    everything = [*model.state_dict().values(), *ema.module.state_dict().values()]
+    before = [x.clone() for x in everything]
+    with pytest.raises(ValueError, match=r"counts has shape \(3,\)"):
+        optimizer.step() if fused else ema.update()
+    assert all(map(torch.equal, everything, before))
+
+
+def test_swapping_gives_weights_back_whatever_happened_inside():
+    model, ema = pair_of_layers()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    own = {name: x.clone() for name, x in model.state_dict().items()}
+    with ema.swap():
+        model.load_state_dict({name: x.clone() for name, x in model.state_dict().items()}, assign=True)
+    assert all(torch.equal(x, own[name]) for name, x in model.state_dict().items())
+    with pytest.raises(ValueError, match=r"0\.weight has shape"), ema.swap():
+        model[0].weight.data = torch.ones(9, 9)
+    assert all(torch.equal(x, own[name]) for name, x in model.state_dict().items() if name != "0.weight")
+    model[0].weight.data = own["0.weight"]
+    ema.update()
 
 
 # Bindings

@@ -135,5 +135,5 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
             "beta2": float(beta2),
             "eps": group["eps"],
             "weight_decay": group["weight_decay"],
-            "maximize": group["maximize"],
+            "maximize": bool(group["maximize"]),
         }

@@ -14,7 +14,7 @@ from . import advice
 from .adapters import check
 from .ema_schedule import DecaySchedule
 from .ema_update import check_type, update_averages
-from .model_pairs import Matched, check_checkpoint, converted, match
+from .model_pairs import Matched, Pair, check_checkpoint, converted, match
 from .reference import write
 
 
@@ -201,11 +201,23 @@ class EMA(DecaySchedule):
                     pair.source.copy_(pair.average)
             yield
         finally:
-            with torch.no_grad():
-                for pair, own in zip(pairs, saved, strict=True):
-                    pair.source.copy_(own)
             self._swapped = False
+            self._give_back(pairs, saved)
             advice.model_written(self)
+
+    @torch.no_grad()
+    def _give_back(self, before: list[Pair], own: list[Tensor]) -> None:
+        """Copy the model's own weights into the tensors that it has now. Raises after that if some do not fit."""
+        changed: ValueError | None = None
+        try:
+            pairs = self.check_model().pairs
+        except ValueError as error:
+            pairs, changed = before, error
+        for pair, weight in zip(pairs, own, strict=True):
+            if pair.source.shape == weight.shape:
+                pair.source.copy_(weight)
+        if changed is not None:
+            raise changed
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:

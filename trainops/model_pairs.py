@@ -2,17 +2,10 @@
 
 import operator
 from collections.abc import Collection
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-
-class Slot(NamedTuple):
-    """The dictionary and the key under which a module keeps a tensor."""
-
-    owner: dict[str, Tensor | None]
-    key: str
 
 
 class Pair(NamedTuple):
@@ -38,56 +31,62 @@ class Pairs:
 
 
 class Matched(Pairs):
-    """All pairs of a model and its average, and where they were found."""
+    """All pairs of a model and its average, and everything that both modules held when they were paired."""
 
-    def __init__(self, pairs: list[Pair], slots: list[Slot], model: nn.Module) -> None:
+    def __init__(self, pairs: list[Pair], module: nn.Module, model: nn.Module) -> None:
         super().__init__(pairs)
-        self._containers = [x for m in model.modules() for x in (m._parameters, m._buffers, m._modules)]
-        self._size = sum(map(len, self._containers))
         self.fusable = {id(pair.source): pair.average for pair in pairs if _is_fusable(pair)}
-        self._tensors = [tensor for pair in pairs for tensor in (pair.average, pair.source)]
-        self._owners = [slot.owner for slot in slots]
-        self._keys = [slot.key for slot in slots]
+        self._others = [pair for pair in pairs if id(pair.source) not in self.fusable]
+        modules = [m for root in (module, model) for m in root.modules()]
+        self._containers: list[dict[str, Any]] = [x for m in modules for x in (m._parameters, m._buffers, m._modules)]
+        self._size = sum(map(len, self._containers))
+        self._owners = [container for container in self._containers for _ in container]
+        self._keys = [key for container in self._containers for key in container]
+        self._values = [value for container in self._containers for value in container.values()]
 
     def is_current(self) -> bool:
-        """Whether model and average still have the same tensors in the same places, and no others."""
-        same = all(map(operator.is_, map(dict.get, self._owners, self._keys), self._tensors))
-        return same and sum(map(len, self._containers)) == self._size
+        """Whether both modules still hold the same tensors and modules in the same places, and no others.
+
+        Kernels compare the shapes of what an optimizer can update; those of the other pairs are compared here.
+        """
+        same = all(map(operator.is_, map(dict.get, self._owners, self._keys), self._values))
+        return (
+            same
+            and sum(map(len, self._containers)) == self._size
+            and all(pair.average.shape == pair.source.shape for pair in self._others)
+        )
 
 
 def _is_fusable(pair: Pair) -> bool:
     return isinstance(pair.source, nn.Parameter) and pair.average.device == pair.source.device
 
 
-def _slots(module: nn.Module) -> dict[str, Slot]:
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers of a module by name, tied ones once."""
-    slots: dict[str, Slot] = {}
+    found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for prefix, submodule in module.named_modules():
         for owner in (submodule._parameters, submodule._buffers):
             for key, tensor in owner.items():
                 if tensor is not None and id(tensor) not in seen:
                     seen.add(id(tensor))
-                    slots[f"{prefix}.{key}" if prefix else key] = Slot(owner, key)
-    return slots
+                    found[f"{prefix}.{key}" if prefix else key] = tensor
+    return found
 
 
 def match(module: nn.Module, model: nn.Module, average_buffers: bool) -> Matched:
     """Pairs every tensor of ``model`` with that of ``module``; ValueError naming the first that does not match."""
-    averages, sources = _slots(module), _slots(model)
+    averages, sources = _tensors(module), _tensors(model)
     if averages.keys() != sources.keys():
         name = min(averages.keys() ^ sources.keys())
         raise ValueError(f"{name} is in {'the average' if name in averages else 'the model'} alone")
-    pairs, slots = [], []
-    for name, average_slot in averages.items():
-        source_slot = sources[name]
-        average = cast(Tensor, average_slot.owner[average_slot.key])
-        source = cast(Tensor, source_slot.owner[source_slot.key])
+    pairs = []
+    for name, average in averages.items():
+        source = sources[name]
         check_pair(name, average, source)
         averaged = kind(average) != "other" and (average_buffers or isinstance(source, nn.Parameter))
         pairs.append(Pair(average, source, averaged))
-        slots += [average_slot, source_slot]
-    return Matched(pairs, slots, model)
+    return Matched(pairs, module, model)
 
 
 def check_pair(name: str, average: Tensor, tensor: Tensor) -> None:

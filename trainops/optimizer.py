@@ -13,7 +13,7 @@ from .adapters import Group, StepControl, StepResult, check, select
 from .ema import EMA
 from .loading import LoadsState
 from .plain import all_in_memory, all_plain
-from .rows import by_device, gather, has_duplicates
+from .rows import by_device, gather, have_common_memory
 from .torch_step import KnowsTorchStep
 
 
@@ -188,7 +188,7 @@ class FusedOptimizer(KnowsTorchStep, LoadsState):
             groups = gather(self, averages)
             params = [p for group in groups for p in group.columns["param"]]
             torch.autograd.graph.increment_version([*params, *averages.values()])
-            if has_duplicates(params):  # whose average follows when all of their rows are done
+            if have_common_memory(params):  # whose average follows when all of their rows are done
                 for group in groups:
                     group.columns["average"] = [None] * group.rows
                 return [], self._update_groups(groups, control, ema_decay)
@@ -213,7 +213,7 @@ class FusedOptimizer(KnowsTorchStep, LoadsState):
             columns = [column for group in part for column in group.columns.values()]
             in_memory = all_in_memory(x for column in columns for x in column if x is not None)
             # Rows of one parameter come one after the other in the reference alone.
-            in_turn = has_duplicates([p for group in part for p in group.columns["param"]])
+            in_turn = have_common_memory([p for group in part for p in group.columns["param"]])
             kernels = select(self.backend, device.type, in_memory and not in_turn)
             result = kernels.update(self.rule, part, control, ema_decay)
             control = replace(control, skipped_steps=None)  # counted

@@ -1,5 +1,6 @@
 """The rows of a step: the parameters that have a gradient, with the state that belongs to each."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from .adapters import Group
 from .model_pairs import kind
-from .tables import aligned
+from .plain import PLAIN
+from .tables import aligned, local
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -72,9 +74,18 @@ def check_state(param: Tensor, state: dict[str, Any] | None, names: Sequence[str
             )
 
 
-def has_duplicates(params: list[Tensor]) -> bool:
-    """Whether a parameter is there twice, as PyTorch allows within a group."""
-    return len(set(map(id, params))) < len(params)
+def have_common_memory(params: list[Tensor]) -> bool:
+    """Whether a parameter is there twice, as PyTorch allows within a group, or shares elements with another one."""
+    if len(set(map(id, params))) < len(params):
+        return True
+    shards = [x for x in map(local, params) if type(x) in PLAIN and x.numel() > 0 and not x.is_meta]
+    spans = sorted((x.data_ptr(), x.data_ptr() + x.itemsize * _extent(x)) for x in shards)
+    return any(following[0] < span[1] for span, following in itertools.pairwise(spans))
+
+
+def _extent(x: Tensor) -> int:
+    """How many elements lie between the first and the last one."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
 def by_device(groups: list[Group]) -> dict[torch.device, list[Group]]:

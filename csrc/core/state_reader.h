@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "table_builder.h"
@@ -72,10 +73,9 @@ class StateReader {
     return true;
   }
 
-  // Adds all rows to the table. False where kernels cannot take one: other devices, odd strides. Or where a parameter
-  // has several rows, which must be updated one after the other.
+  // Adds all rows to the table. False where kernels cannot take one: other devices, odd strides. Or where rows
+  // share elements of a parameter, and so must be updated one after the other.
   bool add_rows() {
-    if (!in_order_ && has_duplicates()) return false;
     const size_t count = tensors_.size(), ahead = kAhead * columns_;
     std::vector<PyObject*> row(columns_);
     for (size_t i = 0; i < count; i += columns_) {
@@ -86,7 +86,7 @@ class StateReader {
       }
       if (!builder_.add_row(row.data())) return false;
     }
-    return true;
+    return !have_common_memory();
   }
 
   pybind11::list params;            // those that have a gradient
@@ -144,7 +144,6 @@ class StateReader {
 
   pybind11::object state_of(PyObject* param) {
     if (PyObject* const state = next_state(param)) return borrowed(state);
-    in_order_ = false;
     return borrowed(find(state_.ptr(), param));
   }
 
@@ -155,18 +154,25 @@ class StateReader {
     return borrowed(average);
   }
 
-  bool has_duplicates() const {
-    std::vector<PyObject*> found;
-    for (const auto param : params) found.push_back(param.ptr());
-    std::sort(found.begin(), found.end());
-    return std::adjacent_find(found.begin(), found.end()) != found.end();
+  // Whether a parameter is there twice, or shares elements with another one.
+  bool have_common_memory() const {
+    const Table& table = builder_.table;
+    std::vector<std::pair<uintptr_t, uintptr_t>> spans;
+    spans.reserve(table.rows());
+    for (int64_t row = 0; row < table.rows(); ++row) {
+      const Cell& cell = table.cell(row, kParam);
+      const auto begin = reinterpret_cast<uintptr_t>(cell.address);
+      if (table.numel(row) > 0) spans.emplace_back(begin, begin + itemsize(cell.dtype) * table.numel(row));
+    }
+    std::sort(spans.begin(), spans.end());
+    const auto overlap = [](const auto& span, const auto& next) { return next.first < span.second; };
+    return std::adjacent_find(spans.begin(), spans.end(), overlap) != spans.end();
   }
 
   TableBuilder& builder_;
   const pybind11::dict& state_;
   const pybind11::dict& averages_;
   Py_ssize_t position_ = 0;  // in the state
-  bool in_order_ = true;  // each parameter's state stands behind that of the one before: no parameter is there twice
   size_t columns_;
   std::vector<pybind11::object> names_;
   std::vector<pybind11::object> tensors_;  // row by row
