@@ -55,9 +55,9 @@ def variants() -> Iterator[Variant]:
             bodies = 1 if statistic == "inf_norm" or dtype == "float64" else 2  # once more where float32 overflows
             label = f"{statistic} {dtype}"
             yield Variant("reduce", "partial_results", label, arguments, constants, (dtype,), bodies=bodies)
-        for name, operand in (("scale", "*fp32"), ("clamp", "*fp64")):
+        for name in ("scale", "clamp"):
             constants = {"WORDS": words_of("transform"), "CLAMP": name == "clamp", **types}
-            arguments = {**TABLE, "operand": operand}
+            arguments = {**TABLE, "operand": "*fp64"}
             yield Variant("transform", "transform", f"{name} {dtype}", arguments, constants, (dtype,), (dtype,))
     for statistic in STATISTICS:
         arguments = {"rows": "*i64", **RESULTS, "total": "*fp32", "results": "*fp32"}
@@ -82,10 +82,11 @@ def variants() -> Iterator[Variant]:
 
 def rule_variants(rule: str) -> Iterator[Variant]:
     """The plan of a step whose norm is measured, or known, or not wanted, and the update."""
-    measured = {**RESULTS, "total_norm": "*fp32", "norms": "*fp32"}
-    norms = {"with norm": measured, "with known norm": {"known_norm": "*fp32"}, "without norm": {}}
+    measured = {"partials": "*fp64", "total_norm": "*fp32", "norms": "*fp32"}
+    norms = {"with norm": measured, "with known norm": {"known_norm": "*fp64"}, "without norm": {}}
     for label, of_norm in norms.items():
         arguments = {"rows": "*i64", "settings": "*i64", "coefficient": "*fp64", "scalars": "*fp64"}
+        arguments |= {"chunk_count": "i32"}
         arguments |= {"grad_scale": "*fp32", "found_inf": "*fp32", "skip": "*i1", "skipped_steps": "*i64"}
         constants = {"STORE_SCALARS": f"@{rule}.store_scalars", "SCALARS": scalars_of(rule)}
         constants |= {"WORDS": words_of(rule), "GROUP_WORDS": core.group_words(rule)}

@@ -18,13 +18,14 @@ import test_drop_path_rows
 import test_ema_fused
 import test_grad_scale
 import torch
-from contract import assert_contract
+from contract import assert_contract, same_bits
 from ptx.triton_driver import WithoutBarriers, through_ptx
 from ptx_fixtures import OPS, once_more
 from targets import INTERPRETER, thorough
 from test_cuda import MIXED, at_offset
 
 import trainops
+from benchmarks import triton_variants
 from trainops.adapters import select
 
 MORE = {
@@ -156,6 +157,51 @@ def test_rounds_of_drop_path_of_rows(target, shape, layer_scaled, dtype):
     for branch_given, scaled in test_drop_path_rows.BACKWARDS:
         if scaled == layer_scaled:
             test_drop_path_rows.check_rows_of_the_gradient(target, *how, branch_given, scaled)
+
+
+# What the ops' tests have not of the variants that benchmarks/triton_variants.py lists
+
+
+def over_variants(kernel):
+    return pytest.mark.parametrize(
+        "variant", [x for x in triton_variants.variants() if x.kernel == kernel], ids=lambda variant: variant.label
+    )
+
+
+def types_of(variant, *names):
+    """The types of columns, None for those that are absent."""
+    types = [variant.constants[f"{name}_TYPE"] for name in names]
+    return [None if x is None else getattr(torch, x[1:]) for x in types]
+
+
+@over_variants("update")
+def test_every_update(target, variant):
+    """With a step that may be skipped, as in all variants."""
+    types = types_of(variant, "PARAM", "STATE0", "STATE1", "STATE2", "AVERAGE")
+    test_adamw_types.check_types(target, types, True, skip_nonfinite=True)
+
+
+@over_variants("ema")
+def test_every_ema(target, variant):
+    """The same for a step that is skipped, and one that could have been."""
+    average, param = (torch.randn(9001, dtype=torch.float64).to(x) for x in types_of(variant, "AVERAGE", "TENSOR"))
+    results = [average.clone() for _ in range(3)]
+    for result, skip in zip(results, (None, torch.tensor(False), torch.tensor(True)), strict=True):
+        select(target.backend, target.device).ema_([result], [param], 0.9, skip)
+    assert not same_bits(results[0], average)
+    assert same_bits(results[0], results[1])
+    assert same_bits(results[2], average)
+
+
+def test_a_known_norm(target, monkeypatch):
+    """As where parameters lie on several devices: PyTorch takes the norm."""
+    monkeypatch.setattr("trainops.optimizer.all_plain", lambda _: False)
+    test_grad_scale.check_scale(target, test_grad_scale.OPTIONS["clip_and_skip"], torch.tensor(test_grad_scale.SCALE))
+
+
+def test_rows_of_the_gradient_of_a_narrower_branch(target):
+    dtypes = (torch.float32, torch.bfloat16, torch.float32)
+    test_drop_path_rows.check_rows_of_the_gradient(target, (12, 50, 24), "contiguous", dtypes, True, True)
 
 
 # What must be noticed

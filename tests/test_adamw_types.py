@@ -45,9 +45,14 @@ def assert_stored(ours, true, arithmetic, what):
     assert_contract(ours, true, what=what)
 
 
-def check_types(target, types, is_aligned):
-    """One step of a parameter of each shape, whose tensors lie at different offsets where they are not aligned."""
+def check_types(target, types, is_aligned, **options):
+    """One step of a parameter of each shape, whose tensors lie at different offsets where they are not aligned.
+
+    There is no AMSGrad, or no average, where its type is None.
+    """
     param_type, *state_types, average_type = types
+    formula = OPTIONS | {"amsgrad": state_types[2] is not None}
+    names = STATES if formula["amsgrad"] else STATES[:2]
     torch.manual_seed(0)
     every = []
 
@@ -57,25 +62,32 @@ def check_types(target, types, is_aligned):
         return every[-1].tensor
 
     model = Model([draw(shape, param_type, 0) for shape in SHAPES])
-    average = trainops.EMA(model, DECAY, dtype=average_type, update_after_step=-2, backend=target.backend)
-    optimizer = trainops.AdamW(model.parameters(), **OPTIONS, amsgrad=True, ema=average, backend=target.backend)
+    average, shadows = None, [None] * len(SHAPES)
+    if average_type is not None:
+        average = trainops.EMA(model, DECAY, dtype=average_type, update_after_step=-2, backend=target.backend)
+        shadows = average.module.params
+    optimizer = trainops.AdamW(model.parameters(), **formula, **options, ema=average, backend=target.backend)
     true = []
-    for p, shadow in zip(model.params, average.module.params, strict=True):
-        p.grad, shadow.data = draw(p.shape, param_type, 1), draw(p.shape, average_type, 2)
-        moments = {name: draw(p.shape, state_types[i], 3 + i) for i, name in enumerate(STATES)}
+    for p, shadow in zip(model.params, shadows, strict=True):
+        p.grad = draw(p.shape, param_type, 1)
+        if shadow is not None:
+            shadow.data = draw(p.shape, average_type, 2)
+        moments = {name: draw(p.shape, state_types[i], 3 + i) for i, name in enumerate(names)}
         optimizer.state[p] = {"step": torch.tensor(float(STEPS), device=target.device), **moments}
-        arrays = [exact(x) for x in (p, p.grad, *moments.values())]
-        true.append((adamw_step(*arrays, STEPS + 1, **OPTIONS, amsgrad=True), exact(shadow)))
+        arrays = [exact(p), exact(p.grad), *(exact(moments[name]) if name in names else None for name in STATES)]
+        true.append((adamw_step(*arrays, STEPS + 1, **formula), None if shadow is None else exact(shadow)))
     optimizer.step()
     assert all(x.is_whole() for x in every)
-    for i, (p, shadow) in enumerate(zip(model.params, average.module.params, strict=True)):
+    for i, (p, shadow) in enumerate(zip(model.params, shadows, strict=True)):
         ours, (results, before) = {"param": p.detach(), **optimizer.state[p]}, true[i]
-        for name, result in results.items():
-            assert_stored(ours[name], result, param_type, f"{name} {i}")
-        wide = FLOAT64 if FLOAT64 in (param_type, average_type) else torch.float32
-        assert_stored(shadow.detach(), ema(before, exact(p), DECAY), wide, f"average {i}")
+        for name in ("param", *names):
+            assert_stored(ours[name], results[name], param_type, f"{name} {i}")
+        if shadow is not None:
+            wide = FLOAT64 if FLOAT64 in (param_type, average_type) else torch.float32
+            assert_stored(shadow.detach(), ema(before, exact(p), DECAY), wide, f"average {i}")
         assert ours["step"] == STEPS + 1
-        assert [x.dtype for x in (p, *(ours[name] for name in STATES), shadow)] == list(types)
+        stored = [x.dtype for x in (p, *(ours[name] for name in names), shadow) if x is not None]
+        assert stored == [dtype for dtype in types if dtype is not None]
 
 
 @thorough(is_no_sample)

@@ -74,7 +74,8 @@ def assert_layer_scale(ours, grad, mask, branch):
 def rows_operands(target, shape, layout, dtypes, mask_samples):
     """Three tensors as of ``operands``, what lays them out, and a mask of so many samples, which keeps all."""
     tensors = operands(torch.float32, target.device, shape[-1:], shape)
-    mask = torch.full((mask_samples, *[1] * (len(shape) - 1)), 1.4, dtype=dtypes[1], device=target.device)
+    dtype = torch.promote_types(*dtypes[1:])
+    mask = torch.full((mask_samples, *[1] * (len(shape) - 1)), 1.4, dtype=dtype, device=target.device)
     return *(x.to(dtype) for x, dtype in zip(tensors, dtypes, strict=True)), LAYOUTS[layout], mask
 
 
@@ -109,7 +110,8 @@ def check_rows_of_the_gradient(target, shape, layout, dtypes, branch_given, laye
     kernels = select(target.backend, target.device)
     ours, of_scale = kernels.drop_path_backward(grad, branch if branch_given else None, mask, layer_scale, rows)
     taken = grad.to(mask.dtype)[rows]
-    assert_same_bits(ours, formula(taken, mask, layer_scale))
+    assert_same_bits(ours, formula(taken, mask, layer_scale).to(ours.dtype))
+    assert ours.dtype == (branch.dtype if branch_given else mask.dtype)
     assert (of_scale is None) == (not branch_given)
     if branch_given:
         assert_layer_scale(of_scale, taken, mask, branch.nan_to_num())

@@ -125,11 +125,12 @@ def is_a_launch_of(variant, found):
     """Whether a kernel was compiled with a variant's types and options."""
     kernel, types, constants, _ = found
     wanted = {
-        name: NAMES[value[1:]] if isinstance(value, str) else str(value)
+        name: NAMES[value[1:]] if isinstance(value, str) and value[0] == ":" else str(value)
         for name, value in variant.constants.items()
         if name not in SIZES and not str(value).startswith("@")
     }  # a function of a rule; fmt: skip
     pointers = {name: kind for name, kind in variant.arguments.items() if kind[0] == "*"}
+    types = {name: "*i1" if kind == "*u1" else kind for name, kind in types.items()}  # as later Tritons name it
     return (
         kernel == variant.kernel
         and all(types.get(name) == kind for name, kind in pointers.items())

@@ -78,7 +78,7 @@ def kernels(ptx):
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         draft = library.with_suffix(f".{os.getpid()}")
-        source = draft.with_suffix(".cpp")
+        source = library.with_suffix(f".{os.getpid()}.cpp")
         source.write_text(translate.translate(ptx))
         command = [*cuda_shim.compiler(), *FLAGS, POISON, "-shared", f"-I{HERE}", str(source), "-o", str(draft)]
         subprocess.run([*command, str(ROOT / FOLDER / "machine" / "libptx_machine.so")], check=True)
