@@ -109,7 +109,10 @@ PYTHON = [
         tests_of("interference"),
         {
             "AdamW: rows of a parameter that is there twice": ("in_memory and not in_turn", "in_memory"),
-            "AdamW: an average of a parameter that is there twice": ("if have_common_memory(params):", "if False:"),
+            "AdamW: an average of a parameter that is there twice": (
+                "            if in_turn:",
+                "            if False:",
+            ),
             "EMA: a copy of an optimizer gives up its average": (" and before.optimizer is self", ""),
         },
     ),

@@ -15,6 +15,7 @@ class LoadsState(torch.optim.Optimizer):
     """An optimizer with attributes of its own, which pickles keep, and state that keeps its dtype."""
 
     own_attributes: ClassVar[tuple[str, ...]]
+    _loading: tuple[dict[str, Any], Dtypes] | None = None  # what load_state_dict loads, and the dtypes to keep
 
     def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         """The names of the state that a group uses, beside ``step``."""
@@ -28,8 +29,8 @@ class LoadsState(torch.optim.Optimizer):
         for group in state["param_groups"]:
             for param in group["params"]:
                 check_state(param, state["state"].get(param), self.state_names(group))
-        if (loading := self.__dict__.get("_loading")) is not None:
-            _keep_dtypes(state, *loading)
+        if self._loading is not None:
+            _keep_dtypes(state, *self._loading)
         super().__setstate__(state)
         if state.get("_max_grad_norm") is not None:
             advice.clips_inside(self)
@@ -48,12 +49,12 @@ class LoadsState(torch.optim.Optimizer):
         """
         seen: dict[str, Any] = {}
         last_hook = self.register_load_state_dict_pre_hook(lambda _, loaded: seen.update(loaded))
-        self.__dict__["_loading"] = seen, _unlike_their_parameters(self.state)
+        self._loading = seen, _unlike_their_parameters(self.state)
         try:
             super().load_state_dict(state_dict)
         finally:
             last_hook.remove()
-            del self.__dict__["_loading"]
+            self._loading = None
 
 
 def _unlike_their_parameters(state: dict[Any, Any]) -> Dtypes:

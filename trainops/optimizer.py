@@ -188,11 +188,11 @@ class FusedOptimizer(KnowsTorchStep, LoadsState):
             groups = gather(self, averages)
             params = [p for group in groups for p in group.columns["param"]]
             torch.autograd.graph.increment_version([*params, *averages.values()])
-            if have_common_memory(params):  # whose average follows when all of their rows are done
+            in_turn = have_common_memory(params)
+            if in_turn:  # the average follows when all rows are done
                 for group in groups:
                     group.columns["average"] = [None] * group.rows
-                return [], self._update_groups(groups, control, ema_decay)
-            return params, self._update_groups(groups, control, ema_decay)
+            return [] if in_turn else params, self._update_groups(groups, control, ema_decay, in_turn)
         except BaseException as error:
             for param in self.state.keys() - known:
                 del self.state[param]
@@ -200,7 +200,10 @@ class FusedOptimizer(KnowsTorchStep, LoadsState):
                 self.ema.check_model()
             raise
 
-    def _update_groups(self, groups: list[Group], control: StepControl, ema_decay: float) -> StepResult:
+    def _update_groups(
+        self, groups: list[Group], control: StepControl, ema_decay: float, in_turn: bool
+    ) -> StepResult:
+        """``in_turn``: rows share memory, and so come one after the other, as in the reference alone."""
         if not groups:
             return self._empty_step(control)
         parts = by_device(groups)
@@ -212,8 +215,6 @@ class FusedOptimizer(KnowsTorchStep, LoadsState):
         for device, part in parts.items():
             columns = [column for group in part for column in group.columns.values()]
             in_memory = all_in_memory(x for column in columns for x in column if x is not None)
-            # Rows of one parameter come one after the other in the reference alone.
-            in_turn = have_common_memory([p for group in part for p in group.columns["param"]])
             kernels = select(self.backend, device.type, in_memory and not in_turn)
             result = kernels.update(self.rule, part, control, ema_decay)
             control = replace(control, skipped_steps=None)  # counted

@@ -158,12 +158,11 @@ class Step:
             optimizer.state[weight] = {"step": torch.tensor(3.0, device=weight.device), **own}
         return optimizer
 
-    def scale(self, grad_scale: float | None, found_inf: float) -> None:
+    def scale(self, grad_scale: float, found_inf: float) -> None:
         """What a GradScaler sets."""
         for optimizer, device in ((self.ours, self.place.device), (self.exact, torch.device("cpu"))):
-            if grad_scale is not None:
-                vars(optimizer)["grad_scale"] = torch.tensor(grad_scale, device=device)
-                vars(optimizer)["found_inf"] = torch.tensor(found_inf, device=device)
+            vars(optimizer)["grad_scale"] = torch.tensor(grad_scale, device=device)
+            vars(optimizer)["found_inf"] = torch.tensor(found_inf, device=device)
 
     def results(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Every tensor of ours by name, and the specification's."""

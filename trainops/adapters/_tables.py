@@ -17,15 +17,9 @@ def step_operations(
 ) -> tuple[Operation, Operation]:
     """A backend's ``collect`` and ``update``. ``run`` runs its kernels on a table, which holds all groups."""
 
-    def collect(
-        rule: str,
-        param_groups: list[dict[str, Any]],
-        state: dict[Tensor, Any],
-        averages: dict[int, Tensor],
-        states: list[tuple[str, ...]],
-    ) -> Any:
+    def collect(*containers: Any) -> Any:
         """See :class:`trainops.adapters.interface.Kernels`."""
-        return core.collect(rule, param_groups, state, averages, states, device_type())
+        return core.collect(*containers, device_type=device_type())
 
     def update(
         rule: str, groups: Sequence[Group], control: StepControl, ema_decay: float, collected: Any = None

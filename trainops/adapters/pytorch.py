@@ -63,13 +63,7 @@ def try_ema_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float
     return False
 
 
-def collect(
-    rule: str,
-    param_groups: list[dict[str, Any]],
-    state: dict[Tensor, Any],
-    averages: dict[int, Tensor],
-    states: list[tuple[str, ...]],
-) -> None:
+def collect(*containers: Any) -> None:
     """Always None: the specification takes lists of tensors, not tables."""
 
 
