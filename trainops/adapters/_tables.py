@@ -17,9 +17,11 @@ def step_operations(
 ) -> tuple[Operation, Operation]:
     """A backend's ``collect`` and ``update``. ``run`` runs its kernels on a table, which holds all groups."""
 
+    rows_of: Operation = core.collect
+
     def collect(*containers: Any) -> Any:
         """See :class:`trainops.adapters.interface.Kernels`."""
-        return core.collect(*containers, device_type=device_type())
+        return rows_of(*containers, device_type())
 
     def update(
         rule: str, groups: Sequence[Group], control: StepControl, ema_decay: float, collected: Any = None
