@@ -7,20 +7,23 @@
 
 namespace trainops {
 
-// out = residual + branch * layer_scale * mask[sample]
-struct DropPath {
-  Cell out, residual, branch, layer_scale, mask;
-  const int64_t* rows;  // sample i of the result takes branch[rows[i]]; null: branch[i]
+// The arguments of both. `rows`: see below.
+struct DropPathOperands {
+  Cell branch, layer_scale, mask;
+  const int64_t* rows;
   int64_t samples, sample_numel, channels;
   int device;
 };
 
+// out = residual + branch * layer_scale * mask[sample]. Sample i takes branch[rows[i]]; without rows, branch[i].
+struct DropPath : DropPathOperands {
+  Cell out, residual;
+};
+
 // of_branch = grad * layer_scale * mask[sample], and layer scale's gradient: the sum of grad * mask[sample] * branch.
-struct DropPathBackward {
-  Cell of_branch, of_layer_scale, grad, branch, layer_scale, mask;
-  const int64_t* rows;  // sample i of the branch takes grad[rows[i]]; null: grad[i]
-  int64_t samples, sample_numel, channels;
-  int device;
+// Sample i of the branch takes grad[rows[i]]; without rows, grad[i].
+struct DropPathBackward : DropPathOperands {
+  Cell of_branch, of_layer_scale, grad;
 };
 
 }  // namespace trainops

@@ -35,16 +35,12 @@ class Operands {
   std::string device_type_;
 };
 
-// `rows`: the address of an int64 for each sample, or 0.
-inline DropPath drop_path_operands(const TensorReader& reader, const std::string& device_type,
-                                   const pybind11::object& out, const pybind11::object& residual,
-                                   const pybind11::object& branch, const pybind11::object& layer_scale,
-                                   const pybind11::object& mask, uintptr_t rows, int64_t samples,
-                                   int64_t sample_numel, int64_t channels) {
-  Operands cell(reader, device_type);
-  DropPath args{};
-  args.out = cell(out);
-  args.residual = cell(residual);
+// The arguments that both kernels of DropPath take. `rows`: the address of an int64 for each sample, or 0.
+template <typename Args>
+Args with_operands(Operands& cell, const pybind11::object& branch, const pybind11::object& layer_scale,
+                   const pybind11::object& mask, uintptr_t rows, int64_t samples, int64_t sample_numel,
+                   int64_t channels) {
+  Args args{};
   args.branch = cell(branch);
   args.layer_scale = cell(layer_scale);
   args.mask = cell(mask);
@@ -56,6 +52,18 @@ inline DropPath drop_path_operands(const TensorReader& reader, const std::string
   return args;
 }
 
+inline DropPath drop_path_operands(const TensorReader& reader, const std::string& device_type,
+                                   const pybind11::object& out, const pybind11::object& residual,
+                                   const pybind11::object& branch, const pybind11::object& layer_scale,
+                                   const pybind11::object& mask, uintptr_t rows, int64_t samples,
+                                   int64_t sample_numel, int64_t channels) {
+  Operands cell(reader, device_type);
+  auto args = with_operands<DropPath>(cell, branch, layer_scale, mask, rows, samples, sample_numel, channels);
+  args.out = cell(out);
+  args.residual = cell(residual);
+  return args;
+}
+
 inline DropPathBackward drop_path_backward_operands(const TensorReader& reader, const std::string& device_type,
                                                     const pybind11::object& of_branch,
                                                     const pybind11::object& of_layer_scale,
@@ -64,18 +72,10 @@ inline DropPathBackward drop_path_backward_operands(const TensorReader& reader, 
                                                     uintptr_t rows, int64_t samples, int64_t sample_numel,
                                                     int64_t channels) {
   Operands cell(reader, device_type);
-  DropPathBackward args{};
+  auto args = with_operands<DropPathBackward>(cell, branch, layer_scale, mask, rows, samples, sample_numel, channels);
   args.of_branch = cell(of_branch);
   args.of_layer_scale = cell(of_layer_scale);
   args.grad = cell(grad);
-  args.branch = cell(branch);
-  args.layer_scale = cell(layer_scale);
-  args.mask = cell(mask);
-  args.rows = reinterpret_cast<const int64_t*>(rows);
-  args.samples = samples;
-  args.sample_numel = sample_numel;
-  args.channels = channels;
-  args.device = cell.device;
   return args;
 }
 
