@@ -16,7 +16,6 @@ def step_operations(
     device_type: Callable[[], str], run: Callable[[Any, str, Sequence[Group], StepControl, float], StepResult]
 ) -> tuple[Operation, Operation]:
     """A backend's ``collect`` and ``update``. ``run`` runs its kernels on a table, which holds all groups."""
-
     rows_of: Operation = core.collect
 
     def collect(*containers: Any) -> Any:
