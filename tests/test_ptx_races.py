@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from contract import same_bits
+from exact import STATISTICS
 from ptx import build
 from ptx.backend import api_of_torch, see_tensors
 from ptx_fixtures import backend
@@ -15,6 +16,7 @@ from torch import nn
 
 import trainops
 from trainops import core
+from trainops.adapters import select
 
 
 @pytest.fixture
@@ -72,30 +74,40 @@ def stage(cuda, kind, tensors):
     return staged, rows.view(len(tensors), -1)
 
 
-def norms_of(cuda, kind, chunks):
-    """Norms of rows of so many chunks, of which all but the first have been added up before."""
-    staged, rows = stage(cuda, "reduce", [torch.ones(8192) for _ in chunks])
-    rows[:, 0] = 8192 * torch.tensor(chunks)
-    rows[:, 1] = torch.tensor([sum(chunks[:row]) for row in range(len(chunks))])
-    partials, counter = torch.ones(sum(chunks), dtype=torch.float64), torch.zeros(1, dtype=torch.int32)
-    total, total_out, norms = torch.empty((), dtype=torch.float64), torch.empty(()), torch.empty(len(chunks))
+def norms_of_long_rows(cuda, kind, counts):
+    """Rows of so many chunks. All but the first have been added up and counted before."""
+    staged, rows = stage(cuda, "reduce", [torch.ones(cuda.module.CHUNK_NUMEL) for _ in counts])
+    counts = torch.tensor(counts)
+    rows[:, 0] = cuda.module.CHUNK_NUMEL * counts
+    rows[:, 1] = len(counts) + counts.cumsum(0) - counts
+    partials = torch.ones(len(counts) + int(counts.sum()), dtype=torch.float64)
+    counters = torch.cat((torch.zeros(1, dtype=torch.int32), counts.int() - 1))
+    total, total_out, norms = torch.empty((), dtype=torch.float64), torch.empty(()), torch.empty(len(counts))
     cuda.module.reduce(
         staged,
         statistic=kind,
         grad_scale=0,
-        counter=counter.data_ptr(),
+        counter=counters.data_ptr(),
+        row_counters=counters[1:].data_ptr(),
         partials=partials.data_ptr(),
         total=total.data_ptr(),
         total_out=total_out.data_ptr(),
         rows_out=norms.data_ptr(),
     )
+    assert counters.eq(0).all()
     return [total, norms]
 
 
-def norms_of_long_rows(cuda):
-    """Rows that a thread, a warp and the block add up."""
-    results = [norms_of(cuda, kind, (2100, 20, 3, 2200)) for kind in ("l1_norm", "l2_norm", "inf_norm")]
-    return [x for result in results for x in result]
+def norms(cuda):
+    """Rows that blocks finish together, second looks, and more rows than a block has threads."""
+    results = []
+    for kind in STATISTICS.values():
+        results += norms_of_long_rows(cuda, kind, [2100, 20, 3])
+        several = 2 * cuda.module.CHUNK_NUMEL + 5
+        tensors = [torch.ones(several, dtype=torch.float64), torch.full((several,), 3e38)]
+        tensors += [torch.full((3,), 1e-23, dtype=dtype) for dtype in 130 * [torch.float32, torch.bfloat16]]
+        results += select("cuda", "cpu").reduce(kind, [*tensors, torch.ones(several)])
+    return results
 
 
 def drop_paths(_):
@@ -108,7 +120,7 @@ def drop_paths(_):
 
 WORK = {
     "update": lambda cuda: [*after_steps(), *step_of_groups(cuda)],
-    "reduce": norms_of_long_rows,
+    "reduce": norms,
     "drop_path_backward": drop_paths,
     "drop_path": lambda cuda: [],
     "ema": lambda cuda: [],
@@ -116,12 +128,7 @@ WORK = {
 }
 
 # Barriers and fences without which nothing can go wrong, by their header and the call in a kernel, and why.
-REDUNDANT = {
-    ("bar.sync", "common.cuh", "reduce.cu", "is_last_block("): (
-        "is_last_block waits for what all threads of a block have written; the partial sums are written by thread 0, "
-        "which also counts the block"
-    ),
-}
+REDUNDANT = {}
 
 
 def reason(site):

@@ -79,19 +79,27 @@ __device__ inline Chunk chunk_of(const DeviceTable& table, int64_t index) {
   return {row, begin, begin + (left < kChunkNumel ? left : kChunkNumel)};
 }
 
-// True for all threads of the block that calls this last. It then sees what the other blocks have written. The
-// counter must be 0 on entry. The last block resets it.
-__device__ inline bool is_last_block(unsigned* counter) {
+// Called by blocks after their first threads have written something. True for all threads of the last of `count` such
+// blocks. It then sees what those threads have written. The counter must be 0 on entry. The last block resets it.
+// Threads must pass a barrier between two calls.
+__device__ inline bool is_last_of(unsigned count, unsigned* counter) {
   __shared__ bool last;
-  __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
-    last = atomicAdd(counter, 1u) == gridDim.x - 1;
-    if (last) *counter = 0;
-    __threadfence();
+    last = atomicAdd(counter, 1u) == count - 1;
+    if (last) {
+      *counter = 0;
+      __threadfence();
+    }
   }
   __syncthreads();
   return last;
+}
+
+// The same for all blocks, and for what all their threads have written.
+__device__ inline bool is_last_block(unsigned* counter) {
+  __syncthreads();
+  return is_last_of(gridDim.x, counter);
 }
 
 }  // namespace trainops::cuda

@@ -46,8 +46,9 @@ struct ReduceArgs {
   DeviceTable table;
   int64_t column;
   const float* grad_scale;
-  unsigned* counter;  // must be 0 on entry; the kernel resets it
-  void* partials;     // room for a State of the statistic per chunk (math/statistics.h)
+  unsigned* counter;       // must be 0 on entry; the kernel resets it
+  unsigned* row_counters;  // the same, one for each row
+  void* partials;          // room for a State of the statistic per chunk (math/statistics.h)
   double* total;
   void* total_out;  // the same, and the rows' results, as float or double
   void* rows_out;

@@ -57,12 +57,13 @@ StagedTable stage(const PythonTable& table, const py::object& words, uintptr_t r
 }
 
 void reduce(const StagedTable& staged, const std::string& statistic, uintptr_t grad_scale, uintptr_t counter,
-            uintptr_t partials, uintptr_t total, uintptr_t total_out, uintptr_t rows_out) {
+            uintptr_t row_counters, uintptr_t partials, uintptr_t total, uintptr_t total_out, uintptr_t rows_out) {
   cuda::ReduceArgs args{};
   args.table = staged.table;  // of any kind: the column that is measured
   args.column = staged.measured;
   args.grad_scale = at<const float>(grad_scale);
   args.counter = at<unsigned>(counter);
+  args.row_counters = at<unsigned>(row_counters);
   args.partials = at<void>(partials);
   args.total = at<double>(total);
   args.total_out = at<void>(total_out);
@@ -130,7 +131,8 @@ PYBIND11_MODULE(_cuda, m) {
       .def(py::init(&stage), py::keep_alive<1, 2>(), py::arg("table"), py::kw_only(), py::arg("words"),
            py::arg("rows"), py::arg("chunks"), py::arg("chunk_count"), py::arg("stream"));
   m.def("reduce", &reduce, py::arg("staged"), py::kw_only(), py::arg("statistic"), py::arg("grad_scale"),
-        py::arg("counter"), py::arg("partials"), py::arg("total"), py::arg("total_out"), py::arg("rows_out"));
+        py::arg("counter"), py::arg("row_counters"), py::arg("partials"), py::arg("total"), py::arg("total_out"),
+        py::arg("rows_out"));
   m.def("scale", &scale, py::arg("staged"), py::kw_only(), py::arg("coefficient"), py::arg("is_float64"));
   m.def("clamp", &clamp, py::arg("staged"), py::kw_only(), py::arg("bound"));
   m.def("ema", &ema, py::arg("staged"), py::kw_only(), py::arg("decay"), py::arg("skip"));

@@ -82,34 +82,62 @@ def _staged(kind: str, tensors: Sequence[Tensor]) -> Iterator[tuple[Any, _Staged
         yield table, _Staged(table)
 
 
-# Scratch memory per stream and host thread: block counter, norm, partial results. Kernels reset the counter.
-_scratches: Recent[Tensor] = Recent(32)
-_captured: list[Tensor] = []
-_COUNTER, _NORM, _PARTIALS = (8 * i for i in range(3))
+class _Scratch(NamedTuple):
+    """Memory that kernels share."""
+
+    counters: Tensor  # of blocks, and of each row's; zeros, and kernels reset them
+    numbers: Tensor  # the norm, and partial results
+
+    @property
+    def counter(self) -> int:
+        return self.counters.data_ptr()
+
+    @property
+    def row_counters(self) -> int:
+        return self.counters.data_ptr() + 4
+
+    @property
+    def norm(self) -> int:
+        return self.numbers.data_ptr()
+
+    @property
+    def partials(self) -> int:
+        return self.numbers.data_ptr() + 8
 
 
-def _scratch(staged: _Staged, statistic: str) -> Tensor:
-    size = 2 + staged.chunk_count * _cuda.STATE_WORDS[statistic]
+# Scratch memory per stream and host thread.
+_scratches: Recent[_Scratch] = Recent(32)
+_captured: list[_Scratch] = []
+
+
+def _new_scratch(device: torch.device, rows: int, numbers: int) -> _Scratch:
+    return _Scratch(
+        torch.zeros(1 + rows, dtype=torch.int32, device=device),
+        torch.empty(1 + numbers, dtype=torch.float64, device=device),
+    )
+
+
+def _scratch(table: Any, staged: _Staged, statistic: str) -> _Scratch:
+    rows, numbers = table.rows, staged.chunk_count * _cuda.STATE_WORDS[statistic]
     queue = staged.queue
     if queue.captures:
-        _captured.append(torch.zeros(size, dtype=torch.float64, device=queue.device))
+        _captured.append(_new_scratch(queue.device, rows, numbers))
         return _captured[-1]
     key = queue, threading.get_ident()
     scratch = _scratches.recall(key)
-    if scratch is None or len(scratch) < size:
-        scratch = _scratches.remember(key, torch.zeros(2 * size, dtype=torch.float64, device=queue.device))
+    if scratch is None or len(scratch.counters) <= rows or len(scratch.numbers) <= numbers:
+        scratch = _scratches.remember(key, _new_scratch(queue.device, 2 * rows, 2 * numbers))
     return scratch
 
 
 def reduce(statistic: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """See :class:`trainops.adapters.interface.Kernels`."""
     with _staged("reduce", tensors) as (table, staged):
-        scratch = _scratch(staged, statistic)
-        return _reduce(table, staged, scratch.data_ptr(), statistic)
+        return _reduce(table, staged, _scratch(table, staged, statistic), statistic)
 
 
 def _reduce(
-    table: Any, staged: _Staged, scratch: int, statistic: str, grad_scale: Tensor | None = None
+    table: Any, staged: _Staged, scratch: _Scratch, statistic: str, grad_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """A statistic of a column and of its rows. Leaves the first in the scratch memory as well, as float64."""
     dtype = torch.float64 if table.has_float64 else torch.float32
@@ -119,9 +147,10 @@ def _reduce(
         staged.table,
         statistic=statistic,
         grad_scale=core.address(grad_scale),
-        counter=scratch + _COUNTER,
-        partials=scratch + _PARTIALS,
-        total=scratch + _NORM,
+        counter=scratch.counter,
+        row_counters=scratch.row_counters,
+        partials=scratch.partials,
+        total=scratch.norm,
         total_out=total.data_ptr(),
         rows_out=rows.data_ptr(),
     )
@@ -158,8 +187,7 @@ def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl
     grad_scale, found_inf = (to_device(x, device, torch.float32) for x in (control.grad_scale, control.found_inf))
     total_norm, norms = control.total_norm, None
     # Both kernels use the same scratch memory: the second finds the norm there.
-    scratch_memory = _scratch(staged, "l2_norm")
-    scratch = scratch_memory.data_ptr()
+    scratch = _scratch(table, staged, "l2_norm")
     known_norm = to_device(total_norm, device, torch.float64)
     if control.measures:
         total_norm, norms = _reduce(table, staged, scratch, "l2_norm", grad_scale)
@@ -170,14 +198,14 @@ def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl
     _cuda.update(
         staged.table,
         words=words if in_memory is None else in_memory.data_ptr(),
-        norm=scratch + _NORM if control.measures else core.address(known_norm),
+        norm=scratch.norm if control.measures else core.address(known_norm),
         grad_scale=core.address(grad_scale),
         found_inf=core.address(found_inf),
         clips=control.max_norm is not None,
         skip_nonfinite=control.skip_nonfinite,
         skip=core.address(skip),
         skipped_steps=core.address(counter),
-        counter=scratch + _COUNTER,
+        counter=scratch.counter,
     )
     copy_back(counter, control)
     return StepResult(total_norm, norms, skip)
