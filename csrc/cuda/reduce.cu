@@ -197,16 +197,15 @@ __global__ void __launch_bounds__(kThreads, 4) reduce_kernel(const __grid_consta
   using State = typename Statistic::State;
   __shared__ StateWords<Statistic> shared[2][kWarps];
   auto* const partials = static_cast<StateWords<Statistic>*>(args.partials);
-  int turn = 0;
-  for (int64_t index = blockIdx.x; index < args.table.chunk_count; index += gridDim.x, turn ^= 1) {
-    const Chunk chunk = chunk_of(args.table, index);
+  ChunkQueue queue(args.table, args.table.chunk_count, &args.counters->chunks);
+  for (Chunk chunk; queue.next(chunk);) {
     const Cell cell = chunk.row.cell(static_cast<int>(args.column));
     const State of_thread = cell.dtype == DType::float64 ? state_of_thread<Statistic, double>(cell, chunk)
                                                          : state_of_thread<Statistic, float>(cell, chunk);
-    const State of_block = join_block<Statistic>(of_thread, shared[turn]);
-    if (threadIdx.x == 0) partials[index] = to_words<Statistic>(of_block);
+    const State of_block = join_block<Statistic>(of_thread, shared[chunk.slot]);
+    if (threadIdx.x == 0) partials[chunk.index] = to_words<Statistic>(of_block);
   }
-  if (is_last_block(args.counter)) finish_rows<Statistic>(args);
+  if (is_last_block(&args.counters->blocks)) finish_rows<Statistic>(args);
 }
 
 }  // namespace

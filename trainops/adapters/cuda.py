@@ -82,14 +82,14 @@ def _staged(kind: str, tensors: Sequence[Tensor]) -> Iterator[tuple[Any, _Staged
         yield table, _Staged(table)
 
 
-# Scratch memory per stream and host thread: block counter, norm, partial results. Kernels reset the counter.
+# Scratch memory per stream and host thread: counters, norm, partial results. Kernels reset the counters.
 _scratches: Recent[Tensor] = Recent(32)
 _captured: list[Tensor] = []
-_COUNTER, _NORM, _PARTIALS = (8 * i for i in range(3))
+_COUNTERS, _NORM, _PARTIALS = (8 * i for i in range(3))
 
 
-def _scratch(staged: _Staged, statistic: str) -> Tensor:
-    size = 2 + staged.chunk_count * _cuda.STATE_WORDS[statistic]
+def _scratch(staged: _Staged, statistic: str | None = None) -> Tensor:
+    size = 2 + (staged.chunk_count * _cuda.STATE_WORDS[statistic] if statistic else 0)
     queue = staged.queue
     if queue.captures:
         _captured.append(torch.zeros(size, dtype=torch.float64, device=queue.device))
@@ -119,7 +119,7 @@ def _reduce(
         staged.table,
         statistic=statistic,
         grad_scale=core.address(grad_scale),
-        counter=scratch + _COUNTER,
+        counters=scratch + _COUNTERS,
         partials=scratch + _PARTIALS,
         total=scratch + _NORM,
         total_out=total.data_ptr(),
@@ -133,20 +133,28 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
     with _staged("transform", tensors) as (_, staged):
         dtype = torch.float32 if coefficient.dtype == torch.float32 else torch.float64
         factor = coefficient.to(staged.queue.device, dtype)
-        _cuda.scale(staged.table, coefficient=factor.data_ptr(), is_float64=dtype == torch.float64)
+        scratch = _scratch(staged)
+        _cuda.scale(
+            staged.table,
+            coefficient=factor.data_ptr(),
+            is_float64=dtype == torch.float64,
+            counters=scratch.data_ptr() + _COUNTERS,
+        )
 
 
 def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
     """See :func:`trainops.reference.clamp_`."""
     with _staged("transform", tensors) as (_, staged):
-        _cuda.clamp(staged.table, bound=bound)
+        scratch = _scratch(staged)
+        _cuda.clamp(staged.table, bound=bound, counters=scratch.data_ptr() + _COUNTERS)
 
 
 def _ema(table: Any, decay: float, skip: Tensor | None) -> None:
     with device_guard(_device_of(table)):
         staged = _Staged(table)
         skip = None if skip is None else skip.to(staged.queue.device, torch.bool)
-        _cuda.ema(staged.table, decay=decay, skip=core.address(skip))
+        scratch = _scratch(staged)
+        _cuda.ema(staged.table, decay=decay, skip=core.address(skip), counters=scratch.data_ptr() + _COUNTERS)
 
 
 ema_, try_ema_ = ema_operations(_device_type, _ema)
@@ -177,7 +185,7 @@ def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl
         skip_nonfinite=control.skip_nonfinite,
         skip=core.address(skip),
         skipped_steps=core.address(counter),
-        counter=scratch + _COUNTER,
+        counters=scratch + _COUNTERS,
     )
     copy_back(counter, control)
     return StepResult(total_norm, norms, skip)
