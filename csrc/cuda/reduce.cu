@@ -188,24 +188,24 @@ __global__ void __launch_bounds__(kThreads, 4) reduce_kernel(const __grid_consta
   Meeting<Statistic> meeting{shared};
   auto* const partials = static_cast<StateWords<Statistic>*>(args.partials);
   const double grad_scale = args.grad_scale == nullptr ? 1.0 : *args.grad_scale;
-  for (int64_t index = blockIdx.x; index < args.table.chunk_count; index += gridDim.x) {
-    const Chunk chunk = chunk_of(args.table, index);
+  ChunkQueue queue(args.table, args.table.chunk_count, &args.counters->chunks);
+  for (Chunk chunk; queue.next(chunk);) {
     const Cell cell = chunk.row.cell(static_cast<int>(args.column));
     State state = cell.dtype == DType::float64 ? state_of_chunk<Statistic, double>(cell, chunk, meeting)
                                                : state_of_chunk<Statistic, float>(cell, chunk, meeting);
-    if (threadIdx.x == 0) partials[index] = to_words<Statistic>(state);
+    if (threadIdx.x == 0) partials[chunk.index] = to_words<Statistic>(state);
 
-    const int64_t row = args.table.chunks[kChunkWords * index + kChunkRow];
     const int64_t count = (chunk.row.numel() + kChunkNumel - 1) / kChunkNumel;
     StateWords<Statistic>* const of_row = partials + chunk.row.words[kFirstChunk];
     if (count > 1) {
-      if (!is_last_of(static_cast<unsigned>(count), args.row_counters + row)) continue;
+      if (!is_last_of(static_cast<unsigned>(count), &args.counters->rows[chunk.row_index])) continue;
       state = meeting.join(join_partials<Statistic>(count, [&](int64_t i) { return of_row + i; }));
       if (threadIdx.x == 0) *of_row = to_words<Statistic>(state);
     }
-    if (threadIdx.x == 0) write(args.rows_out, args.out_is_double, row, Statistic::finish(state) / grad_scale);
+    if (threadIdx.x == 0)
+      write(args.rows_out, args.out_is_double, chunk.row_index, Statistic::finish(state) / grad_scale);
   }
-  if (!is_last_block(args.counter)) return;
+  if (!is_last_block(args.counters)) return;
   const State total = meeting.join(join_partials<Statistic>(
       args.table.row_count, [&](int64_t row) { return partials + row_of(args.table, row).words[kFirstChunk]; }));
   if (threadIdx.x != 0) return;

@@ -64,7 +64,7 @@ class _Staged:
     def __init__(self, table: Any) -> None:
         self.queue = _queue(_device_of(table))
         words = stage(table, self.queue.device, _cuda.CHUNK_NUMEL, by_kind=False)
-        self.chunk_count = words.chunk_count
+        self.rows, self.chunk_count = table.rows, words.chunk_count
         self.table = _cuda.StagedTable(
             table,
             words=words,
@@ -85,16 +85,12 @@ def _staged(kind: str, tensors: Sequence[Tensor]) -> Iterator[tuple[Any, _Staged
 class _Scratch(NamedTuple):
     """Memory that kernels share."""
 
-    counters: Tensor  # of blocks, and of each row's; zeros, and kernels reset them
+    counter_words: Tensor  # of chunks, of blocks and of each row; zeros, and kernels reset them
     numbers: Tensor  # the norm, and partial results
 
     @property
-    def counter(self) -> int:
-        return self.counters.data_ptr()
-
-    @property
-    def row_counters(self) -> int:
-        return self.counters.data_ptr() + 4
+    def counters(self) -> int:
+        return self.counter_words.data_ptr()
 
     @property
     def norm(self) -> int:
@@ -110,30 +106,33 @@ _scratches: Recent[_Scratch] = Recent(32)
 _captured: list[_Scratch] = []
 
 
-def _new_scratch(device: torch.device, rows: int, numbers: int) -> _Scratch:
-    return _Scratch(
-        torch.zeros(1 + rows, dtype=torch.int32, device=device),
-        torch.empty(1 + numbers, dtype=torch.float64, device=device),
-    )
-
-
-def _scratch(table: Any, staged: _Staged, statistic: str) -> _Scratch:
-    rows, numbers = table.rows, staged.chunk_count * _cuda.STATE_WORDS[statistic]
+def _scratch(staged: _Staged, statistic: str | None = None) -> _Scratch:
+    counters = 2 + (staged.rows if statistic else 0)
+    numbers = 1 + (staged.chunk_count * _cuda.STATE_WORDS[statistic] if statistic else 0)
     queue = staged.queue
     if queue.captures:
-        _captured.append(_new_scratch(queue.device, rows, numbers))
+        _captured.append(_new_scratch(queue.device, counters, numbers))
         return _captured[-1]
     key = queue, threading.get_ident()
     scratch = _scratches.recall(key)
-    if scratch is None or len(scratch.counters) <= rows or len(scratch.numbers) <= numbers:
-        scratch = _scratches.remember(key, _new_scratch(queue.device, 2 * rows, 2 * numbers))
+    has = (0, 0) if scratch is None else (len(scratch.counter_words), len(scratch.numbers))
+    if scratch is None or has[0] < counters or has[1] < numbers:
+        grown = (max(old, 2 * new) for old, new in zip(has, (counters, numbers), strict=True))
+        scratch = _scratches.remember(key, _new_scratch(queue.device, *grown))
     return scratch
+
+
+def _new_scratch(device: torch.device, counters: int, numbers: int) -> _Scratch:
+    return _Scratch(
+        torch.zeros(counters, dtype=torch.int32, device=device),
+        torch.empty(numbers, dtype=torch.float64, device=device),
+    )
 
 
 def reduce(statistic: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """See :class:`trainops.adapters.interface.Kernels`."""
     with _staged("reduce", tensors) as (table, staged):
-        return _reduce(table, staged, _scratch(table, staged, statistic), statistic)
+        return _reduce(table, staged, _scratch(staged, statistic), statistic)
 
 
 def _reduce(
@@ -147,8 +146,7 @@ def _reduce(
         staged.table,
         statistic=statistic,
         grad_scale=core.address(grad_scale),
-        counter=scratch.counter,
-        row_counters=scratch.row_counters,
+        counters=scratch.counters,
         partials=scratch.partials,
         total=scratch.norm,
         total_out=total.data_ptr(),
@@ -162,20 +160,28 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
     with _staged("transform", tensors) as (_, staged):
         dtype = torch.float32 if coefficient.dtype == torch.float32 else torch.float64
         factor = coefficient.to(staged.queue.device, dtype)
-        _cuda.scale(staged.table, coefficient=factor.data_ptr(), is_float64=dtype == torch.float64)
+        scratch = _scratch(staged)
+        _cuda.scale(
+            staged.table,
+            coefficient=factor.data_ptr(),
+            is_float64=dtype == torch.float64,
+            counters=scratch.counters,
+        )
 
 
 def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
     """See :func:`trainops.reference.clamp_`."""
     with _staged("transform", tensors) as (_, staged):
-        _cuda.clamp(staged.table, bound=bound)
+        scratch = _scratch(staged)
+        _cuda.clamp(staged.table, bound=bound, counters=scratch.counters)
 
 
 def _ema(table: Any, decay: float, skip: Tensor | None) -> None:
     with device_guard(_device_of(table)):
         staged = _Staged(table)
         skip = None if skip is None else skip.to(staged.queue.device, torch.bool)
-        _cuda.ema(staged.table, decay=decay, skip=core.address(skip))
+        scratch = _scratch(staged)
+        _cuda.ema(staged.table, decay=decay, skip=core.address(skip), counters=scratch.counters)
 
 
 ema_, try_ema_ = ema_operations(_device_type, _ema)
@@ -187,7 +193,7 @@ def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl
     grad_scale, found_inf = (to_device(x, device, torch.float32) for x in (control.grad_scale, control.found_inf))
     total_norm, norms = control.total_norm, None
     # Both kernels use the same scratch memory: the second finds the norm there.
-    scratch = _scratch(table, staged, "l2_norm")
+    scratch = _scratch(staged, "l2_norm")
     known_norm = to_device(total_norm, device, torch.float64)
     if control.measures:
         total_norm, norms = _reduce(table, staged, scratch, "l2_norm", grad_scale)
@@ -205,7 +211,7 @@ def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl
         skip_nonfinite=control.skip_nonfinite,
         skip=core.address(skip),
         skipped_steps=core.address(counter),
-        counter=scratch.counter,
+        counters=scratch.counters,
     )
     copy_back(counter, control)
     return StepResult(total_norm, norms, skip)
