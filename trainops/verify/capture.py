@@ -1,5 +1,6 @@
 """Ops in CUDA graphs: what a replay leaves must have the bits of the same calls without a graph."""
 
+import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -28,9 +29,11 @@ Maker = Callable[[Place, torch.Generator], Work]
 def is_captured(place: Place) -> bool:
     """Whether graphs are promised to hold what the backend does: kernels of its own, on a GPU.
 
-    A backend that serves every device is made of PyTorch's operations, some of which wait for the device.
+    A backend that serves every device is made of PyTorch's operations, some of which wait for the device. Without
+    PyTorch's own allocator, as under compute-sanitizer, no graph can hold what is allocated in it.
     """
-    return place.device.type == "cuda" and not place.kernels.serves("meta")
+    allocates = not os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING")
+    return place.device.type == "cuda" and allocates and not place.kernels.serves("meta")
 
 
 def graph_of(call: Callable[[], object], device: torch.device) -> torch.cuda.CUDAGraph:
