@@ -31,7 +31,7 @@ from rich.table import Table
 from trainops import core
 
 from .inspect_cache import keep, key_of, recall
-from .triton_variants import SIZES, Variant, block_numel, variants
+from .triton_variants import SIZES, Variant, variants
 
 TARGETS = {
     "sm_90": ("cuda", 90, 32),
@@ -84,9 +84,7 @@ def constants_of(variant: Variant) -> dict[str, Any]:
     """A variant's constants, and the sizes that its kernel takes."""
     from trainops.triton_kernels import _common
 
-    streamed = variant.reads + variant.writes
-    block = block_numel(streamed) if streamed else _common.REDUCTION_BLOCK
-    return variant.constants | {"CHUNK": _common.CHUNK, "BLOCK": block}
+    return variant.constants | {"CHUNK": _common.CHUNK, "BLOCK": variant.block or _common.REDUCTION_BLOCK}
 
 
 def threads() -> int:
@@ -189,7 +187,7 @@ def run(*command: object) -> str:
 
 def wide_accesses(variant: Variant, dtypes: tuple[str, ...]) -> int:
     """How many accesses of 16 bytes a thread makes for one block of each of these tensors."""
-    return sum(block_numel(variant.reads + variant.writes) // threads() * SIZES[dtype] // 16 for dtype in dtypes)
+    return sum(variant.block // threads() * SIZES[dtype] // 16 for dtype in dtypes)
 
 
 def expected(variant: Variant) -> tuple[int, int]:
