@@ -25,12 +25,23 @@ class Variant(NamedTuple):
     bodies: int = 1  # loops over whole blocks
     narrow_stores: int | None = None  # of a kernel whose masked accesses are wide, too: how many others it makes
     divided_as: tuple[str, ...] = ()  # types by which blocks are divided, if not those of the tensors
+    looks_again: bool = False  # in float64, at what float32 does not hold
 
     @property
     def block(self) -> int:
         """How many elements a program takes at a time; 0 where it streams no tensor."""
         streamed = self.divided_as or self.reads + self.writes
         return block_numel(streamed) if streamed else 0
+
+    @property
+    def float64_loops(self) -> int | None:
+        """How many loops may compute in float64: a second look has one over whole blocks, and one with a mask.
+
+        None: any number, because tensors are float64, or because what is read are results and settings.
+        """
+        if not self.reads or ":float64" in self.constants.values():
+            return None
+        return 2 if self.looks_again else 0
 
 
 TABLE = {"rows": "*i64", "chunks": "*i64", "first_chunk": "i32"}
@@ -59,7 +70,7 @@ def variants() -> Iterator[Variant]:
         for statistic in STATISTICS:
             constants = {"WORDS": words_of("reduce"), "COLUMN": 0, "STATISTIC": statistic, **types}
             arguments = {**TABLE, "partials": "*fp64"}
-            bodies = 1 if statistic == "inf_norm" or dtype == "float64" else 2  # once more where float32 overflows
+            looks_again = statistic != "inf_norm" and dtype != "float64"
             label = f"{statistic} {dtype}"
             yield Variant(
                 "reduce",
@@ -68,8 +79,9 @@ def variants() -> Iterator[Variant]:
                 arguments,
                 constants,
                 (dtype,),
-                bodies=bodies,
+                bodies=1 + looks_again,
                 divided_as=("bfloat16",),
+                looks_again=looks_again,
             )
         for name in ("scale", "clamp"):
             constants = {"WORDS": words_of("transform"), "CLAMP": name == "clamp", **types}

@@ -213,8 +213,8 @@ TRITON_AND_CUDA = [
         {
             "cuda: DropPath: runs overlap": ("first += kRun * kWarps", "first += kWarps"),
             "cuda: DropPath: only the last run counts": (
-                "totals[j] += static_cast<double>(run[j]);",
-                "totals[j] = static_cast<double>(run[j]);",
+                "total_of(j) += static_cast<double>(run[j]);",
+                "total_of(j) = static_cast<double>(run[j]);",
             ),
         },
     ),

@@ -52,7 +52,7 @@ struct Lane {
     if constexpr (packs) {
       unpack(fetch<T>(cell, where), cell.dtype, x);
     } else {
-      x[0] = where.has_first ? load<T>(cell, where.first) : T(0);
+      x[0] = where.has_first ? load_operand<T>(cell, where.first) : T(0);
     }
   }
 
@@ -86,14 +86,18 @@ __device__ void backward_tile(const DropPathBackwardArgs& args, int64_t group, i
 
   T layer_scale[size];
   lane.read(args.layer_scale, lane.offset, layer_scale);
-  double totals[size] = {};
+  const auto total_of = [&](int j) -> double& { return totals_of_warps[warp][lane.column(j) - begin]; };
+#pragma unroll
+  for (int j = 0; j < size; ++j) {
+    if (lane.column(j) < end) total_of(j) = 0.0;
+  }
   for (int64_t first = group_rows * group + warp; first < end_row; first += kRun * kWarps) {
     const int64_t end_of_run = first + kRun * kWarps < end_row ? first + kRun * kWarps : end_row;
     T run[size] = {};
 #pragma unroll 1
     for (int64_t row = first; row < end_of_run; row += kWarps) {
       const int64_t sample = row / sample_rows;
-      const T mask = load<T>(args.mask, sample);
+      const T mask = load_operand<T>(args.mask, sample);
       const LaneOffset offset = lane.in_row(row * channels, true);
       T grad[size], branch[size];
       const int64_t grad_offset = row * channels + sample_offset(args.rows, sample, args.sample_numel);
@@ -109,13 +113,9 @@ __device__ void backward_tile(const DropPathBackwardArgs& args, int64_t group, i
       lane.write(args.of_branch, offset, grad);
     }
 #pragma unroll
-    for (int j = 0; j < size; ++j) totals[j] += static_cast<double>(run[j]);
-  }
-
-#pragma unroll
-  for (int j = 0; j < size; ++j) {
-    const int64_t column = lane.column(j);
-    if (column < end) totals_of_warps[warp][column - begin] = totals[j];
+    for (int j = 0; j < size; ++j) {
+      if (lane.column(j) < end) total_of(j) += static_cast<double>(run[j]);
+    }
   }
   __syncthreads();
   for (int64_t column = begin + threadIdx.x; column < end; column += kThreads) {
@@ -127,7 +127,8 @@ __device__ void backward_tile(const DropPathBackwardArgs& args, int64_t group, i
 }
 
 template <typename T, bool packs>
-__global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constant__ DropPathBackwardArgs args) {
+__global__ void __launch_bounds__(kThreads, packs && sizeof(T) == 4 ? 2 : 4)
+    backward_kernel(const __grid_constant__ DropPathBackwardArgs args) {
   const int64_t tiles = (args.channels + kColumns<T, packs> - 1) / kColumns<T, packs>;
   const int64_t groups = count_groups(args.samples * (args.sample_numel / args.channels));
   for (int64_t index = blockIdx.x; index < groups * tiles; index += gridDim.x) {
