@@ -124,7 +124,7 @@ def test_gradients_of_several_chunks(target):
 
 
 def test_gradients_of_several_runs(target):
-    """With CUDA, a thread adds up more elements than the eight of a run where there are more than 32,768 positions."""
+    """With CUDA, a thread adds up more elements than those of a run where there are more than 32,768 positions."""
     check_gradients(target, *operands(torch.float32, target.device, (3,), (40, 1000, 3)))
 
 
