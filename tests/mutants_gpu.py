@@ -155,6 +155,70 @@ TRITON_AND_CUDA = [
         },
     ),
     *planted(
+        "triton_kernels/statistics.py",
+        tests_of("triton_sums"),
+        {
+            "triton: tiny squares are not gathered again": ("| (state[0] < 2.0**-100)", "| (state[0] < 0.0)"),
+            "triton: huge squares are not gathered again": ('(state[0] == float("inf")) |', "(state[0] == 3.0) |"),
+            "triton: runs are joined in float32": ("SHORT = tl.constexpr(3)", "SHORT = tl.constexpr(30)"),
+        },
+    ),
+    *planted(
+        "triton_kernels/statistics.py",
+        tests_of("ptx_triton", k="a_sample"),
+        {
+            "triton: lanes are joined in the compiler's order": (
+                "joined = sum_in_pairs(states[0])",
+                "joined = tl.sum(states[0].to(tl.float64), axis=0)",
+            ),
+        },
+    ),
+    *planted(
+        "trainops/adapters/_triton.py",
+        tests_of("triton_sums"),
+        {
+            "triton: the lanes of a norm depend on the type": (
+                "            itemsize=kernels()._common.SMALLEST,\n",
+                "",
+            ),
+        },
+    ),
+    *planted(
+        "csrc/core/device_words.h",
+        tests_of("core", "triton_sums"),
+        {
+            "device tables: partial results in the order of sections": (
+                "words[begin + kFirstChunk] = first_chunks_[row];",
+                "words[begin + kFirstChunk] = positions_[row];",
+            ),
+        },
+    ),
+    *planted(
+        "triton_kernels/drop_path.py",
+        tests_of("drop_path_rows", k="small_chunks"),
+        {
+            "triton: DropPath: runs overlap": (
+                "for first_round in range(0, size, RUN * ROUND):",
+                "for first_round in range(0, size, ROUND):",
+            ),
+            "triton: DropPath: only the last run counts": (
+                "total += run.to(tl.float64)",
+                "total = run.to(tl.float64)",
+            ),
+        },
+    ),
+    *planted(
+        "csrc/cuda/drop_path_backward.cu",
+        tests_of("drop_path_gradients", k="cuda-cpu"),
+        {
+            "cuda: DropPath: runs overlap": ("first += kRun * kWarps", "first += kWarps"),
+            "cuda: DropPath: only the last run counts": (
+                "total_of(j) += static_cast<double>(run[j]);",
+                "total_of(j) = static_cast<double>(run[j]);",
+            ),
+        },
+    ),
+    *planted(
         "triton_kernels/reduce.py",
         tests_of("ends", k="triton-cpu"),
         {
@@ -197,8 +261,8 @@ TRITON_AND_CUDA = [
             ),
             "device tables: a layout without sizes": ("      words.push_back(table_.numel(row));\n", ""),
             "device tables: chunks of a section's first row": (
-                "first_chunks_[row] = chunk_count_;",
-                "first_chunks_[row] = first;",
+                "positions_[row] = chunk_count_;",
+                "positions_[row] = first;",
             ),
         },
     ),
@@ -241,8 +305,8 @@ TRITON_AND_CUDA = [
         tests_of("drop_path_gradients", k="triton-cpu"),
         {
             "triton: DropPath: layer scale's gradient without the mask": (
-                "total += (g * value * x).to(tl.float64)",
-                "total += (g * x).to(tl.float64)",
+                "run += g * value * x",
+                "run += g * x",
             ),
         },
     ),

@@ -11,10 +11,11 @@ __device__ void move_chunk(const Cell& average, const Cell& param, const Chunk& 
   range.add(average);
   range.add(param);
   range.close();
+  const auto weight = weight_of_loop<T>(decay);
   for (int64_t tile = range.begin; tile < range.body; tile += kThreads * kPack<T>) {
     const LaneOffset offset(range, tile, threadIdx.x);
     const Raw of_average = fetch<T>(average, offset), of_param = fetch<T>(param, offset);
-    put<T>(average, offset, ema_pack<T>(of_average, average.dtype, of_param, param.dtype, decay));
+    put<T>(average, offset, ema_pack<T>(of_average, average.dtype, of_param, param.dtype, weight));
   }
   for (int64_t i = range.body + threadIdx.x; i < range.end; i += kThreads) ema_one(average, param, i, decay);
 }

@@ -193,12 +193,14 @@ __device__ inline Raw pack(const double (&x)[2], DType) {
   return raw;
 }
 
-template <typename T>
+// `has_float64`: whether the tensor may be float64.
+template <typename T, bool has_float64 = true>
 __device__ T load(const Cell& cell, int64_t i) {
   switch (cell.dtype) {
     case DType::float32:
       return static_cast<T>(static_cast<const float*>(cell.address)[i]);
     case DType::float64:
+      if constexpr (!has_float64) __builtin_unreachable();
       return static_cast<T>(static_cast<const double*>(cell.address)[i]);
     case DType::bfloat16:
       return static_cast<T>(widen(static_cast<const BFloat16*>(cell.address)[i]));

@@ -32,7 +32,7 @@ struct Cells {
 
 template <typename Rule, typename T>
 __device__ void update_pack(const Cells<Rule>& cells, const LaneOffset& offset,
-                            const typename Rule::template Scalars<T>& scalars, double ema_decay) {
+                            const typename Rule::template Scalars<T>& scalars, const EMAWeight<T>& ema_weight) {
   constexpr int count = Cells<Rule>::count;
   Raw raw[count];
 #pragma unroll
@@ -65,7 +65,7 @@ __device__ void update_pack(const Cells<Rule>& cells, const LaneOffset& offset,
   put<T>(cells.at[kParam], offset, stored);
   const Cell& average = cells.at[kAverage];
   if (average.address == nullptr) return;
-  put<T>(average, offset, ema_pack<T>(raw[kAverage], average.dtype, stored, cells.at[kParam].dtype, ema_decay));
+  put<T>(average, offset, ema_pack<T>(raw[kAverage], average.dtype, stored, cells.at[kParam].dtype, ema_weight));
 }
 
 template <typename Rule, typename T>
@@ -97,8 +97,9 @@ __device__ void update_chunk(const Chunk& chunk, const typename Rule::template S
     if (column != kStep) range.add(cells.at[column]);
   }
   range.close();
+  const auto ema_weight = weight_of_loop<T>(ema_decay);
   for (int64_t tile = range.begin; tile < range.body; tile += kThreads * kPack<T>) {
-    update_pack<Rule, T>(cells, LaneOffset(range, tile, threadIdx.x), scalars, ema_decay);
+    update_pack<Rule, T>(cells, LaneOffset(range, tile, threadIdx.x), scalars, ema_weight);
   }
   for (int64_t i = range.body + threadIdx.x; i < range.end; i += kThreads) {
     update_one<Rule, T>(cells, i, scalars, ema_decay);
