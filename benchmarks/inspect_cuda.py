@@ -39,8 +39,9 @@ LEAST = {
     "backward_kernel<float, true>": (3 * 2, 2),
     "backward_kernel<double, true>": (3, 1),
 }
-# Loops that may compute in float64: that of float64 tensors and, of a sum, the second look at a chunk of others.
-FLOAT64_LOOPS = {"reduce_kernel<L1Norm>": 2, "reduce_kernel<L2Norm>": 2, "<float": 0, "<double": None}
+# Loops around these that may compute in float64: of kernels for all types, that of float64 tensors. (A sum looks at a
+# chunk of others a second time in float64, but at single elements.)
+FLOAT64_LOOPS = {"<float": 0, "<double": None}
 TEMPLATE_ARGUMENTS = {"f": "float", "d": "double", "Lb0E": "false", "Lb1E": "true"}
 
 

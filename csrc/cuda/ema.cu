@@ -20,7 +20,7 @@ __device__ void move_chunk(const Cell& average, const Cell& param, const Chunk& 
   for (int64_t i = range.body + threadIdx.x; i < range.end; i += kThreads) ema_one(average, param, i, decay);
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     ema_kernel(const __grid_constant__ DeviceTable table, double decay, const bool* skip, Counters* counters) {
   if (skip != nullptr && *skip) return;
   ChunkQueue queue(table, table.chunk_count, &counters->chunks);
