@@ -47,6 +47,7 @@ def check_words(kind, columns, group_rows=(), chunk_numel=CHUNK):
     for by_kind in (False, True):
         words = table.words(chunk_numel=chunk_numel, by_kind=by_kind)
         chunks, first_chunks = numbers(words.chunks, 2), []
+        numbered = [None] * words.chunk_count
         of_rows = numbers(words.rows, len(core.words("row")) + len(names))
         assert len(of_rows) == len(rows)
         for i, row in enumerate(rows):
@@ -58,11 +59,14 @@ def check_words(kind, columns, group_rows=(), chunk_numel=CHUNK):
             assert its == {"numel": numel, "first_chunk": first_chunks[i], "group": groups[i], "dtypes": of_dtypes}
             assert of_rows[i][len(its) :] == [core.address(x) for x in row]
             own = range(0, max(1, numel), chunk_numel)
-            assert chunks[first_chunks[i] : first_chunks[i] + len(own)] == [[i, begin] for begin in own]
+            numbered[first_chunks[i] : first_chunks[i] + len(own)] = [[i, begin] for begin in own]
+        sizes = [min(chunk_numel, rows[row][0].numel() - begin) for row, begin in numbered]
+        in_queue = sorted(zip(sizes, numbered, strict=True), key=lambda chunk: -chunk[0])
+        assert chunks == (numbered if by_kind else [chunk for _, chunk in in_queue])
         counts = [len(range(0, max(1, row[0].numel()), chunk_numel)) for row in rows]
         assert len(chunks) == words.chunk_count == sum(counts)
         of_layout = [x for row, first in zip(rows, first_chunks, strict=True) for x in (row[0].numel(), first)]
-        assert array("q", words.layout).tolist() == [chunk_numel, *of_layout]
+        assert array("q", words.layout).tolist() == [chunk_numel, by_kind, *of_layout]
         kinds = list(dict.fromkeys(dtypes)) if by_kind else [()]  # in the order of their first rows
         assert [section[0] for section in words.sections] == kinds
         end = 0
@@ -70,6 +74,6 @@ def check_words(kind, columns, group_rows=(), chunk_numel=CHUNK):
             assert first_chunk == end
             end += chunk_count
             members = [i for i, its in enumerate(dtypes) if not by_kind or its == of_section]
-            assert list(dict.fromkeys(row for row, _ in chunks[first_chunk:end])) == members
+            assert list(dict.fromkeys(row for row, _ in numbered[first_chunk:end])) == members
         assert end == words.chunk_count
     return words  # by kind

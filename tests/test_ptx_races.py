@@ -74,8 +74,8 @@ def stage(cuda, kind, tensors):
 
 def norms_of(cuda, kind, chunks):
     """Norms of rows of so many chunks, of which all but the first have been added up before."""
-    staged, rows = stage(cuda, "reduce", [torch.ones(8192) for _ in chunks])
-    rows[:, 0] = 8192 * torch.tensor(chunks)
+    staged, rows = stage(cuda, "reduce", [torch.ones(cuda.module.CHUNK_NUMEL) for _ in chunks])
+    rows[:, 0] = cuda.module.CHUNK_NUMEL * torch.tensor(chunks)
     rows[:, 1] = torch.tensor([sum(chunks[:row]) for row in range(len(chunks))])
     partials, counters = torch.ones(sum(chunks), dtype=torch.float64), torch.zeros(2, dtype=torch.int32)
     total, total_out, norms = torch.empty((), dtype=torch.float64), torch.empty(()), torch.empty(len(chunks))

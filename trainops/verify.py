@@ -19,7 +19,7 @@ from .clip_grad import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from .ema import EMA
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# A chunk of kernels has 8192 elements. The interpreter, which is slow, goes without the last shape.
+# A chunk of kernels has at most 8192 elements. The interpreter, which is slow, goes without the last shape.
 SHAPES: tuple[tuple[int, ...], ...] = ((), (0,), (1,), (127,), (33, 31), (2, 3, 5, 7), (8193,), (70_001,))
 SAMPLES: tuple[tuple[int, ...], ...] = ((4, 1), (5, 7), (3, 33, 31), (2, 3, 5, 7), (6, 257, 64))  # for DropPath
 DECAY = 0.9

@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, 4) reduce_kernel(const __grid_consta
     const State of_thread = cell.dtype == DType::float64 ? state_of_thread<Statistic, double>(cell, chunk)
                                                          : state_of_thread<Statistic, float>(cell, chunk);
     const State of_block = join_block<Statistic>(of_thread, shared[chunk.slot]);
-    if (threadIdx.x == 0) partials[chunk.index] = to_words<Statistic>(of_block);
+    if (threadIdx.x == 0) partials[chunk.index()] = to_words<Statistic>(of_block);
   }
   if (is_last_block(&args.counters->blocks)) finish_rows<Statistic>(args);
 }
