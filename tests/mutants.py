@@ -118,11 +118,11 @@ C_PLUS_PLUS = [
         "csrc/math/statistics.h",
         tests_of("norm_sums", k="cpu-cpu"),
         {
-            "clip: tiny squares are not gathered again": ("|| sum < 0x1p-100", ""),
-            "clip: squares of 2^-102 are not gathered again": ("sum < 0x1p-100", "sum < 0x1p-104"),
-            "clip: more squares are gathered again than need be": ("sum < 0x1p-100", "sum < 0x1p-96"),
-            "clip: huge squares are not gathered again": ("sum == INFINITY || sum < 0x1p", "sum < 0x1p"),
-            "clip: huge sums are not gathered again": ("{ return sum == INFINITY; }", "{ return false; }"),
+            "clip: tiny squares are not gathered again": ("|| sum < T(0x1p-100)", ""),
+            "clip: squares of 2^-102 are not gathered again": ("T(0x1p-100)", "T(0x1p-104)"),
+            "clip: more squares are gathered again than need be": ("T(0x1p-100)", "T(0x1p-96)"),
+            "clip: huge squares are not gathered again": ("sum == T(INFINITY) || sum", "sum"),
+            "clip: huge sums are not gathered again": ("return sum == T(INFINITY);", "return false;"),
         },
     ),
     *planted(

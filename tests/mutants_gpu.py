@@ -355,21 +355,16 @@ TRITON_AND_CUDA = [
         tests_of("norm_sums", k="cuda-cpu"),
         {
             "cuda: a norm is not gathered again": (
-                "if (sizeof(T) == sizeof(double) || !Statistic::is_doubtful(state)) return state;",
-                "return state;",
+                "if constexpr (sizeof(T) < sizeof(double)) {",
+                "if constexpr (false) {",
             ),
             "cuda: a norm is gathered again in float32": (
-                "  Runs<Statistic, T, double> runs;\n",
-                "  Runs<Statistic, T, T> runs;\n",
+                "Runs<Statistic, T, double> wide;",
+                "Runs<Statistic, T, T> wide;",
             ),
-            "cuda: the runs of a norm begin with those of the last chunk": (
-                "at[kPack<T>] = {};",
-                "at[kPack<T>];",
-            ),
-            "cuda: a norm's order depends on the alignment": (
-                "  for (int64_t tile = last_tile; tile < chunk.end; tile += kTile<T>) {\n",
-                "  for (int64_t tile = last_tile + (chunk.end - 1 - last_tile) / kTile<T> * kTile<T>; tile >= last_tile;\n"
-                "       tile -= kTile<T>) {\n",
+            "cuda: the warps of a norm are joined in float32": (
+                "return join_lanes<Statistic, kWarps>(Statistic::widen(run));",
+                "return Statistic::widen(join_lanes<Statistic, kWarps>(run));",
             ),
         },
     ),
@@ -421,7 +416,7 @@ TRITON_AND_CUDA = [
         "csrc/cuda/common.cuh",
         tests_of("adamw", k="cuda-cpu"),
         {
-            "cuda: the counter of blocks is not reset": ("if (last) *counter = 0;", ""),
+            "cuda: the counter of blocks is not reset": ("      *counter = 0;\n", ""),
         },
     ),
     *planted(
@@ -488,7 +483,7 @@ TRITON_AND_CUDA = [
                 "&args.counters->rows[0]",
             ),
             "cuda: a row's state stays that of its first chunk": (
-                "if (threadIdx.x == 0) *of_row = to_words<Statistic>(state);",
+                "if (threadIdx.x == 0) *of_row = state;",
                 "",
             ),
             "cuda: norms of rows in another's place": (

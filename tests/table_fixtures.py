@@ -46,7 +46,7 @@ def check_words(kind, columns, group_rows=(), chunk_numel=CHUNK):
     assert table.device_index == 0
     for by_kind in (False, True):
         words = table.words(chunk_numel=chunk_numel, by_kind=by_kind)
-        chunks, positions = numbers(words.chunks, 2), []
+        chunks, positions, queue = numbers(words.chunks, 2), [], []
         counts = [len(range(0, max(1, row[0].numel()), chunk_numel)) for row in rows]
         of_rows = numbers(words.rows, len(core.words("row")) + len(names))
         assert len(of_rows) == len(rows)
@@ -58,11 +58,19 @@ def check_words(kind, columns, group_rows=(), chunk_numel=CHUNK):
             assert its == {"numel": numel, "first_chunk": sum(counts[:i]), "group": groups[i], "dtypes": of_dtypes}
             assert of_rows[i][len(its) :] == [core.address(x) for x in row]
             own = range(0, max(1, numel), chunk_numel)
-            positions.append(chunks.index([i, 0]))
-            assert chunks[positions[i] : positions[i] + len(own)] == [[i, begin] for begin in own]
+            numbered = [[i, begin] for begin in own]
+            if by_kind:
+                positions.append(chunks.index([i, 0]))
+                assert chunks[positions[i] : positions[i] + len(own)] == numbered
+            else:
+                positions.append(sum(counts[:i]))
+                queue += [
+                    (min(chunk_numel, numel - begin), chunk) for begin, chunk in zip(own, numbered, strict=True)
+                ]
+        assert by_kind or chunks == [chunk for _, chunk in sorted(queue, key=lambda chunk: -chunk[0])]
         assert len(chunks) == words.chunk_count == sum(counts)
         of_layout = [x for row, first in zip(rows, positions, strict=True) for x in (row[0].numel(), first)]
-        assert array("q", words.layout).tolist() == [chunk_numel, *of_layout]
+        assert array("q", words.layout).tolist() == [chunk_numel, by_kind, *of_layout]
         kinds = list(dict.fromkeys(dtypes)) if by_kind else [()]  # in the order of their first rows
         assert [section[0] for section in words.sections] == kinds
         end = 0
@@ -70,6 +78,7 @@ def check_words(kind, columns, group_rows=(), chunk_numel=CHUNK):
             assert first_chunk == end
             end += chunk_count
             members = [i for i, its in enumerate(dtypes) if not by_kind or its == of_section]
-            assert list(dict.fromkeys(row for row, _ in chunks[first_chunk:end])) == members
+            listed = chunks if by_kind else [chunk for _, chunk in queue]
+            assert list(dict.fromkeys(row for row, _ in listed[first_chunk:end])) == members
         assert end == words.chunk_count
     return words  # by kind

@@ -106,7 +106,7 @@ def everything(dtype, place=lambda x, role: x.clone()):
     grads = [p.grad for p in params]
     before = [x.clone() for x in grads]
     norms = [trainops.clip_grad_norm_(params, 0.5, p, backend="cuda") for p in (1.0, 2.0, float("inf"))]
-    long_row = place(randn(8 * 8192 + 5, dtype), 1)  # several chunks
+    long_row = place(randn(8 * cuda._cuda.CHUNK_NUMEL + 5, dtype), 1)  # several chunks
     norms += [x for p in (1.0, 2.0, math.inf) for x in reduced(TARGET, [long_row], p)]
     assert_moved(grads, before)
     scaled = [x.clone() for x in grads]
@@ -166,10 +166,13 @@ def test_equal_words_alone_are_taken_for_those_of_another_table():
         tensors = [torch.ones(size, device=DEVICE) for size in sizes]
         table = core.table("reduce", {"tensor": tensors}, DEVICE)
         rows, chunks, *_ = stage(table, tensors[0].device, cuda._cuda.CHUNK_NUMEL, by_kind=False)
-        first_chunks = [sum(-(-size // 8192) for size in sizes[:row]) for row in range(3)]
+        chunk_numel = cuda._cuda.CHUNK_NUMEL
+        first_chunks = [sum(-(-size // chunk_numel) for size in sizes[:row]) for row in range(3)]
         words = [[x.numel(), first, 0, 0, x.data_ptr()] for x, first in zip(tensors, first_chunks, strict=True)]
         assert rows.view(-1, 5).tolist() == words
-        assert chunks.view(-1, 2).tolist() == [[i, begin] for i in range(3) for begin in range(0, sizes[i], 8192)]
+        each = [(i, begin) for i in range(3) for begin in range(0, sizes[i], chunk_numel)]
+        each.sort(key=lambda chunk: -min(chunk_numel, sizes[chunk[0]] - chunk[1]))
+        assert chunks.view(-1, 2).tolist() == [list(chunk) for chunk in each]
 
 
 def test_addresses_are_refused_without_their_names():

@@ -79,8 +79,8 @@ def norms_of_long_rows(cuda, kind, counts):
     staged, rows = stage(cuda, "reduce", [torch.ones(cuda.module.CHUNK_NUMEL) for _ in counts])
     counts = torch.tensor(counts)
     rows[:, 0] = cuda.module.CHUNK_NUMEL * counts
-    rows[:, 1] = len(counts) + counts.cumsum(0) - counts
-    partials = torch.ones(len(counts) + int(counts.sum()), dtype=torch.float64)
+    rows[:, 1] = counts.cumsum(0) - counts
+    partials = torch.ones(int(counts.sum()), dtype=torch.float64)
     counters = torch.cat((torch.zeros(2, dtype=torch.int32), counts.int() - 1))
     total, total_out, norms = torch.empty((), dtype=torch.float64), torch.empty(()), torch.empty(len(counts))
     cuda.module.reduce(

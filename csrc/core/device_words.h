@@ -1,12 +1,16 @@
 // A Table as 64-bit words for the memory of a device (the words of a row: schema.h).
 //
 // A chunk is up to `chunk_numel` elements of one row, the unit of a block's or program's work. A row without elements
-// has one empty chunk.
+// has one empty chunk. Chunks have numbers, in which those of a row follow each other.
 //
-// Kernels for which types are data (CUDA) take the chunks in the order of the rows. Others are compiled for a
-// combination of types (Triton): for them, rows of one combination form a section, whose chunks follow each other.
+// Kernels for which types are data (CUDA) draw chunks from a queue. The whole ones are listed first, by their number;
+// then the others, the largest first, so that the last blocks end at nearly the same time.
+//
+// Other kernels are compiled for a combination of types (Triton): for them, rows of one combination form a section,
+// whose chunks follow each other. They are listed by their number.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <numeric>
@@ -24,6 +28,13 @@ inline int64_t chunks_of_row(int64_t numel, int64_t chunk_numel) {
   return numel == 0 ? 1 : (numel + chunk_numel - 1) / chunk_numel;
 }
 
+// Chunks of `chunk_numel` elements: these are the first in the list for a queue.
+inline int64_t count_whole_chunks(const Table& table, int64_t chunk_numel) {
+  int64_t count = 0;
+  for (int64_t row = 0; row < table.rows(); ++row) count += table.numel(row) / chunk_numel;
+  return count;
+}
+
 // Consecutive chunks of rows that have the same types, column by column.
 struct Section {
   std::vector<DType> kind;
@@ -37,6 +48,7 @@ class DeviceWords {
       : table_(table),
         group_rows_(group_rows),
         chunk_numel_(chunk_numel),
+        by_kind_(by_kind),
         first_chunks_(table.rows()),
         positions_(table.rows()) {
     for (int64_t row = 1; row < table.rows(); ++row) {
@@ -57,8 +69,9 @@ class DeviceWords {
   // All that the chunks depend on.
   Words layout() const {
     Words words;
-    words.reserve(2 * table_.rows() + 1);
+    words.reserve(2 * table_.rows() + 2);
     words.push_back(chunk_numel_);
+    words.push_back(by_kind_);
     for (int64_t row = 0; row < table_.rows(); ++row) {
       words.push_back(table_.numel(row));
       words.push_back(positions_[row]);
@@ -80,15 +93,17 @@ class DeviceWords {
     Words words;
     words.reserve(kChunkWords * chunk_count_);
     for (const std::vector<int64_t>& members : members_) {
+      std::vector<int64_t> with_rest;
       for (const int64_t row : members) {
-        const int64_t count = chunks_of_row(table_.numel(row), chunk_numel_);
-        for (int64_t i = 0; i < count; ++i) {
-          const size_t begin = words.size();
-          words.resize(begin + kChunkWords);
-          words[begin + kChunkRow] = row;
-          words[begin + kChunkBegin] = i * chunk_numel_;
-        }
+        const int64_t whole = table_.numel(row) / chunk_numel_;
+        for (int64_t i = 0; i < whole; ++i) add_chunk(words, row, i);
+        if (whole == chunks_of_row(table_.numel(row), chunk_numel_)) continue;
+        by_kind_ ? add_chunk(words, row, whole) : with_rest.push_back(row);
       }
+      std::stable_sort(with_rest.begin(), with_rest.end(), [&](int64_t a, int64_t b) {
+        return table_.numel(a) % chunk_numel_ > table_.numel(b) % chunk_numel_;
+      });
+      for (const int64_t row : with_rest) add_chunk(words, row, table_.numel(row) / chunk_numel_);
     }
     return words;
   }
@@ -123,6 +138,14 @@ class DeviceWords {
     members_.push_back(std::move(members));
   }
 
+  // The i-th chunk of a row.
+  void add_chunk(Words& words, int64_t row, int64_t i) const {
+    const size_t begin = words.size();
+    words.resize(begin + kChunkWords);
+    words[begin + kChunkRow] = row;
+    words[begin + kChunkBegin] = i * chunk_numel_;
+  }
+
   void add_row(Words& words, int64_t row, int64_t group) const {
     int64_t dtypes = 0;
     for (int64_t column = 0; column < table_.columns(); ++column) {
@@ -142,8 +165,9 @@ class DeviceWords {
   const Table& table_;
   const std::vector<int64_t>& group_rows_;
   int64_t chunk_numel_, chunk_count_ = 0;
+  bool by_kind_;
   std::vector<int64_t> first_chunks_;  // of each row, counted in the order of the rows
-  std::vector<int64_t> positions_;     // of each row's first chunk in chunks()
+  std::vector<int64_t> positions_;     // of each row's first chunk in chunks(), if by kind
   std::vector<Section> sections_;
   std::vector<std::vector<int64_t>> members_;
 };

@@ -68,8 +68,11 @@ __device__ inline Row row_of(const DeviceTable& table, int64_t row) { return {ta
 // Elements [begin, end) of a row. The row's words lie in shared memory, until the next chunk is asked for.
 struct Chunk {
   Row row;
-  int64_t row_index, index, begin, end;
+  int64_t row_index, begin, end;
   int slot;  // 0 and 1 in turns
+
+  // Its number in the table.
+  __device__ int64_t index() const { return row.words[kFirstChunk] + begin / kChunkNumel; }
 };
 
 // Prepares nothing.
@@ -87,7 +90,8 @@ template <typename Prepare = Nothing>
 class ChunkQueue {
  public:
   // `drawn` must be 0 when the first block begins, and is 0 again when the last one has ended. Every block has to
-  // take chunks until there are none. `backwards`: from the last of the table's first `count` chunks to the first.
+  // take chunks until there are none. `count`: all of the table's chunks, or 0. `backwards`: whole chunks come from
+  // the last to the first.
   __device__ ChunkQueue(const DeviceTable& table, int64_t count, unsigned* drawn, bool backwards = false,
                         Prepare prepare = {})
       : table_(table), count_(count), drawn_(drawn), backwards_(backwards), prepare_(prepare) {
@@ -100,11 +104,9 @@ class ChunkQueue {
   __device__ bool next(Chunk& chunk) {
     __syncthreads();
     const Slot& slot = slots_[slot_];
-    if (slot.index < 0) return false;
+    if (slot.begin < 0) return false;
     const int64_t left = slot.row[kNumel] - slot.begin;
-    chunk = {
-        {slot.row}, slot.row_index, slot.index, slot.begin, slot.begin + (left < kChunkNumel ? left : kChunkNumel),
-        slot_};
+    chunk = {{slot.row}, slot.row_index, slot.begin, slot.begin + (left < kChunkNumel ? left : kChunkNumel), slot_};
     slot_ ^= 1;
     if (is_drawer()) draw(slot_);
     return true;
@@ -112,7 +114,7 @@ class ChunkQueue {
 
  private:
   struct Slot {
-    int64_t row_index, index, begin;
+    int64_t row_index, begin;  // a negative begin: there is no chunk
     int64_t row[kAddresses + kMaxColumns];
   };
 
@@ -129,16 +131,15 @@ class ChunkQueue {
     }
     turn = __shfl_sync(kAllLanes, turn, 0);
     if (turn >= count_) {
-      if (lane == 0) slot.index = -1;
+      if (lane == 0) slot.begin = -1;
       return;
     }
-    const int64_t index = backwards_ ? count_ - 1 - turn : turn;
+    const int64_t index = backwards_ && turn < table_.whole_chunks ? table_.whole_chunks - 1 - turn : turn;
     const int64_t* const words = table_.chunks + kChunkWords * index;
     const Row row = row_of(table_, words[kChunkRow]);
     if (lane < table_.row_words) slot.row[lane] = row.words[lane];
     if (lane == 0) {
       slot.row_index = words[kChunkRow];
-      slot.index = index;
       slot.begin = words[kChunkBegin];
     }
     prepare_({slot.row}, to);

@@ -19,7 +19,8 @@
 namespace trainops::cuda {
 
 // Elements of a chunk, the unit of a block's work. Also the unit of the partial results of a statistic.
-constexpr int64_t kChunkNumel = 8192;
+// benchmarks/simulate_balance.py shows why it is of this size.
+constexpr int64_t kChunkNumel = 4096;
 
 // Counts the devices, without a launch. `error` says why they cannot be counted, if so.
 struct Devices {
@@ -34,11 +35,11 @@ struct Queue {
   void* stream;
 };
 
-// A table in the device's memory (core/device_words.h).
+// A table in the device's memory (core/device_words.h). Its first `whole_chunks` chunks have kChunkNumel elements.
 struct DeviceTable {
   const int64_t* rows;
   const int64_t* chunks;
-  int64_t row_count, chunk_count, row_words;
+  int64_t row_count, chunk_count, whole_chunks, row_words;
 };
 
 // Counters of a launch. All must be 0 on entry, and kernels reset them.

@@ -9,6 +9,7 @@
 #include <string>
 #include <string_view>
 
+#include "../core/device_words.h"
 #include "../core/python_table.h"
 #include "../math/statistics.h"
 #include "kernels.h"
@@ -48,6 +49,7 @@ StagedTable stage(const PythonTable& table, const py::object& words, uintptr_t r
   staged.table.chunks = at<const int64_t>(chunks);
   staged.table.row_count = table.table().rows();
   staged.table.chunk_count = chunk_count;
+  staged.table.whole_chunks = count_whole_chunks(table.table(), cuda::kChunkNumel);
   staged.table.row_words = kAddresses + table.table().columns();
   staged.queue = {table.device_index(), at<void>(stream)};
   staged.kind = table.schema().name;

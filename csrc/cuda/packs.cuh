@@ -2,8 +2,9 @@
 //
 // Each thread takes 32 bytes at a time (counted in the type of the arithmetic; 16 bytes of float64). It first reads
 // all tensors in accesses of 16 bytes, so that the reads overlap, and then converts them. All threads branch alike on
-// the type of a tensor. Elements that do not fill 16 bytes, and rows with an address that is no multiple of 16, are
-// read and written one by one, with the same arithmetic.
+// the type of a tensor. A tensor whose address is no multiple of 16 is read and written in narrower accesses,
+// whatever the others of its row are. Elements that do not fill 16 bytes are read and written one by one, with the
+// same arithmetic.
 #pragma once
 
 #include "../math/storage.h"
@@ -26,13 +27,11 @@ struct VectorRange {
   int stride, second;        // of a thread's first half from its neighbour's; of its second half from its first
 
   __device__ VectorRange(int64_t from, int64_t to, int threads) : begin(from), end(to) {
-    address_bits_ = 0;
     has_16_bit_ = mixes_float64_ = false;
     threads_ = threads;
   }
 
   __device__ void add(const Cell& cell) {
-    address_bits_ |= reinterpret_cast<uintptr_t>(cell.address);
     if (cell.address == nullptr) return;
     has_16_bit_ |= itemsize(cell.dtype) == 2;
     // Packs cannot mix 8-byte types with others, so such rows go element by element.
@@ -42,13 +41,12 @@ struct VectorRange {
   // Called after all tensors are added. If not `regular`, elements go one by one.
   __device__ void close(bool regular = true) {
     const int64_t granule = has_16_bit_ ? kPack<T> : kHalf<T>;
-    body = address_bits_ % 16 != 0 || mixes_float64_ || !regular ? begin : begin + ((end - begin) & -granule);
+    body = mixes_float64_ || !regular ? begin : begin + ((end - begin) & -granule);
     stride = static_cast<int>(granule);
     second = has_16_bit_ ? kHalf<T> : kHalf<T> * threads_;
   }
 
  private:
-  uintptr_t address_bits_;  // of all addresses, or-ed
   bool has_16_bit_, mixes_float64_;
   int threads_;
 };
@@ -84,7 +82,7 @@ struct LaneOffset {
 };
 
 // Written in PTX, because compilers split 16-byte accesses and do not always join them again.
-__device__ inline uint4 load_half(const char* address) {
+__device__ inline uint4 load_16(const char* address) {
 #ifdef __CUDA_ARCH__
   uint4 half;
   asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -96,7 +94,7 @@ __device__ inline uint4 load_half(const char* address) {
 #endif
 }
 
-__device__ inline void store_half(char* address, const uint4& half) {
+__device__ inline void store_16(char* address, const uint4& half) {
 #ifdef __CUDA_ARCH__
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)), "r"(half.x),
                "r"(half.y), "r"(half.z), "r"(half.w)
@@ -104,6 +102,41 @@ __device__ inline void store_half(char* address, const uint4& half) {
 #else
   *reinterpret_cast<uint4*>(address) = half;
 #endif
+}
+
+__device__ inline bool is_multiple(const void* address, int bytes) {
+  return reinterpret_cast<uintptr_t>(address) % bytes == 0;
+}
+
+// In one access, or in words of 4 bytes or, of 16-bit elements at an odd address, of 2.
+__device__ inline uint4 load_half(const char* address) {
+  if (is_multiple(address, 16)) return load_16(address);
+  uint32_t words[4];
+  if (is_multiple(address, 4)) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[i] = reinterpret_cast<const uint32_t*>(address)[i];
+  } else {
+    const auto* const shorts = reinterpret_cast<const uint16_t*>(address);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[i] = shorts[2 * i] | static_cast<uint32_t>(shorts[2 * i + 1]) << 16;
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
+__device__ inline void store_half(char* address, const uint4& half) {
+  if (is_multiple(address, 16)) return store_16(address, half);
+  const uint32_t words[4] = {half.x, half.y, half.z, half.w};
+  if (is_multiple(address, 4)) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) reinterpret_cast<uint32_t*>(address)[i] = words[i];
+  } else {
+    auto* const shorts = reinterpret_cast<uint16_t*>(address);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      shorts[2 * i] = static_cast<uint16_t>(words[i]);
+      shorts[2 * i + 1] = static_cast<uint16_t>(words[i] >> 16);
+    }
+  }
 }
 
 template <typename T>

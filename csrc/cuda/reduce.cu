@@ -15,24 +15,70 @@ constexpr int kAhead = 2;
 template <typename T>
 constexpr int kTile = kThreads * kPack<T>;
 
-// A state on its way to another thread or another block.
-template <typename Statistic>
-struct StateWords {
-  int64_t words[state_words<Statistic>];
+// A run or a state on its way to another lane or warp.
+template <typename Part>
+struct Words {
+  static constexpr int count = sizeof(Part) / sizeof(uint32_t);
+  uint32_t at[count];
 };
-template <typename Statistic>
-__device__ StateWords<Statistic> to_words(const typename Statistic::State& state) {
-  return bit_cast<StateWords<Statistic>>(state);
+
+// Joins the parts of the first `lanes` lanes of a warp. Only the first lane's result is valid.
+template <typename Statistic, int lanes, typename Part>
+__device__ Part join_lanes(Part part) {
+#pragma unroll
+  for (int distance = lanes / 2; distance > 0; distance /= 2) {
+    auto other = bit_cast<Words<Part>>(part);
+#pragma unroll
+    for (uint32_t& word : other.at) word = __shfl_down_sync(kAllLanes, word, distance);
+    part = Statistic::join(part, bit_cast<Part>(other));
+  }
+  return part;
 }
-template <typename Statistic>
-__device__ typename Statistic::State from_words(const StateWords<Statistic>& words) {
-  return bit_cast<typename Statistic::State>(words);
+
+// The part of the first lane, for all lanes of its warp.
+template <typename Part>
+__device__ Part of_first_lane(Part part) {
+  auto words = bit_cast<Words<Part>>(part);
+#pragma unroll
+  for (uint32_t& word : words.at) word = __shfl_sync(kAllLanes, word, 0);
+  return bit_cast<Part>(words);
 }
+
+// Where the warps of a block meet to join what they have: in turn, so that the next may be written before all threads
+// have read the last.
+template <typename Statistic>
+struct Meeting {
+  using Shared = uint32_t[2][kWarps][Words<typename Statistic::State>::count];
+  Shared& shared;
+  int turn = 0;
+
+  // What the threads of each warp have together: in the i-th lane that of the i-th warp, in every warp.
+  template <typename Part>
+  __device__ Part parts_of_warps(Part part) {
+    static_assert(sizeof(Part) <= sizeof(typename Statistic::State), "a run is no larger than a state");
+    const int lane = threadIdx.x % kWarp;
+    auto words = bit_cast<Words<Part>>(join_lanes<Statistic, kWarp>(part));
+    auto& of_warps = shared[turn];
+    turn ^= 1;
+#pragma unroll
+    for (int i = 0; i < Words<Part>::count; ++i) {
+      if (lane == 0) of_warps[threadIdx.x / kWarp][i] = words.at[i];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < Words<Part>::count; ++i) words.at[i] = of_warps[lane % kWarps][i];
+    return bit_cast<Part>(words);
+  }
+
+  // Joins the states of the block's threads. Only the first thread's result is valid.
+  __device__ typename Statistic::State join(typename Statistic::State state) {
+    return join_lanes<Statistic, kWarps>(parts_of_warps(state));
+  }
+};
 
 // A thread's runs, one for each place in a pack.
 template <typename Statistic, typename T, typename Wide>
 struct Runs {
-  using State = typename Statistic::State;
   typename Statistic::template Run<Wide> at[kPack<T>] = {};
 
   // Adds a pack, of which the first `count` elements exist. The others are zeros.
@@ -42,8 +88,6 @@ struct Runs {
       if (Statistic::ignores_zeros || j < count) at[j] = Statistic::add(at[j], static_cast<Wide>(x[j]));
     }
   }
-
-  __device__ State joined() const { return Statistic::widen(join_runs<Statistic>(at)); }
 };
 
 // The number of elements of [first, end) that a pack holds.
@@ -53,7 +97,7 @@ __device__ int count_in_pack(int64_t first, int64_t end) {
   return left <= 0 ? 0 : left < kPack<T> ? static_cast<int>(left) : kPack<T>;
 }
 
-// Adds whole packs, read in accesses of 16 bytes. `body`: the end of the last one.
+// Adds whole packs, read in accesses of 16 bytes where they are aligned. `body`: the end of the last one.
 template <typename Statistic, typename T>
 __device__ void add_packs(const Cell& cell, int64_t begin, int64_t body, Runs<Statistic, T, T>& runs) {
   for (int64_t tile = begin; tile < body; tile += kAhead * kTile<T>) {
@@ -87,86 +131,45 @@ __device__ void add_elements(const Cell& cell, const Chunk& chunk, int64_t body,
   }
 }
 
-// The state of a thread's share of a chunk.
-template <typename Statistic, typename T>
-__device__ typename Statistic::State state_of_thread(const Cell& cell, const Chunk& chunk) {
-  const bool is_aligned = reinterpret_cast<uintptr_t>(cell.address) % 16 == 0;
-  const int64_t body = is_aligned ? chunk.end - (chunk.end - chunk.begin) % kPack<T> : chunk.begin;
-  Runs<Statistic, T, T> runs;
-  add_packs(cell, chunk.begin, body, runs);
-  add_elements(cell, chunk, body, runs);
-  return runs.joined();
-}
-
-// The same, gathered in float64 whatever the type.
-template <typename Statistic, typename T>
-__device__ typename Statistic::State exact_state_of_thread(const Cell& cell, const Chunk& chunk) {
-  Runs<Statistic, T, double> runs;
-  add_elements(cell, chunk, chunk.begin, runs);
-  return runs.joined();
-}
-
-// Joins the states of the first `lanes` lanes of a warp. Only the first lane's result is valid.
-template <typename Statistic, int lanes>
-__device__ typename Statistic::State join_lanes(typename Statistic::State state) {
-#pragma unroll
-  for (int distance = lanes / 2; distance > 0; distance /= 2) {
-    StateWords<Statistic> other = to_words<Statistic>(state);
-#pragma unroll
-    for (int64_t& word : other.words) word = __shfl_down_sync(kAllLanes, word, distance);
-    state = Statistic::join(state, from_words<Statistic>(other));
-  }
-  return state;
-}
-
-// Where the threads of a block meet to join their states: in turn, so that the next may be written before all threads
-// have read the last.
-template <typename Statistic>
-struct Meeting {
-  using State = typename Statistic::State;
-  StateWords<Statistic> (*const shared)[kWarps];
-  int turn = 0;
-
-  // Joins the states of the block's threads. All get the result, which differs in no bit.
-  __device__ State join(State state) {
-    const int lane = threadIdx.x % kWarp;
-    StateWords<Statistic>* const warps = shared[turn];
-    turn ^= 1;
-    state = join_lanes<Statistic, kWarp>(state);
-    if (lane == 0) warps[threadIdx.x / kWarp] = to_words<Statistic>(state);
-    __syncthreads();
-    StateWords<Statistic> joined =
-        to_words<Statistic>(join_lanes<Statistic, kWarps>(from_words<Statistic>(warps[lane % kWarps])));
-#pragma unroll
-    for (int64_t& word : joined.words) word = __shfl_sync(kAllLanes, word, 0);
-    return from_words<Statistic>(joined);
-  }
-};
-
+// The state of a chunk, for the first thread.
 template <typename Statistic, typename T>
 __device__ typename Statistic::State state_of_chunk(const Cell& cell, const Chunk& chunk,
                                                     Meeting<Statistic>& meeting) {
-  const auto state = meeting.join(state_of_thread<Statistic, T>(cell, chunk));
-  if (sizeof(T) == sizeof(double) || !Statistic::is_doubtful(state)) return state;
-  return meeting.join(exact_state_of_thread<Statistic, T>(cell, chunk));
+  const int64_t body = chunk.end - (chunk.end - chunk.begin) % kPack<T>;
+  Runs<Statistic, T, T> runs;
+  add_packs(cell, chunk.begin, body, runs);
+  add_elements(cell, chunk, body, runs);
+  auto run = meeting.parts_of_warps(join_runs<Statistic>(runs.at));
+  if constexpr (sizeof(T) < sizeof(double)) {
+    // All warps find the same.
+    if (Statistic::is_doubtful(of_first_lane(join_lanes<Statistic, kWarps>(run)))) {
+      Runs<Statistic, T, double> wide;
+      add_elements(cell, chunk, chunk.begin, wide);
+      return meeting.join(Statistic::widen(join_runs<Statistic>(wide.at)));
+    }
+  }
+  if (threadIdx.x >= kWarp) return {};
+  return join_lanes<Statistic, kWarps>(Statistic::widen(run));
 }
 
-// Joins states that other blocks have written, of which the thread takes its share: partial(i) is the address of the
-// i-th.
+// Joins states that other blocks have written, of which the thread takes its share: partial(i) is the i-th.
 template <typename Statistic, typename Partial>
 __device__ typename Statistic::State join_partials(int64_t count, Partial partial) {
+  using State = typename Statistic::State;
   constexpr int ahead = 4;
-  typename Statistic::State states[ahead] = {};
+  State states[ahead] = {};
 #pragma unroll 1
   for (int64_t i = threadIdx.x; i < count; i += ahead * kThreads) {
 #pragma unroll
     for (int k = 0; k < ahead; ++k) {
       if (i + k * kThreads >= count) continue;
-      const StateWords<Statistic>* const its = partial(i + k * kThreads);
-      StateWords<Statistic> words;
+      const auto* const words = reinterpret_cast<const int64_t*>(partial(i + k * kThreads));
+      int64_t its[state_words<Statistic>];
 #pragma unroll
-      for (int word = 0; word < state_words<Statistic>; ++word) words.words[word] = __ldcg(its->words + word);
-      states[k] = Statistic::join(states[k], from_words<Statistic>(words));
+      for (int word = 0; word < state_words<Statistic>; ++word) its[word] = __ldcg(words + word);
+      State state;
+      std::memcpy(&state, its, sizeof(State));
+      states[k] = Statistic::join(states[k], state);
     }
   }
   return join_runs<Statistic>(states);
@@ -184,26 +187,27 @@ __device__ void write(void* out, bool is_double, int64_t i, double x) {
 template <typename Statistic>
 __global__ void __launch_bounds__(kThreads, 4) reduce_kernel(const __grid_constant__ ReduceArgs args) {
   using State = typename Statistic::State;
-  __shared__ StateWords<Statistic> shared[2][kWarps];
+  __shared__ typename Meeting<Statistic>::Shared shared;
   Meeting<Statistic> meeting{shared};
-  auto* const partials = static_cast<StateWords<Statistic>*>(args.partials);
+  auto* const partials = static_cast<State*>(args.partials);
   const double grad_scale = args.grad_scale == nullptr ? 1.0 : *args.grad_scale;
   ChunkQueue queue(args.table, args.table.chunk_count, &args.counters->chunks);
   for (Chunk chunk; queue.next(chunk);) {
     const Cell cell = chunk.row.cell(static_cast<int>(args.column));
     State state = cell.dtype == DType::float64 ? state_of_chunk<Statistic, double>(cell, chunk, meeting)
                                                : state_of_chunk<Statistic, float>(cell, chunk, meeting);
-    if (threadIdx.x == 0) partials[chunk.index] = to_words<Statistic>(state);
+    if (threadIdx.x == 0) partials[chunk.index()] = state;
 
     const int64_t count = (chunk.row.numel() + kChunkNumel - 1) / kChunkNumel;
-    StateWords<Statistic>* const of_row = partials + chunk.row.words[kFirstChunk];
+    State* const of_row = partials + chunk.row.words[kFirstChunk];
     if (count > 1) {
       if (!is_last_of(static_cast<unsigned>(count), &args.counters->rows[chunk.row_index])) continue;
       state = meeting.join(join_partials<Statistic>(count, [&](int64_t i) { return of_row + i; }));
-      if (threadIdx.x == 0) *of_row = to_words<Statistic>(state);
+      if (threadIdx.x == 0) *of_row = state;
     }
-    if (threadIdx.x == 0)
+    if (threadIdx.x == 0) {
       write(args.rows_out, args.out_is_double, chunk.row_index, Statistic::finish(state) / grad_scale);
+    }
   }
   if (!is_last_block(args.counters)) return;
   const State total = meeting.join(join_partials<Statistic>(

@@ -136,8 +136,7 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_consta
     }
     is_prepared = true;
   };
-  // From the last chunk to the first: after a pass over the gradients for their norm, the last are still in the
-  // cache.
+  // Backwards: after a pass over the gradients for their norm, the last are still in the cache.
   const int64_t chunks = decision.skips ? 0 : args.table.chunk_count;
   ChunkQueue queue(args.table, chunks, &args.counters->chunks, true, prepare);
   for (Chunk chunk; queue.next(chunk);) {

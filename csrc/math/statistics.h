@@ -9,9 +9,9 @@
 // joined with. If a statistic `ignores_zeros`, adding 0 changes no run: kernels then need not ask whether each
 // element exists.
 //
-// A run in float rounds every sum, so kernels keep runs short. Its range is smaller than that of a double, too:
-// kernels ask whether the state of a chunk that they gathered in float is_doubtful(), and if it is, gather the chunk
-// again in Run<double>.
+// A run in float rounds every sum, so kernels keep runs short, and join few of them in float. Its range is smaller
+// than that of a double, too: kernels ask whether what they joined of all of a chunk, a run or a state,
+// is_doubtful(), and if it is, gather the chunk again in Run<double>.
 //
 //   norm = (sum over tensors and elements of |x|^p)^(1/p)
 //
@@ -51,7 +51,10 @@ struct L1Norm : Sum {
     return sum + magnitude(x);
   }
   // Float sums may overflow. Small numbers lose nothing: a sum of two floats is exact wherever it is subnormal.
-  TRAINOPS_HOST_DEVICE static bool is_doubtful(State sum) { return sum == INFINITY; }
+  template <typename T>
+  TRAINOPS_HOST_DEVICE static bool is_doubtful(T sum) {
+    return sum == T(INFINITY);
+  }
   TRAINOPS_HOST_DEVICE static double finish(State sum) { return sum; }
 };
 
@@ -62,7 +65,10 @@ struct L2Norm : Sum {
   }
   // The squares of 1e20 overflow. A square in float may be off by 2^-150, half of the smallest number: 2^16 of them
   // by 2^-34 of a sum of 2^-100.
-  TRAINOPS_HOST_DEVICE static bool is_doubtful(State sum) { return sum == INFINITY || sum < 0x1p-100; }
+  template <typename T>
+  TRAINOPS_HOST_DEVICE static bool is_doubtful(T sum) {
+    return sum == T(INFINITY) || sum < T(0x1p-100);
+  }
   TRAINOPS_HOST_DEVICE static double finish(State sum) { return std::sqrt(sum); }
 };
 
@@ -80,7 +86,10 @@ struct InfNorm {
     return (b > a || b != b) ? b : a;
   }
   TRAINOPS_HOST_DEVICE static State widen(double largest) { return largest; }
-  TRAINOPS_HOST_DEVICE static bool is_doubtful(State) { return false; }
+  template <typename T>
+  TRAINOPS_HOST_DEVICE static bool is_doubtful(T) {
+    return false;
+  }
   TRAINOPS_HOST_DEVICE static double finish(State largest) { return largest; }
 };
 
