@@ -343,14 +343,41 @@ TRITON_AND_CUDA = [
         "csrc/cuda/reduce.cu",
         tests_of("ends", k="cuda-cpu"),
         {
-            "cuda: an element too many in a norm": (
-                "if (i >= range.body && i < range.end) state",
-                "if (i >= range.body && i <= range.end) state",
+            "cuda: an element of a norm left out": ("if (first < body) continue;", "if (first <= body) continue;"),
+            "cuda: the elements after the last pack of a norm begin a tile late": (
+                "for (int64_t tile = last_tile; tile < chunk.end;",
+                "for (int64_t tile = last_tile + kTile<T>; tile < chunk.end;",
             ),
-            "cuda: an element of a norm left out": (
-                "if (i >= range.body && i < range.end) state",
-                "if (i > range.body && i < range.end) state",
+        },
+    ),
+    *planted(
+        "csrc/cuda/reduce.cu",
+        tests_of("norm_sums", k="cuda-cpu"),
+        {
+            "cuda: a norm is not gathered again": (
+                "if (sizeof(T) == sizeof(double) || !Statistic::is_doubtful(state)) return state;",
+                "return state;",
             ),
+            "cuda: a norm is gathered again in float32": (
+                "  Runs<Statistic, T, double> runs;\n",
+                "  Runs<Statistic, T, T> runs;\n",
+            ),
+            "cuda: the runs of a norm begin with those of the last chunk": (
+                "at[kPack<T>] = {};",
+                "at[kPack<T>];",
+            ),
+            "cuda: a norm's order depends on the alignment": (
+                "  for (int64_t tile = last_tile; tile < chunk.end; tile += kTile<T>) {\n",
+                "  for (int64_t tile = last_tile + (chunk.end - 1 - last_tile) / kTile<T> * kTile<T>; tile >= last_tile;\n"
+                "       tile -= kTile<T>) {\n",
+            ),
+        },
+    ),
+    *planted(
+        "csrc/cuda/packs.cuh",
+        tests_of("ends", k="cuda-cpu"),
+        {
+            "cuda: an element too many in a norm": ("x[j] = j < count ?", "x[j] = j <= count ?"),
         },
     ),
     *planted(
@@ -448,16 +475,25 @@ TRITON_AND_CUDA = [
         tests_of("cuda"),
         {
             "cuda: partial sums of the first row for all": (
-                "join_partials<Statistic>(all_partials + first, 0, count, 1)",
-                "join_partials<Statistic>(all_partials, 0, count, 1)",
+                "[&](int64_t i) { return of_row + i; }",
+                "[&](int64_t i) { return partials + i; }",
             ),
-            "cuda: rows of eight chunks": (
-                "State state = count <= kOfThread ?",
-                "State state = count < kOfThread ?",
+            "cuda: partial sums of every 256th thread alone": (
+                "if (i + k * kThreads >= count) continue;",
+                "if (i + k * kThreads >= count || k > 0) continue;",
             ),
-            "cuda: rows of 2048 chunks": (
-                "count > kOfThread && count <= kOfWarp",
-                "count > kOfThread && count < kOfWarp",
+            "cuda: a row of two chunks is finished by the first": ("if (count > 1) {", "if (count > 2) {"),
+            "cuda: all rows share a counter": (
+                "&args.counters->rows[chunk.row_index]",
+                "&args.counters->rows[0]",
+            ),
+            "cuda: a row's state stays that of its first chunk": (
+                "if (threadIdx.x == 0) *of_row = to_words<Statistic>(state);",
+                "",
+            ),
+            "cuda: norms of rows in another's place": (
+                "args.out_is_double, chunk.row_index,",
+                "args.out_is_double, chunk.index,",
             ),
         },
     ),
@@ -470,8 +506,8 @@ TRITON_AND_CUDA = [
                 "const Cell cell = chunk.row.cell(0);",
             ),
             "cuda: the norm keeps the grad scale": (
-                "Statistic::finish(join_block<Statistic>(total, shared[1])) / grad_scale;",
-                "Statistic::finish(join_block<Statistic>(total, shared[1]));",
+                "const double result = Statistic::finish(total) / grad_scale;",
+                "const double result = Statistic::finish(total);",
             ),
         },
     ),

@@ -9,8 +9,8 @@ from trainops.adapters import cuda, select
 
 WIDE = (torch.float64, torch.complex128)
 
-# How often a square, or a sum that it becomes part of, is rounded in float32 before the rest is float64. The first sum,
-# with 0, is exact. Each rounding is off by 2^-24 at most.
+# How often a square, or a sum that it becomes part of, is rounded in float32 before the rest is float64. The first
+# sum, with 0, is exact. Each rounding is off by 2^-24 at most.
 ROUNDINGS = {
     "reference": lambda: 0,  # all in float64
     "cpu": lambda: 1 + 7,  # runs of 8
