@@ -562,8 +562,8 @@ TRITON_AND_CUDA = [
         tests_of("drop_path", k="cuda-cpu"),
         {
             "cuda: DropPath: the mask of the chunk's first sample": (
-                "mask[half] = load<T>(args.mask, own);",
-                "mask[half] = load<T>(args.mask, sample.turn);",
+                "mask[half] = load_operand<T>(args.mask, own);",
+                "mask[half] = load_operand<T>(args.mask, sample.turn);",
             ),
         },
     ),
@@ -572,8 +572,8 @@ TRITON_AND_CUDA = [
         tests_of("drop_path_gradients", k="cuda-cpu"),
         {
             "cuda: DropPath: the last channel's gradient": (
-                "if (column < end) totals_of_warps",
-                "if (column < end - 1) totals_of_warps",
+                "if (lane.column(j) < end) total_of(j) +=",
+                "if (lane.column(j) < end - 1) total_of(j) +=",
             ),
         },
     ),

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 import exact
+import norms
 import pytest
 import test_adamw
 import test_adamw_types
@@ -17,7 +18,6 @@ import test_drop_path_gradients
 import test_drop_path_rows
 import test_ema_fused
 import test_grad_scale
-import test_triton_sums
 import torch
 from contract import assert_contract, same_bits
 from ptx.triton_driver import WithoutBarriers, through_ptx
@@ -113,12 +113,12 @@ def test_rounds_of_norms(target, dtype, norm_type, place):
 @pytest.mark.parametrize("norm_type", [1.0, 2.0])
 def test_rounds_of_norms_in_every_type(target, norm_type):
     """The same values give the same bits, though threads take other elements of other types."""
-    tensors = [test_triton_sums.in_every_type(3 * 1025) for _ in range(10)]
-    expected = test_triton_sums.reduced(exact.STATISTICS[norm_type], tensors)
-    for dtype in test_triton_sums.NARROWER:
+    tensors = [norms.in_every_type(3 * 1025) for _ in range(10)]
+    expected = norms.reduced(target, tensors, norm_type)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for offset in PLACES.values():
             placed = [at_offset(x.to(dtype), offset) for x in tensors]
-            assert all(map(same_bits, test_triton_sums.reduced(exact.STATISTICS[norm_type], placed), expected))
+            assert all(map(same_bits, norms.reduced(target, placed, norm_type), expected))
 
 
 @over_places
