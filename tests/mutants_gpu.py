@@ -431,14 +431,6 @@ TRITON_AND_CUDA = [
                 "settings_of<Rule>(words, group)",
                 "settings_of<Rule>(words, 0)",
             ),
-            "cuda: another step count in a group": (
-                "if (its_group != group || its_step != step) {",
-                "if (its_group != group) {",
-            ),
-            "cuda: another group at a step count": (
-                "if (its_group != group || its_step != step) {",
-                "if (its_step != step) {",
-            ),
         },
     ),
     *planted(
@@ -581,7 +573,6 @@ TRITON_AND_CUDA = [
         "csrc/cuda/packs.cuh",
         tests_of("cuda", "adamw_types", "ends", k="cuda"),
         {
-            "cuda: addresses at multiples of 8 are aligned": ("address_bits_ % 16 != 0", "address_bits_ % 8 != 0"),
             "cuda: halves of a 16-bit pack far apart": (
                 "second = has_16_bit_ ? kHalf<T> : kHalf<T> * threads_",
                 "second = kHalf<T> * threads_",

@@ -8,6 +8,9 @@ from contract import same_bits
 from ptx_fixtures import ARCHITECTURES, backend
 from targets import thorough
 from test_cuda import MIXED, after_steps, at_offset, everything, make_step
+from torch import nn
+
+import trainops
 
 PLACES = {
     "aligned": lambda x, role: x.clone(),
@@ -62,6 +65,35 @@ def test_any_interleaving_gives_the_same_bits(cuda, dtype, seed):
     with cuda.active(), cuda.machine.schedule(resident=1 + seed % 8, seed=seed):
         results = everything(dtype)
     assert all(map(same_bits, results, true))
+
+
+# Whole packs of one chunk, so that nothing goes one by one.
+COLUMNS, NUMEL = ("param", "grad", "average", "exp_avg", "exp_avg_sq"), 2048
+
+
+@the_first
+@pytest.mark.parametrize("unaligned", [None, *COLUMNS])
+@pytest.mark.parametrize("offset", [1, 2])
+def test_an_unaligned_tensor_alone_has_narrow_accesses(cuda, dtype, unaligned, offset):
+    with cuda.active():
+        placed = {name: at_offset(torch.ones(NUMEL, dtype=dtype), offset * (name == unaligned)) for name in COLUMNS}
+        param = nn.Parameter(placed["param"])
+        param.grad = placed["grad"]
+        model = nn.ParameterList([param])
+        ema = trainops.EMA(model, 0.5, backend="cuda")
+        ema.module[0].data = placed["average"]
+        optimizer = trainops.AdamW([param], ema=ema, backend="cuda")
+        moments = {name: placed[name] for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[param] = {"step": torch.tensor(1.0), **moments}
+        cuda.machine.accesses()
+        optimizer.step()
+        found = cuda.machine.accesses()
+    of_column, moved = NUMEL * dtype.itemsize // 16, {name: 1 if name == "grad" else 2 for name in COLUMNS}
+    narrow = 0 if unaligned is None or offset * dtype.itemsize % 16 == 0 else moved[unaligned]
+    assert found[16] == of_column * (sum(moved.values()) - narrow)
+    width = 2 if offset * dtype.itemsize % 4 else 4
+    assert found[width] - 16 // width * of_column * narrow in range(100)  # the others are of a table's words
+    assert param.eq(param[0]).all()
 
 
 @the_first

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from contract import same_bits
 from exact import STATISTICS
 from ptx import build
 from ptx.backend import api_of_torch, see_tensors
@@ -42,6 +43,18 @@ def test_no_race_between_barriers(cuda, seed):
     with cuda.active(), cuda.machine.schedule(resident=8, seed=seed, races=True):
         for work in WORK.values():
             work(cuda)
+
+
+@pytest.mark.parametrize("resident", [1, 2, 3])
+def test_few_blocks_at_a_time(cuda, resident):
+    """They draw the chunks of those that have not begun, and leave the counters as the next launch needs them."""
+    every = (step_of_groups, averages_of_many, transforms_of_many, norms_of_long_rows)
+    with cuda.active():
+        true = [x for work in every for x in work(cuda)]
+    with cuda.active(), cuda.machine.schedule(resident=resident, seed=resident, races=True):
+        results = [x for work in every for x in work(cuda)]
+        assert all(scratch[0].eq(0) for scratch in adapter._scratches.values())
+    assert all(map(same_bits, results, true))
 
 
 # What takes every path between barriers. The machine runs 8 blocks at a time, and no more are launched.

@@ -122,7 +122,8 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_consta
   const double ema_decay = real(words[kEMADecay]);
   bool is_prepared = false;
   // One thread evaluates two powers and a root while the others work. Rows of a group nearly always share their step
-  // count, and with it these.
+  // count, and with it these. Where they do not, it does so for every row that the block meets: with AdamW some 500
+  // instructions, 170 of them in float64 (sm_90), which only chunks of little work do not hide.
   const auto prepare = [&](const Row& row, int slot) {
     __syncwarp();
     if (threadIdx.x % kWarp != 0) return;

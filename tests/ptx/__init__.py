@@ -37,7 +37,7 @@ class Machine:
         self.library = build.machine()
         for name in ("ptx_kernel", "ptx_site", "ptx_run", "ptx_launches"):
             getattr(self.library, name).restype = ctypes.c_char_p if name != "ptx_kernel" else ctypes.c_void_p
-        self.library.ptx_allocation.restype = ctypes.c_uint64
+        self.library.ptx_allocation.restype = self.library.ptx_accesses.restype = ctypes.c_uint64
 
     def kernel(self, name):
         found = self.library.ptx_kernel(name.encode())
@@ -130,6 +130,10 @@ class Machine:
         """Device and name of the kernels that were launched since it was last asked."""
         found = self.library.ptx_launches().decode().split()
         return [(int(device), name) for device, _, name in (launch.partition(":") for launch in found)]
+
+    def accesses(self):
+        """How many accesses to global memory there were since it was last asked, by their bytes."""
+        return {size: self.library.ptx_accesses(size) for size in (1, 2, 4, 8, 16)}
 
     def fail(self, launch):
         """Let the n-th launch from now on fail."""

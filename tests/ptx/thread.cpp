@@ -1,10 +1,13 @@
 // What the threads of a grid can do: reach memory, and wait for each other.
 #include <algorithm>
+#include <utility>
 
 #include "launch.h"
 
 namespace ptx {
 namespace {
+
+u64 accesses_of_size[17];  // of global memory, by their bytes
 
 u32 arrive(u32 index, const Site& site, Vote vote, bool value) {
   if (index >= kBarriers) fault(&site, "there are 16 barriers");
@@ -80,6 +83,7 @@ void fault_of_division() { fault(nullptr, "division by zero"); }
 
 char* Thread::global(u64 address, u32 size, Access access, Site& site) {
   maybe_interrupt();
+  ++accesses_of_size[size];
   if (address % size != 0) fault(&site, "an access of " + std::to_string(size) + " bytes is not aligned");
   if (site.launch != launch_number() || address < site.begin || address + size > site.end) {
     const Allocation found = allocation_at(address);
@@ -223,3 +227,6 @@ template u32 Thread::reduce(Reduction, u32, u32, Site&);
 template s32 Thread::reduce(Reduction, s32, u32, Site&);
 
 }  // namespace ptx
+
+// For tests: how many accesses of so many bytes there were since it was last asked.
+PTX_EXPORT ptx::u64 ptx_accesses(ptx::u32 size) { return std::exchange(ptx::accesses_of_size[size], 0); }
