@@ -130,6 +130,7 @@ PYBIND11_MODULE(_core, m) {
       .def_readonly("regular", &PythonTable::regular)
       .def_readonly("params", &PythonTable::params)
       .def_readonly("averaged", &PythonTable::averaged)
+      .def_property_readonly("kind", [](const PythonTable& self) { return self.schema().name; })
       .def_property_readonly("group_rows", &PythonTable::group_rows)
       .def_property_readonly("rows", &PythonTable::rows)
       .def_property_readonly("has_float64", &PythonTable::has_float64)
