@@ -1,101 +1,32 @@
-"""The host side of the GPU backends on fake devices: order, lifetimes, captures, and no wait for a device."""
+"""The host side of the GPU backends on fake devices: the order on streams, and no wait for a device."""
 
-import pytest
+import threading
+import time
+
 import torch
-from fake_cuda.backends import fake_devices
-from targets import SHIM, TARGETS
+from host_fixtures import Training, needs_shim
+from targets import SHIM, over
 from torch import nn
 
 import trainops
-from trainops.adapters import cuda
+from trainops import uploads
+from trainops.adapters import _device, cuda, select, triton
+from trainops.uploads import Recent
 
-BACKENDS = [name for name in ("cuda", "triton") if any(target.backend == name for target in TARGETS)]
-SHAPES = [(5, 7), (), (1025,), (9000,)]
-pytestmark = pytest.mark.skipif(SHIM is None, reason="the CUDA kernels are not compiled for the CPU")
-
-
-@pytest.fixture
-def fake(monkeypatch):
-    with fake_devices(monkeypatch, cuda._cuda) as devices:
-        yield devices
-        assert devices.faults == []
+pytestmark = needs_shim
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    return request.param
-
-
-class Training:
-    """A model on a fake device, and its twin on the CPU, with the same gradients."""
-
-    def __init__(self, fake, backend, device=0, **options):
-        options = {"lr": 0.1, "max_grad_norm": 1.0, "skip_nonfinite": True} | options
-        self.fake = fake
-        values = [torch.randn(shape) for shape in SHAPES]
-        self.params, self.twins = ([nn.Parameter(make(x)) for x in values] for make in (self.on(device), torch.clone))
-        self.models = [nn.ParameterList(params) for params in (self.params, self.twins)]
-        self.emas = [
-            trainops.EMA(model, 0.9, backend=name) for model, name in zip(self.models, (backend, "cpu"), strict=True)
-        ]
-        self.optimizer, self.twin = (
-            trainops.AdamW(model.parameters(), ema=ema, backend=name, **options)
-            for model, ema, name in zip(self.models, self.emas, (backend, "cpu"), strict=True)
-        )
-        for p in self.params:
-            p.grad = torch.zeros_like(p)
-
-    def on(self, device):
-        return lambda x: self.fake.on(x, device)
-
-    def set_grads(self):
-        """New values in the same gradients."""
-        for p, twin in zip(self.params, self.twins, strict=True):
-            twin.grad = torch.randn(twin.shape)
-            p.grad.copy_(self.fake.on(twin.grad, p.device))
-
-    def step(self, step=None):
-        self.set_grads()
-        (step or self.optimizer.step)()
-        self.twin.step()
-
-    def check(self):
-        torch.cuda.synchronize()
-        averages = [list(ema.module.parameters()) for ema in self.emas]
-        for ours, theirs in ((self.params, self.twins), averages):
-            for x, y in zip(ours, theirs, strict=True):
-                torch.testing.assert_close(x.memory, y.data)
-
-
-def test_steps_need_no_wait(fake, backend):
-    training = Training(fake, backend)
+def test_steps_need_no_wait(fake, gpu_backend):
+    training = Training(fake, gpu_backend)
     for _ in range(3):
         training.step()
     assert fake.synchronizations == []
     training.check()
 
 
-def test_usual_capture(fake, backend):
-    training = Training(fake, backend)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            training.step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        training.optimizer.step()
-    fake.synchronizations.clear()
-    for _ in range(3):
-        training.step(graph.replay)
-    assert fake.synchronizations == []
-    training.check()
-
-
-def test_two_devices_and_two_streams(fake, backend):
+def test_two_devices_and_two_streams(fake, gpu_backend):
     """Each has words of its own, and nothing waits for the other."""
-    trainings = [Training(fake, backend, device) for device in (0, 1)]
+    trainings = [Training(fake, gpu_backend, device) for device in (0, 1)]
     streams = [torch.cuda.Stream(device) for device in (0, 1)]
     for stream in streams:
         stream.wait_stream(torch.cuda.default_stream(stream.device))
@@ -108,8 +39,8 @@ def test_two_devices_and_two_streams(fake, backend):
         training.check()
 
 
-def test_a_device_that_is_not_current(fake, backend):
-    training = Training(fake, backend, device=1)
+def test_a_device_that_is_not_current(fake, gpu_backend):
+    training = Training(fake, gpu_backend, device=1)
     for _ in range(2):
         training.step()
     assert torch.cuda.current_device() == 0
@@ -117,9 +48,9 @@ def test_a_device_that_is_not_current(fake, backend):
     training.check()
 
 
-def test_equal_words_on_two_streams(fake, backend):
+def test_equal_words_on_two_streams(fake, gpu_backend):
     """The same tensors: the second stream waits for the first, whose words it must not take all the same."""
-    training, side = Training(fake, backend), torch.cuda.Stream()
+    training, side = Training(fake, gpu_backend), torch.cuda.Stream()
     training.step()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -129,8 +60,8 @@ def test_equal_words_on_two_streams(fake, backend):
     training.check()
 
 
-def test_two_threads(fake, backend):
-    trainings = [Training(fake, backend) for _ in range(2)]
+def test_two_threads(fake, gpu_backend):
+    trainings = [Training(fake, gpu_backend) for _ in range(2)]
 
     def train(training):
         with torch.cuda.stream(torch.cuda.Stream()):
@@ -143,3 +74,165 @@ def test_two_threads(fake, backend):
         thread.join()
     for training in trainings:
         training.check()
+
+
+# Numbers on a device
+
+
+def on_device(fake, value, dtype=torch.float32, device=0):
+    return fake.on(torch.tensor(value, dtype=dtype), device)
+
+
+SETTINGS = {
+    "lr": lambda fake: {"lr": on_device(fake, 0.125)},
+    "lr_bfloat16": lambda fake: {"lr": on_device(fake, 0.125, torch.bfloat16)},
+    "lr_elsewhere": lambda fake: {"lr": on_device(fake, 0.125, torch.float64, 1)},
+    "betas": lambda fake: {"betas": (on_device(fake, 0.5), on_device(fake, 0.75, torch.bfloat16))},
+    "max_grad_norm": lambda fake: {"max_grad_norm": on_device(fake, 0.5)},
+    "max_grad_norm_one_element": lambda fake: {"max_grad_norm": on_device(fake, [0.5], torch.float16)},
+    "max_grad_norm_elsewhere": lambda fake: {"max_grad_norm": on_device(fake, 0.5, device=1)},
+}
+
+
+def plain(x):
+    """The same setting as numbers."""
+    return tuple(map(plain, x)) if isinstance(x, tuple) else x.memory.item() if hasattr(x, "memory") else x
+
+
+@over("settings", SETTINGS)
+def test_numbers_on_a_device_need_no_wait(fake, gpu_backend, settings):
+    settings = {"capturable": True, **settings(fake)}
+    training = Training(fake, gpu_backend, **{name: plain(x) for name, x in settings.items()})
+    for group in training.optimizer.param_groups:
+        group |= {name: x for name, x in settings.items() if name in group}
+    if "max_grad_norm" in settings:
+        training.optimizer.max_grad_norm = settings["max_grad_norm"]
+    for _ in range(3):
+        training.step()
+    assert fake.synchronizations == []
+    training.check()
+
+
+def test_a_limit_on_a_device_is_the_other_devices_too(fake, gpu_backend):
+    """Parameters on two devices have one norm, and one limit."""
+    params = [nn.Parameter(fake.on(torch.full((3,), 2.0), device)) for device in (0, 1)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    limit = on_device(fake, 0.5, device=1)
+    optimizer = trainops.AdamW(params, lr=0.1, max_grad_norm=limit, backend=gpu_backend)
+    optimizer.step()
+    assert fake.synchronizations == []
+    exp_avg = [optimizer.state[p]["exp_avg"].memory for p in params]
+    torch.testing.assert_close(torch.stack(exp_avg), torch.full((2, 3), 0.1 * 0.5 / 6**0.5))
+
+
+# Faults of the host side
+
+
+class Forgetful(Recent):
+    """Leaves the stream out of its keys."""
+
+    def recall(self, key):
+        return super().recall(self.without_stream(key))
+
+    def remember(self, key, value):
+        return super().remember(self.without_stream(key), value)
+
+    def without_stream(self, key):
+        return key[:2] if len(key) == 3 else (key[0].device, key[1])
+
+
+def on_two_streams(fake, gpu_backend):
+    """Two models of the same shapes, each on a stream of its own."""
+    trainings = [Training(fake, gpu_backend) for _ in range(2)]
+    for training in trainings:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            training.step()
+    return trainings
+
+
+def with_a_narrow_learning_rate(fake, gpu_backend):
+    training = Training(fake, gpu_backend)
+    training.optimizer.param_groups[0]["lr"] = on_device(fake, 0.1, torch.bfloat16)
+    training.step()
+    return training
+
+
+def uploads_are_shared(monkeypatch):
+    monkeypatch.setattr(uploads, "_uploads", Forgetful(128))
+
+
+def scratch_is_shared(monkeypatch):
+    monkeypatch.setattr(cuda, "_scratches", Forgetful(32))
+
+
+def settings_are_freed_before_the_launch(monkeypatch):
+    for module in (cuda, triton):
+        settings = module.step_settings
+        monkeypatch.setattr(module, "step_settings", lambda *args, its=settings: (its(*args)[0], []))
+
+
+FAULTS = {
+    "uploads": (on_two_streams, uploads_are_shared, "reads memory that another stream may be using"),
+    "scratch": (on_two_streams, scratch_is_shared, "writes memory that another stream may be using"),
+    "settings": (with_a_narrow_learning_rate, settings_are_freed_before_the_launch, "memory that was freed"),
+}
+
+
+@over("fault", FAULTS)
+def test_a_fault_is_noticed(fake, gpu_backend, fault, monkeypatch):
+    scenario, plant, text = fault
+    trained = scenario(fake, gpu_backend)
+    torch.cuda.synchronize()
+    assert fake.faults == []
+    plant(monkeypatch)
+    trained = scenario(fake, gpu_backend), trained
+    torch.cuda.synchronize()
+    is_there = (gpu_backend, plant) != ("triton", scratch_is_shared)
+    assert any(text in found for found in fake.faults) is is_there
+    fake.faults.clear()
+
+
+def test_a_wait_is_noticed(fake, gpu_backend, monkeypatch):
+    monkeypatch.setattr(_device, "_setting", lambda x, device: float(x))
+    training = Training(fake, gpu_backend)
+    training.optimizer.max_grad_norm = on_device(fake, 1.0)
+    training.step()
+    assert fake.synchronizations == ["item()"]
+
+
+# The interpreter lock
+
+
+LAUNCHES = {
+    "update": lambda x: trainops.AdamW([x], backend="cuda").step(),
+    "reduce": lambda x: trainops.AdamW([x], max_grad_norm=1.0, backend="cuda").step(),
+    "scale": lambda x: trainops.clip_grads_with_norm_([x], 1.0, torch.tensor(2.0), backend="cuda"),
+    "clamp": lambda x: trainops.clip_grad_value_([x], 0.5, backend="cuda"),
+    "ema": lambda x: trainops.ema_update_([torch.zeros(3)], [x.detach()], 0.5, backend="cuda"),
+    "drop_path": lambda x: trainops.drop_path(x.detach(), 0.5, True, backend="cuda"),
+    "drop_path_backward": lambda x: select("cuda", "cpu").drop_path_backward(x[None], x[None], x[None, :1], x),
+}
+
+
+@over("launch", LAUNCHES)
+def test_others_run_while_a_launch_waits(launch):
+    """As where the queue of a device is full."""
+    param = nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    done = []
+
+    def work():
+        with torch.no_grad():
+            done.append(launch(param))
+
+    thread = threading.Thread(target=work)
+    with SHIM.held():
+        thread.start()
+        while not SHIM.waiting():
+            time.sleep(1e-3)
+        assert not done
+    thread.join()
+    assert done

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 import torch
 
 from .memory import Block, placed
-from .streams import Event, Graph, Stream
+from .streams import Driver, Event, Graph, Stream
 from .tensors import HOST, DeviceTensor, FakeDevices, copy
 
 __all__ = ["HOST", "DeviceTensor", "FakeCuda", "copy"]
@@ -32,7 +32,7 @@ class FakeCuda:
         self.faults, self.synchronizations = [], []
         self.blocks, self.host, self.lock = [], Counter(), threading.RLock()
         self.thread = threading.local()  # the current device, and the current stream of each
-        self.handles = itertools.count(16)
+        self.handles, self.driver = itertools.count(16), Driver(self)
         self.graphs = weakref.WeakValueDictionary()
         places = [torch.device("cuda", i) for i in range(devices)]
         self.streams = {(device, 0): Stream(self, device, 0) for device in places}  # by their handles, too

@@ -9,12 +9,15 @@ from array import array
 from contextlib import contextmanager
 
 import torch
+from targets import SHIM, TARGETS
 
-from trainops import adapters, core, plain, uploads
+from trainops import adapters, core, graphs, plain, uploads
 from trainops.adapters import _triton, cuda, triton
 from trainops.uploads import Recent
 
 from . import DeviceTensor, FakeCuda
+
+BACKENDS = [name for name in ("cuda", "triton") if SHIM and any(target.backend == name for target in TARGETS)]
 
 
 class Touched:
@@ -49,15 +52,16 @@ class CudaModule:
         return functools.partial(self.launch, name, value) if name in self.LAUNCHES else value
 
     def StagedTable(self, table, *, words, rows, chunks, chunk_count, stream):  # noqa: N802
-        """Like the table, but without a hold on its tensors: a graph has none."""
+        """It holds the table and its words, but what it launches does not: a graph holds nothing."""
         tensor = torch.zeros(1, dtype=torch.float64 if table.has_float64 else torch.float32)
         columns = {column.name: [tensor] * table.rows for column in core.schemas[table.kind].columns}
         place = {"words": None, "rows": rows, "chunks": chunks, "chunk_count": chunk_count, "stream": 0}
         staged = self.module.StagedTable(core.table(table.kind, columns, "cpu"), **place)
-        return staged, rows, chunks, self.fake.streams[torch.device("cuda", table.device_index), stream]
+        on = self.fake.streams[torch.device("cuda", table.device_index), stream]
+        return (staged, rows, chunks, on), (table, words)
 
     def launch(self, name, function, table, **arguments):
-        staged, rows, chunks, stream = table
+        staged, rows, chunks, stream = table[0]
         words = arguments.get("words", b"")
         inline = array("q", words) if isinstance(words, bytes) else ()
         others = [x for key, x in arguments.items() if type(x) is int and key != "words"]
@@ -76,9 +80,17 @@ def launch_triton(fake, launch, kernel, programs, *args, **constants):
     fake.run(stream, kernel.fn.__name__, touched, lambda: launch(kernel, programs, *aliases, **constants))
 
 
+def forget_uploads(fake, monkeypatch):
+    """Nothing was uploaded, prepared or captured before, and the graphs are those of the fake."""
+    for name, value in (("_uploads", Recent(128)), ("_spares", Recent(32)), ("_prepared", False)):
+        monkeypatch.setattr(uploads, name, value)
+    monkeypatch.setattr(graphs, "_kept", {})
+    monkeypatch.setattr(graphs, "_driver", lambda: fake.driver)
+
+
 @contextmanager
-def fake_devices(monkeypatch, module):
-    """Two devices on which the backends run. ``module``: their CUDA kernels, compiled for the CPU."""
+def fake_devices(monkeypatch):
+    """Two devices on which the backends run."""
     fake = FakeCuda()
     plain_types = frozenset((*plain.PLAIN, DeviceTensor))
     modules = [importlib.import_module(f"trainops.{name}") for name in ("plain", "rows", "reference", "core")]
@@ -90,10 +102,9 @@ def fake_devices(monkeypatch, module):
             fake.touch(x)
         return core.describe(x)
 
-    monkeypatch.setattr(cuda, "_cuda", CudaModule(fake, module))
+    monkeypatch.setattr(cuda, "_cuda", CudaModule(fake, cuda._cuda))
     monkeypatch.setattr(cuda, "_scratches", Recent(32))
-    monkeypatch.setattr(uploads, "_uploads", Recent(128))
-    monkeypatch.setattr(uploads, "_spares", {})
+    forget_uploads(fake, monkeypatch)
     monkeypatch.setattr(triton, "serves", lambda device_type: device_type == "cuda")
     monkeypatch.setattr(_triton, "launch", functools.partial(launch_triton, fake, _triton.launch))
     adapters._select.cache_clear()

@@ -16,7 +16,8 @@ class Block:
     """
 
     def __init__(self, size, device, stream=None):
-        self.device, self.stream, self.graph, self.is_free = device, stream, stream and stream.graph, False
+        self.device, self.stream, self.is_free = device, stream, False
+        self.graph = weakref.ref(stream.graph) if stream is not None and stream.graph is not None else None
         self.written, self.read = Counter(), Counter()  # when each stream did so last
         self.read_by = weakref.WeakSet()  # graphs
         self._raw, self._size = bytearray(b"\xab") * (size + ALIGNMENT), max(size, 8)
@@ -28,7 +29,8 @@ class Block:
     @property
     def is_gone(self):
         """Whether it was freed; what a graph has allocated stays as long as the graph."""
-        return self.is_free and not (self.graph is not None and self.graph.is_alive)
+        graph = None if self.graph is None else self.graph()
+        return self.is_free and not (graph is not None and graph.is_alive)
 
     def memory(self):
         """The bytes, as an object that lives as long as the tensors that are made from it."""

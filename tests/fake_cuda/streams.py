@@ -4,7 +4,9 @@ Clocks count the operations of each stream: a stream's says how many of every ot
 on it, and the host's how many it knows to be done.
 """
 
+import ctypes
 from collections import Counter
+from functools import partial
 
 
 class Event:
@@ -81,3 +83,24 @@ class Graph:
 
     def __del__(self):
         self.reset()
+
+
+class Driver:
+    """The calls of NVIDIA's driver by which a graph comes to own an object."""
+
+    def __init__(self, fake):
+        self.fake, self.destructors = fake, {}
+
+    def cuStreamGetCaptureInfo_v2(self, stream, status, number, graph, dependencies, count):  # noqa: N802
+        graph._obj.value = next(x.graph for x in self.fake.streams.values() if x.cuda_stream == stream.value).handle
+        return 0
+
+    def cuUserObjectCreate(self, created, argument, destroy, references, flags):  # noqa: N802
+        created._obj.value = next(self.fake.handles)
+        function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(destroy.value)
+        self.destructors[created._obj.value] = partial(function, argument.value)
+        return 0 if (references, flags) == (1, 1) else 1
+
+    def cuGraphRetainUserObject(self, graph, owned, references, flags):  # noqa: N802
+        self.fake.graphs[graph.value].destructors.append(self.destructors.pop(owned.value))
+        return 0 if (references, flags) == (1, 1) else 1

@@ -8,6 +8,7 @@ aten = torch.ops.aten
 HOST = torch.device("cpu")
 # What is asked of a tensor without a look at its elements.
 ASKS = {"__get__", "data_ptr", "size", "stride", "numel", "dim", "is_pinned", "view", "detach", "untyped_storage"}
+NUMBERS = {"__float__": float, "__int__": int, "__bool__": bool}
 
 
 class DeviceTensor(torch.Tensor):
@@ -55,8 +56,11 @@ class FakeDevices(TorchFunctionMode):
             device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args[1:], **options)
             if device is not None and device.type == "cuda":
                 return to(fake, args[0], fake.current_stream(device).device, dtype, non_blocking)
-        if function is torch.Tensor.copy_ and on_device:  # it would look for the device before it is dispatched
+        # Some would look for the device before they are dispatched.
+        if on_device and function is torch.Tensor.copy_:
             return operate(fake, aten.copy_.default, args, kwargs)
+        if on_device and name in NUMBERS:
+            return NUMBERS[name](args[0].item())
         if not on_device and torch.device(kwargs.get("device") or HOST).type == "cuda":
             return make(fake, name, function(*args, **{**kwargs, "device": HOST}), kwargs["device"])
         if kwargs.get("pin_memory"):

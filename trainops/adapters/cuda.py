@@ -84,16 +84,14 @@ def _staged(kind: str, tensors: Sequence[Tensor]) -> Iterator[tuple[Any, _Staged
 
 # Scratch memory per stream and host thread: block counter, norm, partial results. Kernels reset the counter.
 _scratches: Recent[Tensor] = Recent(32)
-_captured: list[Tensor] = []
 _COUNTER, _NORM, _PARTIALS = (8 * i for i in range(3))
 
 
 def _scratch(staged: _Staged, statistic: str) -> Tensor:
     size = 2 + staged.chunk_count * _cuda.STATE_WORDS[statistic]
     queue = staged.queue
-    if queue.captures:
-        _captured.append(torch.zeros(size, dtype=torch.float64, device=queue.device))
-        return _captured[-1]
+    if queue.captures:  # of the graph's own memory, which each replay fills anew
+        return torch.zeros(size, dtype=torch.float64, device=queue.device)
     key = queue, threading.get_ident()
     scratch = _scratches.recall(key)
     if scratch is None or len(scratch) < size:
@@ -165,7 +163,7 @@ def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl
         total_norm, norms = _reduce(table, staged, scratch, "l2_norm", grad_scale)
     skip = torch.empty((), dtype=torch.bool, device=device) if control.may_skip else None
     counter = None if skip is None else to_device(control.skipped_steps, device)
-    words = step_settings(rule, groups, control, ema_decay, device)
+    words, held = step_settings(rule, groups, control, ema_decay, device)
     in_memory = uploaded(words, device) if len(words) > _cuda.INLINE_BYTES else None
     _cuda.update(
         staged.table,
@@ -179,6 +177,7 @@ def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl
         skipped_steps=core.address(counter),
         counter=scratch + _COUNTER,
     )
+    del held
     copy_back(counter, control)
     return StepResult(total_norm, norms, skip)
 
