@@ -163,12 +163,8 @@ PYTHON = [
             "EMA: every step is an update": ("if step % self.update_every == 0 else None", ""),
             "EMA: swapped weights are not given back": ("pair.source.copy_(weight)", "pass"),
             "EMA: what is done is done again": (
-                "matched = update.matched.without(done) if done else update.matched",
-                "matched = update.matched",
-            ),
-            "EMA: a skipped step copies buffers": (
-                "write(pair.average, pair.source.to(pair.average.device), skip)",
-                "write(pair.average, pair.source.to(pair.average.device))",
+                "update.matched.without(done) if done else update.matched",
+                "update.matched",
             ),
             "EMA: replaced tensors are not noticed": (
                 "if self._matched is None or not self._matched.is_current():",
@@ -308,6 +304,34 @@ PYTHON = [
         {
             "captures: what a graph reads is dropped at once": ("if core.take_flag(flag)]", "if flag]"),
             "captures: no graph has the flag": ("    driver.cuGraphRetainUserObject(graph, owned, 1, _MOVE)\n", ""),
+        },
+    ),
+    *planted(
+        "trainops/ema_update.py",
+        tests_of("ema_fused", k="cpu-cpu or reference-cpu"),
+        {
+            "EMA: a skipped step copies buffers": ("copy_all(targets, copied, skip)", "copy_all(targets, copied)"),
+        },
+    ),
+    *planted(
+        "trainops/copies.py",
+        tests_of("copies"),
+        {
+            "copies: a skipped step copies": ("skip.logical_not().to", "skip.to"),
+            "copies: a skip of the host is not seen": ("        if skip.item():\n            return\n", ""),
+            "copies: differences of floats": ("[x.view(bits) for x in column]", "list(column)"),
+            "copies: a wait for each tensor": ("non_blocking=x.is_cuda", "non_blocking=False"),
+            "copies: the host does not wait": ("        stream.synchronize()\n", "        pass\n"),
+        },
+    ),
+    *planted(
+        "trainops/ema_update.py",
+        tests_of("host_side"),
+        {
+            "EMA: a wait for averages and one for copies": (
+                "    if is_elsewhere or (averages and averages[0].device != sources[0].device):\n",
+                "    if False:\n",
+            ),
         },
     ),
     *planted(

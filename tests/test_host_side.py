@@ -3,6 +3,7 @@
 import threading
 import time
 
+import pytest
 import torch
 from host_fixtures import Training, needs_shim
 from targets import SHIM, over
@@ -124,6 +125,71 @@ def test_a_limit_on_a_device_is_the_other_devices_too(fake, gpu_backend):
     assert fake.synchronizations == []
     exp_avg = [optimizer.state[p]["exp_avg"].memory for p in params]
     torch.testing.assert_close(torch.stack(exp_avg), torch.full((2, 3), 0.1 * 0.5 / 6**0.5))
+
+
+# Averages
+
+
+class Normed(nn.Module):
+    """Layers with buffers: averages, which are averaged, and counts, which are copied."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm1d(3) for _ in range(layers))
+        self.register_buffer("mask", torch.tensor([True, False]))
+
+
+def moved(fake, model, device=0):
+    """A model on a fake device."""
+    for module in model.modules():
+        for name, x in module._parameters.items():
+            module._parameters[name] = nn.Parameter(fake.on(x, device))
+        for name, x in module._buffers.items():
+            module._buffers[name] = fake.on(x, device)
+    return model
+
+
+def change(model, step):
+    """Buffers as after a step: counts have all their bits."""
+    with torch.no_grad():
+        for i, norm in enumerate(model.norms):
+            norm.running_mean.fill_(i + step)
+            norm.num_batches_tracked.fill_(-(2**62) + i + step if step % 2 else i)
+        model.mask.fill_(step % 2)
+
+
+def follow(fake, backend, layers=2, device=None, skipped=()):
+    """A model's average on a device after steps of its optimizer, beside that of a twin on the CPU."""
+    averages = []
+    for make, name in ((lambda model: moved(fake, model), backend), (lambda model: model, "cpu")):
+        model = make(Normed(layers))
+        ema = trainops.EMA(model, 0.5, device=device if name == backend else None)
+        optimizer = trainops.AdamW(model.parameters(), lr=0.1, skip_nonfinite=True, ema=ema, backend=name)
+        for step in range(4):
+            change(model, step)
+            for p in model.parameters():
+                p.grad = torch.full_like(p, torch.nan if step in skipped else 1.0)
+            fake.operations.clear()
+            fake.synchronizations.clear() if name == backend else None
+            optimizer.step()
+        averages.append(ema.module)
+    return averages
+
+
+def assert_equal(ours, theirs):
+    torch.cuda.synchronize()
+    theirs = theirs.state_dict()
+    for name, x in ours.state_dict().items():
+        torch.testing.assert_close(getattr(x, "memory", x), theirs[name])  # integers are equal
+
+
+@pytest.mark.parametrize("skipped", [(), (1,), (3,)])
+@pytest.mark.parametrize(("device", "waits"), [("cuda:0", 0), ("cuda:1", 0), ("cpu", 1)])
+def test_averages_wait_once_at_most(fake, gpu_backend, device, waits, skipped, monkeypatch):
+    monkeypatch.setattr(torch.__future__, "get_swap_module_params_on_conversion", lambda: True)
+    ours, theirs = follow(fake, gpu_backend, device=device, skipped=skipped)
+    assert len(fake.synchronizations) == waits
+    assert_equal(ours, theirs)
 
 
 # Faults of the host side

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 
 import torch
 
-from .memory import Block, placed
+from .memory import Block, extent, placed
 from .streams import Driver, Event, Graph, Stream
 from .tensors import HOST, DeviceTensor, FakeDevices, copy
 
@@ -29,7 +29,7 @@ class FakeCuda:
     """The devices, and the functions of ``torch.cuda`` by their names."""
 
     def __init__(self, devices=2):
-        self.faults, self.synchronizations = [], []
+        self.faults, self.synchronizations, self.operations = [], [], []  # the last: names of what streams did
         self.blocks, self.host, self.lock = [], Counter(), threading.RLock()
         self.thread = threading.local()  # the current device, and the current stream of each
         self.handles, self.driver = itertools.count(16), Driver(self)
@@ -141,7 +141,7 @@ class FakeCuda:
         """Memory for such a tensor on a device, or pinned, with any content: a tensor of the CPU."""
         if device == HOST:
             self.refuse_in_capture("to allocate pinned memory")
-        block = Block(like.numel() * like.itemsize, device, None if device == HOST else self.current_stream(device))
+        block = Block(extent(like) * like.itemsize, device, None if device == HOST else self.current_stream(device))
         memory = block.memory()
         weakref.finalize(memory, self._free, block).atexit = False
         with self.lock:
@@ -197,6 +197,7 @@ class FakeCuda:
         with self.lock:
             stream.clock |= self.host
             stream.clock[stream] += 1
+            self.operations.append(name)
             reads, writes = (list(dict.fromkeys(blocks)) for blocks in touches())
             for block in [x for x in reads if x not in writes] + writes:
                 if block.device not in (stream.device, HOST) and name != "copy":

@@ -40,13 +40,18 @@ class Block:
         """A tensor in this memory once more, without a hold on the memory."""
         if x.numel() == 0:
             return x.clone()
-        span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
         offset = self._offset + x.data_ptr() - self.begin
-        return torch.frombuffer(self._raw, dtype=x.dtype, offset=offset, count=span).as_strided(x.shape, x.stride())
+        flat = torch.frombuffer(self._raw, dtype=x.dtype, offset=offset, count=extent(x))
+        return flat.as_strided(x.shape, x.stride())
 
     def words(self):
         """The content as 64-bit words."""
         return memoryview(self._raw)[self._offset : self._offset + self._size // 8 * 8].cast("q")
+
+
+def extent(x):
+    """How many elements lie between the first and the last one of a tensor."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
 
 
 def placed(memory, like):
