@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 from contract import DTYPES
+from host_fixtures import fake, gpu_backend  # noqa: F401 (fixtures)
 from targets import INTERPRETER, TARGETS
 from triton_fixtures import device, divide, launches, small_blocks, tables, uploads  # noqa: F401 (fixtures)
 

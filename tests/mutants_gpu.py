@@ -536,6 +536,37 @@ TRITON_AND_CUDA = [
         },
     ),
     *planted(
+        "csrc/cuda/module.cpp",
+        tests_of("host_side"),
+        {
+            "cuda: an update holds the interpreter lock": ("  py::gil_scoped_release release;\n", ""),
+            "cuda: launches hold the interpreter lock": (
+                "py::call_guard<py::gil_scoped_release>",
+                "py::call_guard<>",
+            ),
+        },
+    ),
+    *planted(
+        "csrc/cuda/control.cuh",
+        tests_of("host_side"),
+        {
+            "cuda: a limit on the device is taken for a number": (
+                "setting(words + kMaxNorm)",
+                "real(words[kMaxNormValue])",
+            ),
+        },
+    ),
+    *planted(
+        "triton_kernels/control.py",
+        tests_of("host_side"),
+        {
+            "triton: a limit on the device is taken for a number": (
+                "setting(settings + MAX_NORM, 0)",
+                "real(tl.load(settings + MAX_NORM + VALUE))",
+            ),
+        },
+    ),
+    *planted(
         "trainops/uploads.py",
         tests_of("cuda"),
         {

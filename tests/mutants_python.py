@@ -189,12 +189,8 @@ PYTHON = [
             "EMA: every step is an update": ("if step % self.update_every == 0 else None", ""),
             "EMA: swapped weights are not given back": ("pair.source.copy_(weight)", "pass"),
             "EMA: what is done is done again": (
-                "matched = update.matched.without(done) if done else update.matched",
-                "matched = update.matched",
-            ),
-            "EMA: a skipped step copies buffers": (
-                "write(pair.average, pair.source.to(pair.average.device), skip)",
-                "write(pair.average, pair.source.to(pair.average.device))",
+                "update.matched.without(done) if done else update.matched",
+                "update.matched",
             ),
             "EMA: replaced tensors are not noticed": (
                 "if self._matched is None or not self._matched.is_current():",
@@ -305,13 +301,106 @@ PYTHON = [
         "trainops/uploads.py",
         tests_of("uploads"),
         {
-            "device tables: uploads of another stream": (
-                "key = (words, device, torch.cuda.current_stream(device).cuda_stream)",
-                "key = (words, device)",
-            ),
+            "device tables: uploads of another stream": ("key = (words, device, stream)", "key = (words, device)"),
             "device tables: uploads by length": (
-                "key = (words, device, torch.cuda.current_stream(device).cuda_stream)",
-                "key = (len(words), device, torch.cuda.current_stream(device).cuda_stream)",
+                "key = (words, device, stream)",
+                "key = (len(words), device, stream)",
+            ),
+            "device tables: a spare is used twice": ("or []).pop()", "or [])[-1]"),
+            "device tables: spares for everybody": ("if _prepared or stream != 0:", "if True:"),
+            "device tables: a warm-up prepares nothing": ("if _prepared or stream != 0:", "if _prepared:"),
+        },
+    ),
+    *planted(
+        "trainops/uploads.py",
+        tests_of("captures"),
+        {
+            "captures: pinned memory goes before its graph": ("    keep(host, stream)\n", ""),
+            "captures: an earlier upload is used": (
+                "        return _upload_in_capture(words, device, stream)",
+                "        found = next((x for y, x in _uploads.items() if y[:2] == (words, device)), None)\n"
+                "        return _upload_in_capture(words, device, stream) if found is None else found",
+            ),
+            "captures: nothing is dropped": ("    drop_unused()\n", ""),
+        },
+    ),
+    *planted(
+        "trainops/graphs.py",
+        tests_of("captures"),
+        {
+            "captures: what a graph reads is dropped at once": ("if core.take_flag(flag)]", "if flag]"),
+            "captures: no graph has the flag": ("    driver.cuGraphRetainUserObject(graph, owned, 1, _MOVE)\n", ""),
+        },
+    ),
+    *planted(
+        "trainops/ema_update.py",
+        tests_of("ema_fused", k="cpu-cpu or reference-cpu"),
+        {
+            "EMA: a skipped step copies buffers": ("copy_all(targets, copied, skip)", "copy_all(targets, copied)"),
+        },
+    ),
+    *planted(
+        "trainops/copies.py",
+        tests_of("copies"),
+        {
+            "copies: a skipped step copies": ("skip.logical_not().to", "skip.to"),
+            "copies: a skip of the host is not seen": ("        if skip.item():\n            return\n", ""),
+            "copies: differences of floats": ("[x.view(bits) for x in column]", "list(column)"),
+            "copies: a wait for each tensor": ("non_blocking=x.is_cuda", "non_blocking=False"),
+            "copies: the host does not wait": ("        stream.synchronize()\n", "        pass\n"),
+        },
+    ),
+    *planted(
+        "trainops/ema_update.py",
+        tests_of("host_side"),
+        {
+            "EMA: a wait for averages and one for copies": (
+                "    if is_elsewhere or (averages and averages[0].device != sources[0].device):\n",
+                "    if False:\n",
+            ),
+        },
+    ),
+    *planted(
+        "trainops/adapters/_device.py",
+        tests_of("host_side"),
+        {
+            "host side: a wait for numbers on a device": (
+                '(x.device.type == "cpu" and device.type != "cpu")',
+                "True",
+            ),
+        },
+    ),
+    *planted(
+        "trainops/adapters/cuda.py",
+        tests_of("host_side"),
+        {
+            "host side: cuda: settings are freed before the launch": (
+                "step_settings(rule, groups, control, ema_decay, device)\n",
+                "step_settings(rule, groups, control, ema_decay, device)[0], None\n",
+            ),
+            "host side: cuda: scratch memory of another stream": (
+                "key = queue, threading.get_ident()",
+                "key = queue.device, threading.get_ident()",
+            ),
+        },
+    ),
+    *planted(
+        "trainops/adapters/triton.py",
+        tests_of("host_side"),
+        {
+            "host side: triton: settings are freed before the launch": (
+                "step_settings(rule, groups, control, ema_decay, device)\n",
+                "step_settings(rule, groups, control, ema_decay, device)[0], None\n",
+            ),
+        },
+    ),
+    *planted(
+        "trainops/optimizer.py",
+        tests_of("host_side"),
+        {
+            "host side: a wait for the largest norm": (
+                'return x.reshape(()) if isinstance(x, Tensor) and x.device.type != "cpu" else float(x)',
+                "return float(x)",
             ),
         },
     ),

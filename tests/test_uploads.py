@@ -1,10 +1,11 @@
 """How words get to a device."""
 
 from array import array
-from types import SimpleNamespace
 
 import pytest
 import torch
+from fake_cuda import FakeCuda
+from fake_cuda.backends import forget_uploads
 
 from trainops import uploads
 from trainops.uploads import Recent, known, uploaded
@@ -47,31 +48,33 @@ def words_of(*numbers):
     return torch.tensor(numbers).numpy().tobytes()
 
 
+class Device:
+    """A fake device."""
+
+    def __init__(self, fake):
+        self.fake, self.device = fake, torch.device("cuda", 0)
+
+    def upload(self, *numbers):
+        return uploaded(words_of(*numbers), self.device)
+
+    def pinned(self):
+        """How often pinned memory was allocated."""
+        return sum(block.device.type == "cpu" for block in self.fake.blocks)
+
+    def capture(self, *every):
+        """A graph of uploads, and what they give."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            return graph, [self.upload(*numbers) for numbers in every]
+
+
 @pytest.fixture
 def gpu(monkeypatch):
-    """The calls that ``uploaded`` makes of CUDA, without it: streams, capture, and pinned memory, which is recorded.
-
-    The device is "meta", whose tensors have no content; what was copied is found in the pinned memory.
-    """
-    fake = SimpleNamespace(device=torch.device("meta"), stream=1, capturing=False, pinned=[])
-
-    def pin_memory(x):
-        fake.pinned.append(x)
-        return x
-
-    def pinned(count):
-        assert not fake.capturing  # no pinned memory may be allocated then
-        return torch.zeros(count, dtype=torch.int64)
-
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=fake.stream))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: fake.capturing)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
-    monkeypatch.setattr(uploads, "_pinned", pinned)
-    monkeypatch.setattr(uploads, "_uploads", Recent(2))
-    monkeypatch.setattr(uploads, "_spares", {})
-    monkeypatch.setattr(uploads, "_captured", [])
-    fake.upload = lambda *numbers: uploaded(words_of(*numbers), fake.device)
-    return fake
+    with FakeCuda().active(monkeypatch) as fake:
+        forget_uploads(fake, monkeypatch)
+        monkeypatch.setattr(uploads, "_uploads", Recent(2))
+        yield Device(fake)
+        assert fake.faults == []
 
 
 def test_uploads_are_reused_by_content(gpu):
@@ -80,7 +83,9 @@ def test_uploads_are_reused_by_content(gpu):
     assert gpu.upload(1, 2) is first
     assert gpu.upload(1, 3) is not first
     assert gpu.upload(1, 2) is first
-    assert [x.tolist() for x in gpu.pinned] == [[1, 2], [1, 3]]
+    assert gpu.fake.synchronizations == []
+    assert gpu.pinned() == 2
+    assert first.to("cpu").tolist() == [1, 2]
 
 
 def test_uploads_that_are_not_recent_are_made_again(gpu):
@@ -88,69 +93,59 @@ def test_uploads_that_are_not_recent_are_made_again(gpu):
     gpu.upload(2)
     gpu.upload(3)
     assert gpu.upload(1) is not first
-    assert len(gpu.pinned) == 4
-    assert len(uploads._spares[8]) == 4
-    gpu.upload(4)
-    assert len(uploads._spares[8]) == 4
+    assert gpu.pinned() == 4
 
 
 def test_another_stream_has_uploads_of_its_own(gpu):
-    first = gpu.upload(1)
-    gpu.stream = 2
-    second = gpu.upload(1)
-    assert second is not first
-    assert gpu.upload(1) is second
-    gpu.stream = 1
+    first, side = gpu.upload(1), torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        second = gpu.upload(1)
+        assert second is not first
+        assert gpu.upload(1) is second
     assert gpu.upload(1) is first
 
 
-def test_capture_takes_what_is_there_and_keeps_it(gpu):
-    first = gpu.upload(1)
-    gpu.capturing = True
-    assert gpu.upload(1) is first
-    assert uploads._captured[0] is first
-    gpu.capturing = False
-    gpu.upload(2)
-    gpu.upload(3)
-    assert uploads._captured[0] is first  # which a replay may still read
-
-
-def test_capture_copies_from_a_spare_and_remembers_nothing(gpu):
+def test_spares_are_made_on_other_streams(gpu):
     gpu.upload(1)
-    gpu.upload(2)
-    gpu.capturing = True
-    first = gpu.upload(7)
-    (spare,) = uploads._captured
-    assert spare.tolist() == [7]
-    assert len(uploads._spares[8]) == 3
-    second = gpu.upload(7)  # the first is filled by that graph alone
-    assert second is not first
-    assert uploads._captured[1] is not spare
-    gpu.capturing = False
-    assert gpu.upload(7) is not second
-    assert spare.tolist() == [7]
-    assert gpu.pinned[-1].tolist() == [7]
+    assert not uploads._spares
+    with torch.cuda.stream(torch.cuda.Stream()):
+        gpu.upload(1)
+        assert [len(x) for x in uploads._spares.values()] == [4]
+        gpu.upload(1)
+        gpu.upload(2)
+    assert gpu.pinned() == 3 + 4
 
 
-def test_capture_without_a_spare_raises(gpu):
-    gpu.upload(1)
-    gpu.capturing = True
+def test_a_capture_copies_from_a_spare_and_remembers_nothing(gpu):
+    uploads.prepare_capture()
+    before = gpu.upload(7)
+    graph, (first, second) = gpu.capture([7], [7])
+    assert len({id(x) for x in (before, first, second)}) == 3
+    assert len(uploads._spares[8]) == 2
+    assert gpu.upload(7) is before
+    graph.replay()
+    assert [first.to("cpu").tolist(), second.to("cpu").tolist()] == [[7], [7]]
+
+
+def test_a_capture_without_a_spare_raises(gpu):
+    gpu.upload(1, 2)
+    uploads.prepare_capture()
     with pytest.raises(RuntimeError, match="take a step on tensors of these sizes outside of a CUDA graph"):
-        gpu.upload(1, 2)
+        gpu.capture([1])
 
 
 def test_many_captures_one_after_the_other(gpu):
+    uploads.prepare_capture()
+    captured = []
     for i in range(10):
         gpu.upload(1)
-        gpu.capturing = True
-        assert gpu.upload(100 + i) is not gpu.upload(200 + i)
-        gpu.capturing = False
-    assert [x.tolist() for x in uploads._captured] == [[100 * k + i] for i in range(10) for k in (1, 2)]
-    gpu.capturing = True
-    for i in range(2):
-        gpu.upload(i + 3)
+        captured.append(gpu.capture([100 + i], [200 + i]))
+    for i, (graph, tensors) in enumerate(captured):
+        graph.replay()
+        assert [x.to("cpu").tolist() for x in tensors] == [[100 + i], [200 + i]]
+    gpu.capture([3], [4])
     with pytest.raises(RuntimeError, match="at most 4 steps"):
-        gpu.upload(5)
+        gpu.capture([5])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

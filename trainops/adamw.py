@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .ema import EMA
-from .optimizer import FusedOptimizer
+from .optimizer import FusedOptimizer, setting
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Betas = tuple[float, float] | tuple[Tensor, Tensor]
@@ -28,8 +28,8 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
 
     Args:
         params: parameters, named parameters or parameter groups, as in torch.
-        lr: learning rate, a float or a one-element tensor.
-        betas: decay of the two moments, each in [0, 1).
+        lr: learning rate, a float or a one-element tensor. On a GPU, no step waits for it.
+        betas: decay of the two moments, each in [0, 1); as ``lr``.
         eps: added to the denominator.
         weight_decay: decoupled weight decay, times the learning rate per step.
         amsgrad: use the largest second moment so far (arXiv:1904.09237).
@@ -37,12 +37,13 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
         foreach: accepted for compatibility.
         capturable: accepted for compatibility; step counts are float32 on their parameter's device anyway. A
             ``torch.optim.AdamW`` that loads them from a GPU reads each back to the host, unless ``capturable`` or
-            ``fused`` is set in the loaded groups. Take a step on tensors of the same sizes outside of a CUDA graph
-            before each capture.
+            ``fused`` is set in the loaded groups. Before a CUDA graph's capture, warm up as with torch:
+            :meth:`prepare_capture`.
         differentiable: run PyTorch's own step, with autograd.
         fused: with a GradScaler, unscale and skip inside ``step()``, and leave unscaled gradients behind, as the
             fused step of PyTorch does. Otherwise accepted for compatibility.
-        max_grad_norm: clip the gradients of all groups together to this norm. They are read, not rewritten: the
+        max_grad_norm: clip the gradients of all groups together to this norm, a number or a one-element tensor (on a
+            GPU, as ``lr``, and not checked). They are read, not rewritten: the
             coefficient is applied inside the update; 0 takes them as zero. With a GradScaler, ``step()`` unscales in
             the same pass, and the gradients stay scaled. The norm is that of the gradients this optimizer holds: the
             global one under DDP and FSDP2, but a rank's own under ZeroRedundancyOptimizer and FSDP1. Where
@@ -87,7 +88,7 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        max_grad_norm: float | None = None,
+        max_grad_norm: float | Tensor | None = None,
         skip_nonfinite: bool = False,
         ema: EMA | None = None,
         backend: str | None = None,
@@ -131,8 +132,8 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
         lr, (beta1, beta2) = group["lr"], group["betas"]
         return {
             "lr": lr.squeeze() if isinstance(lr, Tensor) else lr,
-            "beta1": float(beta1),
-            "beta2": float(beta2),
+            "beta1": setting(beta1),
+            "beta2": setting(beta2),
             "eps": group["eps"],
             "weight_decay": group["weight_decay"],
             "maximize": bool(group["maximize"]),

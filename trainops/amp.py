@@ -18,7 +18,7 @@ class UnscalesInStep(torch.optim.Optimizer):
     With PyTorch's arguments alone, it does what PyTorch's class does with these.
     """
 
-    max_grad_norm: float | None
+    max_grad_norm: float | Tensor | None
     skip_nonfinite: bool
     _unscaling_by_hand: bool | None = None
 

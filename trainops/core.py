@@ -55,6 +55,7 @@ _core, reason = load("_core", "core")
 available = _core is not None
 reader: Any = None
 step_columns: dict[str, int] = {}  # the places of the columns of every rule, by name; those of its state follow
+RAISE_FLAG = 0  # the address of a function of C that takes a flag's
 schemas: dict[str, Schema] = {}  # by the kind of table: a rule's name, ``ema``, ``reduce`` or ``transform``
 if available:
     for kind, its in _core.SCHEMAS.items():  # read once: each access to an object of C++ makes its lists anew
@@ -62,6 +63,7 @@ if available:
         places = {column.name: place for place, column in enumerate(columns)}
         schemas[kind] = Schema(columns, places, its.settings, its.measured)
     step_columns = _core.STEP_COLUMNS
+    RAISE_FLAG = _core.RAISE_FLAG
     reader = _core.TensorReader()
     reader.configure(
         api=getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
@@ -78,6 +80,16 @@ def load_kernels(module: str, name: str) -> tuple[Any, str]:
 def address(x: Tensor | None) -> int:
     """The address of a tensor's elements; 0 for None."""
     return 0 if x is None else x.data_ptr()
+
+
+def new_flag() -> int:
+    """The address of a flag, for ``RAISE_FLAG`` to raise."""
+    return cast(int, _core.new_flag())
+
+
+def take_flag(flag: int) -> bool:
+    """Whether a flag is raised. If so, it is deleted."""
+    return cast(bool, _core.take_flag(flag))
 
 
 def setting(rule: str, name: str) -> int:
@@ -150,7 +162,7 @@ def drop_path_backward(*, rows: Tensor | None, **operands: Any) -> Any:
 
 
 def step_settings(
-    rule: str, max_norm: float | None, ema_decay: float, settings: Sequence[Mapping[str, float | Tensor]]
+    rule: str, max_norm: float | Tensor | None, ema_decay: float, settings: Sequence[Mapping[str, float | Tensor]]
 ) -> bytes:
     """The settings of a step as 64-bit words for the device. Tensors among them must lie on that device."""
     names = schemas[rule].settings

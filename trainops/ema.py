@@ -13,9 +13,8 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable, which impo
 from . import advice
 from .adapters import check
 from .ema_schedule import DecaySchedule
-from .ema_update import check_type, update_averages
+from .ema_update import check_type, update_pairs
 from .model_pairs import Matched, Pair, check_checkpoint, converted, match
-from .reference import write
 
 
 class Update(NamedTuple):
@@ -58,7 +57,8 @@ class EMA(DecaySchedule):
         dtype: dtype of the average's floating-point weights; default: the model's. Use ``torch.float32`` for a
             16-bit model: there, ``(1 - decay) * (weight - average)`` is mostly below the last place and is lost.
             ``module`` then takes inputs of that dtype, while :meth:`swap` keeps the model's.
-        device: where the average lives; default: where the model does.
+        device: where the average lives; default: where the model does. For an average of a GPU's model on the CPU,
+            each update waits for the GPU once.
         average_buffers: average floating-point buffers as well; otherwise they are copied. Other buffers are
             always copied.
         backend: see :func:`trainops.backends`; by default it follows the device.
@@ -149,10 +149,7 @@ class EMA(DecaySchedule):
         """Count the update; move what is not ``done`` (by ``id`` of the model's tensor), unless ``skip`` is true."""
         pairs, decay = update.matched.pairs, update.decay
         if decay is not None and len(done) < len(pairs):
-            matched = update.matched.without(done) if done else update.matched
-            update_averages(matched.averages, matched.sources, decay, skip, self.backend)
-            for pair in matched.copied:
-                write(pair.average, pair.source.to(pair.average.device), skip)
+            update_pairs(update.matched.without(done) if done else update.matched, decay, skip, self.backend)
         self.step += 1
 
     @property

@@ -10,7 +10,8 @@ from torch.compiler import is_compiling
 
 from . import reference
 from .adapters import check, select
-from .model_pairs import check_pair, kind
+from .copies import copy_all, fetch
+from .model_pairs import Pairs, check_pair, kind
 from .plain import all_plain
 from .tables import as_real
 
@@ -78,6 +79,24 @@ def get_ema_multi_avg_fn(decay: float = 0.999) -> Callable[[Sequence[Tensor], Se
                 average.copy_(average * decay + param * (1 - decay))
 
     return ema_update
+
+
+def update_pairs(matched: Pairs, decay: float, skip: Tensor | None, backend: str | None) -> None:
+    """Move averages towards their sources, and copy the others, unless ``skip`` is true."""
+    averages, sources = matched.averages, matched.sources
+    targets = [pair.average for pair in matched.copied]
+    copied = [pair.source for pair in matched.copied]
+    is_elsewhere = any(target.device != source.device for target, source in zip(targets, copied, strict=True))
+    if is_elsewhere or (averages and averages[0].device != sources[0].device):
+        wanted, devices = [*sources, *copied], [x.device for x in (*averages, *targets)]
+        if skip is not None:
+            wanted, devices = [*wanted, skip], [*devices, devices[0]]
+        fetched = fetch(wanted, devices)
+        skip = None if skip is None else fetched.pop()
+        sources, copied = fetched[: len(averages)], fetched[len(averages) :]
+    update_averages(averages, sources, decay, skip, backend)
+    if targets:
+        copy_all(targets, copied, skip)
 
 
 def update_averages(

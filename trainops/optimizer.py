@@ -15,6 +15,7 @@ from .loading import LoadsState
 from .plain import all_in_memory, all_plain
 from .rows import by_device, gather, have_common_memory
 from .torch_step import KnowsTorchStep
+from .uploads import prepare_capture
 
 
 class FusedOptimizer(KnowsTorchStep, LoadsState):
@@ -43,7 +44,7 @@ class FusedOptimizer(KnowsTorchStep, LoadsState):
     def __init__(
         self,
         *args: Any,
-        max_grad_norm: float | None = None,
+        max_grad_norm: float | Tensor | None = None,
         skip_nonfinite: bool = False,
         ema: EMA | None = None,
         backend: str | None = None,
@@ -65,17 +66,18 @@ class FusedOptimizer(KnowsTorchStep, LoadsState):
         self.ema = ema  # last: it is taken from the optimizer that has it
 
     @property
-    def max_grad_norm(self) -> float | None:
+    def max_grad_norm(self) -> float | Tensor | None:
         """The norm to which gradients are clipped; may be changed between steps."""
         return self._max_grad_norm
 
     @max_grad_norm.setter
-    def max_grad_norm(self, max_grad_norm: float | None) -> None:
+    def max_grad_norm(self, max_grad_norm: float | Tensor | None) -> None:
         if max_grad_norm is not None:
             is_number = isinstance(max_grad_norm, Real) and not isinstance(max_grad_norm, bool)
             if not is_number and not (isinstance(max_grad_norm, Tensor) and max_grad_norm.numel() == 1):
                 raise TypeError(f"max_grad_norm must be a number or None, got {max_grad_norm!r:.60}")
-            if not max_grad_norm >= 0.0:
+            limit = setting(max_grad_norm)
+            if not isinstance(limit, Tensor) and not limit >= 0.0:
                 raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}")
         self._max_grad_norm = max_grad_norm
         if max_grad_norm is not None:
@@ -109,6 +111,22 @@ class FusedOptimizer(KnowsTorchStep, LoadsState):
         if isinstance(param_group, dict) and (shared := [name for name in _OWN_SETTINGS if name in param_group]):
             raise ValueError(f"{shared[0]} is a setting of the optimizer, not of a group of parameters")
         super().add_param_group(param_group)
+
+    def prepare_capture(self) -> None:
+        """Make ready for captures of ``step()`` in CUDA graphs. Without effect for parameters on a CPU.
+
+        Equivalent to PyTorch's warm-up of a few steps on another stream than the default one. That, too, prepares
+        for captures: such steps keep pinned memory for four captured steps of the same sizes. After this call, so do
+        steps on every stream, and memory of the sizes of earlier steps is made anew at once. Call it before a
+        warm-up on the default stream, or again when four steps have been captured.
+
+        A graph's pinned memory is freed after the graph. (On ROCm, it is kept until the process ends.)
+
+        Raises:
+            RuntimeError: in a capture.
+        """
+        if any(p.is_cuda for group in self.param_groups for p in group["params"]):
+            prepare_capture()
 
     def __repr__(self) -> str:
         own = "".join(f"{name}: {getattr(self, name)}\n" for name in _OWN_SETTINGS)
@@ -153,7 +171,7 @@ class FusedOptimizer(KnowsTorchStep, LoadsState):
         if self.skipped_steps.device != device:  # the model was moved
             self.skipped_steps = self.skipped_steps.to(device)
         control = StepControl(
-            None if self.max_grad_norm is None else float(self.max_grad_norm),
+            None if self.max_grad_norm is None else setting(self.max_grad_norm),
             self.skip_nonfinite,
             self._from_scaler("grad_scale"),
             self._from_scaler("found_inf"),
@@ -238,6 +256,11 @@ class FusedOptimizer(KnowsTorchStep, LoadsState):
         if value is None:
             return None
         return (value if isinstance(value, Tensor) else torch.tensor(float(value), device="cpu")).reshape(())
+
+
+def setting(x: float | Tensor) -> float | Tensor:
+    """A setting as a number, or on its device as a 0-dim tensor: there, reading it would wait for the device."""
+    return x.reshape(()) if isinstance(x, Tensor) and x.device.type != "cpu" else float(x)
 
 
 _OWN_SETTINGS = ("max_grad_norm", "skip_nonfinite", "ema", "backend")

@@ -89,8 +89,9 @@ def grad_norms(tensors: Sequence[Tensor], norm_type: float = 2.0) -> tuple[Tenso
     return total_norm.to(norm_dtype(tensors)), norms.to(norm_dtype(tensors))
 
 
-def clip_coefficient(total_norm: Tensor, max_norm: float) -> Tensor:
+def clip_coefficient(total_norm: Tensor, max_norm: float | Tensor) -> Tensor:
     """``min(1, max_norm / (total_norm + 1e-6))`` in the dtype of scalars; NaN where the norm is NaN."""
+    max_norm = scalar(max_norm, total_norm.device) if isinstance(max_norm, Tensor) else max_norm
     return torch.clamp(max_norm / (scalar(total_norm, total_norm.device) + 1e-6), max=1.0)
 
 
@@ -120,8 +121,8 @@ def adamw_(
     max_exp_avg_sq: Tensor | None = None,
     *,
     lr: float | Tensor,
-    beta1: float,
-    beta2: float,
+    beta1: float | Tensor,
+    beta2: float | Tensor,
     eps: float,
     weight_decay: float,
     maximize: float = False,
@@ -130,6 +131,7 @@ def adamw_(
 ) -> None:
     """One step of AdamW (arXiv:1711.05101, algorithm 2) for one parameter, AMSGrad with ``max_exp_avg_sq``."""
     dtype, device = wide(param).dtype, param.device
+    beta1, beta2 = float(beta1), float(beta2)
     t = step + 1
     correction1, correction2 = (bias_correction(beta, scalar(t, device)) for beta in (beta1, beta2))
     lr = scalar(lr, device) if isinstance(lr, Tensor) else lr

@@ -41,7 +41,7 @@ def decide(settings, norm, inverse_scale, found_inf, CLIP: tl.constexpr, SKIP_NO
     if found_inf is not None:
         skipped = tl.load(found_inf) != 0
     if CLIP:
-        ratio = real(tl.load(settings + MAX_NORM)) / (norm + 1e-6)
+        ratio = setting(settings + MAX_NORM, 0) / (norm + 1e-6)
         factor = inverse_scale * tl.where(ratio > 1.0, 1.0, ratio)
     if SKIP_NONFINITE:
         skipped = skipped | (norm != norm) | (tl.abs(norm) == float("inf"))

@@ -3,6 +3,7 @@
 
 #include "../math/storage.h"
 #include "device_words.h"
+#include "graph_flags.h"
 #include "operands.h"
 #include "python_table.h"
 
@@ -44,28 +45,31 @@ py::list sections_of(const DeviceWords& words) {
   return sections;
 }
 
-// The settings of a step for a device (schema.h). A setting is a number, or a tensor on that device.
-py::bytes step_words(const TensorReader& reader, double max_norm, double ema_decay, const py::list& groups) {
+// The words of a setting for a device (schema.h): a number, or the address of a tensor on that device.
+void put_setting(const TensorReader& reader, py::handle setting, int64_t* words) {
+  if (PyNumber_Check(setting.ptr()) && (PyFloat_Check(setting.ptr()) || PyLong_Check(setting.ptr()))) {
+    words[kForm] = kDouble;
+    words[kValue] = bit_cast<int64_t>(setting.cast<double>());
+    return;
+  }
+  Description description;
+  if (!reader.read(setting.ptr(), description) || description.numel != 1 ||
+      (description.cell.dtype != DType::float32 && description.cell.dtype != DType::float64)) {
+    throw py::type_error("a setting is a number, or a tensor with one float32 or float64");
+  }
+  words[kForm] = description.cell.dtype == DType::float32 ? kFloatAddress : kDoubleAddress;
+  words[kValue] = reinterpret_cast<intptr_t>(description.cell.address);
+}
+
+py::bytes step_words(const TensorReader& reader, const py::object& max_norm, double ema_decay,
+                     const py::list& groups) {
   Words words(kGroups);
-  words[kMaxNorm] = bit_cast<int64_t>(max_norm);
+  put_setting(reader, max_norm, &words[kMaxNorm]);
   words[kEMADecay] = bit_cast<int64_t>(ema_decay);
   for (const auto group : groups) {
     for (const auto setting : group) {
-      const size_t begin = words.size();
-      words.resize(begin + kSettingWords);
-      if (PyNumber_Check(setting.ptr()) && (PyFloat_Check(setting.ptr()) || PyLong_Check(setting.ptr()))) {
-        words[begin + kForm] = kDouble;
-        words[begin + kValue] = bit_cast<int64_t>(setting.cast<double>());
-        continue;
-      }
-      Description description;
-      if (!reader.read(setting.ptr(), description) || description.numel != 1 ||
-          (description.cell.dtype != DType::float32 && description.cell.dtype != DType::float64)) {
-        throw py::type_error("a setting is a number, or a tensor with one float32 or float64");
-      }
-      const bool is_float = description.cell.dtype == DType::float32;
-      words[begin + kForm] = is_float ? kFloatAddress : kDoubleAddress;
-      words[begin + kValue] = reinterpret_cast<intptr_t>(description.cell.address);
+      words.resize(words.size() + kSettingWords);
+      put_setting(reader, setting, &words[words.size() - kSettingWords]);
     }
   }
   return as_bytes(words);
@@ -130,11 +134,15 @@ PYBIND11_MODULE(_core, m) {
       .def_readonly("regular", &PythonTable::regular)
       .def_readonly("params", &PythonTable::params)
       .def_readonly("averaged", &PythonTable::averaged)
+      .def_property_readonly("kind", [](const PythonTable& self) { return self.schema().name; })
       .def_property_readonly("group_rows", &PythonTable::group_rows)
       .def_property_readonly("rows", &PythonTable::rows)
       .def_property_readonly("has_float64", &PythonTable::has_float64)
       .def_property_readonly("device_index", &PythonTable::device_index)
       .def("words", &words_of, py::kw_only(), py::arg("chunk_numel"), py::arg("by_kind"));
+  m.attr("RAISE_FLAG") = reinterpret_cast<uintptr_t>(&raise_flag);
+  m.def("new_flag", &new_flag);
+  m.def("take_flag", &take_flag, py::arg("flag"));
   py::class_<PythonWords>(m, "DeviceWords")
       .def_property_readonly("chunk_count", [](const PythonWords& self) { return self.words.chunk_count(); })
       .def_property_readonly("sections", [](const PythonWords& self) { return sections_of(self.words); })

@@ -52,14 +52,16 @@ enum RowWord : int { TRAINOPS_ROW_WORDS(TRAINOPS_ENUMERATOR) kAddresses };
 enum ChunkWord : int { TRAINOPS_CHUNK_WORDS(TRAINOPS_ENUMERATOR) kChunkWords };
 
 // A step's settings on a device are these words, then those of each setting of each group. The form of a setting says
-// what its value is: a double, or the address of a float or of a double on the device.
-#define TRAINOPS_STEP_WORDS(word) word(kMaxNorm, "max_norm") word(kEMADecay, "ema_decay")
+// what its value is: a double, or the address of a float or of a double on the device. The largest norm is a setting.
+#define TRAINOPS_STEP_WORDS(word) \
+  word(kMaxNorm, "max_norm") word(kMaxNormValue, "max_norm_value") word(kEMADecay, "ema_decay")
 #define TRAINOPS_SETTING_WORDS(word) word(kForm, "form") word(kValue, "value")
 #define TRAINOPS_SETTING_FORMS(word) \
   word(kDouble, "double") word(kFloatAddress, "float_address") word(kDoubleAddress, "double_address")
 enum StepWord : int { TRAINOPS_STEP_WORDS(TRAINOPS_ENUMERATOR) kGroups };
 enum SettingWord : int { TRAINOPS_SETTING_WORDS(TRAINOPS_ENUMERATOR) kSettingWords };
 enum SettingForm : int64_t { TRAINOPS_SETTING_FORMS(TRAINOPS_ENUMERATOR) };
+static_assert(kMaxNormValue - kMaxNorm == kValue - kForm, "the largest norm has the words of a setting");
 
 struct Schema {
   std::string name;

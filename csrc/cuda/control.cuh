@@ -9,23 +9,23 @@ namespace trainops::cuda {
 
 __device__ inline double real(int64_t word) { return bit_cast<double>(word); }
 
-// Every block evaluates this, with the same result.
-__device__ inline Decision decide_step(const UpdateArgs& args, const int64_t* words) {
-  Control control;
-  control.clips = args.clips;
-  control.skip_nonfinite = args.skip_nonfinite;
-  control.max_norm = real(words[kMaxNorm]);
-  const double norm = args.norm == nullptr ? 0.0 : *args.norm;
-  const double grad_scale = args.grad_scale == nullptr ? 1.0 : *args.grad_scale;
-  return decide(control, norm, grad_scale, args.found_inf != nullptr && *args.found_inf != 0.0f);
-}
-
 // A setting as a number, wherever it lies.
 __device__ inline double setting(const int64_t* words) {
   const int64_t value = words[kValue];
   if (words[kForm] == kFloatAddress) return *global<const float>(value);
   if (words[kForm] == kDoubleAddress) return *global<const double>(value);
   return real(value);
+}
+
+// Every block evaluates this, with the same result.
+__device__ inline Decision decide_step(const UpdateArgs& args, const int64_t* words) {
+  Control control;
+  control.clips = args.clips;
+  control.skip_nonfinite = args.skip_nonfinite;
+  control.max_norm = setting(words + kMaxNorm);
+  const double norm = args.norm == nullptr ? 0.0 : *args.norm;
+  const double grad_scale = args.grad_scale == nullptr ? 1.0 : *args.grad_scale;
+  return decide(control, norm, grad_scale, args.found_inf != nullptr && *args.found_inf != 0.0f);
 }
 
 template <typename Rule>

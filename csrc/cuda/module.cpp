@@ -1,6 +1,6 @@
-// The Python module trainops._cuda: launches the kernels. Tables are those of trainops._core, and Python has put
-// their words into the memory of the device. kernels.h and StepControl (trainops/adapters/interface.py) explain the
-// arguments.
+// The Python module trainops._cuda: launches the kernels, without the interpreter lock: a launch waits where the
+// device's queue is full. Tables are those of trainops._core, and Python has put their words into the memory of the
+// device. kernels.h and StepControl (trainops/adapters/interface.py) explain the arguments.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -107,6 +107,7 @@ void update(const StagedTable& staged, const py::object& words, uintptr_t norm, 
   args.skip = at<bool>(skip);
   args.skipped_steps = at<int64_t>(skipped_steps);
   args.counters = at<cuda::Counters>(counters);
+  py::gil_scoped_release release;
   cuda::update(staged.kind, args, staged.queue);
 }
 
@@ -133,18 +134,20 @@ PYBIND11_MODULE(_cuda, m) {
   py::class_<StagedTable>(m, "StagedTable", py::module_local())
       .def(py::init(&stage), py::keep_alive<1, 2>(), py::arg("table"), py::kw_only(), py::arg("words"),
            py::arg("rows"), py::arg("chunks"), py::arg("chunk_count"), py::arg("stream"));
-  m.def("reduce", &reduce, py::arg("staged"), py::kw_only(), py::arg("statistic"), py::arg("grad_scale"),
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  m.def("reduce", &reduce, Unlocked(), py::arg("staged"), py::kw_only(), py::arg("statistic"), py::arg("grad_scale"),
         py::arg("counters"), py::arg("partials"), py::arg("total"), py::arg("total_out"), py::arg("rows_out"));
-  m.def("scale", &scale, py::arg("staged"), py::kw_only(), py::arg("coefficient"), py::arg("is_float64"),
+  m.def("scale", &scale, Unlocked(), py::arg("staged"), py::kw_only(), py::arg("coefficient"), py::arg("is_float64"),
         py::arg("counters"));
-  m.def("clamp", &clamp, py::arg("staged"), py::kw_only(), py::arg("bound"), py::arg("counters"));
-  m.def("ema", &ema, py::arg("staged"), py::kw_only(), py::arg("decay"), py::arg("skip"), py::arg("counters"));
+  m.def("clamp", &clamp, Unlocked(), py::arg("staged"), py::kw_only(), py::arg("bound"), py::arg("counters"));
+  m.def("ema", &ema, Unlocked(), py::arg("staged"), py::kw_only(), py::arg("decay"), py::arg("skip"),
+        py::arg("counters"));
   m.def("update", &update, py::arg("staged"), py::kw_only(), py::arg("words"), py::arg("norm"), py::arg("grad_scale"),
         py::arg("found_inf"), py::arg("clips"), py::arg("skip_nonfinite"), py::arg("skip"), py::arg("skipped_steps"),
         py::arg("counters"));
-  m.def("drop_path", &drop_path, py::arg("operands"), py::kw_only(), py::arg("stream"));
-  m.def("drop_path_backward", &drop_path_backward, py::arg("operands"), py::kw_only(), py::arg("partials"),
-        py::arg("stream"));
+  m.def("drop_path", &drop_path, Unlocked(), py::arg("operands"), py::kw_only(), py::arg("stream"));
+  m.def("drop_path_backward", &drop_path_backward, Unlocked(), py::arg("operands"), py::kw_only(),
+        py::arg("partials"), py::arg("stream"));
   m.def("drop_path_partials", &cuda::drop_path_partials, py::kw_only(), py::arg("samples"), py::arg("sample_numel"),
         py::arg("channels"));
 }

@@ -78,6 +78,19 @@ class Shim:
             self.library.shim_blocks(ctypes.c_uint(2**32 - 1))
             self.library.shim_order(ctypes.c_uint(0))
 
+    @contextmanager
+    def held(self):
+        """Let launches wait: one that nobody lets go within 20 seconds ends the process."""
+        self.library.shim_hold(ctypes.c_int(1))
+        try:
+            yield
+        finally:
+            self.library.shim_hold(ctypes.c_int(0))
+
+    def waiting(self):
+        """How many launches wait."""
+        return self.library.shim_waiting()
+
     def fail(self, launch):
         """Let the n-th launch from now on fail."""
         self.library.shim_fail(ctypes.c_int(launch))

@@ -4,9 +4,12 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <chrono>
+#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <mutex>
 #include <numeric>
 #include <random>
 #include <string>
@@ -46,7 +49,13 @@ const std::function<void()>* body;
 int any_vote;
 uint64_t progress = 0;
 
+std::mutex launching;  // of the host's threads, one at a time runs a kernel
+
 // What tests control and see.
+std::mutex holding;
+std::condition_variable let_go;
+bool held = false;
+int waiting = 0;
 unsigned order_seed = 0, blocks_limit = ~0u;
 int failing = 0;
 cudaError_t last_error = cudaSuccess;
@@ -152,6 +161,16 @@ int any_in_block(int value) {
 }
 
 void run(const char* kernel, unsigned grid, const std::function<void()>& thread) {
+  {
+    std::unique_lock<std::mutex> lock(holding);
+    ++waiting;
+    if (!let_go.wait_for(lock, std::chrono::seconds(20), [] { return !held; })) {
+      std::fprintf(stderr, "cuda_shim: nobody lets %s go\n", kernel);
+      std::abort();
+    }
+    --waiting;
+  }
+  const std::lock_guard<std::mutex> lock(launching);
   launches += std::string(launches.empty() ? "" : " ") + kernel;
   if (failing > 0 && --failing == 0) {
     last_error = cudaErrorLaunchFailure;
@@ -194,6 +213,16 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
 // For tests: 0 runs blocks from the first to the last, 1 from the last to the first, others shuffle them.
 extern "C" __attribute__((visibility("default"))) void shim_order(unsigned seed) { shim::order_seed = seed; }
 extern "C" __attribute__((visibility("default"))) void shim_blocks(unsigned limit) { shim::blocks_limit = limit; }
+// Launches wait from 1 until 0, as where the device's queue is full.
+extern "C" __attribute__((visibility("default"))) void shim_hold(int hold) {
+  const std::lock_guard<std::mutex> lock(shim::holding);
+  shim::held = hold != 0;
+  shim::let_go.notify_all();
+}
+extern "C" __attribute__((visibility("default"))) int shim_waiting() {
+  const std::lock_guard<std::mutex> lock(shim::holding);
+  return shim::waiting;
+}
 // The n-th launch from now on fails.
 extern "C" __attribute__((visibility("default"))) void shim_fail(int n) { shim::failing = n; }
 // Writes the names of the kernels that have been launched since it was last asked.

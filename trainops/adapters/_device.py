@@ -62,13 +62,16 @@ def stage(table: Any, device: torch.device, chunk_numel: int, by_kind: bool) -> 
 
 def step_settings(
     rule: str, groups: Sequence[Group], control: StepControl, ema_decay: float, device: torch.device
-) -> bytes:
-    """The settings of a step as words. A setting on the device stays there: its word is an address."""
+) -> tuple[bytes, list[Tensor]]:
+    """The settings of a step as words, and the tensors that these point to, to be held until the launch."""
     settings = [{name: _setting(x, device) for name, x in group.settings.items()} for group in groups]
-    return core.step_settings(rule, control.max_norm, ema_decay, settings)
+    max_norm = None if control.max_norm is None else _setting(control.max_norm, device)
+    in_memory = [x for x in (max_norm, *(x for its in settings for x in its.values())) if isinstance(x, Tensor)]
+    return core.step_settings(rule, max_norm, ema_decay, settings), in_memory
 
 
 def _setting(x: float | Tensor, device: torch.device) -> float | Tensor:
-    if isinstance(x, Tensor) and x.device == device and x.dtype in (torch.float32, torch.float64):
-        return x
-    return float(x)
+    """A number, or a number in the memory of the device, for which nobody waits."""
+    if not isinstance(x, Tensor) or (x.device.type == "cpu" and device.type != "cpu"):
+        return float(x)
+    return x.to(device, x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float64, non_blocking=True)

@@ -68,7 +68,7 @@ def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl
     total_norm, skipped = _cpu.update(
         table,
         settings=[[float(group.settings[name]) for name in names] for group in groups],
-        max_norm=control.max_norm,
+        max_norm=None if control.max_norm is None else float(control.max_norm),
         skip_nonfinite=control.skip_nonfinite,
         grad_scale=1.0 if control.grad_scale is None else control.grad_scale.item(),
         found_inf=control.found_inf is not None and control.found_inf.item() != 0,

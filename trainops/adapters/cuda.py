@@ -103,16 +103,14 @@ class _Scratch(NamedTuple):
 
 # Scratch memory per stream and host thread.
 _scratches: Recent[_Scratch] = Recent(32)
-_captured: list[_Scratch] = []
 
 
 def _scratch(staged: _Staged, statistic: str | None = None) -> _Scratch:
     counters = 2 + (staged.rows if statistic else 0)
     numbers = 1 + (staged.chunk_count * _cuda.STATE_WORDS[statistic] if statistic else 0)
     queue = staged.queue
-    if queue.captures:
-        _captured.append(_new_scratch(queue.device, counters, numbers))
-        return _captured[-1]
+    if queue.captures:  # of the graph's own memory, which each replay fills anew
+        return _new_scratch(queue.device, counters, numbers)
     key = queue, threading.get_ident()
     scratch = _scratches.recall(key)
     has = (0, 0) if scratch is None else (len(scratch.counter_words), len(scratch.numbers))
@@ -199,7 +197,7 @@ def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl
         total_norm, norms = _reduce(table, staged, scratch, "l2_norm", grad_scale)
     skip = torch.empty((), dtype=torch.bool, device=device) if control.may_skip else None
     counter = None if skip is None else to_device(control.skipped_steps, device)
-    words = step_settings(rule, groups, control, ema_decay, device)
+    words, held = step_settings(rule, groups, control, ema_decay, device)
     in_memory = uploaded(words, device) if len(words) > _cuda.INLINE_BYTES else None
     _cuda.update(
         staged.table,
@@ -213,6 +211,7 @@ def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl
         skipped_steps=core.address(counter),
         counters=scratch.counters,
     )
+    del held
     copy_back(counter, control)
     return StepResult(total_norm, norms, skip)
 

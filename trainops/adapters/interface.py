@@ -41,7 +41,7 @@ class Group:
 class StepControl:
     """The inputs that decide the coefficient of the gradients, and whether the step is taken."""
 
-    max_norm: float | None = None
+    max_norm: float | Tensor | None = None  # 0-dim
     skip_nonfinite: bool = False
     grad_scale: Tensor | None = None  # gradients are this many times too large
     found_inf: Tensor | None = None  # nonzero: skip the step

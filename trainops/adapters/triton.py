@@ -130,7 +130,8 @@ def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl
     formulas = importlib.import_module(f"trainops.triton_kernels.{rule}")
     with device_guard(device):
         staged = _triton.Staged(rule, table, device)
-        settings = uploaded(step_settings(rule, groups, control, ema_decay, device), device)
+        words, held = step_settings(rule, groups, control, ema_decay, device)
+        settings = uploaded(words, device)
         slots = kernels.RULE_SCALARS.value + formulas.SCALARS
         scalars = torch.empty(staged.row_count, slots, dtype=torch.float64, device=device)
         coefficient = torch.empty((), dtype=torch.float64, device=device)
@@ -179,6 +180,7 @@ def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl
             wide={"WIDE": ("PARAM_TYPE",), "AVERAGE_WIDE": ("PARAM_TYPE", "AVERAGE_TYPE")},
             **absent,
         )
+    del held
     copy_back(counter, control)
     return StepResult(control.total_norm if total_norm is None else total_norm, norms, skip)
 

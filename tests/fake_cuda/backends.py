@@ -1,0 +1,118 @@
+"""The kernels on fake devices: those of ``cuda`` through ``cuda_shim``, those of ``triton`` interpreted.
+
+A kernel is taken to write every tensor that its table or its arguments name, and to read the words alone.
+"""
+
+import functools
+import importlib
+from array import array
+from contextlib import contextmanager
+
+import torch
+from targets import SHIM, TARGETS
+
+from trainops import adapters, core, graphs, plain, uploads
+from trainops.adapters import _triton, cuda, triton
+from trainops.uploads import Recent
+
+from . import DeviceTensor, FakeCuda
+
+BACKENDS = [name for name in ("cuda", "triton") if SHIM and any(target.backend == name for target in TARGETS)]
+
+
+class Touched:
+    """The blocks that a launch reads and writes, as its words say when it begins."""
+
+    def __init__(self, fake, rows, words, others):
+        self.fake, self.rows, self.words, self.others = fake, rows, words, others
+
+    def __call__(self):
+        read = list(map(self.fake.block, self.words))
+        rows = self.fake.block(self.rows)
+        return [rows, *self._named(read)], [*self._named([rows])[1:], *self._find(self.others)]
+
+    def _find(self, addresses):
+        return [block for address in addresses if address and (block := self.fake.block(address)) is not None]
+
+    def _named(self, blocks):
+        return [found for block in blocks for found in (block, *self._find(block.words()))]
+
+
+class CudaModule:
+    """``trainops._cuda`` for fake devices."""
+
+    DEVICE_TYPE = "cuda"
+    LAUNCHES = ("reduce", "scale", "clamp", "ema", "update")
+
+    def __init__(self, fake, module):
+        self.fake, self.module = fake, module
+
+    def __getattr__(self, name):
+        value = getattr(self.module, name)
+        return functools.partial(self.launch, name, value) if name in self.LAUNCHES else value
+
+    def StagedTable(self, table, *, words, rows, chunks, chunk_count, stream):  # noqa: N802
+        """It holds the table and its words, but what it launches does not: a graph holds nothing."""
+        tensor = torch.zeros(1, dtype=torch.float64 if table.has_float64 else torch.float32)
+        columns = {column.name: [tensor] * table.rows for column in core.schemas[table.kind].columns}
+        place = {"words": None, "rows": rows, "chunks": chunks, "chunk_count": chunk_count, "stream": 0}
+        staged = self.module.StagedTable(core.table(table.kind, columns, "cpu"), **place)
+        on = self.fake.streams[torch.device("cuda", table.device_index), stream]
+        return (staged, rows, chunks, on), (table, words)
+
+    def launch(self, name, function, table, **arguments):
+        staged, rows, chunks, stream = table[0]
+        words = arguments.get("words", b"")
+        inline = array("q", words) if isinstance(words, bytes) else ()
+        others = [x for key, x in arguments.items() if type(x) is int and key != "words"]
+        touched = Touched(self.fake, rows, [chunks] + [words] * isinstance(words, int), [*others, *inline])
+        self.fake.run(stream, name, touched, lambda: function(staged, **arguments))
+
+
+def launch_triton(fake, launch, kernel, programs, *args, **constants):
+    """In place of ``_triton.launch``."""
+    tensors = [x for x in args if isinstance(x, DeviceTensor)]
+    aliases = list(map(fake.alias, args))
+    are_words = [x.data_ptr() for x in tensors[1:] if x.dtype == torch.int64 and x.ndim == 1]
+    others = [x.data_ptr() for x in tensors[1:] if x.data_ptr() not in are_words]
+    touched = Touched(fake, tensors[0].data_ptr(), are_words, others)
+    stream = fake.current_stream(tensors[0].device)
+    fake.run(stream, kernel.fn.__name__, touched, lambda: launch(kernel, programs, *aliases, **constants))
+
+
+def forget_uploads(fake, monkeypatch):
+    """Nothing was uploaded, prepared or captured before, and the graphs are those of the fake."""
+    for name, value in (("_uploads", Recent(128)), ("_spares", Recent(32)), ("_prepared", False)):
+        monkeypatch.setattr(uploads, name, value)
+    monkeypatch.setattr(graphs, "_kept", {})
+    monkeypatch.setattr(graphs, "_driver", lambda: fake.driver)
+
+
+@contextmanager
+def fake_devices(monkeypatch):
+    """Two devices on which the backends run."""
+    fake = FakeCuda()
+    plain_types = frozenset((*plain.PLAIN, DeviceTensor))
+    modules = [importlib.import_module(f"trainops.{name}") for name in ("plain", "rows", "reference", "core")]
+    for its in (*modules, importlib.import_module("trainops.adapters._drop_path")):
+        monkeypatch.setattr(its, "PLAIN", plain_types)
+
+    def describe(x):
+        if not isinstance(x, DeviceTensor):
+            fake.touch(x)
+        return core.describe(x)
+
+    monkeypatch.setattr(cuda, "_cuda", CudaModule(fake, cuda._cuda))
+    monkeypatch.setattr(cuda, "_scratches", Recent(32))
+    forget_uploads(fake, monkeypatch)
+    monkeypatch.setattr(triton, "serves", lambda device_type: device_type == "cuda")
+    monkeypatch.setattr(_triton, "launch", functools.partial(launch_triton, fake, _triton.launch))
+    adapters._select.cache_clear()
+    core.reader.configure(api=None, describe=describe, plain_types=tuple(plain_types))
+    try:
+        with fake.active(monkeypatch):
+            yield fake
+    finally:
+        adapters._select.cache_clear()
+        api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+        core.reader.configure(api=api, describe=core.describe, plain_types=(torch.Tensor, torch.nn.Parameter))
