@@ -68,7 +68,7 @@ QUEUE = [
     ),
     *planted(
         "csrc/cuda/update.cu",
-        tests_of("adamw_range", k="cuda-cpu"),
+        tests_of("adamw_range", "cuda", k="cuda-cpu or settings"),
         {
             "cuda queue: another step count in a group": (
                 "last.group == group && last.step == step",

@@ -264,6 +264,18 @@ def test_every_run_gives_the_same_bits(dtype):
     assert all(map(same_bits, everything(dtype), expected(dtype)))
 
 
+def test_groups_keep_their_settings_at_one_step_count():
+    """Chunks of one size follow each other, each of another group."""
+    params = [nn.Parameter(torch.ones(100, device=DEVICE)) for _ in range(6)]
+    groups = [{"params": [p], "lr": 0.1 * i} for i, p in enumerate(params)]
+    optimizer = trainops.AdamW(groups, weight_decay=0.0, backend="cuda")
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for i, p in enumerate(params):
+        torch.testing.assert_close(p.detach(), torch.full_like(p, 1 - 0.1 * i))
+
+
 @pytest.mark.parametrize("how", ["nan", "found_inf"])
 def test_a_skipped_step_leaves_every_bit(how, dtype):
     optimizer, tensors = make_step((dtype,) * 3)
