@@ -150,10 +150,10 @@ def test_which_chunks_are_gathered_again(target, end):
     square = exact_norm([x]) ** 2
     in_float32 = reduced(target, [x])[0]
     assert abs(exact(in_float32) - np.sqrt(square)) > 2.0**-45  # or nothing could be seen
-    # The least sum that is at least 2^-100. Runs of 16 squares, each less than 4, that are less than 2^128; then
+    # The least sum that is at least 2^-100. A sum of 1000 squares, less than 4 each, that is below 2^128; then
     # squares that are not.
     least = int(np.ceil((-100 - np.log2(square)) / 2))
-    cases = {"smallest": {least + 1: 0, least: 0, least - 1: 1}, "largest": {60: 0, 61: 0, 64: 1}}
+    cases = {"smallest": {least + 1: 0, least: 0, least - 1: 1}, "largest": {57: 0, 58: 0, 64: 1}}
     for exponent, again in cases[end].items():
         total = reduced(target, [x * 2.0**exponent])[0] * 2.0**-exponent
         assert same_bits(total, in_float32) != again, exponent
