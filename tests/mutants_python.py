@@ -162,6 +162,10 @@ PYTHON = [
         {
             "EMA: every step is an update": ("if step % self.update_every == 0 else None", ""),
             "EMA: swapped weights are not given back": ("pair.source.copy_(weight)", "pass"),
+            "EMA: a copy made within swap has the averaged weights": (
+                "            copied.copy_(weight)\n",
+                "            pass\n",
+            ),
             "EMA: what is done is done again": (
                 "matched = update.matched.without(done) if done else update.matched",
                 "matched = update.matched",
@@ -244,6 +248,16 @@ PYTHON = [
         {
             "dispatch: modes see no operations": ("if not in_memory or is_transformed():", "if not in_memory:"),
             "dispatch: kernels get wrappers": ("if not in_memory or is_transformed():", "if is_transformed():"),
+        },
+    ),
+    *planted(
+        "trainops/plain.py",
+        tests_of("subclasses"),
+        {
+            "dispatch: function modes see nothing": (
+                "type(mode) is not DeviceContext for mode in modes",
+                "False for _ in modes",
+            )
         },
     ),
     *planted(
