@@ -43,8 +43,8 @@ class EMA(DecaySchedule):
     Call :meth:`update` after every optimizer step, or give the object to ``trainops.AdamW(..., ema=ema)`` and the
     step updates the average in the same pass over memory. One optimizer has an average at a time: giving it to a
     second one takes it from the first. An average that is swapped in, copied or saved after its model was trained
-    without it gives a warning, once. The decay follows timm's ``ModelEmaV3`` and begins with a copy: see
-    :meth:`decay_at`.
+    without it gives a warning, once. The decay is that of timm's ``ModelEmaV3`` with a ``step``: the first update
+    copies (see :meth:`decay_at`). Without a ``step``, timm's class has the full decay from its first update on.
 
     Args:
         model: the model to follow. It is kept and read at every update.
