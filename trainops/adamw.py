@@ -26,9 +26,11 @@ class AdamW(FusedOptimizer, _TorchAdamW):
             ema.update()                                                # with ema
 
     in one pass over the gradients for their norm and one over everything for the rest, without waiting for the
-    device. ``isinstance(opt, torch.optim.AdamW)`` holds, and a ``state_dict`` of one loads into the other. PyTorch has
-    no functional version of this class: ``as_functional_optim`` and ``ZeroRedundancyOptimizer(overlap_with_ddp=True)``
-    raise, unless ``torch.distributed.optim.utils.register_functional_optim`` has given it that of PyTorch's.
+    device. ``isinstance(opt, torch.optim.AdamW)`` holds, and a ``state_dict`` of one loads into the other.
+
+    PyTorch has no functional version of this class: ``as_functional_optim`` and
+    ``ZeroRedundancyOptimizer(overlap_with_ddp=True)`` raise, unless
+    ``torch.distributed.optim.utils.register_functional_optim`` has given it that of PyTorch's.
 
     Args:
         params: parameters, named parameters or parameter groups, as in torch.
