@@ -251,6 +251,21 @@ PYTHON = [
         },
     ),
     *planted(
+        "trainops/drop_path_small.py",
+        tests_of("drop_path_small"),
+        {
+            "small DropPath: a kernel's gradient is differentiated again": (
+                "            torch.is_grad_enabled()\n            or is_transformed()\n",
+                "            is_transformed()\n",
+            ),
+            "small DropPath: any gradient goes to the kernel": (
+                "or not core.are_small(branch, grad, None, LARGEST)",
+                "or False",
+            ),
+            "small DropPath: lazily negated layer scale is read as it lies": ("or layer_scale.is_neg()", "or False"),
+        },
+    ),
+    *planted(
         "trainops/plain.py",
         tests_of("subclasses"),
         {
