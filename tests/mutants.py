@@ -299,6 +299,14 @@ C_PLUS_PLUS = [
         },
     ),
     *planted(
+        "csrc/cpu/drop_path_small.cpp",
+        tests_of("drop_path_small"),
+        {
+            "cpu: small masks are not scaled": ("widen(values[i]) / divisor", "widen(values[i])"),
+            "cpu: dropped small samples are not restored": ("if (dropped) std::memcpy", "if (false) std::memcpy"),
+        },
+    ),
+    *planted(
         "csrc/cpu/drop_path_backward.cpp",
         CPU_DROP_PATH,
         {

@@ -188,6 +188,10 @@ PYTHON = [
         {
             "EMA: every step is an update": ("if step % self.update_every == 0 else None", ""),
             "EMA: swapped weights are not given back": ("pair.source.copy_(weight)", "pass"),
+            "EMA: a copy made within swap has the averaged weights": (
+                "            copied.copy_(weight)\n",
+                "            pass\n",
+            ),
             "EMA: what is done is done again": (
                 "update.matched.without(done) if done else update.matched",
                 "update.matched",
@@ -266,6 +270,31 @@ PYTHON = [
         {
             "dispatch: modes see no operations": ("if not in_memory or is_transformed():", "if not in_memory:"),
             "dispatch: kernels get wrappers": ("if not in_memory or is_transformed():", "if is_transformed():"),
+        },
+    ),
+    *planted(
+        "trainops/drop_path_small.py",
+        tests_of("drop_path_small"),
+        {
+            "small DropPath: a kernel's gradient is differentiated again": (
+                "            torch.is_grad_enabled()\n            or is_transformed()\n",
+                "            is_transformed()\n",
+            ),
+            "small DropPath: any gradient goes to the kernel": (
+                "or not core.are_small(branch, grad, None, LARGEST)",
+                "or False",
+            ),
+            "small DropPath: lazily negated layer scale is read as it lies": ("or layer_scale.is_neg()", "or False"),
+        },
+    ),
+    *planted(
+        "trainops/plain.py",
+        tests_of("subclasses"),
+        {
+            "dispatch: function modes see nothing": (
+                "type(mode) is not DeviceContext for mode in modes",
+                "False for _ in modes",
+            )
         },
     ),
     *planted(

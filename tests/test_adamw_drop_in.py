@@ -1,6 +1,7 @@
 """Everything that a caller may do with an optimizer: torch's checkpoints, groups, hooks, copies, CUDA graphs."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -21,6 +22,42 @@ def test_is_a_torch_adamw():
     optimizer = trainops.AdamW([torch.nn.Parameter(torch.ones(2))])
     assert isinstance(optimizer, torch.optim.AdamW)
     assert optimizer.param_groups[0].keys() == torch.optim.AdamW([torch.ones(2)]).param_groups[0].keys()
+
+
+class SkipsOurs(trainops.AdamW):
+    def __init__(self, params, **options):
+        torch.optim.AdamW.__init__(self, params, **options)
+
+
+class SkipsAll(trainops.AdamW):
+    def __init__(self, params, **options):
+        defaults = torch.optim.AdamW([torch.zeros(1)], **options).defaults
+        torch.optim.Optimizer.__init__(self, params, defaults)
+
+
+@pytest.mark.parametrize("fused", [None, True])
+@pytest.mark.parametrize("cls", [SkipsOurs, SkipsAll])
+def test_a_subclass_may_call_another_constructor_than_ours(cls, fused):
+    params, expected = ([torch.nn.Parameter(torch.arange(1.0, n)) for n in (3, 5)] for _ in range(2))
+    optimizer, torchs = cls(params, lr=0.1, fused=fused), torch.optim.AdamW(expected, lr=0.1, fused=fused)
+    optimizer = copy.deepcopy(optimizer)
+    params = optimizer.param_groups[0]["params"]
+    for _ in range(3):
+        for p in (*params, *expected):
+            p.grad = p.detach().clone()
+        optimizer.step()
+        torchs.step()
+    for p, q in zip(params, expected, strict=True):
+        torch.testing.assert_close(p, q)
+    assert optimizer.grad_norm is optimizer.ema is None
+    assert optimizer.skipped_steps == 0
+    assert "max_grad_norm: None" in repr(optimizer)
+    optimizer.max_grad_norm, optimizer.skip_nonfinite = 1.0, True
+    params[0].grad.fill_(math.nan)
+    before = [p.detach().clone() for p in params]
+    optimizer.step()
+    assert all(map(torch.equal, params, before))
+    assert optimizer.skipped_steps == 1
 
 
 def test_repr_is_torchs_with_what_is_added():

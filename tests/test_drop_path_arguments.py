@@ -57,6 +57,13 @@ def test_a_rate_may_be_a_tensor_as_for_timm(drop_prob, wrapped):
         trainops.DropPath(torch.tensor(1.5))(x)
 
 
+def test_a_tensor_of_rate_0_draws_nothing_as_for_timm():
+    x, state = torch.randn(64, 3), torch.get_rng_state()
+    assert trainops.DropPath(torch.tensor(0.0))(x) is x
+    assert torch.equal(trainops.DropPathAdd(torch.tensor(0.0))(x, x), x + x)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_names_of_modules_with_odd_rates():
     assert repr(trainops.DropPath(None)) == "DropPath(drop_prob=None)"
     assert repr(trainops.DropPath(torch.tensor(0.25))) == "DropPath(drop_prob=0.25)"

@@ -140,6 +140,7 @@ def test_modules(module_class):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # newer PyTorch deprecates its tracer
 def test_forward_mode_and_tracers_see_the_formula():
     x = torch.randn(6, 4)
     with torch.autograd.forward_ad.dual_level():

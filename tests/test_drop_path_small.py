@@ -1,11 +1,21 @@
 """DropPath of small tensors, which PyTorch's operations serve: the same checks as for the kernels."""
 
+import itertools
 from unittest import mock
 
 import pytest
 import torch
 from contract import same_bits
-from drop_path_formulas import SHAPE, adding, operands, seeded, timm_drop_path_add, with_specials
+from drop_path_formulas import (
+    SHAPE,
+    adding,
+    gradients,
+    operands,
+    seeded,
+    timm_drop_path,
+    timm_drop_path_add,
+    with_specials,
+)
 from targets import Target
 from test_drop_path import LAYOUTS, check_add, check_drop_path, check_dropped_samples
 from test_drop_path_gradients import check_gradients, check_same_gradients
@@ -38,7 +48,18 @@ def test_who_is_small():
     assert takes(small, small)
     assert not takes(large, large)
     assert not takes(small, small, backend="cpu")
-    assert not takes(small, small, layer_scale=torch.ones(1))  # the kernel's gradient of it is more exact
+    for fits, layer_scale in (
+        (True, torch.ones(largest // 2)),
+        (False, torch.ones(1)),
+        (False, torch.ones(2, 1)),
+        (False, torch.ones(largest // 2).double()),
+        (False, torch.ones(largest)[::2]),
+        (False, torch._neg_view(torch.ones(largest // 2))),
+    ):
+        assert takes(small, small, layer_scale=layer_scale) == fits
+    for shape in ((5,), (0, 5), (4, 0, 3), (4, 3, 0)):
+        x = torch.ones(shape)
+        assert not takes(x, x, layer_scale=torch.ones(shape[-1:]))
     assert not takes(small.double(), small)
     assert not takes(small[:1], small)
     assert not takes(torch.stack((small, small), -1)[..., 0], small)
@@ -56,6 +77,25 @@ def test_the_sum_is_timms(dtype, shape):
             )
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (16, 7), (8, 5, 33), (3, 1025)], ids=str)
+def test_with_layer_scale(dtype, shape):
+    inputs = operands(dtype, "cpu", shape[-1:], shape)
+    assert takes(*inputs[:2], layer_scale=inputs[2])
+    for drop_prob in (0.1, 0.5, 1.0):
+        for scale_by_keep in (True, False):
+            expected = seeded(timm_drop_path_add, *inputs[:2], drop_prob, True, scale_by_keep, inputs[2])
+            assert torch.equal(
+                seeded(trainops.drop_path_add, *inputs[:2], drop_prob, True, scale_by_keep, inputs[2]), expected
+            )
+            check_gradients(CPU, *inputs, drop_prob, scale_by_keep)
+
+
+def test_masks_have_timms_bits(dtype):
+    x = torch.ones(300, 1, dtype=dtype)
+    for rate in torch.rand(200, dtype=torch.float64).tolist():
+        assert same_bits(seeded(trainops.drop_path, x, rate, True), seeded(timm_drop_path, x, rate, True))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_are_kept(layout):
     residual, branch, _ = operands(torch.float32, "cpu")
@@ -65,9 +105,10 @@ def test_layouts_are_kept(layout):
 
 
 def test_a_dropped_sample_has_no_effect(dtype):
-    residual, branch, _ = operands(dtype, "cpu")
-    check_dropped_samples(CPU, residual, branch, None)
-    check_same_gradients(CPU, residual, branch, None)
+    residual, branch, layer_scale = operands(dtype, "cpu", SHAPE[-1:])
+    for scale in (None, layer_scale):
+        check_dropped_samples(CPU, residual, branch, scale)
+        check_same_gradients(CPU, residual, branch, scale)
     minus_zero = torch.full(SHAPE, -0.0, dtype=dtype)
     assert same_bits(trainops.drop_path_add(minus_zero, minus_zero + 1, 1.0, True), minus_zero)
 
@@ -102,6 +143,45 @@ def test_inference_mode_and_second_derivatives():
 
     inputs = (residual.requires_grad_(), branch.requires_grad_())
     assert torch.autograd.gradgradcheck(add, inputs)
+    layer_scale = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    assert takes(residual, branch, layer_scale=layer_scale)
+
+    def add_scaled(residual, branch, layer_scale):
+        return seeded(trainops.drop_path_add, residual, branch, 0.5, True, layer_scale=layer_scale)
+
+    inputs = (*inputs, layer_scale)
+    first = torch.autograd.grad(add_scaled(*inputs).square().sum(), inputs, create_graph=True)
+    assert all(x.requires_grad for x in first)  # gradgradcheck passes over those that do not
+    assert torch.autograd.gradgradcheck(add_scaled, inputs)
+
+
+@pytest.mark.parametrize("grad", ["expanded", "transposed", "negated"])
+def test_gradients_that_kernels_do_not_take(grad):
+    inputs = operands(torch.float32, "cpu", (7,), (8, 5, 7))
+    up = {
+        "expanded": torch.ones(()).expand(8, 5, 7),
+        "transposed": torch.randn(7, 5, 8).transpose(0, 2),
+        "negated": torch._neg_view(torch.randn(8, 5, 7)),
+    }[grad]
+    ours, timms = (gradients(add, inputs, up) for add in (adding(CPU), timm_drop_path_add))
+    for x, y in zip(ours, timms, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("needs_grad", list(itertools.product((True, False), repeat=3)), ids=str)
+def test_gradients_of_some_operands_with_layer_scale(needs_grad):
+    inputs = operands(torch.float32, "cpu", (7,), (8, 5, 7))
+    for x, needed in zip(inputs, needs_grad, strict=True):
+        x.requires_grad_(needed)
+    ours, expected = (
+        seeded(add, *inputs[:2], 0.5, True, True, inputs[2]) for add in (adding(CPU), timm_drop_path_add)
+    )
+    assert ours.requires_grad == expected.requires_grad == any(needs_grad)
+    assert torch.equal(ours, expected)
+    needing = [x for x in inputs if x.requires_grad]
+    if needing:
+        for x, y in zip(*(torch.autograd.grad(out.square().sum(), needing) for out in (ours, expected)), strict=True):
+            torch.testing.assert_close(x, y)
 
 
 def test_a_sample_that_is_not_restored_is_noticed():

@@ -114,11 +114,43 @@ def test_an_average_has_the_optimizer_that_it_was_given_to_last(target):
 @over_copies
 def test_a_copy_made_within_swap_is_not_swapped(copied):
     ema = moved(make_net(), REFERENCE)
+    before, average = snapshot(ema.model), snapshot(ema.module)
     with ema.swap():
-        twin = copied(ema)
+        twin, model = copied((ema, ema.model))
+        copy_of_model = copied(ema.model)
+        assert same_tensors(ema.model, average)
+    assert same_tensors(ema.model, before)
+    assert model is twin.model
+    assert same_tensors(twin.model, before)
+    assert same_tensors(twin.module, average)
+    assert same_tensors(copy_of_model, average)
     twin.update()
     with twin.swap():
         pass
+
+
+def test_a_shallow_copy_made_within_swap_leaves_the_model_swapped():
+    ema = moved(make_net(), REFERENCE)
+    before, average = snapshot(ema.model), snapshot(ema.module)
+    with ema.swap():
+        twin = copy.copy(ema)
+        assert twin.model is ema.model
+        assert same_tensors(ema.model, average)
+    assert same_tensors(ema.model, before)
+    with twin.swap():
+        pass
+    assert same_tensors(ema.model, before)
+
+
+@over_copies
+def test_a_copy_within_swap_of_a_model_that_holds_its_average(copied):
+    model = make_net()
+    model.average = ema = moved(model, REFERENCE)
+    before = snapshot(model)
+    with ema.swap():
+        twin = copied(model)
+    assert twin.average.model is twin
+    assert same_tensors(twin, before)
 
 
 def test_a_step_that_raises_takes_nothing_over():

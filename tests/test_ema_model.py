@@ -390,9 +390,12 @@ def test_continues_identically_from_a_checkpoint(target, dtype, shadow):
 
 
 BAD_STATES = {
-    "no_step": (lambda state: state.pop("step"), r"has no \['step'\]"),
-    "no_module": (lambda state: state.pop("module"), r"has no \['module'\]"),
-    "empty": (lambda state: state.clear(), r"has no \['module', 'step'\]"),
+    "no_step": (
+        lambda state: state.pop("step"),
+        r"not a state_dict of trainops.EMA: key 'step' is missing$",
+    ),
+    "no_module": (lambda state: state.pop("module"), r"EMA: key 'module' is missing$"),
+    "empty": (lambda state: state.clear(), r"EMA: keys 'module' and 'step' are missing$"),
     "missing": (lambda state: state["module"].pop("linear.weight"), r"missing \['linear.weight'\]"),
     "missing_buffer": (lambda state: state["module"].pop("mask"), r"missing \['mask'\]"),
     "unexpected": (lambda state: state["module"].update(more=torch.ones(2)), r"unexpected \['more'\]"),

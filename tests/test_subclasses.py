@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from operations import Operations
+from operations import FunctionCalls, Operations
 from targets import over
 from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
@@ -197,12 +197,13 @@ ACTS = {
 }
 
 
+@pytest.mark.parametrize("mode", [Operations, FunctionCalls])
 @over("case", ACTS)
-def test_a_mode_of_dispatch_sees_operations(case):
+def test_a_mode_sees_operations(case, mode):
     operation, make_act = case
     watched, alone = params_with_grads(), params_with_grads()
     act, expected = make_act(watched), make_act(alone)()
-    with Operations() as seen:
+    with mode() as seen:
         got = act()
     assert operation in seen.names
     tensors = [

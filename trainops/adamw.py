@@ -12,8 +12,10 @@ from .optimizer import FusedOptimizer, setting
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Betas = tuple[float, float] | tuple[Tensor, Tensor]
 
+_TorchAdamW = torch.optim.AdamW  # the name may stand for another class later: `integrations.patch()`
 
-class AdamW(FusedOptimizer, torch.optim.AdamW):
+
+class AdamW(FusedOptimizer, _TorchAdamW):
     """:class:`torch.optim.AdamW` with the rest of the training step fused into it.
 
     Equivalent to::
@@ -25,6 +27,10 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
 
     in one pass over the gradients for their norm and one over everything for the rest, without waiting for the
     device. ``isinstance(opt, torch.optim.AdamW)`` holds, and a ``state_dict`` of one loads into the other.
+
+    PyTorch has no functional version of this class: ``as_functional_optim`` and
+    ``ZeroRedundancyOptimizer(overlap_with_ddp=True)`` raise, unless
+    ``torch.distributed.optim.utils.register_functional_optim`` has given it that of PyTorch's.
 
     Args:
         params: parameters, named parameters or parameter groups, as in torch.
@@ -93,6 +99,17 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
         ema: EMA | None = None,
         backend: str | None = None,
     ) -> None:
+        torchs: dict[str, Any] = {
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        if not isinstance(self, AdamW):
+            # Under `integrations.patch()`, a subclass of PyTorch's calls `torch.optim.AdamW.__init__(self, ...)`.
+            _TorchAdamW.__init__(self, params, lr, betas, eps, weight_decay, amsgrad, **torchs)
+            return
         super().__init__(
             params,
             lr,
@@ -100,11 +117,7 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
             eps,
             weight_decay,
             amsgrad,
-            maximize=maximize,
-            foreach=foreach,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
+            **torchs,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
             ema=ema,

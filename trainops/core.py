@@ -142,13 +142,13 @@ def collect(
     return found if found.regular else None
 
 
-def are_small(branch: Tensor, residual: Tensor | None, largest: int) -> bool:
+def are_small(branch: Tensor, residual: Tensor | None, layer_scale: Tensor | None, largest: int) -> bool:
     """Whether DropPath's operands are plain tensors of up to ``largest`` elements on the CPU.
 
-    A residual must have the branch's type and size, and both must be contiguous. False where ``TRAINOPS_BACKEND`` is
-    set.
+    A residual must have the branch's type and size, and both must be contiguous. So must layer scale, of one
+    dimension and of the same type. False where ``TRAINOPS_BACKEND`` is set.
     """
-    return cast(bool, _core.are_small(reader, branch, residual, largest))
+    return cast(bool, _core.are_small(reader, branch, residual, layer_scale, largest))
 
 
 def drop_path(*, rows: Tensor | None, **operands: Any) -> Any:

@@ -9,6 +9,7 @@ from . import drop_path_small, reference
 from .adapters import check
 from .drop_path_autograd import apply
 from .drop_path_formula import formula, wants_formula
+from .plain import PLAIN
 
 
 def drop_path(
@@ -95,22 +96,34 @@ def drop_path_add(
             return residual + (branch if layer_scale is None else branch * layer_scale)
         return formula(branch, drop_prob, scale_by_keep, residual, layer_scale)
     else:  # noqa: RET505 (TorchScript compiles what follows an if, but not this)
-        rate = 0.0 if not training or drop_prob == 0.0 else drop_prob
-        if layer_scale is None and backend is None:
-            small = drop_path_small.drop_path(branch, rate, scale_by_keep, residual)
-            if small is not None:
-                return small
-        return _drop_path_add(residual, branch, rate, scale_by_keep, layer_scale, backend)
+        return _drop_path_add(residual, branch, drop_prob, training, scale_by_keep, layer_scale, backend)
 
 
 def _drop_path_add(
     residual: Tensor,
     branch: Tensor,
-    rate: float,
+    drop_prob: float,
+    training: bool,
     scale_by_keep: bool,
     layer_scale: Tensor | None,
     backend: str | None,
 ) -> Tensor:
+    drops = training and drop_prob != 0.0
+    if drops:
+        if backend is None:
+            small = drop_path_small.drop_path(branch, drop_prob, scale_by_keep, residual, layer_scale)
+            if small is not None:
+                return small
+    elif backend is None and type(residual) in PLAIN and type(branch) in PLAIN and branch.dim():
+        # Looking at small operands costs as much as adding them: they are looked at where PyTorch refuses them.
+        try:
+            if layer_scale is None:
+                return residual + branch
+            if type(layer_scale) in PLAIN and (scaled := branch * layer_scale).shape == branch.shape:
+                return residual + scaled
+        except RuntimeError:
+            pass
+    rate = drop_prob if drops else 0.0
     check_scale_by_keep(scale_by_keep)
     check(backend)
     looked_at = wants_formula(branch, rate) or wants_formula(residual, rate)
@@ -119,7 +132,7 @@ def _drop_path_add(
         check_samples("branch", branch)
         check_operand("residual", residual, branch)
         check_operand("layer_scale", layer_scale, branch)
-    if type(rate) is float and rate == 0.0:
+    if not drops:
         return residual + (branch if layer_scale is None else branch * layer_scale)
     if looked_at:
         return formula(branch, rate, scale_by_keep, residual, layer_scale)

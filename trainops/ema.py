@@ -42,8 +42,8 @@ class EMA(DecaySchedule):
     Call :meth:`update` after every optimizer step, or give the object to ``trainops.AdamW(..., ema=ema)`` and the
     step updates the average in the same pass over memory. One optimizer has an average at a time: giving it to a
     second one takes it from the first. An average that is swapped in, copied or saved after its model was trained
-    without it gives a warning, once. The decay follows timm's ``ModelEmaV3`` and begins with a copy: see
-    :meth:`decay_at`.
+    without it gives a warning, once. The decay is that of timm's ``ModelEmaV3`` with a ``step``: the first update
+    copies (see :meth:`decay_at`). Without a ``step``, timm's class has the full decay from its first update on.
 
     Args:
         model: the model to follow. It is kept and read at every update.
@@ -109,7 +109,7 @@ class EMA(DecaySchedule):
         self.average_buffers = average_buffers
         self.backend = backend
         self.step = 0
-        self._swapped = False
+        self._own_weights: list[tuple[Tensor, Tensor]] | None = None  # the model's, while it has the averaged ones
         self._matched: Matched | None = None
         self._optimizer: weakref.ref[Any] | None = None
         advice.average_made(self)
@@ -182,7 +182,8 @@ class EMA(DecaySchedule):
         """Within the ``with`` block, the model has the averaged weights; afterwards its own again, bit for bit.
 
         The model's tensors stay where they are; their values are exchanged, and what is written into them within the
-        block is lost. Needs memory for one more copy of the model meanwhile.
+        block is lost. Needs memory for one more copy of the model meanwhile. A copy of the model that is made within
+        the block has the averaged weights; a copy or pickle of the ``EMA`` has the model's own, and is not swapped.
 
         Raises:
             RuntimeError: already swapped.
@@ -191,14 +192,14 @@ class EMA(DecaySchedule):
         advice.average_used(self)
         pairs = self.check_model().pairs
         saved = [pair.source.detach().clone() for pair in pairs]
-        self._swapped = True
+        self._own_weights = [(pair.source, weight) for pair, weight in zip(pairs, saved, strict=True)]
         try:
             with torch.no_grad():
                 for pair in pairs:
                     pair.source.copy_(pair.average)
             yield
         finally:
-            self._swapped = False
+            self._own_weights = None
             self._give_back(pairs, saved)
             advice.model_written(self)
 
@@ -243,7 +244,9 @@ class EMA(DecaySchedule):
             ValueError: keys are missing or unexpected, or a shape differs. Nothing has been changed.
         """
         if missing := {"module", "step"} - state_dict.keys():
-            raise ValueError(f"the checkpoint of an EMA has no {sorted(missing)}")
+            keys = " and ".join(map(repr, sorted(missing)))
+            what = f"keys {keys} are" if len(missing) > 1 else f"key {keys} is"
+            raise ValueError(f"this is not a state_dict of trainops.EMA: {what} missing")
         check_checkpoint(self.module.state_dict(), state_dict["module"])
         if not isinstance(state_dict["step"], int):
             raise ValueError(f"step must be a number of updates, got {state_dict['step']!r}")  # noqa: TRY004
@@ -257,8 +260,21 @@ class EMA(DecaySchedule):
         return f"{type(self).__name__}({type(self.model).__name__}{settings})"
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy starts unswapped, unmatched and without an optimizer.
-        return {**self.__dict__, "_swapped": False, "_matched": None, "_optimizer": None}
+        # A copy starts unmatched and without an optimizer.
+        return {**self.__dict__, "_matched": None, "_optimizer": None}
+
+    @torch.no_grad()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy made within swap() starts with the model's own weights.
+        self.__dict__.update(state, _own_weights=None)
+        for copied, weight in state.get("_own_weights") or ():
+            copied.copy_(weight)
+
+    def __copy__(self) -> "EMA":
+        # It shares the model, whose weights are to stay what they are.
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__getstate__(), _own_weights=None)
+        return twin
 
     def _match(self) -> Matched:
         """Pair every tensor of the model with its average, again if one was replaced: frameworks do that at will."""
@@ -267,7 +283,7 @@ class EMA(DecaySchedule):
         return self._matched
 
     def _check_not_swapped(self, what: str) -> None:
-        if self._swapped:
+        if self._own_weights is not None:
             raise RuntimeError(f"{what} inside `with ema.swap()`: the model holds the averaged weights")
 
     def _check_holder(self, optimizer: torch.optim.Optimizer | None) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from numbers import Real
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from .rows import by_device, gather, have_common_memory
 from .torch_step import KnowsTorchStep
 from .uploads import prepare_capture
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 class FusedOptimizer(KnowsTorchStep, LoadsState):
     """A mixin that replaces ``step`` of a ``torch.optim`` class. List it before that class among the bases.
@@ -26,6 +29,12 @@ class FusedOptimizer(KnowsTorchStep, LoadsState):
     """
 
     rule: ClassVar[str]
+    _max_grad_norm: float | None
+    _ema: EMA | None
+    backend: str | None
+    grad_norm: Tensor | None
+    grad_norms: Tensor | None
+    skipped_steps: Tensor
     own_attributes = (
         "_max_grad_norm",
         "skip_nonfinite",
@@ -40,6 +49,17 @@ class FusedOptimizer(KnowsTorchStep, LoadsState):
     def settings(self, group: dict[str, Any]) -> dict[str, float | Tensor]:
         """The settings of the rule for a group, by name."""
         raise NotImplementedError
+
+    def __new__(cls, *args: Any, **options: Any) -> "Self":
+        """Settings that hold where a subclass calls the constructor of PyTorch's class in place of ours."""
+        self = super().__new__(cls)
+        self._max_grad_norm = None
+        self.skip_nonfinite = False
+        self._ema = None
+        self.backend = None
+        self.grad_norm = self.grad_norms = None
+        self.skipped_steps = torch.zeros((), dtype=torch.int64, device="cpu")
+        return self
 
     def __init__(
         self,
@@ -60,9 +80,7 @@ class FusedOptimizer(KnowsTorchStep, LoadsState):
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
         self.backend = backend
-        self.grad_norm: Tensor | None = None
-        self.grad_norms: Tensor | None = None
-        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self._device())
+        self.skipped_steps = self.skipped_steps.to(self._device())
         self.ema = ema  # last: it is taken from the optimizer that has it
 
     @property
@@ -96,7 +114,7 @@ class FusedOptimizer(KnowsTorchStep, LoadsState):
             own = {id(p) for group in self.param_groups for p in group["params"]}
             if own and own.isdisjoint(map(id, ema.model.parameters())):
                 raise ValueError("ema follows a model that has none of these parameters")
-        before, self._ema = getattr(self, "_ema", None), ema
+        before, self._ema = self._ema, ema
         if before is not None and before is not ema and before.optimizer is self:
             before.detach()
         if ema is not None:

@@ -75,18 +75,22 @@ py::bytes step_words(const TensorReader& reader, const py::object& max_norm, dou
   return as_bytes(words);
 }
 
-// Whether DropPath's operands are plain, small tensors on the CPU; with a residual, of one type and contiguous; and
-// the environment asks for no backend. In Python these questions would cost as much as one of PyTorch's operations.
-bool are_small(const TensorReader& reader, const py::object& branch, const py::object& residual, int64_t largest) {
-  Description first, second;
+// Whether DropPath's operands are plain, small tensors on the CPU; with a residual, of one type and contiguous; layer
+// scale of up to one dimension; and the environment asks for no backend. In Python these questions would cost as much
+// as one of PyTorch's operations.
+bool are_small(const TensorReader& reader, const py::object& branch, const py::object& residual,
+               const py::object& layer_scale, int64_t largest) {
+  Description first, other;
   const char* const asked = std::getenv("TRAINOPS_BACKEND");
   if (asked != nullptr && *asked != '\0') return false;
   if (!reader.is_plain(branch.ptr()) || !reader.read(branch.ptr(), first) || !first.in_host_memory()) return false;
   if (first.numel > largest) return false;
-  if (residual.is_none()) return true;
-  return reader.is_plain(residual.ptr()) && reader.read(residual.ptr(), second) && second.in_host_memory() &&
-         second.cell.dtype == first.cell.dtype && first.contiguous() && second.contiguous() &&
-         first.same_order(second);
+  const auto fits = [&](const py::object& operand) {
+    return reader.is_plain(operand.ptr()) && reader.read(operand.ptr(), other) && other.in_host_memory() &&
+           other.cell.dtype == first.cell.dtype && other.contiguous();
+  };
+  if (!residual.is_none() && !(first.contiguous() && fits(residual) && first.same_order(other))) return false;
+  return layer_scale.is_none() || (fits(layer_scale) && other.ndim <= 1);
 }
 
 #define TRAINOPS_WORD(id, name, ...) {name, static_cast<int>(id)},
@@ -158,7 +162,8 @@ PYBIND11_MODULE(_core, m) {
            py::arg("of_branch"), py::arg("of_layer_scale"), py::arg("grad"), py::arg("branch"),
            py::arg("layer_scale"), py::arg("mask"), py::arg("rows"), py::arg("samples"), py::arg("sample_numel"),
            py::arg("channels"));
-  m.def("are_small", &are_small, py::arg("reader"), py::arg("branch"), py::arg("residual"), py::arg("largest"));
+  m.def("are_small", &are_small, py::arg("reader"), py::arg("branch"), py::arg("residual"), py::arg("layer_scale"),
+        py::arg("largest"));
   m.def("step_words", &step_words, py::kw_only(), py::arg("reader"), py::arg("max_norm"), py::arg("ema_decay"),
         py::arg("groups"));
 }

@@ -39,6 +39,9 @@ void clamp(const Table& table, double bound);
 void drop_path(const DropPath& args);
 void drop_path_backward(const DropPathBackward& args);
 
+// Divides a mask of one value per sample, 0 or 1, by `keep_prob`.
+void scale_kept(const Cell& mask, int64_t samples, double keep_prob);
+
 // Copies every sample whose mask is 0 from `residual` to `out`, which has the same dtype.
 struct RestoreDropped {
   Cell out, residual, mask;

@@ -1,6 +1,6 @@
-// The Python module trainops._cpu: calls the kernels, and returns numbers. All but restore_dropped, which is short,
-// run without the interpreter lock. Tables are those of trainops._core. StepControl (trainops/adapters/interface.py)
-// explains the arguments of a step.
+// The Python module trainops._cpu: calls the kernels, and returns numbers. All but those of a small
+// DropPath run without the interpreter lock. Tables are those of trainops._core. StepControl
+// (trainops/adapters/interface.py) explains the arguments of a step.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -29,6 +29,14 @@ void write(const std::vector<double>& values, uintptr_t to, bool is_float64) {
       reinterpret_cast<float*>(to)[i] = static_cast<float>(values[i]);
     }
   }
+}
+
+Description described(const TensorReader& reader, const py::object& tensor) {
+  Description description;
+  if (!reader.read(tensor.ptr(), description) || !description.in_host_memory()) {
+    throw py::type_error("not a plain floating-point tensor on the CPU");
+  }
+  return description;
 }
 
 double reduce(const PythonTable& table, const std::string& statistic, uintptr_t rows_out) {
@@ -85,16 +93,58 @@ std::tuple<double, bool> update(const PythonTable& table, const std::vector<std:
   return {norm, decision.skips};
 }
 
+// A small DropPath. Its operands are plain tensors on the CPU, contiguous, of one type and, with layer scale, not
+// empty; layer scale has one factor for each element of the last dimension.
+
+void scale_kept(const TensorReader& reader, const py::object& mask, double keep_prob) {
+  const Description kept = described(reader, mask);
+  cpu::scale_kept(kept.cell, kept.numel, keep_prob);
+}
+
 void restore_dropped(const TensorReader& reader, const py::object& out, const py::object& residual,
-                     const py::object& mask, int64_t samples, int64_t sample_numel) {
-  Operands cell(reader, "cpu");
+                     const py::object& mask) {
+  const Description whole = described(reader, out), kept = described(reader, mask);
+  if (kept.numel == 0) return;
   cpu::RestoreDropped args;
-  args.out = cell(out);
-  args.residual = cell(residual);
-  args.mask = cell(mask);
-  args.samples = samples;
-  args.sample_numel = sample_numel;
+  args.out = whole.cell;
+  args.residual = described(reader, residual).cell;
+  args.mask = kept.cell;
+  args.samples = kept.numel;
+  args.sample_numel = whole.numel / kept.numel;
   cpu::restore_dropped(args);
+}
+
+template <typename Args>
+Args small_operands(const TensorReader& reader, const py::object& branch, const py::object& layer_scale,
+                    const py::object& mask) {
+  const Description whole = described(reader, branch), factors = described(reader, layer_scale);
+  const Description kept = described(reader, mask);
+  Args args{};
+  args.branch = whole.cell;
+  args.layer_scale = factors.cell;
+  args.mask = kept.cell;
+  args.samples = kept.numel;
+  args.sample_numel = whole.numel / kept.numel;
+  args.channels = factors.numel;
+  return args;
+}
+
+void drop_path_small(const TensorReader& reader, const py::object& out, const py::object& residual,
+                     const py::object& branch, const py::object& layer_scale, const py::object& mask) {
+  auto args = small_operands<DropPath>(reader, branch, layer_scale, mask);
+  args.out = described(reader, out).cell;
+  args.residual = described(reader, residual).cell;
+  cpu::drop_path(args);
+}
+
+void drop_path_small_backward(const TensorReader& reader, const py::object& of_branch,
+                              const py::object& of_layer_scale, const py::object& grad, const py::object& branch,
+                              const py::object& layer_scale, const py::object& mask) {
+  auto args = small_operands<DropPathBackward>(reader, branch, layer_scale, mask);
+  args.of_branch = described(reader, of_branch).cell;
+  args.of_layer_scale = described(reader, of_layer_scale).cell;
+  args.grad = described(reader, grad).cell;
+  cpu::drop_path_backward(args);
 }
 
 int threads() {
@@ -121,6 +171,11 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("drop_path", &cpu::drop_path, py::arg("operands"), py::call_guard<py::gil_scoped_release>());
   m.def("drop_path_backward", &cpu::drop_path_backward, py::arg("operands"),
         py::call_guard<py::gil_scoped_release>());
+  m.def("scale_kept", &scale_kept, py::arg("reader"), py::kw_only(), py::arg("mask"), py::arg("keep_prob"));
   m.def("restore_dropped", &restore_dropped, py::arg("reader"), py::kw_only(), py::arg("out"), py::arg("residual"),
-        py::arg("mask"), py::arg("samples"), py::arg("sample_numel"));
+        py::arg("mask"));
+  m.def("drop_path_small", &drop_path_small, py::arg("reader"), py::kw_only(), py::arg("out"), py::arg("residual"),
+        py::arg("branch"), py::arg("layer_scale"), py::arg("mask"));
+  m.def("drop_path_small_backward", &drop_path_small_backward, py::arg("reader"), py::kw_only(), py::arg("of_branch"),
+        py::arg("of_layer_scale"), py::arg("grad"), py::arg("branch"), py::arg("layer_scale"), py::arg("mask"));
 }

@@ -33,6 +33,7 @@ def test_within_a_block():
     with patch() as handle:
         assert here() == OURS
         assert "torch.optim.AdamW" in repr(handle)
+        assert len(repr(handle)) < 300
     assert "nothing" in repr(handle)
 
 
@@ -99,6 +100,21 @@ def test_a_step_within_is_pytorchs_step():
             handle.undo()
         weights.append(model.weight.detach())
     torch.testing.assert_close(*weights)
+
+
+class SaysTorchsName(torch.optim.AdamW):
+    def __init__(self, params, lr):
+        torch.optim.AdamW.__init__(self, params, lr, weight_decay=0.5)
+
+
+def test_a_subclass_that_calls_pytorchs_constructor_by_its_name():
+    with patch():
+        optimizer = SaysTorchsName([nn.Parameter(torch.ones(2))], 0.1)
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["weight_decay"], group["decoupled_weight_decay"]) == (0.1, 0.5, True)
+    group["params"][0].grad = torch.ones(2)
+    optimizer.step()
+    assert torch.allclose(group["params"][0], torch.tensor(1 - 0.1 * 0.5 - 0.1))
 
 
 def test_pickles_of_pytorchs_classes_work_within():

@@ -107,7 +107,9 @@ def test_patch_reaches_every_module_of_timm_and_puts_it_back():
     before = holders()
     adamw = timm.optim.get_optimizer_info("adamw")
     assert len(before) > 20
-    with patch():
+    with patch() as handle:
+        assert "DropPath in " in repr(handle)
+        assert len(repr(handle)) < 300
         replaced = [name for name, kind in holders().items() if kind is trainops.DropPath]
         assert len(replaced) == len(before) - 1  # but where it is defined
         assert timm.layers.DropPath is timm.models.vision_transformer.DropPath is trainops.DropPath

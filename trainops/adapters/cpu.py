@@ -97,4 +97,9 @@ def _launch_drop_path_backward(**operands: Any) -> None:
 
 
 drop_path, drop_path_backward = drop_path_operations(_launch_drop_path, _launch_drop_path_backward)
-restore_dropped = getattr(_cpu, "restore_dropped", None)  # only for small tensors: see ..drop_path_small
+
+# Only for small tensors: see ..drop_path_small.
+scale_kept: Any = getattr(_cpu, "scale_kept", None)
+restore_dropped: Any = getattr(_cpu, "restore_dropped", None)
+drop_path_small: Any = getattr(_cpu, "drop_path_small", None)
+drop_path_small_backward: Any = getattr(_cpu, "drop_path_small_backward", None)

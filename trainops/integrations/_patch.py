@@ -39,7 +39,11 @@ class Patch:
         self.undo()
 
     def __repr__(self) -> str:
-        return f"<trainops in the place of {', '.join(_replaced) or 'nothing'}>"
+        owners: dict[str, list[str]] = {}
+        for where in _replaced:
+            owners.setdefault(where.rpartition(".")[2], []).append(where)
+        names = [where[0] if len(where) == 1 else f"{name} in {len(where)} modules" for name, where in owners.items()]
+        return f"<trainops in the place of {', '.join(names) or 'nothing'}>"
 
 
 def patch() -> Patch:
