@@ -8,6 +8,7 @@ import torch
 from contract import TOLERANCES, exact, real, same_bits
 from exact import adamw_step, clip_coefficient, ema, magnitudes, norm
 from fuzz import Step, World
+from targets import SUMS_IN_FLOAT32
 
 UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 DOUBLES = (torch.float64, torch.complex128)
@@ -90,9 +91,9 @@ class Norms:
 
 
 def sums_slack(backend: str, tensors: list[torch.Tensor]) -> float:
-    """How far a norm may be off: sums are in float64, but within a program of triton in the tensor's arithmetic."""
+    """How far a norm may be off: in float64, but in programs of triton and rows of foreach as arithmetic is."""
     slack = (8 + sum(real(x).numel() for x in tensors) / 8) * UNIT[torch.float64]
-    narrow = backend == "triton" and any(x.dtype not in DOUBLES for x in tensors)
+    narrow = backend in SUMS_IN_FLOAT32 and any(x.dtype not in DOUBLES for x in tensors)
     return slack + TOLERANCES[torch.float32].terms * narrow
 
 

@@ -10,7 +10,7 @@ import torch
 from contract import DTYPES, assert_contract, exact, real, same_bits, same_values, ulp
 from controls import CONTROLS, must_fail, truncated, wrong_norm
 from exact import clip_coefficient, magnitudes, norm
-from targets import KERNELS, REFERENCE, interpreted, over, over_kernels, thorough
+from targets import KERNELS, REFERENCE, SUMS_IN_FLOAT32, interpreted, over, over_kernels, thorough
 from torch.nn import utils as torch_utils
 from training import randn, with_grads
 
@@ -53,12 +53,12 @@ def torch_norm(tensors, norm_type=2.0):
 
 def assert_norm(target, ours, tensors, norm_type=2.0, what=""):
     """A norm that we sum ourselves is the exact one, rounded once, but for what sums lose in float64; in Triton's
-    programs, float32 where there is no float64. Other norms are PyTorch's."""
+    programs, float32 where there is no float64, as in rows of ``foreach``. Other norms are PyTorch's."""
     true = exact_norm(tensors, norm_type)
     if norm_type not in KERNEL_NORM_TYPES:
         assert_contract(ours, true, torch_norm(tensors, norm_type).to(ours), what)
         return
-    in_float32 = target.backend == "triton" and ours.dtype == torch.float32
+    in_float32 = target.backend in SUMS_IN_FLOAT32 and ours.dtype == torch.float32
     allowed = ulp(true, ours.dtype) / 2 + (2.0**-23 if in_float32 else 2.0**-50) * true
     assert abs(exact(ours) - true) <= allowed, f"{what}: {ours.item()} instead of {true}, {allowed} is allowed"
 

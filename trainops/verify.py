@@ -35,7 +35,7 @@ class Place(NamedTuple):
     @property
     def kernels(self) -> Kernels:
         """The ops of the backend."""
-        return select(self.backend, self.device.type)
+        return select(self.backend, self.device)
 
     def of(self, shapes: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
         """Those that there is time for."""
@@ -309,18 +309,18 @@ def run(op: str, place: Place) -> Finding:
 
 
 def places(device: str | None = None, backend: str | None = None) -> Iterator[Place]:
-    """Every backend that is available, on every type of device that it serves."""
-    types = [str(torch.device(device))] if device else ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    """Every backend that is available, on every device that it serves."""
+    devices = [str(torch.device(device))] if device else ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for name, found in backends().items():
         if not found.available or name == "reference" or (backend and name != backend):
             continue
-        for device_type in types:
+        for at in map(torch.device, devices):
             try:
-                select(name, torch.device(device_type).type)
+                select(name, at)
             except RuntimeError:  # serves other devices
                 continue
             for dtype in DTYPES:
-                yield Place(name, torch.device(device_type), dtype)
+                yield Place(name, at, dtype)
 
 
 def environment() -> str:

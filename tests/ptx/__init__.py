@@ -131,6 +131,15 @@ class Machine:
         found = self.library.ptx_launches().decode().split()
         return [(int(device), name) for device, _, name in (launch.partition(":") for launch in found)]
 
+    @contextmanager
+    def without_image(self, device):
+        """As if the kernels were compiled for other GPUs than this one of the two devices."""
+        self.library.ptx_without_image(device)
+        try:
+            yield
+        finally:
+            self.library.ptx_without_image(-1)
+
     def fail(self, launch):
         """Let the n-th launch from now on fail."""
         self.library.ptx_fail(launch)
