@@ -168,11 +168,18 @@ def update(
             return decision.result
         skip = None
         coefficient = 1.0 if isinstance(coefficient, Tensor) and coefficient.item() == 1.0 else coefficient
+    averaged: Columns = {"average": [], "param": []}
     for group in groups:
         parts = [group.columns] if collected is not None else _parts(rule, group, coefficient, skip, ema_decay)
         for part in parts:
+            if "average" in part:
+                part = dict(part)
+                averaged["average"] += part.pop("average")
+                averaged["param"] += part.pop("averaged", part["param"])
             for types, columns in kinds(part):
-                _step(rule, columns, types, group.settings, coefficient, skip, ema_decay)
+                _step(rule, columns, types, group.settings, coefficient, skip)
+    for types, columns in kinds(averaged):
+        _move(columns["average"], columns["param"], types, ema_decay, skip)
     return decision.result
 
 
@@ -188,13 +195,15 @@ def _parts(
             advice.left_to_reference(row["param"].device)
             specification.Row(group, i).update(rule, coefficient, skip, ema_decay)
             continue
-        step = row.pop("step")
-        real = {name: as_real(x) for name, x in row.items()}
+        step, average = row.pop("step"), row.pop("average", None)
+        real = {name: as_real(x).resolve_neg() for name, x in row.items()}
+        apart = {} if average is None else {"average": as_real(average), "averaged": real["param"]}
         views = flat_alike(list(real.values()))
         if views is not None:
             real = dict(zip(real, views, strict=True))
-        part = parts.setdefault((*real, "flat" if views is not None else ""), {name: [] for name in (*real, "step")})
-        for name, x in (real | {"step": step.reshape(())}).items():
+        real |= {"step": step.reshape(()), **apart}
+        part = parts.setdefault((*real, "flat" if views is not None else ""), {name: [] for name in real})
+        for name, x in real.items():
             part[name].append(x)
     return list(parts.values())
 
@@ -206,11 +215,10 @@ def _step(
     settings: Mapping[str, float | Tensor],
     coefficient: Tensor | float,
     skip: Tensor | None,
-    ema_decay: float,
 ) -> None:
     """A step of rows whose columns have the same types."""
     types_of = dict(zip(columns, types, strict=True))
-    step_type, average_type = types_of.pop("step"), types_of.pop("average", None)
+    step_type = types_of.pop("step")
     device, dtype = columns["param"][0].device, types_of["param"]
     is_fused = (
         rule == "adamw"
@@ -228,14 +236,11 @@ def _step(
         torch._foreach_add_(steps, torch.ones(()), alpha=1.0)
     else:  # every piece of a row needs the count before the step
         columns = {**columns, "step": list(torch.stack(steps).unbind())}
-    averages = columns.get("average")
-    for chunk in chunks({name: columns[name] for name in (*types_of, "step")}, chunk_numel(device)):
+    for chunk in chunks(columns, chunk_numel(device)):
         if is_fused:
             _fused_adamw(chunk, settings, coefficient)
         else:
             _composed(rule, chunk, settings, coefficient, skip)
-    if averages is not None and average_type is not None:
-        _move(averages, columns["param"], (average_type, dtype), ema_decay, skip)
     if not is_fused:
         taken = torch.ones((), device=device) if skip is None else ~skip.to(device)
         torch._foreach_add_(steps, taken.to(step_type))
