@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     for op, (work, elements, tensors) in WORKS.items():
         case = shapes_case(op, "ViT", SHAPES, work, elements, tensors, Options(), "float32")
         case.names = [BEST[op], OURS]
-        found = measure(case, Cpu(), seconds=10.0, rounds=(20, 200)).get("providers", {})
+        found = measure(case, Cpu(), seconds=5.0, rounds=(15, 200)).get("providers", {})
         if any(found.get(name, {}).get("status") != "ok" for name in case.names):
             wrong = True
             table.add_row(op, *(found.get(name, {}).get("reason", "") for name in case.names), "", "")

@@ -35,7 +35,7 @@ PYTHON = [
     ),
     *planted(
         "trainops/adapters/foreach.py",
-        tests_of("foreach", "adamw", "ema", k="test_foreach or foreach-cpu"),
+        tests_of("foreach", "adamw", "adamw_types", "ema", k="test_foreach or foreach-cpu"),
         {
             "foreach: the coefficient is left out": ("    if isinstance(coefficient, Tensor):\n", "    if False:\n"),
             "foreach: infinite averages": (" and all_finite(tensors):", ":"),
