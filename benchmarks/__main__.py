@@ -16,7 +16,7 @@ from .models import MODELS
 
 OPS = ["step", "adamw", "clip_grad_norm", "ema", "drop_path", "training"]
 DTYPES = ["float32", "bfloat16"]
-BACKENDS = ["reference", "cpu", "cuda", "triton"]
+BACKENDS = ["reference", "foreach", "cpu", "cuda", "triton"]
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ninja_build import command_output
 
-ARCHITECTURES = ["8.0", "9.0", "10.0"]
+# From T4 to the cards of 2025, each with machine code of its own, which is compressed in the binary.
+ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 
 
 class Nvcc:
@@ -42,7 +43,7 @@ class Nvcc:
             number = architecture.removesuffix("+PTX").replace(".", "")
             kinds = ("sm", "compute") if architecture.endswith("+PTX") else ("sm",)
             code += [f"-gencode=arch=compute_{number},code={kind}_{number}" for kind in kinds]
-        return [self.path, *self.FLAGS, *code]
+        return [self.path, *self.FLAGS, "-Xfatbin=-compress-all", *code]
 
     def library_folders(self) -> list[str]:
         """The folders of the CUDA runtime, as linker flags. nvcc may be a wrapper script, so ask it."""

@@ -14,7 +14,7 @@ from targets import INTERPRETER, TARGETS
 from triton_fixtures import device, divide, launches, small_blocks, tables, uploads  # noqa: F401 (fixtures)
 
 import trainops
-from trainops import drop_path_small
+from trainops import advice, drop_path_small
 from trainops.adapters import _triton
 
 # Shapes that have broken kernels before: scalars, nothing, one element, vector tails, several chunks, many tensors.
@@ -108,6 +108,12 @@ def shapes(request, target):
 def kernels_for_small_tensors(monkeypatch):
     """DropPath leaves no tensor to PyTorch's operations for being small."""
     monkeypatch.setattr(drop_path_small, "LARGEST", -1)
+
+
+@pytest.fixture(autouse=True)
+def _said_already(monkeypatch):
+    """A warning that is given once for the process would be an error in whichever test comes first."""
+    monkeypatch.setattr(advice, "_left_to_reference", True)
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,8 @@ import torch
 from contract import TOLERANCES, exact, real, same_bits
 from exact import adamw_step, clip_coefficient, ema, magnitudes, norm
 from fuzz import Step, World
+from norms import rounding_share
+from targets import Target
 
 UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 DOUBLES = (torch.float64, torch.complex128)
@@ -85,15 +87,14 @@ class Norms:
         skipped = bool(step.found_inf) or (settings.get("skip_nonfinite", False) and not np.isfinite(total))
         max_norm = settings.get("max_grad_norm")
         coefficient = clip_coefficient(total, max_norm) / scale
-        slack = sums_slack(world.target.backend, [world.model.params[i].grad for i in grads])
+        slack = sums_slack(world.target, [world.model.params[i].grad for i in grads])
         return cls(each, total, skipped, coefficient, slack if max_norm is not None else 0.0)
 
 
-def sums_slack(backend: str, tensors: list[torch.Tensor]) -> float:
-    """How far a norm may be off: sums are in float64, but within a program of triton in the tensor's arithmetic."""
+def sums_slack(target: Target, tensors: list[torch.Tensor]) -> float:
+    """The share of itself by which a norm may be off: what sums lose in float64, and in the runs of the backend."""
     slack = (8 + sum(real(x).numel() for x in tensors) / 8) * UNIT[torch.float64]
-    narrow = backend == "triton" and any(x.dtype not in DOUBLES for x in tensors)
-    return slack + TOLERANCES[torch.float32].terms * narrow
+    return slack + rounding_share(target, 2.0, any(x.dtype not in DOUBLES for x in tensors))
 
 
 @np.errstate(all="ignore")
@@ -103,7 +104,7 @@ def check_norms(world: World, norms: Norms, rows: list[int], grads: list[torch.T
         assert optimizer.grad_norm is None
         return
     dtype = arithmetic(*grads)
-    slack = [sums_slack(world.target.backend, x) for x in (*([grad] for grad in grads), grads)]
+    slack = [sums_slack(world.target, x) for x in (*([grad] for grad in grads), grads)]
     true = np.array([*(norms.each[i] for i in rows), norms.total], np.longdouble)
     got = torch.cat([optimizer.grad_norms, optimizer.grad_norm.reshape(1)])
     Expected(true, np.array(slack) * true).check("grad_norm", got, dtype)

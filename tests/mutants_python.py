@@ -26,7 +26,43 @@ PYTHON = [
                 "        original.copy_(copy)\n\n\ndef clamp_",
                 "        pass\n\n\ndef clamp_",
             ),
-            "reference: found_inf ignored": ("control.found_inf != 0", "control.found_inf == 3"),
+        },
+    ),
+    *planted(
+        "trainops/adapters/_control.py",
+        tests_of("reference", "adamw", "ema", "clip_grad", k="reference-cpu"),
+        {"reference: found_inf ignored": ("control.found_inf != 0", "control.found_inf == 3")},
+    ),
+    *planted(
+        "trainops/adapters/foreach.py",
+        tests_of("foreach", "adamw", "adamw_types", "ema", k="test_foreach or foreach-cpu"),
+        {
+            "foreach: the coefficient is left out": ("    if isinstance(coefficient, Tensor):\n", "    if False:\n"),
+            "foreach: infinite averages": (" and all_finite(tensors):", ":"),
+            "foreach: step counts advance in a skipped step": (
+                "else ~skip.to(device)",
+                "else ~skip.to(device) | skip",
+            ),
+            "foreach: the state is not scattered": ('for name in chunk if name != "grad"', 'for name in ["param"]'),
+            "foreach: moments of any type are fused": ("        and set(types_of.values()) == {dtype}\n", ""),
+        },
+    ),
+    *planted(
+        "trainops/adapters/_foreach_rows.py",
+        tests_of("foreach"),
+        {
+            "foreach: chunks without a limit": ("if part and size + numel > limit:", "if False:"),
+            "foreach: shared memory is collected": ("begin + size > following", "begin > following"),
+            "foreach: a row's number for another": ("in zip(rows, self._sizes", "in zip(rows[::-1], self._sizes"),
+        },
+    ),
+    *planted(
+        "trainops/adapters/_foreach_norm.py",
+        tests_of("foreach", "clip_grad", k="test_foreach or foreach-cpu"),
+        {
+            "foreach: tails of norms are lost": ("values[i] = math.hypot(values[i], tail)", "pass"),
+            "foreach: squares that vanish": ("if not SMALLEST <= x < math.inf", "if not x < math.inf"),
+            "foreach: squares that overflow": ("if not SMALLEST <= x < math.inf", "if not SMALLEST <= x"),
         },
     ),
     *planted(

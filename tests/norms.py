@@ -16,6 +16,8 @@ ROUNDINGS = {
     "cpu": lambda: 1 + 7,  # runs of 8
     # One element of each tile of 2048, then the 8 runs of a thread and the 32 threads of a warp in pairs.
     "cuda": lambda: 1 + (cuda._cuda.CHUNK_NUMEL // 2048 - 1) + 3 + 5,
+    # PyTorch sums rows of 256, in 4 vectors of at least 8 numbers that are joined in pairs.
+    "foreach": lambda: 1 + 7 + 2 + 3,
     "triton": lambda: 1 + 7 + 3,  # one element of each 1024 of a chunk of 8192, then 8 runs in pairs
 }
 

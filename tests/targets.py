@@ -34,13 +34,16 @@ class Target(NamedTuple):
 
 
 REFERENCE = Target("reference", "cpu")
+FOREACH = Target("foreach", "cpu")
 INTERPRETER = Target("triton", "cpu")
 EVERY = [
     REFERENCE,
+    FOREACH,
     Target("cpu", "cpu"),
     Target("cuda", "cpu"),
     INTERPRETER,
     Target("reference", "cuda"),
+    Target("foreach", "cuda"),
     Target("cuda", "cuda"),
     Target("triton", "cuda"),
 ]
@@ -62,7 +65,7 @@ def absence(target):
 
 TARGETS = [target for target in EVERY if not absence(target)]
 CPU_TARGETS = [target for target in TARGETS if target.device == "cpu"]
-KERNELS = [target for target in TARGETS if target.backend != "reference"]
+KERNELS = [target for target in TARGETS if target.backend not in ("reference", "foreach")]
 
 over_kernels = pytest.mark.parametrize("target", KERNELS, indirect=True, ids="-".join)
 over_gpu_kernels = pytest.mark.parametrize(

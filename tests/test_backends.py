@@ -17,7 +17,7 @@ from torch import nn
 import trainops
 from trainops import _extensions, core
 from trainops import adapters as dispatch
-from trainops.adapters import check, cpu, select
+from trainops.adapters import check, cpu, foreach, select
 from trainops.adapters import pytorch as reference
 
 needs_cpu = pytest.mark.skipif(not cpu.probe().available, reason=f"backend cpu: {cpu.probe().reason}")
@@ -100,7 +100,10 @@ def test_backends_describes_every_backend():
     [
         (None, None, "cpu", cpu),
         (None, "", "cpu", cpu),
-        (None, None, "meta", reference),
+        (None, None, "meta", reference),  # which computes nothing
+        (None, None, "mps", foreach),
+        (None, None, "xpu:1", foreach),
+        ("foreach", "cpu", "cpu", foreach),
         (None, "reference", "cpu", reference),
         (None, "cpu", "cpu", cpu),
         ("reference", None, "cpu", reference),
@@ -137,7 +140,7 @@ def test_unavailable_backend_that_was_asked_for(monkeypatch, op, by_variable):
 
 @pytest.mark.usefixtures("without_cpu")
 def test_unavailable_backend_that_was_not_asked_for():
-    assert select(None, "cpu") is reference
+    assert select(None, "cpu") is foreach
     check(None)
 
 
@@ -305,7 +308,7 @@ def test_everything_works_without_extensions_and_with_broken_ones_after_a_warnin
         assert reports[state]["warned_on_import"] == 1
     for state in ("missing", "broken_core"):  # without tables, there are no kernels
         found = reports[state]["found"]
-        assert [name for name, (available, _) in found.items() if available] == ["reference"]
+        assert [name for name, (available, _) in found.items() if available] == ["reference", "foreach"]
         assert all(
             found["cpu"][1] in found[name][1] for name in ("cuda", "triton") if "installed" not in found[name][1]
         )

@@ -72,6 +72,13 @@ def test_steps(target, case):
     go_through(case, target)
 
 
+@on("foreach")
+@given(case=fuzz.cases(st.sampled_from([*fuzz.SHAPES * 10, (65_537,)])))
+@examples(60)
+def test_steps_of_foreach(target, case):
+    go_through(case, target)
+
+
 @on(CUDA)
 @given(case=fuzz.cases(st.sampled_from(fuzz.SHAPES), most_rows=4, most_steps=3))
 @examples(40)

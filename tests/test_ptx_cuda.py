@@ -12,6 +12,8 @@ from torch import nn
 
 import trainops
 
+from trainops import adapters
+
 PLACES = {
     "aligned": lambda x, role: x.clone(),
     "alike": lambda x, role: at_offset(x, 1),
@@ -116,6 +118,25 @@ def test_an_error_of_a_launch_names_the_kernel(cuda, launch, kernel):
         with pytest.raises(RuntimeError, match=f"kernel {kernel}: unspecified launch failure"):
             optimizer.step()
         optimizer.step()
+
+
+@the_first
+def test_a_device_whose_kernels_do_not_load_goes_to_the_next_backend(cuda, monkeypatch):
+    """Of two devices, one is of an architecture that the build has no code for."""
+    monkeypatch.delenv("TRAINOPS_BACKEND", raising=False)
+    monkeypatch.setattr(adapters, "PREFERENCE", {"cpu": ("cuda", "foreach")})
+    adapters._select.cache_clear()
+    with cuda.active(), cuda.machine.without_image(1):
+        assert adapters.select(None, "cpu:0") is adapters.select("cuda", "cpu:0")
+        assert adapters.serving("cpu:1") == "foreach"
+        assert adapters.passed_over("cpu:0") == {}
+        why = "compute capability 7.0: no kernel image is available"
+        assert why in adapters.passed_over("cpu:1")["cuda"]
+        with pytest.raises(RuntimeError, match=f"'cuda' does not take tensors on 'cpu:1': {why}"):
+            adapters.select("cuda", "cpu:1")
+        assert cuda.module.refusal(device=0) == ""
+        assert "invalid device" in cuda.module.refusal(device=2)
+    adapters._select.cache_clear()
 
 
 def test_every_kernel_is_run(cuda):

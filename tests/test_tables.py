@@ -261,7 +261,8 @@ def test_irregular_rows(target, irregular, precision):
     torchs = adamw_from_a_checkpoint(torch.optim.AdamW, values, plainly, step_dtype, foreach=False)
     for our, ordinary, expected in zip(ours, regular, torchs, strict=True):
         torch.testing.assert_close(our, expected)
-        assert backend == "reference" or same_bits(plain(our), ordinary)
+        # `foreach` has PyTorch's fused step for regular rows alone, which rounds elsewhere.
+        assert backend in ("reference", "foreach") or same_bits(plain(our), ordinary)
 
 
 @pytest.mark.parametrize("in_state", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -50,7 +50,7 @@ def every_number(narrow):
 @pytest.mark.parametrize("wide", [FLOAT32, FLOAT64], ids=["float32", "float64"])
 def test_rounding_is_that_of_torch(device, divide, narrow, wide):
     """Of the interpreter too, which ``conftest.py`` corrects."""
-    if triton.serves("cpu"):
+    if triton._device_type() == "cpu":
         divide(16384, 16384)
     x = every_number(narrow).to(wide)
     if wide == FLOAT64:
@@ -66,7 +66,7 @@ def test_rounding_is_that_of_torch(device, divide, narrow, wide):
 @pytest.mark.parametrize("narrow", [BFLOAT16, FLOAT16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("wide", [FLOAT32, FLOAT64], ids=["float32", "float64"])
 def test_16_bit_numbers_widen_exactly(device, divide, narrow, wide):
-    if triton.serves("cpu"):
+    if triton._device_type() == "cpu":
         divide(16384, 16384)
     x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(narrow)
     widened = torch.full_like(x, 3.0, dtype=wide, device=device)

@@ -122,9 +122,6 @@ def test_what_is_captured():
     """Kernels on a GPU. PyTorch's operations wait for the device here and there."""
     gpu = torch.device("cuda")
     assert list(checks_of(CPU)) == list(CHECKS)
-
-    class Place(compare.Place):
-        kernels = property(lambda self: select(self.backend, "cpu"))
-
-    assert list(checks_of(Place("cpu", gpu, torch.float32))) == [*CHECKS, *CAPTURES]
-    assert list(checks_of(Place("reference", gpu, torch.float32))) == list(CHECKS)
+    assert list(checks_of(compare.Place("cuda", gpu, torch.float32))) == [*CHECKS, *CAPTURES]
+    for backend in ("reference", "foreach"):
+        assert list(checks_of(compare.Place(backend, gpu, torch.float32))) == list(CHECKS)

@@ -46,7 +46,7 @@ def divide(monkeypatch):
 
 @pytest.fixture
 def small_blocks(divide):
-    if triton.serves("cpu"):
+    if triton._device_type() == "cpu":
         divide(BLOCK, CHUNK)
 
 

@@ -4,14 +4,16 @@
 """
 
 import argparse
+import os
 import platform
 import signal
 import sys
+from collections.abc import Iterator
 
 import torch
 
 from . import __version__
-from .adapters import NAMES, backends, select, serving
+from .adapters import NAMES, backends, passed_over, select, serving
 
 
 def main(arguments: list[str]) -> int:
@@ -43,17 +45,33 @@ def show_backends() -> None:
         state = "available" if backend.available else "missing"
         print(f"  {name:<10} {state:<10} {backend.details or backend.reason}")
     print()
-    for device_type, present in (("cpu", True), ("cuda", torch.cuda.is_available())):
-        note = "" if present else "  (no such device here)"
-        print(f"  {device_type.upper()} tensors are served by: {_served_by(device_type)}{note}")
+    for device_name, device in _devices():
+        served, passed = _served_by(device), passed_over(device)
+        print(f"  {device_name} tensors are served by: {served}")
+        if served not in passed and not os.environ.get("TRAINOPS_BACKEND"):
+            for other, why in passed.items():
+                print(f"      not by {other}: {why}")
 
 
-def _served_by(device_type: str) -> str:
+def _devices() -> Iterator[tuple[str, torch.device]]:
+    """The devices that are here, as people know them."""
+    yield "CPU", torch.device("cpu")
+    if not torch.cuda.is_available():
+        yield "CUDA (no such device here)", torch.device("cuda", 0)
+    for index in range(torch.cuda.device_count()):
+        yield f"cuda:{index} ({torch.cuda.get_device_name(index)})", torch.device("cuda", index)
+    if torch.backends.mps.is_available():
+        yield "MPS", torch.device("mps")
+    for index in range(torch.xpu.device_count()):
+        yield f"xpu:{index}", torch.device("xpu", index)
+
+
+def _served_by(device: torch.device) -> str:
     try:
-        select(None, device_type)
+        select(None, device)
     except (RuntimeError, ValueError) as error:
         return f"nothing: {error}"
-    return serving(device_type)
+    return serving(device)
 
 
 if __name__ == "__main__":

@@ -207,3 +207,19 @@ def dropped_something() -> None:
     global _calls
     if _calls < CALLS_WITHOUT_A_DROP and not torch.compiler.is_compiling():
         _calls = 0
+
+
+# Tensors that only the specification takes, where no kernels are. Once for the process.
+
+_left_to_reference = False
+
+
+def left_to_reference(device: torch.device) -> None:
+    """The ``foreach`` backend was given tensors that multi-tensor operations cannot write as they lie."""
+    global _left_to_reference
+    if not _left_to_reference:
+        _left_to_reference = True
+        _warn(
+            f"a tensor that is lazily conjugated or negated or whose elements share memory (here on {device}) is "
+            "served by the specification, by itself and slowly: call resolve_conj(), resolve_neg() or clone() on it"
+        )

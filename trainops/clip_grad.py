@@ -209,4 +209,4 @@ def _by_device(tensors: Sequence[Tensor], backend: str | None) -> list[tuple[Ker
     parts: dict[torch.device, list[Tensor]] = {}
     for x in tensors:
         parts.setdefault(x.device, []).append(x)
-    return [(select(backend, device.type), part) for device, part in parts.items()]
+    return [(select(backend, device), part) for device, part in parts.items()]

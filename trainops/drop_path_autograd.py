@@ -86,7 +86,7 @@ def apply(
     """
     if is_transformed():
         return _formula(branch, mask, residual, layer_scale, kept)
-    kernels = select(backend, branch.device.type)
+    kernels = select(backend, branch.device)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (branch, residual, layer_scale)):
         result: Tensor = _DropPath.apply(  # type: ignore[no-untyped-call]
             kernels, branch, mask, residual, layer_scale, kept

@@ -106,7 +106,7 @@ def update_averages(
     if is_compiling():
         reference.ema_(averages, sources, decay, skip)
         return
-    if averages and select(backend, averages[0].device.type).try_ema_(averages, sources, decay, skip):
+    if averages and select(backend, averages[0].device).try_ema_(averages, sources, decay, skip):
         torch.autograd.graph.increment_version(averages)
         return
     if any(average.shape != source.shape for average, source in zip(averages, sources, strict=True)):
@@ -126,7 +126,7 @@ def update_averages(
     torch.autograd.graph.increment_version(averages)
     for device, (device_averages, device_sources) in parts.items():
         plain = all_plain(device_averages) and all_plain(device_sources)
-        kernels = select(backend, device.type, in_memory=plain)
+        kernels = select(backend, device, in_memory=plain)
         kernels.ema_(device_averages, device_sources, decay, skip)
 
 

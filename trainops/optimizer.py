@@ -195,7 +195,7 @@ class FusedOptimizer(KnowsTorchStep, LoadsState):
             self._from_scaler("found_inf"),
             skipped_steps=self.skipped_steps,
         )
-        kernels = select(self.backend, device.type)
+        kernels = select(self.backend, device)
         states = list(map(self.state_names, self.param_groups))
         table = kernels.collect(self.rule, self.param_groups, self.state, averages, states)
         if table is not None:
@@ -251,7 +251,7 @@ class FusedOptimizer(KnowsTorchStep, LoadsState):
         for device, part in parts.items():
             columns = [column for group in part for column in group.columns.values()]
             in_memory = all_in_memory(x for column in columns for x in column if x is not None)
-            kernels = select(self.backend, device.type, in_memory and not in_turn)
+            kernels = select(self.backend, device, in_memory and not in_turn)
             result = kernels.update(self.rule, part, control, ema_decay)
             control = replace(control, skipped_steps=None)  # counted
         if joint is None:

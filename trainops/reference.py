@@ -107,6 +107,11 @@ def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
         x.clamp_(-bound, bound)
 
 
+def as_it_is(x: Tensor | float) -> Tensor | float:
+    """A number of the one parameter that there is."""
+    return x
+
+
 def bias_correction(beta: float, step: Tensor) -> Tensor | float:
     """``1 - beta ** step``, without the cancellation."""
     return -torch.expm1(step * math.log(beta)) if beta > 0 else 1.0
@@ -128,12 +133,17 @@ def adamw_(
     maximize: float = False,
     coefficient: Tensor | float = 1.0,
     skip: Tensor | None = None,
+    spread: Callable[[Tensor | float], Tensor | float] = as_it_is,
 ) -> None:
-    """One step of AdamW (arXiv:1711.05101, algorithm 2) for one parameter, AMSGrad with ``max_exp_avg_sq``."""
+    """One step of AdamW (arXiv:1711.05101, algorithm 2) for one parameter, AMSGrad with ``max_exp_avg_sq``.
+
+    Or for several in a row of memory: ``step`` then has one number for each, and ``spread`` repeats such numbers for
+    the elements of each.
+    """
     dtype, device = wide(param).dtype, param.device
     beta1, beta2 = float(beta1), float(beta2)
     t = step + 1
-    correction1, correction2 = (bias_correction(beta, scalar(t, device)) for beta in (beta1, beta2))
+    correction1, correction2 = (spread(bias_correction(beta, scalar(t, device))) for beta in (beta1, beta2))
     lr = scalar(lr, device) if isinstance(lr, Tensor) else lr
     g = grad.to(dtype) * rounded(coefficient, dtype)
     g = -g if maximize else g

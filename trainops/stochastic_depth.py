@@ -193,7 +193,7 @@ def _take(backend: str | None, residual: Tensor, keep: Tensor, kept: Kept | None
         return residual.index_select(0, kept.chosen), residual
     if not (torch.is_grad_enabled() and residual.requires_grad):
         return _gather(residual, kept.chosen), residual
-    kernels = select(backend, residual.device.type)
+    kernels = select(backend, residual.device)
     taken: tuple[Tensor, Tensor] = _Take.apply(kernels, residual, keep, kept)  # type: ignore[no-untyped-call]
     return taken
 

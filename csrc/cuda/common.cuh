@@ -31,6 +31,9 @@ class DeviceGuard {
 // Throws a std::runtime_error that names the kernel.
 void check(cudaError_t status, const char* kernel);
 
+// One of the kernels, which are all compiled for the same GPUs.
+const void* any_kernel();
+
 // The number of blocks for `chunks`. No more than run at a time, because each takes chunk after chunk.
 unsigned grid_size(const void* kernel, int64_t chunks, int device, const char* name);
 

@@ -40,17 +40,35 @@ unsigned grid_size(const void* kernel, int64_t chunks, int device, const char* n
 }
 
 Devices devices() {
-  Devices found{0, "", ""};
-  int driver = 0;
-  if (cudaDriverGetVersion(&driver) == cudaSuccess && driver == 0) return {0, "no NVIDIA driver", ""};
-  const cudaError_t status = cudaGetDeviceCount(&found.count);
+  Devices found;
+  int driver = 0, count = 0;
+  if (cudaDriverGetVersion(&driver) == cudaSuccess && driver == 0) return {{}, "no NVIDIA driver"};
+  const cudaError_t status = cudaGetDeviceCount(&count);
   if (status != cudaSuccess) {
     cudaGetLastError();  // clears the error, so that the next launch does not report it
-    return {0, cudaGetErrorString(status), ""};
+    return {{}, cudaGetErrorString(status)};
   }
-  cudaDeviceProp properties;
-  if (found.count > 0 && cudaGetDeviceProperties(&properties, 0) == cudaSuccess) found.name = properties.name;
+  for (int device = 0; device < count; ++device) {
+    cudaDeviceProp properties;
+    const bool is_known = cudaGetDeviceProperties(&properties, device) == cudaSuccess;
+    found.names.push_back(is_known ? properties.name : "unknown");
+  }
   return found;
+}
+
+std::string refusal(int device) try {
+  const DeviceGuard guard(device, "refusal");
+  cudaFuncAttributes attributes;
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, any_kernel());
+  if (status == cudaSuccess) return "";
+  cudaGetLastError();
+  int major = 0, minor = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return "compute capability " + std::to_string(major) + "." + std::to_string(minor) + ": " +
+         cudaGetErrorString(status);
+} catch (const std::runtime_error& error) {
+  return error.what();
 }
 
 }  // namespace trainops::cuda

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "../core/drop_path.h"
 #include "../core/schema.h"
@@ -22,12 +23,15 @@ namespace trainops::cuda {
 // benchmarks/simulate_balance.py shows why it is of this size.
 constexpr int64_t kChunkNumel = 4096;
 
-// Counts the devices, without a launch. `error` says why they cannot be counted, if so.
+// The names of the devices. `error` says why they cannot be counted, if so. Makes no context.
 struct Devices {
-  int count;
-  std::string error, name;  // of the first
+  std::vector<std::string> names;
+  std::string error;
 };
 Devices devices();
+
+// Why kernels do not load on a device; empty if they do. Makes a context there, as the first launch would.
+std::string refusal(int device);
 
 // The device and the stream that a kernel is launched on.
 struct Queue {

@@ -129,8 +129,9 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("INLINE_BYTES") = cuda::kInlineWords * sizeof(int64_t);
   m.def("devices", [] {
     const cuda::Devices found = cuda::devices();
-    return py::make_tuple(found.count, found.error, found.name);
+    return py::make_tuple(found.names, found.error);
   });
+  m.def("refusal", &cuda::refusal, py::kw_only(), py::arg("device"));
   py::class_<StagedTable>(m, "StagedTable", py::module_local())
       .def(py::init(&stage), py::keep_alive<1, 2>(), py::arg("table"), py::kw_only(), py::arg("words"),
            py::arg("rows"), py::arg("chunks"), py::arg("chunk_count"), py::arg("stream"));

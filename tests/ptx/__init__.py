@@ -135,6 +135,15 @@ class Machine:
         """How many accesses to global memory there were since it was last asked, by their bytes."""
         return {size: self.library.ptx_accesses(size) for size in (1, 2, 4, 8, 16)}
 
+    @contextmanager
+    def without_image(self, device):
+        """As if the kernels were compiled for other GPUs than this one of the two devices."""
+        self.library.ptx_without_image(device)
+        try:
+            yield
+        finally:
+            self.library.ptx_without_image(-1)
+
     def fail(self, launch):
         """Let the n-th launch from now on fail."""
         self.library.ptx_fail(launch)

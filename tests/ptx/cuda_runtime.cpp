@@ -8,8 +8,15 @@
 
 namespace {
 
-constexpr int kDevices = 2, kMultiprocessorCount = 16;
-enum Error : int { kSuccess = 0, kInvalidValue = 1, kInvalidDevice = 101, kNotFound = 500, kLaunchFailure = 719 };
+constexpr int kDevices = 2, kMultiprocessorCount = 16, kCapabilityMajor = 75, kCapabilityMinor = 76;
+enum Error : int {
+  kSuccess = 0,
+  kInvalidValue = 1,
+  kInvalidDevice = 101,
+  kNoKernelImage = 209,
+  kNotFound = 500,
+  kLaunchFailure = 719
+};
 
 struct Dim3 {
   unsigned x, y, z;
@@ -21,7 +28,7 @@ struct Configuration {
 };
 
 std::mutex mutex;
-int fails_at = 0;
+int fails_at = 0, without_image = -1;
 unsigned multiprocessors = 4, blocks_of_multiprocessor = 2;
 std::string launches;
 thread_local Error last_error = kSuccess;
@@ -115,8 +122,11 @@ PTX_EXPORT int cudaDriverGetVersion(int* version) { return *version = 13000, kSu
 PTX_EXPORT int cudaGetDeviceProperties(char* name, int) { return std::strcpy(name, "PTX on the CPU"), kSuccess; }
 PTX_EXPORT int cudaGetDeviceProperties_v2(char* name, int device) { return cudaGetDeviceProperties(name, device); }
 PTX_EXPORT int cudaDeviceGetAttribute(int* value, int attribute, int device) {
-  if (attribute != kMultiprocessorCount || device < 0 || device >= kDevices)
-    return failed(kInvalidValue, "attribute");
+  if (device < 0 || device >= kDevices) return failed(kInvalidDevice, "");
+  if (attribute == kCapabilityMajor || attribute == kCapabilityMinor) {
+    return *value = attribute == kCapabilityMajor ? 7 : 0, kSuccess;
+  }
+  if (attribute != kMultiprocessorCount) return failed(kInvalidValue, "attribute");
   return *value = static_cast<int>(multiprocessors), kSuccess;
 }
 PTX_EXPORT int cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* host, int, size_t) {
@@ -124,6 +134,14 @@ PTX_EXPORT int cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const 
   return *blocks = static_cast<int>(blocks_of_multiprocessor), kSuccess;
 }
 
+PTX_EXPORT int cudaFuncGetAttributes(void*, const void* host) {
+  if (functions().count(host) == 0) return failed(kNotFound, "no kernel was registered here");
+  if (ptx::current_device() != without_image) return kSuccess;
+  return failed(kNoKernelImage, "no kernel image is available for execution on the device");
+}
+
+// For tests: kernels do not load on this device; -1: on all they do.
+PTX_EXPORT void ptx_without_image(int device) { without_image = device; }
 // For tests: the n-th launch from now on fails; the launches since they were last asked for, as device:kernel.
 PTX_EXPORT void ptx_fail(int n) { fails_at = n; }
 PTX_EXPORT const char* ptx_launches() {

@@ -16,10 +16,11 @@ from .interface import Backend, Group, Kernels, StepControl, StepResult
 
 __all__ = ["Backend", "Group", "Kernels", "StepControl", "StepResult", "backends", "check", "select"]
 
-NAMES = ("reference", "cpu", "cuda", "triton")
+NAMES = ("reference", "foreach", "cpu", "cuda", "triton")
 
-# The backends for a type of device, best first. The reference serves other devices.
-PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+# The backends for a type of device, best first, and those for any other.
+PREFERENCE = {"cpu": ("cpu", "foreach", "reference"), "cuda": ("cuda", "triton", "foreach", "reference")}
+OTHERS = ("foreach", "reference")
 
 
 @cache
@@ -59,8 +60,8 @@ def check(backend: str | None, origin: str = "") -> None:
         raise RuntimeError(f"backend {backend!r}{origin} is not available: {found.reason} (available: {usable})")
 
 
-def select(backend: str | None, device_type: str, in_memory: bool = True) -> Kernels:
-    """The kernels for tensors on a type of device.
+def select(backend: str | None, device: torch.device | str, in_memory: bool = True) -> Kernels:
+    """The kernels for tensors on a device.
 
     ``backend`` decides if given, else the environment variable ``TRAINOPS_BACKEND``, else the device. But the
     reference serves tensors that are not ``in_memory`` (see :mod:`trainops.plain`), and whoever wants to see
@@ -68,28 +69,43 @@ def select(backend: str | None, device_type: str, in_memory: bool = True) -> Ker
 
     Raises:
         ValueError: there is no backend of that name.
-        RuntimeError: it is not available, or does not take tensors on such a device.
+        RuntimeError: it is not available, or does not take tensors on such a device; the message says why.
     """
     if not in_memory or is_transformed():
         return _pytorch
-    return _select(backend, os.environ.get("TRAINOPS_BACKEND"), device_type)
+    device = device if isinstance(device, torch.device) else torch.device(device)
+    return _select(backend, os.environ.get("TRAINOPS_BACKEND"), device)
 
 
 @cache
-def _select(backend: str | None, from_environment: str | None, device_type: str) -> Kernels:
-    name = backend or from_environment or _preferred(device_type)
+def _select(backend: str | None, from_environment: str | None, device: torch.device) -> Kernels:
+    name = backend or from_environment or _preferred(device)
     check(name, "" if backend or not from_environment else " (from TRAINOPS_BACKEND)")
     kernels = _kernels(name)
-    if not kernels.serves(device_type):
-        raise RuntimeError(f"backend {name!r} does not take tensors on {device_type!r} devices")
+    if why := kernels.refusal(device):
+        raise RuntimeError(f"backend {name!r} does not take tensors on {str(device)!r}: {why}")
     return kernels
 
 
-def serving(device_type: str) -> str:
-    """The name of the backend that serves a type of device where a caller asks for none."""
-    return os.environ.get("TRAINOPS_BACKEND") or _preferred(device_type)
+def serving(device: torch.device | str) -> str:
+    """The name of the backend that serves a device where a caller asks for none."""
+    return os.environ.get("TRAINOPS_BACKEND") or _preferred(torch.device(device))
 
 
-def _preferred(device_type: str) -> str:
-    candidates = PREFERENCE.get(device_type, ("reference",))
-    return next(name for name in candidates if _probe(name).available and _kernels(name).serves(device_type))
+def passed_over(device: torch.device | str) -> dict[str, str]:
+    """The backends that would come before the one that serves a device, by name, and why they do not."""
+    device, found = torch.device(device), {}
+    for name in PREFERENCE.get(device.type, OTHERS):
+        if not (why := _refusal(name, device)):
+            break
+        found[name] = why
+    return found
+
+
+def _preferred(device: torch.device) -> str:
+    return next(name for name in PREFERENCE.get(device.type, OTHERS) if not _refusal(name, device))
+
+
+def _refusal(name: str, device: torch.device) -> str:
+    found = _probe(name)
+    return _kernels(name).refusal(device) if found.available else found.reason

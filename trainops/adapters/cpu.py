@@ -22,9 +22,9 @@ def probe() -> Backend:
     return Backend(available=True, details=f"{_reason}; {_cpu.instruction_set()}, {_cpu.threads()} threads")
 
 
-def serves(device_type: str) -> bool:
-    """CPU tensors."""
-    return device_type == "cpu"
+def refusal(device: torch.device) -> str:
+    """CPU tensors are taken."""
+    return "" if device.type == "cpu" else "it takes CPU tensors"
 
 
 def reduce(statistic: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -23,15 +23,21 @@ def probe() -> Backend:
     """Available where the extension was built and loads, and there is a driver and a device."""
     if _cuda is None:
         return Backend(available=False, reason=_reason)
-    count, error, name = _cuda.devices()
-    if count == 0:
+    names, error = _cuda.devices()
+    if not names:
         return Backend(available=False, reason=f"{error or 'no NVIDIA GPU'} (built with {_reason})")
-    return Backend(available=True, details=f"{_reason}; {name}")
+    return Backend(available=True, details=f"{_reason}; {', '.join(dict.fromkeys(names))}")
 
 
-def serves(device_type: str) -> bool:
-    """CUDA tensors."""
-    return _cuda is not None and device_type == _cuda.DEVICE_TYPE
+def refusal(device: torch.device) -> str:
+    """CUDA tensors are taken, on devices that this build has code for.
+
+    The first question about a device makes CUDA's context there, as the first tensor does.
+    """
+    if _cuda is None or device.type != _device_type():
+        return f"it takes {'CUDA' if _cuda is None else _device_type().upper()} tensors"
+    index = torch.cuda.current_device() if device.index is None and device.type == "cuda" else device.index or 0
+    return str(_cuda.refusal(device=index))
 
 
 def _device_type() -> str:

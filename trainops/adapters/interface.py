@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -89,8 +90,8 @@ class Kernels(Protocol):
     def probe(self) -> Backend:
         """Whether the backend can be used on this machine."""
 
-    def serves(self, device_type: str) -> bool:
-        """Whether it takes tensors on this type of device."""
+    def refusal(self, device: torch.device) -> str:
+        """Why it does not take tensors on this device; empty if it does."""
 
     def collect(
         self,

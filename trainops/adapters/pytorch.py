@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..reference import drop_path, drop_path_backward
 from ..tables import as_real, check_no_overlap, local
+from ._control import decide
 from .interface import Backend, Collected, Group, StepControl, StepResult
 
 __all__ = [
@@ -20,8 +21,8 @@ __all__ = [
     "ema_",
     "probe",
     "reduce",
+    "refusal",
     "scale_",
-    "serves",
     "try_ema_",
     "update",
 ]
@@ -32,9 +33,9 @@ def probe() -> Backend:
     return Backend(available=True, details=f"plain PyTorch {torch.__version__}")
 
 
-def serves(device_type: str) -> bool:
+def refusal(device: torch.device) -> str:
     """Every device."""
-    return True
+    return ""
 
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
@@ -67,12 +68,12 @@ def collect(*containers: Any) -> None:
     """Always None: the specification takes lists of tensors, not tables."""
 
 
-_ORDERS = {"l1_norm": 1.0, "l2_norm": 2.0, "inf_norm": math.inf}
+ORDERS = {"l1_norm": 1.0, "l2_norm": 2.0, "inf_norm": math.inf}
 
 
 def reduce(statistic: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """See :func:`trainops.reference.grad_norms`."""
-    return reference.grad_norms(tensors, _ORDERS[statistic])
+    return reference.grad_norms(tensors, ORDERS[statistic])
 
 
 def update(
@@ -83,36 +84,15 @@ def update(
     collected: Collected | None = None,
 ) -> StepResult:
     """See :class:`trainops.adapters.interface.Kernels`."""
-    rows = [_Row(group, i) for group in groups for i in range(group.rows)]
+    rows = [Row(group, i) for group in groups for i in range(group.rows)]
     grads = [row.grad for row in rows]
-    device = grads[0].device
-    grad_scale = None if control.grad_scale is None else reference.scalar(control.grad_scale, device)
-    total_norm = None if control.total_norm is None else reference.scalar(control.total_norm, device)
-    norms: Tensor | None = None
-    if control.measures:
-        total_norm, norms = reference.sum_norms(grads)
-        if grad_scale is not None:
-            total_norm, norms = total_norm / grad_scale, norms / grad_scale
-    coefficient: Tensor | float = 1.0
-    if control.max_norm is not None and total_norm is not None:
-        coefficient = reference.clip_coefficient(total_norm, control.max_norm)
-    if grad_scale is not None:
-        coefficient = coefficient / grad_scale
-    skipped = None if control.found_inf is None else control.found_inf != 0
-    if control.skip_nonfinite and total_norm is not None:
-        non_finite = ~torch.isfinite(total_norm)
-        skipped = non_finite if skipped is None else non_finite | skipped.to(non_finite.device)
-    if skipped is not None and control.skipped_steps is not None:
-        control.skipped_steps.add_(skipped.to(control.skipped_steps.device))
+    decision = decide(grads, control, reference.sum_norms)
     for row in rows:
-        row.update(rule, coefficient, skipped, ema_decay)
-    if total_norm is None or norms is None:
-        return StepResult(control.total_norm, None, skipped)
-    dtype = reference.norm_dtype(grads)
-    return StepResult(total_norm.to(dtype), norms.to(dtype), skipped)
+        row.update(rule, decision.coefficient, decision.skipped, ema_decay)
+    return decision.result
 
 
-class _Row:
+class Row:
     """One parameter with all that belongs to it, as real numbers."""
 
     def __init__(self, group: Group, index: int) -> None:

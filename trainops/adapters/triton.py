@@ -56,13 +56,14 @@ def _is_installed() -> bool:
         return False
 
 
-def serves(device_type: str) -> bool:
-    """CUDA and ROCm tensors; CPU tensors under the interpreter."""
-    return device_type == ("cpu" if _triton.interpreted() else "cuda")
+def refusal(device: torch.device) -> str:
+    """CUDA and ROCm tensors are taken; CPU tensors under the interpreter."""
+    own = _device_type()
+    return "" if device.type == own else f"it takes {own.upper()} tensors"
 
 
 def _device_type() -> str:
-    return "cpu" if serves("cpu") else "cuda"
+    return "cpu" if _triton.interpreted() else "cuda"
 
 
 def reduce(statistic: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

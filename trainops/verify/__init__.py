@@ -59,7 +59,7 @@ def places(device: str | None = None, backend: str | None = None) -> Iterator[Pl
             continue
         for at in devices:
             try:
-                select(name, at.type)
+                select(name, at)
             except RuntimeError:  # serves other devices
                 continue
             for dtype in DTYPES:

@@ -26,14 +26,17 @@ class Work(NamedTuple):
 Maker = Callable[[Place, torch.Generator], Work]
 
 
+OF_PYTORCH = ("reference", "foreach")  # backends that are made of PyTorch's operations
+
+
 def is_captured(place: Place) -> bool:
     """Whether graphs are promised to hold what the backend does: kernels of its own, on a GPU.
 
-    A backend that serves every device is made of PyTorch's operations, some of which wait for the device. Without
-    PyTorch's own allocator, as under compute-sanitizer, no graph can hold what is allocated in it.
+    Some of PyTorch's operations wait for the device. Without PyTorch's own allocator, as under compute-sanitizer, no
+    graph can hold what is allocated in it.
     """
     allocates = not os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING")
-    return place.device.type == "cuda" and allocates and not place.kernels.serves("meta")
+    return place.device.type == "cuda" and allocates and place.backend not in OF_PYTORCH
 
 
 def graph_of(call: Callable[[], object], device: torch.device) -> torch.cuda.CUDAGraph:

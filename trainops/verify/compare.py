@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..adapters import Kernels, _triton, select
 
-# A chunk of kernels has at most 8192 elements. The interpreter, which is slow, goes without the last shape.
+# A chunk of Triton's kernels has at most 8192 elements, one of CUDA's 4096. The interpreter, which is slow, goes without the last shape.
 SHAPES: tuple[tuple[int, ...], ...] = ((), (0,), (1,), (127,), (33, 31), (2, 3, 5, 7), (8193,), (70_001,))
 
 
@@ -22,7 +22,7 @@ class Place(NamedTuple):
     @property
     def kernels(self) -> Kernels:
         """The ops of the backend."""
-        return select(self.backend, self.device.type)
+        return select(self.backend, self.device)
 
     def of(self, shapes: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
         """Those that there is time for."""

@@ -1,0 +1,258 @@
+"""The ``foreach`` backend: what it does by itself. The tests over all targets hold it to the contract.
+
+``elsewhere`` lets CPU tensors be served as those of a device whose numbers would have to be waited for, and which
+has no fused step.
+"""
+
+import math
+
+import pytest
+import torch
+from contract import DTYPES, same_bits
+from targets import over
+from torch import nn
+
+import trainops
+from trainops import advice
+from trainops.adapters import _foreach_norm, _foreach_rows, foreach
+
+INF, NAN = float("inf"), float("nan")
+SHAPES = [(), (0,), (1,), (127,), (33, 31), (300, 7), (2, 3, 5, 7)]
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    for module in (foreach, _foreach_norm, _foreach_rows):
+        monkeypatch.setattr(module, "on_host", lambda device: False)
+    monkeypatch.setattr(foreach, "FUSED_DEVICES", ())
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(foreach, "chunk_numel", lambda device: 500)
+
+
+class Step:
+    """An optimizer with an average in the middle of training."""
+
+    def __init__(self, backend, dtypes, layout=lambda x: x, **options):
+        torch.default_generator.manual_seed(0)
+        param, grad, state, average = dtypes
+        model = nn.Module()
+        model.weights = nn.ParameterList(layout(torch.randn(shape).to(param)) for shape in SHAPES)
+        self.ema = trainops.EMA(model, 0.9, dtype=average, update_after_step=-2, backend=backend)
+        for x in self.ema.module.parameters():
+            x.mul_(0.5)
+        names = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if options.get("amsgrad") else [])]
+        self.params = list(model.weights)
+        self.optimizer = trainops.AdamW(self.params, lr=0.1, ema=self.ema, backend=backend, **options)
+        for i, p in enumerate(self.params):
+            p.grad = layout(torch.randn(p.shape).to(grad))
+            own = {name: layout(torch.randn(p.shape).abs().to(state)) for name in names}
+            self.optimizer.state[p] = {"step": torch.tensor(float(i)), **own}
+
+    def tensors(self):
+        state = [x for p in self.params for x in self.optimizer.state[p].values()]
+        return [*self.params, *state, *self.ema.module.parameters()]
+
+    def grads(self):
+        return [p.grad for p in self.params]
+
+
+def copies(tensors):
+    return [x.detach().clone() for x in tensors]
+
+
+def all_same(tensors, others):
+    return all(same_bits(x, y) for x, y in zip(tensors, others, strict=True))
+
+
+OPTIONS = {
+    "plain": {},
+    "amsgrad": {"amsgrad": True, "maximize": True, "weight_decay": 0.3},
+    "tensor_lr": {"betas": (0.3, 0.5), "eps": 1e-3},
+    "scaled": {"found_inf": 0.0},
+}
+F32, F64, BF16, F16 = DTYPES
+TYPES = {
+    "float32": (F32,) * 4,
+    "bfloat16": (BF16,) * 4,
+    "mixed": (BF16, BF16, F32, F32),
+    "double": (F64, F64, F32, F64),
+}
+
+
+@over("options", OPTIONS)
+@over("types", TYPES)
+@pytest.mark.usefixtures("elsewhere", "small_chunks")
+def test_what_is_not_fused_has_the_bits_of_the_specification(options, types):
+    """Rows at different step counts share a chunk, and one row has several."""
+    options = dict(options)
+    found_inf = options.pop("found_inf", None)
+    steps = [Step(backend, types, **options) for backend in ("reference", "foreach")]
+    for step in steps:
+        if found_inf is not None:
+            step.optimizer.grad_scale, step.optimizer.found_inf = torch.tensor(8.0), torch.tensor(found_inf)
+        if "eps" in options:
+            step.optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
+        for _ in range(2):
+            step.optimizer.step()
+    assert all_same(*(step.tensors() for step in steps))
+
+
+LAYOUTS = {
+    "transposed": lambda x: x.mT.contiguous().mT if x.ndim > 1 else x,
+    "gaps": lambda x: torch.stack([x, x], dim=-1)[..., 0],
+}
+
+
+@over("layout", LAYOUTS)
+@pytest.mark.usefixtures("small_chunks")
+def test_layouts_have_the_bits_of_the_specification(layout):
+    steps = [Step(backend, TYPES["bfloat16"], layout) for backend in ("reference", "foreach")]
+    for step in steps:
+        step.optimizer.step()
+    assert all_same(*(step.tensors() for step in steps))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("elsewhere")
+def test_a_step_that_is_skipped_elsewhere_keeps_every_bit(dtype):
+    step = Step("foreach", (dtype,) * 4, max_grad_norm=1.0, skip_nonfinite=True)
+    words = (
+        step.params[3].detach().view(torch.int64 if dtype == F64 else torch.int32 if dtype == F32 else torch.int16)
+    )
+    words[5] |= 0x7FC1 if dtype == BF16 else 0x7E01  # a NaN that says something, where it is one
+    step.params[4].grad[3, 3] = INF
+    before = copies(step.tensors())
+    step.optimizer.step()
+    assert all_same(step.tensors(), before)
+    assert step.optimizer.skipped_steps == 1
+    step.params[4].grad[3, 3] = 1.0
+    step.optimizer.step()
+    assert step.optimizer.skipped_steps == 1
+    assert not any(same_bits(x, y) for x, y in zip(step.params[3:], before[3 : len(SHAPES)], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_a_fused_step_reads_gradients_and_copies_a_chunk_at_a_time(monkeypatch, dtype):
+    whole = Step("foreach", (dtype,) * 4, max_grad_norm=0.5)
+    whole.optimizer.step()
+    step = Step("foreach", (dtype,) * 4, max_grad_norm=0.5)
+    grads, copied = copies(step.grads()), []
+    multiply = torch._foreach_mul
+
+    def noted(tensors, factor):
+        copied.append(sum(x.numel() for x in tensors))
+        return multiply(tensors, factor)
+
+    monkeypatch.setattr(foreach, "chunk_numel", lambda device: 500)
+    monkeypatch.setattr(torch, "_foreach_mul", noted)
+    step.optimizer.step()
+    assert all_same(step.grads(), grads)
+    assert max(copied) <= 500
+    assert sum(copied) == sum(x.numel() for x in grads)
+    for x, y in zip(step.tensors(), whole.tensors(), strict=True):
+        torch.testing.assert_close(x, y, rtol=4 * torch.finfo(dtype).eps, atol=1e-7)
+
+
+def test_gradients_that_are_not_clipped_are_not_copied(monkeypatch):
+    step = Step("foreach", (F32,) * 4, max_grad_norm=1e9)
+    monkeypatch.setattr(torch, "_foreach_mul", None)
+    step.optimizer.step()
+    assert step.optimizer.grad_norm > 0
+
+
+@pytest.mark.parametrize("infinity", [INF, -INF])
+def test_an_average_of_an_infinite_parameter_stays(infinity):
+    step = Step("foreach", (F32,) * 4)
+    for x in (step.params[3], list(step.ema.module.parameters())[3]):
+        x.data[7] = infinity
+    step.optimizer.step()
+    assert list(step.ema.module.parameters())[3][7] == infinity
+
+
+@pytest.mark.parametrize("value", [1e-23, 1e-10, 1.0, 1.1, 1e30])
+@pytest.mark.parametrize("numel", [4096, 70_001, 1 << 20])
+def test_norms_of_long_tensors(value, numel):
+    """Squares may overflow or vanish in float32. All equal, rounding errors add up."""
+    x = torch.full((numel,), value)
+    norm = trainops.get_total_norm([x], backend="foreach").item()
+    assert norm == pytest.approx(x[0].item() * math.sqrt(numel), rel=4e-7, abs=0.0)
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_norms_elsewhere():
+    tensors = [torch.randn(shape).to(dtype) for shape in SHAPES for dtype in DTYPES]
+    for statistic, order in (("l1_norm", 1.0), ("l2_norm", 2.0), ("inf_norm", INF)):
+        total, norms = foreach.reduce(statistic, tensors)
+        doubles = [x.double().flatten() for x in tensors]
+        true = torch.stack([torch.linalg.vector_norm(x, order) if x.numel() else x.sum() for x in doubles])
+        torch.testing.assert_close(norms, true, rtol=1e-12, atol=0)
+        torch.testing.assert_close(total, torch.linalg.vector_norm(true, order), rtol=1e-12, atol=0)
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_averages_and_clipping_elsewhere():
+    for dtype in DTYPES:
+        ours = [torch.randn(s).to(dtype) for s in SHAPES]
+        specified = copies(ours)
+        others = [torch.randn(s).to(dtype) for s in SHAPES]
+        for tensors, backend in ((ours, "foreach"), (specified, "reference")):
+            trainops.ema_update_(tensors, others, 0.75, backend=backend)
+            params = [nn.Parameter(x) for x in tensors]
+            for p, x in zip(params, tensors, strict=True):
+                p.grad = x
+            trainops.clip_grads_with_norm_(params, 1.0, torch.tensor(3.0), backend=backend)
+        assert all_same(ours, specified)
+
+
+def test_ordinary_steps_are_collected_and_others_are_not():
+    def collected(change=lambda step: None):
+        step = Step("foreach", (F32,) * 4)
+        change(step)
+        optimizer = step.optimizer
+        averages = {id(p): x for p, x in zip(step.params, step.ema.module.parameters(), strict=True)}
+        names = [("exp_avg", "exp_avg_sq")]
+        return foreach.collect("adamw", optimizer.param_groups, optimizer.state, averages, names)
+
+    found = collected()
+    assert found.group_rows == [len(SHAPES)]
+    assert found.averaged == len(SHAPES)
+
+    def state(change):
+        return lambda step: change(step.optimizer.state[step.params[4]])
+
+    def no_gradients(step):
+        for p in step.params:
+            p.grad = None
+
+    def shared(step):
+        step.params[3].data = step.params[5].data.view(-1)[:127]
+
+    changes = [
+        no_gradients,
+        shared,
+        state(lambda its: its.clear()),
+        state(lambda its: its.pop("exp_avg")),
+        state(lambda its: its.update(exp_avg=its["exp_avg"].half())),
+        state(lambda its: its.update(exp_avg=its["exp_avg"][1:])),
+        state(lambda its: its.update(exp_avg=its["exp_avg"].mT.contiguous().mT)),
+        state(lambda its: its.update(step=torch.tensor(1))),
+    ]
+    assert [collected(change) for change in changes] == [None] * len(changes)
+
+
+def clip_twice(param):
+    for _ in range(2):
+        trainops.clip_grads_with_norm_(param, 1.0, torch.tensor(3.0), backend="foreach")
+
+
+def test_what_is_left_to_the_specification_is_said_once(monkeypatch):
+    monkeypatch.setattr(advice, "_left_to_reference", False)
+    param = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+    param.grad = torch.ones(3, dtype=torch.complex64).conj()
+    with pytest.warns(UserWarning, match="resolve_conj") as caught:
+        clip_twice(param)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__

@@ -1,0 +1,218 @@
+"""Rows of tensors for PyTorch's multi-tensor operations: what they hold, and chunks of a bounded size.
+
+An operation works on a chunk of many small tensors, or of a piece of a large one. So the copies that it needs are
+small: they stay in a CPU's cache, and in the memory of a GPU they are few.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..plain import PLAIN, all_plain
+
+WIDE = (torch.float32, torch.float64)  # what is stored as it is computed
+
+Columns = dict[str, list[Tensor]]  # by name, one tensor per row
+
+
+def on_host(device: torch.device) -> bool:
+    """Whether a number on the device can be read without waiting for it."""
+    return device.type == "cpu"
+
+
+def chunk_numel(device: torch.device) -> int:
+    """Elements of a chunk: on a CPU as few as pay for the calls of its operations."""
+    return (1 << 18) * torch.get_num_threads() if device.type == "cpu" else 1 << 22
+
+
+def flat(x: Tensor) -> Tensor | None:
+    """The elements in the order of memory, as a view; None where there are gaps between them."""
+    if x.is_contiguous():
+        return x.view(-1)
+    if torch.empty_like(x, device="meta").stride() != x.stride():
+        return None
+    return x.as_strided((x.numel(),), (1,))
+
+
+def flat_alike(row: Sequence[Tensor]) -> list[Tensor] | None:
+    """Views of a row's tensors in one and the same order of their elements, if there are such."""
+    first = row[0]
+    if any(x.shape != first.shape for x in row):
+        return None
+    if not all(map(Tensor.is_contiguous, row)) and any(x.stride() != first.stride() for x in row):
+        return None
+    views = list(map(flat, row))
+    return None if any(x is None for x in views) else views  # type: ignore[return-value]
+
+
+def kinds(columns: Columns) -> Iterator[tuple[tuple[torch.dtype, ...], Columns]]:
+    """The rows in parts that have the same types, with these types in the order of the columns."""
+    parts: dict[tuple[torch.dtype, ...], list[int]] = {}
+    for i, row in enumerate(zip(*columns.values(), strict=True)):
+        parts.setdefault(tuple(x.dtype for x in row), []).append(i)
+    if len(parts) == 1:
+        yield next(iter(parts)), columns
+        return
+    for types, rows in parts.items():
+        yield types, {name: [column[i] for i in rows] for name, column in columns.items()}
+
+
+def chunks(columns: Columns, limit: int) -> Iterator[Columns]:
+    """The rows in parts of at most ``limit`` elements; a row whose elements have gaps is never taken apart.
+
+    A column ``step`` has one number per row, which comes with each of its pieces.
+    """
+    names = [name for name in columns if name != "step"]
+    steps = columns.get("step")
+    part: list[tuple[Tensor, ...]] = []
+    of_part: list[Tensor] = []
+    size = 0
+
+    def taken() -> Columns:
+        result = dict(zip(names, map(list, zip(*part, strict=True)), strict=True))
+        return result if steps is None else {**result, "step": of_part}
+
+    for i, row in enumerate(zip(*(columns[name] for name in names), strict=True)):
+        numel = row[0].numel()
+        pieces = [row]
+        if numel > limit and (views := flat_alike(row)) is not None:
+            pieces = list(zip(*(torch.split(x, limit) for x in views), strict=True))
+        for piece in pieces:
+            numel = piece[0].numel()
+            if part and size + numel > limit:
+                yield taken()
+                part, of_part, size = [], [], 0
+            part.append(piece)
+            size += numel
+            if steps is not None:
+                of_part.append(steps[i])
+    if part:
+        yield taken()
+
+
+class Gathered:
+    """A chunk whose columns lie in memory in one piece each, so that one operation does for all rows.
+
+    A chunk of one tensor is worked on where it lies.
+    """
+
+    def __init__(self, chunk: Columns) -> None:
+        self._chunk = chunk
+        self._sizes = [x.numel() for x in next(iter(chunk.values()))]
+        self._lies_there = len(self._sizes) == 1 and all(map(Tensor.is_contiguous, (x[0] for x in chunk.values())))
+        if self._lies_there:
+            self.columns = {name: column[0].view(-1) for name, column in chunk.items()}
+        else:
+            self.columns = {name: torch.cat([x.reshape(-1) for x in column]) for name, column in chunk.items()}
+
+    def scatter(self, *names: str) -> None:
+        """Write columns back to where they came from."""
+        if self._lies_there:
+            return
+        for name in names:
+            targets = self._chunk[name]
+            values = zip(targets, torch.split(self.columns[name], self._sizes), strict=True)
+            torch._foreach_copy_(targets, [x.view(target.shape) for target, x in values])
+
+    def spread(self, x: Tensor | float) -> Tensor | float:
+        """A number per row, repeated for the elements of the row, in the type that arithmetic is done in."""
+        if not isinstance(x, Tensor):
+            return x
+        dtype = torch.float64 if next(iter(self.columns.values())).dtype == torch.float64 else torch.float32
+        rows = x.to(dtype).unbind()
+        if len(rows) == 1:
+            return rows[0]
+        return torch.cat([row.expand(size) for row, size in zip(rows, self._sizes, strict=True)])
+
+
+class Collected(NamedTuple):
+    """The rows of a step whose tensors need no second look: see :class:`trainops.adapters.interface.Collected`."""
+
+    columns: list[Columns]  # of each group
+    params: list[Tensor]
+    group_rows: list[int]
+    averaged: int
+
+
+def collect(
+    rule: str,
+    param_groups: list[dict[str, Any]],
+    state: dict[Tensor, Any],
+    averages: dict[int, Tensor],
+    states: list[tuple[str, ...]],
+) -> Collected | None:
+    """The rows straight from an optimizer's containers, if all are plain, contiguous and of one wide type."""
+    groups: list[Columns] = []
+    every: list[Tensor] = []
+    averaged = 0
+    for group, names in zip(param_groups, states, strict=True):
+        params = [p for p in group["params"] if p.grad is not None]
+        own = [state.get(p) for p in params]
+        if not all(own):
+            return None
+        try:
+            columns = {name: [its[name] for its in own if its] for name in ("step", *names)}
+        except KeyError:
+            return None
+        columns |= {"param": params, "grad": [p.grad for p in params if p.grad is not None]}
+        if averages:
+            found = [x for x in map(averages.get, map(id, params)) if x is not None]
+            if len(found) not in (0, len(params)):
+                return None
+            averaged += len(found)
+            columns |= {"average": found} if found else {}
+        groups.append(columns)
+        every += params
+    if not every or not all(_regular(columns, every[0]) for columns in groups):
+        return None
+    spans = sorted((p.data_ptr(), p.nbytes) for p in every)
+    if any(begin + size > following for (begin, size), (following, _) in pairwise(spans) if size):
+        return None
+    return Collected(groups, every, [len(columns["param"]) for columns in groups], averaged)
+
+
+def _regular(columns: Columns, like: Tensor) -> bool:
+    if not columns["param"]:
+        return True
+    shapes = [p.shape for p in columns["param"]]
+    for name, column in columns.items():
+        if not PLAIN.issuperset(map(type, column)) or {x.device for x in column} != {like.device}:
+            return False
+        if name == "step":
+            if {(x.dtype, x.ndim) for x in column} != {(torch.float32, 0)}:
+                return False
+            continue
+        if {x.dtype for x in column} != {like.dtype} or like.dtype not in WIDE or [x.shape for x in column] != shapes:
+            return False
+        if {x.layout for x in column} != {torch.strided} or not all(map(Tensor.is_contiguous, column)):
+            return False
+        if any(map(Tensor.is_neg, column)):
+            return False
+    return True
+
+
+def are_regular(averages: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
+    """Whether rows of an average are plain floating-point tensors on one device, and no average is there twice."""
+    every = [*averages, *tensors]
+    if not all_plain(every) or {x.layout for x in every} != {torch.strided} or len({x.device for x in every}) != 1:
+        return False
+    if not all(dtype.is_floating_point for dtype in {x.dtype for x in every}) or any(map(Tensor.is_neg, every)):
+        return False
+    if [x.shape for x in averages] != [x.shape for x in tensors]:
+        return False
+    addresses = [x.data_ptr() for x in averages if x.numel() > 0]
+    return len(set(addresses)) == len(addresses) and not any(map(shares_memory, averages))
+
+
+def shares_memory(x: Tensor) -> bool:
+    """Whether elements of ``x`` are known to share memory, as those of an expanded tensor do."""
+    return not x.is_contiguous() and torch._debug_has_internal_overlap(x) == 1
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether no element is infinite or NaN. Also false where squares overflow. It reads the tensors once."""
+    return math.isfinite(torch.stack(torch._foreach_norm(list(tensors))).sum().item())
