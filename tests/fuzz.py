@@ -144,6 +144,7 @@ SETTINGS = st.fixed_dictionaries(
     optional={
         "max_grad_norm": st.sampled_from([0.5, 0.0, 1e-3, 1e9, float("inf"), torch.tensor([0.25])]),
         "skip_nonfinite": st.booleans(),
+        "state_dtype": st.sampled_from([torch.float32, torch.bfloat16, (torch.bfloat16, torch.float32)]),
     },
 )
 AVERAGES = st.fixed_dictionaries(
@@ -220,6 +221,8 @@ class World:
         for param, row in zip(self.model.params, self.case.rows, strict=True):
             groups[row.group % len(groups)]["params"].append(param)
         own = {**copy.deepcopy(self.case.settings), "ema": self.ema if self.case.fused else None}
+        if any(row.dtype.is_complex for row in self.case.rows):
+            own.pop("state_dtype", None)  # is for real parameters
         return trainops.AdamW(groups, **own, backend=self.target.backend)
 
     def prepare(self, step: Step) -> None:

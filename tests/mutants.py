@@ -1,6 +1,7 @@
 """Small faults that tests must notice, as data: `make mutants` (``mutate.py``) plants them one at a time.
 
-Here are those of C++; ``mutants_python.py`` has those of Python, ``mutants_gpu.py`` those of Triton and CUDA.
+Here are those of C++; ``mutants_python.py`` has those of Python, ``mutants_gpu.py`` those of Triton and CUDA, and
+``mutants_storage.py`` those of low precision.
 """
 
 from typing import NamedTuple

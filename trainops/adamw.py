@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .ema import EMA
 from .optimizer import FusedOptimizer
+from .storage import StateDtype
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Betas = tuple[float, float] | tuple[Tensor, Tensor]
@@ -55,6 +56,9 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
             last. A skipped step leaves the average alone and counts as an update in its warm-up. Every call of
             ``step()`` is an update, also those of tools that call it to make the state
             (``torch.distributed.checkpoint``): load the average after the optimizer.
+        state_dtype: dtype of the moments, ``torch.float32`` or ``torch.bfloat16``, or a pair: of ``exp_avg``, and of
+            ``exp_avg_sq`` with ``max_exp_avg_sq``. Default: their parameter's, as in torch. ``load_state_dict``
+            converts the moments of a checkpoint to it.
         backend: see :func:`trainops.backends`; by default it follows the device.
 
     Attributes:
@@ -67,7 +71,8 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
 
     Raises:
         TypeError: ``max_grad_norm`` or ``ema`` is of another type.
-        ValueError: an argument is out of range, there is no such backend, or ``ema`` follows another model.
+        ValueError: an argument is out of range, there is no such backend or ``state_dtype``, a parameter is complex
+            beside a ``state_dtype``, or ``ema`` follows another model.
         RuntimeError: the backend is not available; in ``step()``, a gradient is sparse. Nothing has been changed.
     """
 
@@ -90,6 +95,7 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         ema: EMA | None = None,
+        state_dtype: StateDtype = None,
         backend: str | None = None,
     ) -> None:
         super().__init__(
@@ -107,6 +113,7 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
             ema=ema,
+            state_dtype=state_dtype,
             backend=backend,
         )
 

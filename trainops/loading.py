@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import advice
 from .rows import check_state
+from .storage import StateDtype, dtypes_of_state
 
 Dtypes = dict[tuple[Tensor, str], torch.dtype]
 
@@ -15,6 +16,7 @@ class LoadsState(torch.optim.Optimizer):
     """An optimizer with attributes of its own, which pickles keep, and state that keeps its dtype."""
 
     own_attributes: ClassVar[tuple[str, ...]]
+    state_dtype: StateDtype
     _loading: tuple[dict[str, Any], Dtypes] | None = None  # what load_state_dict loads, and the dtypes to keep
 
     def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -30,7 +32,8 @@ class LoadsState(torch.optim.Optimizer):
             for param in group["params"]:
                 check_state(param, state["state"].get(param), self.state_names(group))
         if self._loading is not None:
-            _keep_dtypes(state, *self._loading)
+            loaded, held = self._loading
+            _keep_dtypes(state, loaded, held | self._chosen_dtypes(state["param_groups"]))
         super().__setstate__(state)
         if state.get("_max_grad_norm") is not None:
             advice.clips_inside(self)
@@ -41,8 +44,8 @@ class LoadsState(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, as in torch.
 
-        State that this optimizer holds in another dtype than its parameter's keeps that dtype. Where there is none
-        yet, it gets the parameter's, as in torch.
+        Moments are converted to ``state_dtype``. Without one, state that this optimizer holds in another dtype than
+        its parameter's keeps that dtype, and where there is none yet, it gets the parameter's, as in torch.
 
         Raises:
             ValueError: the state does not fit the parameters. Nothing has been changed.
@@ -55,6 +58,15 @@ class LoadsState(torch.optim.Optimizer):
         finally:
             last_hook.remove()
             self._loading = None
+
+    def _chosen_dtypes(self, param_groups: list[dict[str, Any]]) -> Dtypes:
+        """The dtypes that ``state_dtype`` asks for, by parameter and name."""
+        return {
+            (param, name): dtype
+            for group in param_groups
+            for name, dtype in dtypes_of_state(self.state_names(group), self.state_dtype).items()
+            for param in group["params"]
+        }
 
 
 def _unlike_their_parameters(state: dict[Any, Any]) -> Dtypes:

@@ -14,6 +14,7 @@ from .ema import EMA
 from .loading import LoadsState
 from .plain import all_in_memory, all_plain
 from .rows import by_device, gather, have_common_memory
+from .storage import StateDtype, check_is_real, check_state_dtype
 from .torch_step import KnowsTorchStep
 
 
@@ -29,6 +30,7 @@ class FusedOptimizer(KnowsTorchStep, LoadsState):
         "_max_grad_norm",
         "skip_nonfinite",
         "_ema",
+        "state_dtype",
         "backend",
         "grad_norm",
         "grad_norms",
@@ -46,14 +48,16 @@ class FusedOptimizer(KnowsTorchStep, LoadsState):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         ema: EMA | None = None,
+        state_dtype: StateDtype = None,
         backend: str | None = None,
         **options: Any,
     ) -> None:
-        if options.get("differentiable") and (max_grad_norm is not None or skip_nonfinite or ema is not None):
-            raise ValueError(
-                "differentiable=True runs PyTorch's own step, without max_grad_norm, skip_nonfinite or ema"
-            )
+        own = {"max_grad_norm": max_grad_norm, "skip_nonfinite": skip_nonfinite or None, "ema": ema}
+        if options.get("differentiable") and any(x is not None for x in (*own.values(), state_dtype)):
+            raise ValueError(f"differentiable=True runs PyTorch's own step, without {', '.join(own)}, state_dtype")
         check(backend)
+        check_state_dtype(state_dtype)
+        self.state_dtype = state_dtype  # first: it is asked for each group that is added
         super().__init__(*args, **options)
         self._unscaling_by_hand = None  # what PyTorch's constructor has set for fused=True
         self.max_grad_norm = max_grad_norm
@@ -109,6 +113,12 @@ class FusedOptimizer(KnowsTorchStep, LoadsState):
         if isinstance(param_group, dict) and (shared := [name for name in _OWN_SETTINGS if name in param_group]):
             raise ValueError(f"{shared[0]} is a setting of the optimizer, not of a group of parameters")
         super().add_param_group(param_group)
+        if self.state_dtype is not None:
+            try:
+                check_is_real(self.param_groups[-1]["params"])
+            except ValueError:
+                self.param_groups.pop()
+                raise
 
     def __repr__(self) -> str:
         own = "".join(f"{name}: {getattr(self, name)}\n" for name in _OWN_SETTINGS)
@@ -240,7 +250,7 @@ class FusedOptimizer(KnowsTorchStep, LoadsState):
         return (value if isinstance(value, Tensor) else torch.tensor(float(value), device="cpu")).reshape(())
 
 
-_OWN_SETTINGS = ("max_grad_norm", "skip_nonfinite", "ema", "backend")
+_OWN_SETTINGS = ("max_grad_norm", "skip_nonfinite", "ema", "state_dtype", "backend")
 
 
 def _joint_norm(groups: list[Group], control: StepControl) -> tuple[Tensor, Tensor]:

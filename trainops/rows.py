@@ -1,7 +1,7 @@
 """The rows of a step: the parameters that have a gradient, with the state that belongs to each."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from .adapters import Group
 from .model_pairs import kind
 from .plain import PLAIN
+from .storage import dtypes_of_state
 from .tables import aligned, local
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def gather(optimizer: "FusedOptimizer", averages: dict[int, Tensor]) -> list[Gro
             if not its:
                 if param_group.get("fused") and param.is_meta:
                     raise RuntimeError("`fused=True` requires parameters on a device that computes, got one on meta")
-                init_state(its, param, names)
+                init_state(its, param, names, dtypes_of_state(names, optimizer.state_dtype))
             _move_step(its, param)
         columns = {"param": params, "grad": grads, "average": list(map(averages.get, map(id, params)))}
         columns |= {key: [its[key] for its in own] for key in ("step", *names)}
@@ -54,10 +55,12 @@ def gather(optimizer: "FusedOptimizer", averages: dict[int, Tensor]) -> list[Gro
     return groups
 
 
-def init_state(state: dict[str, Tensor], param: Tensor, names: Sequence[str]) -> None:
-    """The state of a parameter before its first step."""
+def init_state(
+    state: dict[str, Tensor], param: Tensor, names: Sequence[str], dtypes: Mapping[str, torch.dtype]
+) -> None:
+    """The state of a parameter before its first step; in its own dtype, where ``dtypes`` names no other."""
     step = torch.zeros((), dtype=torch.float32, device=param.device)
-    zeros = {name: torch.zeros_like(param, memory_format=torch.preserve_format) for name in names}
+    zeros = {name: torch.zeros_like(param, dtype=dtypes.get(name)) for name in names}
     state.update({"step": step, **zeros})  # at once: what interrupts this leaves no half of it
 
 
