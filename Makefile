@@ -21,7 +21,7 @@ CLANG_FORMAT = $(shell $(RUN) -c "import sysconfig; print(sysconfig.get_path('sc
 # Tests run in one process per core where pytest-xdist is there to do it.
 PARALLEL = $(shell $(RUN) -c "import xdist" 2>/dev/null && echo --numprocesses=auto)
 
-.PHONY: build demo test test-all test-integrations mutants coverage lint bench inspect format clean
+.PHONY: build demo test test-all test-integrations mutants coverage lint bench inspect gpu format clean
 
 build: $(SETUP)
 	$(RUN) -m trainops
@@ -67,6 +67,14 @@ bench: $(SETUP)
 
 inspect: $(SETUP)
 	TRITON_INTERPRET=0 $(RUN) -m benchmarks.inspect_all $(if $(QUICK),--quick)
+
+# All that a machine with a GPU can tell, in ten minutes (`BUDGET=seconds`), into benchmarks/results/<card>. Building is
+# its first stage.
+ifndef PYTHON
+gpu: $(VENV)/.requirements
+endif
+gpu:
+	$(RUN) -m benchmarks.gpu_bundle $(if $(BUDGET),--budget $(BUDGET))
 
 format: $(SETUP)
 	$(RUN) -m ruff check --fix .

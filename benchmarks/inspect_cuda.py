@@ -2,9 +2,10 @@
 
     python -m benchmarks.inspect_cuda
 
-Reads the machine code in the built module: registers, stack, local and static shared memory, and the accesses to
-global memory of 16 bytes. Exits with 1 where a kernel uses stack or local memory, or where a streaming kernel lacks
-16-byte accesses. Needs cuobjdump, which the CUDA toolkit has, and Triton's wheel. What was found in a module is kept.
+Reads the machine code in the built module: registers, stack, local and static shared memory, the accesses to global
+memory of 16 bytes, and the loops around them (`inspect_loops.py`). Exits with 1 where a kernel uses stack or local
+memory, where a streaming kernel lacks 16-byte accesses, or where its loop for float32 and 16 bits has instructions of
+float64. Needs cuobjdump, which the CUDA toolkit has, and Triton's wheel. What was found in a module is kept.
 """
 
 import importlib.util
@@ -14,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +23,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from . import inspect_loops
 from .inspect_cache import key_of, remembered
 
 # 16-byte reads and writes that each streaming kernel needs: for each tensor, one for every half of a pack of float32
@@ -36,6 +39,9 @@ LEAST = {
     "backward_kernel<float, true>": (3 * 2, 2),
     "backward_kernel<double, true>": (3, 1),
 }
+# Loops around these that may compute in float64: of kernels for all types, that of float64 tensors. (A sum looks at a
+# chunk of others a second time in float64, but at single elements.)
+FLOAT64_LOOPS = {"<float": 0, "<double": None}
 TEMPLATE_ARGUMENTS = {"f": "float", "d": "double", "Lb0E": "false", "Lb1E": "true"}
 
 
@@ -48,6 +54,8 @@ class Kernel(NamedTuple):
     shared: int
     loads: int = 0  # instructions of 16 bytes
     stores: int = 0
+    float64_loops: int = 0  # around such loads, with instructions of float64
+    other_loops: int = 0
 
 
 def cuobjdump() -> str | None:
@@ -103,15 +111,18 @@ def read(program: str, module: str) -> dict[tuple[str, str], Kernel]:
     architectures = sorted({architecture for _, architecture in kernels})
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # it takes two seconds for each
         listings = list(pool.map(lambda architecture: output("-sass", "-arch", architecture), architectures))
+    code: dict[tuple[str, str], list[str]] = defaultdict(list)
     for line in itertools.chain(*listings):
         if match := re.match(r"arch = (\w+)", line.strip()):
             architecture = match[1]
         elif match := re.match(r"\s*Function : (\S+)", line):
             name = name_of(match[1])
-        elif name and architecture and (match := re.search(r"\b(LDG|STG)\.E\S*\.128", line)):
-            kernel = kernels[name, architecture]
-            field = "loads" if match[1] == "LDG" else "stores"
-            kernels[name, architecture] = kernel._replace(**{field: getattr(kernel, field) + 1})
+        elif name and architecture:
+            code[name, architecture].append(line)
+    for key, lines in code.items():
+        loads, stores = (sum(bool(re.search(rf"\b{x}\.E\S*\.128\b", line)) for line in lines) for x in ("LDG", "STG"))
+        loops = inspect_loops.inspect(inspect_loops.of_sass(lines))
+        kernels[key] = Kernel(*kernels[key][:4], loads, stores, *loops)
     return kernels
 
 
@@ -121,7 +132,7 @@ def find(program: str, module: str) -> dict[tuple[str, str], Kernel]:
     def listed() -> list[Any]:
         return [[*key, *kernel] for key, kernel in read(program, module).items()]
 
-    rows = remembered(key_of(Path(program), Path(module), Path(__file__)), listed)
+    rows = remembered(key_of(Path(program), Path(module), Path(__file__), Path(inspect_loops.__file__)), listed)
     return {(name, architecture): Kernel(*numbers) for name, architecture, *numbers in rows}
 
 
@@ -130,6 +141,9 @@ def fault(name: str, kernel: Kernel) -> str:
     loads, stores = LEAST.get(name, LEAST.get(name.partition("<")[0], (0, 0)))
     faults = ["uses stack"] * (kernel.stack > 0) + ["uses local memory"] * (kernel.local > 0)
     faults += ["narrow loads"] * (kernel.loads < loads) + ["narrow stores"] * (kernel.stores < stores)
+    allowed = next((count for part, count in FLOAT64_LOOPS.items() if part in name), 1)
+    if loads and allowed is not None and (kernel.float64_loops > allowed or kernel.other_loops == 0):
+        faults.append("float64 in an inner loop")
     return ", ".join(faults)
 
 
@@ -140,7 +154,9 @@ def main() -> int:
     if spec is None or spec.origin is None or program is None:
         print("nothing to inspect: " + ("there is no cuobjdump" if spec else "the cuda backend was not built"))
         return 0
-    table = Table("kernel", "target", "registers", "stack", "local", "shared", "16-byte loads", "stores", "fault")
+    table = Table("kernel", "target", "registers", "stack", "local", "shared", "16-byte loads", "stores")
+    for column in ("float64 loops", "others", "fault"):
+        table.add_column(column)
     kernels = find(program, spec.origin)
     faults = {key: fault(key[0], kernel) for key, kernel in kernels.items()}
     for key, kernel in sorted(kernels.items()):

@@ -2,10 +2,11 @@
 
     TRITON_INTERPRET=0 python -m benchmarks.inspect_triton [--quick]
 
-Compiles every kernel for every type and option offline, and reads what comes out: registers, spills, and the accesses
-of 16 bytes. Exits with 1 where a kernel spills, or where a streaming kernel reads or writes whole blocks in narrower
-accesses. For NVIDIA's GPUs the accesses are counted in PTX, where there must be exactly as many as the kernel has in
-its source, or a multiple where a loop is unrolled.
+Compiles every kernel for every type and option offline, and reads what comes out: registers, spills, the accesses of
+16 bytes, and the loops. Exits with 1 where a kernel spills, where a streaming kernel reads or writes whole blocks in
+narrower accesses, or where a loop over float32 or 16 bits has instructions of float64. For NVIDIA's GPUs the accesses
+are counted in PTX, where there must be exactly as many as the kernel has in its source, or a multiple where a loop is
+unrolled; so are the loops (`inspect_loops.py`).
 
 What was found is kept, and a kernel is compiled again when it has changed. ``--quick`` compiles each variant for one
 GPU instead of all: each kernel for NVIDIA's and AMD's.
@@ -30,8 +31,9 @@ from rich.table import Table
 
 from trainops import core
 
+from . import inspect_loops
 from .inspect_cache import keep, key_of, recall
-from .triton_variants import SIZES, Variant, block_numel, variants
+from .triton_variants import SIZES, Variant, variants
 
 TARGETS = {
     "sm_90": ("cuda", 90, 32),
@@ -49,6 +51,8 @@ class Found(NamedTuple):
     wide_loads: int  # instructions of 16 bytes
     wide_stores: int
     narrow_stores: int | None = None
+    float64_loops: int | None = None  # that read memory, with instructions of float64
+    other_loops: int | None = None
 
 
 class Task(NamedTuple):
@@ -84,9 +88,7 @@ def constants_of(variant: Variant) -> dict[str, Any]:
     """A variant's constants, and the sizes that its kernel takes."""
     from trainops.triton_kernels import _common
 
-    streamed = variant.reads + variant.writes
-    block = block_numel(streamed) if streamed else _common.REDUCTION_BLOCK
-    return variant.constants | {"CHUNK": _common.CHUNK, "BLOCK": block}
+    return variant.constants | {"CHUNK": _common.CHUNK, "BLOCK": variant.block or _common.REDUCTION_BLOCK}
 
 
 def threads() -> int:
@@ -129,7 +131,7 @@ def key(task: Task) -> str:
     constants = constants_of(variant)
     functions = [function_of(value).cache_key for value in constants.values() if is_function(value)]
     source = kernel_of(variant).cache_key, functions, variant, constants, threads()
-    return key_of(triton.__version__, source, TARGETS[target], Path(__file__))
+    return key_of(triton.__version__, source, TARGETS[target], Path(__file__), Path(inspect_loops.__file__))
 
 
 def compile_task(task: Task) -> Found:
@@ -167,7 +169,8 @@ def read_cuda(ptx: str, cubin: bytes) -> Found:
     resources = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     loads, stores = (len(re.findall(rf"\b{x}\.global\S*\.v(?:4\.b32|2\.b64)\b", ptx)) for x in ("ld", "st"))
     narrow_stores = len(re.findall(r"\bst\.global\b", ptx)) - stores
-    return Found(resources["REG"], resources["STACK"] + resources["LOCAL"], loads, stores, narrow_stores)
+    loops = inspect_loops.inspect(inspect_loops.of_ptx(ptx))
+    return Found(resources["REG"], resources["STACK"] + resources["LOCAL"], loads, stores, narrow_stores, *loops)
 
 
 def read_amdgcn(assembly: str) -> Found:
@@ -189,7 +192,7 @@ def run(*command: object) -> str:
 
 def wide_accesses(variant: Variant, dtypes: tuple[str, ...]) -> int:
     """How many accesses of 16 bytes a thread makes for one block of each of these tensors."""
-    return sum(block_numel(variant.reads + variant.writes) // threads() * SIZES[dtype] // 16 for dtype in dtypes)
+    return sum(variant.block // threads() * SIZES[dtype] // 16 for dtype in dtypes)
 
 
 def expected(variant: Variant) -> tuple[int, int]:
@@ -208,6 +211,9 @@ def fault(variant: Variant, found: Found) -> str:
         faults += [f"{what} are not all wide"] * (count < least or (is_exact and count % max(least, 1) != 0))
     if variant.narrow_stores is not None and found.narrow_stores is not None:
         faults += ["narrow stores"] * (found.narrow_stores > variant.narrow_stores)
+    if variant.float64_loops is not None and found.float64_loops is not None:
+        is_fault = found.float64_loops > variant.float64_loops or found.other_loops == 0
+        faults += ["float64 in an inner loop"] * is_fault
     return ", ".join(faults)
 
 

@@ -24,6 +24,24 @@ class Variant(NamedTuple):
     writes: tuple[str, ...] = ()
     bodies: int = 1  # loops over whole blocks
     narrow_stores: int | None = None  # of a kernel whose masked accesses are wide, too: how many others it makes
+    divided_as: tuple[str, ...] = ()  # types by which blocks are divided, if not those of the tensors
+    looks_again: bool = False  # in float64, at what float32 does not hold
+
+    @property
+    def block(self) -> int:
+        """How many elements a program takes at a time; 0 where it streams no tensor."""
+        streamed = self.divided_as or self.reads + self.writes
+        return block_numel(streamed) if streamed else 0
+
+    @property
+    def float64_loops(self) -> int | None:
+        """How many loops may compute in float64: a second look has one over whole blocks, and one with a mask.
+
+        None: any number, because tensors are float64, or because what is read are results and settings.
+        """
+        if not self.reads or ":float64" in self.constants.values():
+            return None
+        return 2 if self.looks_again else 0
 
 
 TABLE = {"rows": "*i64", "chunks": "*i64", "first_chunk": "i32"}
@@ -52,9 +70,19 @@ def variants() -> Iterator[Variant]:
         for statistic in STATISTICS:
             constants = {"WORDS": words_of("reduce"), "COLUMN": 0, "STATISTIC": statistic, **types}
             arguments = {**TABLE, "partials": "*fp64"}
-            bodies = 1 if statistic == "inf_norm" or dtype == "float64" else 2  # once more where float32 overflows
+            looks_again = statistic != "inf_norm" and dtype != "float64"
             label = f"{statistic} {dtype}"
-            yield Variant("reduce", "partial_results", label, arguments, constants, (dtype,), bodies=bodies)
+            yield Variant(
+                "reduce",
+                "partial_results",
+                label,
+                arguments,
+                constants,
+                (dtype,),
+                bodies=1 + looks_again,
+                divided_as=("bfloat16",),
+                looks_again=looks_again,
+            )
         for name in ("scale", "clamp"):
             constants = {"WORDS": words_of("transform"), "CLAMP": name == "clamp", **types}
             arguments = {**TABLE, "operand": "*fp64"}
@@ -160,7 +188,7 @@ def drop_path_variants() -> Iterator[Variant]:
             operands |= {"rows": "int64"} if rows else {}
             sizes = dict.fromkeys(("positions", "sample_positions", "program_positions", "channel_units"), "i32")
             constants = {"UNIT": 8, "INDEX": ":uint32", "PRODUCT": f":{grad}", "WIDE": f":{wide(grad)}"}
-            columns = block_numel((grad, branch)) // 8
+            columns = block_numel(("bfloat16",)) // 8
             yield Variant(
                 "drop_path",
                 "drop_path_backward",
@@ -170,6 +198,7 @@ def drop_path_variants() -> Iterator[Variant]:
                 (grad, branch),
                 (branch,),
                 narrow_stores=1,  # of a partial sum
+                divided_as=("bfloat16",),
             )
     for dtype in ("float32", "float64"):
         arguments = {**tensors({"of_layer_scale": dtype}), "partials": "*fp64", "count": "i32", "channels": "i32"}

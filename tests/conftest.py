@@ -1,8 +1,10 @@
 """What every test module is run over, and which cases belong to `make test-all`."""
 
 import gc
+import hashlib
 import importlib.util
 import os
+import time
 
 import pytest
 import torch
@@ -44,9 +46,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 def pytest_addoption(parser):
     parser.addoption("--thorough", action="store_true", help="run every case, as `make test-all` does")
+    parser.addoption("--seconds", type=float, help="run a sample: tests of all kinds, until so much time is over")
+
+
+DEADLINE = pytest.StashKey()
 
 
 def pytest_configure(config):
+    config.stash[DEADLINE] = time.monotonic() + (config.getoption("--seconds") or float("inf"))
     marker = "thorough(when): cases for which when(**params) is true run in `make test-all`"
     config.addinivalue_line("markers", marker)
     if importlib.util.find_spec("hypothesis"):
@@ -58,12 +65,19 @@ def pytest_collection_modifyitems(config, items):
         if "integrations" in item.path.parts:  # warnings of the frameworks are no faults of ours
             item.add_marker(pytest.mark.filterwarnings("default"), append=False)
             item.add_marker(pytest.mark.filterwarnings("error:::trainops"), append=False)
+    if config.getoption("--seconds"):
+        items.sort(key=lambda item: hashlib.sha256(item.nodeid.encode()).digest())
     if config.getoption("--thorough"):
         return
     left = [item for item in items if is_thorough(item)]
     if left:
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if item not in set(left)]
+
+
+def pytest_runtest_setup(item):
+    if time.monotonic() > item.config.stash[DEADLINE]:
+        pytest.skip("the time for a sample is over")
 
 
 def is_thorough(item):

@@ -97,6 +97,36 @@ C_PLUS_PLUS = [
         },
     ),
     *planted(
+        "csrc/cpu/reduce.cpp",
+        tests_of("norm_sums", k="cpu-cpu"),
+        {
+            "cpu: the runs of a norm are too long": ("kOfStream = 2;", "kOfStream = 64;"),
+            "cpu: only the last run of a norm counts": (
+                "states[lane] = Statistic::join(states[lane], Statistic::widen(runs[lane]));",
+                "states[lane] = Statistic::widen(runs[lane]);",
+            ),
+            "cpu: a norm is not gathered again": (
+                "|| !Statistic::is_doubtful(state)) return state;",
+                "|| true) return state;",
+            ),
+            "cpu: a norm is gathered again in float32": (
+                "return reduce_in<Statistic, double>(values, size);",
+                "return reduce_in<Statistic, Wide<S>>(values, size);",
+            ),
+        },
+    ),
+    *planted(
+        "csrc/math/statistics.h",
+        tests_of("norm_sums", k="cpu-cpu"),
+        {
+            "clip: tiny squares are not gathered again": ("|| sum < 0x1p-100", ""),
+            "clip: squares of 2^-102 are not gathered again": ("sum < 0x1p-100", "sum < 0x1p-104"),
+            "clip: more squares are gathered again than need be": ("sum < 0x1p-100", "sum < 0x1p-96"),
+            "clip: huge squares are not gathered again": ("sum == INFINITY || sum < 0x1p", "sum < 0x1p"),
+            "clip: huge sums are not gathered again": ("{ return sum == INFINITY; }", "{ return false; }"),
+        },
+    ),
+    *planted(
         "csrc/math/statistics.h",
         CPU_CLIP,
         {

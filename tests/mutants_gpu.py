@@ -155,6 +155,70 @@ TRITON_AND_CUDA = [
         },
     ),
     *planted(
+        "triton_kernels/statistics.py",
+        tests_of("triton_sums"),
+        {
+            "triton: tiny squares are not gathered again": ("| (state[0] < 2.0**-100)", "| (state[0] < 0.0)"),
+            "triton: huge squares are not gathered again": ('(state[0] == float("inf")) |', "(state[0] == 3.0) |"),
+            "triton: runs are joined in float32": ("SHORT = tl.constexpr(3)", "SHORT = tl.constexpr(30)"),
+        },
+    ),
+    *planted(
+        "triton_kernels/statistics.py",
+        tests_of("ptx_triton", k="a_sample"),
+        {
+            "triton: lanes are joined in the compiler's order": (
+                "joined = sum_in_pairs(states[0])",
+                "joined = tl.sum(states[0].to(tl.float64), axis=0)",
+            ),
+        },
+    ),
+    *planted(
+        "trainops/adapters/_triton.py",
+        tests_of("triton_sums"),
+        {
+            "triton: the lanes of a norm depend on the type": (
+                "            itemsize=kernels()._common.SMALLEST,\n",
+                "",
+            ),
+        },
+    ),
+    *planted(
+        "csrc/core/device_words.h",
+        tests_of("core", "triton_sums"),
+        {
+            "device tables: partial results in the order of sections": (
+                "words[begin + kFirstChunk] = first_chunks_[row];",
+                "words[begin + kFirstChunk] = positions_[row];",
+            ),
+        },
+    ),
+    *planted(
+        "triton_kernels/drop_path.py",
+        tests_of("drop_path_rows", k="small_chunks"),
+        {
+            "triton: DropPath: runs overlap": (
+                "for first_round in range(0, size, RUN * ROUND):",
+                "for first_round in range(0, size, ROUND):",
+            ),
+            "triton: DropPath: only the last run counts": (
+                "total += run.to(tl.float64)",
+                "total = run.to(tl.float64)",
+            ),
+        },
+    ),
+    *planted(
+        "csrc/cuda/drop_path_backward.cu",
+        tests_of("drop_path_gradients", k="cuda-cpu"),
+        {
+            "cuda: DropPath: runs overlap": ("first += kRun * kWarps", "first += kWarps"),
+            "cuda: DropPath: only the last run counts": (
+                "total_of(j) += static_cast<double>(run[j]);",
+                "total_of(j) = static_cast<double>(run[j]);",
+            ),
+        },
+    ),
+    *planted(
         "triton_kernels/reduce.py",
         tests_of("ends", k="triton-cpu"),
         {
@@ -197,8 +261,8 @@ TRITON_AND_CUDA = [
             ),
             "device tables: a layout without sizes": ("      words.push_back(table_.numel(row));\n", ""),
             "device tables: chunks of a section's first row": (
-                "first_chunks_[row] = chunk_count_;",
-                "first_chunks_[row] = first;",
+                "positions_[row] = chunk_count_;",
+                "positions_[row] = first;",
             ),
         },
     ),
@@ -241,8 +305,8 @@ TRITON_AND_CUDA = [
         tests_of("drop_path_gradients", k="triton-cpu"),
         {
             "triton: DropPath: layer scale's gradient without the mask": (
-                "total += (g * value * x).to(tl.float64)",
-                "total += (g * x).to(tl.float64)",
+                "run += g * value * x",
+                "run += g * x",
             ),
         },
     ),
@@ -279,14 +343,41 @@ TRITON_AND_CUDA = [
         "csrc/cuda/reduce.cu",
         tests_of("ends", k="cuda-cpu"),
         {
-            "cuda: an element too many in a norm": (
-                "if (i >= range.body && i < range.end) state",
-                "if (i >= range.body && i <= range.end) state",
+            "cuda: an element of a norm left out": ("if (first < body) continue;", "if (first <= body) continue;"),
+            "cuda: the elements after the last pack of a norm begin a tile late": (
+                "for (int64_t tile = last_tile; tile < chunk.end;",
+                "for (int64_t tile = last_tile + kTile<T>; tile < chunk.end;",
             ),
-            "cuda: an element of a norm left out": (
-                "if (i >= range.body && i < range.end) state",
-                "if (i > range.body && i < range.end) state",
+        },
+    ),
+    *planted(
+        "csrc/cuda/reduce.cu",
+        tests_of("norm_sums", k="cuda-cpu"),
+        {
+            "cuda: a norm is not gathered again": (
+                "if (sizeof(T) == sizeof(double) || !Statistic::is_doubtful(state)) return state;",
+                "return state;",
             ),
+            "cuda: a norm is gathered again in float32": (
+                "  Runs<Statistic, T, double> runs;\n",
+                "  Runs<Statistic, T, T> runs;\n",
+            ),
+            "cuda: the runs of a norm begin with those of the last chunk": (
+                "at[kPack<T>] = {};",
+                "at[kPack<T>];",
+            ),
+            "cuda: a norm's order depends on the alignment": (
+                "  for (int64_t tile = last_tile; tile < chunk.end; tile += kTile<T>) {\n",
+                "  for (int64_t tile = last_tile + (chunk.end - 1 - last_tile) / kTile<T> * kTile<T>; tile >= last_tile;\n"
+                "       tile -= kTile<T>) {\n",
+            ),
+        },
+    ),
+    *planted(
+        "csrc/cuda/packs.cuh",
+        tests_of("ends", k="cuda-cpu"),
+        {
+            "cuda: an element too many in a norm": ("x[j] = j < count ?", "x[j] = j <= count ?"),
         },
     ),
     *planted(
@@ -384,16 +475,25 @@ TRITON_AND_CUDA = [
         tests_of("cuda"),
         {
             "cuda: partial sums of the first row for all": (
-                "join_partials<Statistic>(all_partials + first, 0, count, 1)",
-                "join_partials<Statistic>(all_partials, 0, count, 1)",
+                "[&](int64_t i) { return of_row + i; }",
+                "[&](int64_t i) { return partials + i; }",
             ),
-            "cuda: rows of eight chunks": (
-                "State state = count <= kOfThread ?",
-                "State state = count < kOfThread ?",
+            "cuda: partial sums of every 256th thread alone": (
+                "if (i + k * kThreads >= count) continue;",
+                "if (i + k * kThreads >= count || k > 0) continue;",
             ),
-            "cuda: rows of 2048 chunks": (
-                "count > kOfThread && count <= kOfWarp",
-                "count > kOfThread && count < kOfWarp",
+            "cuda: a row of two chunks is finished by the first": ("if (count > 1) {", "if (count > 2) {"),
+            "cuda: all rows share a counter": (
+                "&args.counters->rows[chunk.row_index]",
+                "&args.counters->rows[0]",
+            ),
+            "cuda: a row's state stays that of its first chunk": (
+                "if (threadIdx.x == 0) *of_row = to_words<Statistic>(state);",
+                "",
+            ),
+            "cuda: norms of rows in another's place": (
+                "args.out_is_double, chunk.row_index,",
+                "args.out_is_double, chunk.index,",
             ),
         },
     ),
@@ -406,8 +506,8 @@ TRITON_AND_CUDA = [
                 "const Cell cell = chunk.row.cell(0);",
             ),
             "cuda: the norm keeps the grad scale": (
-                "Statistic::finish(join_block<Statistic>(total, shared[1])) / grad_scale;",
-                "Statistic::finish(join_block<Statistic>(total, shared[1]));",
+                "const double result = Statistic::finish(total) / grad_scale;",
+                "const double result = Statistic::finish(total);",
             ),
         },
     ),

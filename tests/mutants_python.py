@@ -74,6 +74,32 @@ PYTHON = [
         },
     ),
     *planted(
+        "trainops/verify/__init__.py",
+        tests_of("verify"),
+        {
+            "verify: the verdict is always good": (
+                "wrong = [x for x in findings if x.problem]",
+                "wrong = findings[:0]",
+            )
+        },
+    ),
+    *planted(
+        "trainops/verify/compare.py",
+        tests_of("verify"),
+        {"verify: twice the error is allowed": ("if worst <= 1.0:", "if worst <= 2.0:")},
+    ),
+    *planted(
+        "trainops/verify/capture.py",
+        tests_of("verify_capture"),
+        {
+            "verify: a replay is compared with itself": ("got, theirs[what], None)", "got, got, None)"),
+            "verify: no warm-up before a capture": (
+                "        for _ in range(WARM_UPS):\n            call()\n    torch",
+                "        pass\n    torch",
+            ),
+        },
+    ),
+    *planted(
         "trainops/rows.py",
         tests_of("adamw", "adamw_drop_in", "ema_fused", "reference", k="cpu-cpu or reference-cpu or not target"),
         {

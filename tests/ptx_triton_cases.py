@@ -17,6 +17,7 @@ import test_drop_path_gradients
 import test_drop_path_rows
 import test_ema_fused
 import test_grad_scale
+import test_triton_sums
 import torch
 from contract import assert_contract, same_bits
 from ptx.triton_driver import WithoutBarriers, through_ptx
@@ -107,6 +108,17 @@ def test_rounds_of_norms(target, dtype, norm_type, place):
     got = trainops.get_total_norm([x], norm_type, backend=target.backend)
     true = exact.norm([exact.exact(x)], norm_type)
     assert_contract(got, true, torch.linalg.vector_norm(x.double(), norm_type).to(got.dtype), str(norm_type))
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0])
+def test_rounds_of_norms_in_every_type(target, norm_type):
+    """The same values give the same bits, though threads take other elements of other types."""
+    tensors = [test_triton_sums.in_every_type(3 * 1025) for _ in range(10)]
+    expected = test_triton_sums.reduced(exact.STATISTICS[norm_type], tensors)
+    for dtype in test_triton_sums.NARROWER:
+        for offset in PLACES.values():
+            placed = [at_offset(x.to(dtype), offset) for x in tensors]
+            assert all(map(same_bits, test_triton_sums.reduced(exact.STATISTICS[norm_type], placed), expected))
 
 
 @over_places

@@ -46,7 +46,8 @@ def check_words(kind, columns, group_rows=(), chunk_numel=CHUNK):
     assert table.device_index == 0
     for by_kind in (False, True):
         words = table.words(chunk_numel=chunk_numel, by_kind=by_kind)
-        chunks, first_chunks = numbers(words.chunks, 2), []
+        chunks, positions = numbers(words.chunks, 2), []
+        counts = [len(range(0, max(1, row[0].numel()), chunk_numel)) for row in rows]
         of_rows = numbers(words.rows, len(core.words("row")) + len(names))
         assert len(of_rows) == len(rows)
         for i, row in enumerate(rows):
@@ -54,14 +55,13 @@ def check_words(kind, columns, group_rows=(), chunk_numel=CHUNK):
             numel = row[0].numel()
             codes = [4 if dtype is None else DTYPES.index(dtype) for dtype in dtypes[i]]
             of_dtypes = sum(code << 4 * column for column, code in enumerate(codes))
-            first_chunks.append(its["first_chunk"])
-            assert its == {"numel": numel, "first_chunk": first_chunks[i], "group": groups[i], "dtypes": of_dtypes}
+            assert its == {"numel": numel, "first_chunk": sum(counts[:i]), "group": groups[i], "dtypes": of_dtypes}
             assert of_rows[i][len(its) :] == [core.address(x) for x in row]
             own = range(0, max(1, numel), chunk_numel)
-            assert chunks[first_chunks[i] : first_chunks[i] + len(own)] == [[i, begin] for begin in own]
-        counts = [len(range(0, max(1, row[0].numel()), chunk_numel)) for row in rows]
+            positions.append(chunks.index([i, 0]))
+            assert chunks[positions[i] : positions[i] + len(own)] == [[i, begin] for begin in own]
         assert len(chunks) == words.chunk_count == sum(counts)
-        of_layout = [x for row, first in zip(rows, first_chunks, strict=True) for x in (row[0].numel(), first)]
+        of_layout = [x for row, first in zip(rows, positions, strict=True) for x in (row[0].numel(), first)]
         assert array("q", words.layout).tolist() == [chunk_numel, *of_layout]
         kinds = list(dict.fromkeys(dtypes)) if by_kind else [()]  # in the order of their first rows
         assert [section[0] for section in words.sections] == kinds

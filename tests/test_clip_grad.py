@@ -7,10 +7,11 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from contract import DTYPES, assert_contract, exact, real, same_bits, same_values, ulp
+from contract import DTYPES, assert_contract, exact, real, same_bits, same_values
 from controls import CONTROLS, must_fail, truncated, wrong_norm
-from exact import clip_coefficient, magnitudes, norm
-from targets import KERNELS, REFERENCE, interpreted, over, over_kernels, thorough
+from exact import clip_coefficient
+from norms import assert_norm, exact_norm, torch_norm
+from targets import REFERENCE, interpreted, over, over_kernels, thorough
 from torch.nn import utils as torch_utils
 from training import randn, with_grads
 
@@ -36,31 +37,6 @@ LAYOUTS = {f"offset_{i}": lambda x, i=i: x.flatten()[i:] for i in (1, 2, 3, 5, 8
 
 over_layouts = over("layout", LAYOUTS)
 over_norm_types = pytest.mark.parametrize("norm_type", NORM_TYPES)
-
-
-def exact_norm(tensors, norm_type=2.0):
-    return norm(list(map(magnitudes, tensors)), norm_type)
-
-
-def torch_norm(tensors, norm_type=2.0):
-    """What ``torch.nn.utils.get_total_norm`` computes, of 16-bit tensors in float32: ours is of that dtype."""
-    wide = [x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in tensors if x.numel()]
-    if not wide:
-        return torch.zeros(())
-    norms = [torch.linalg.vector_norm(x, norm_type) for x in wide]
-    return torch.linalg.vector_norm(torch.stack([x.to(norms[0].device) for x in norms]), norm_type)
-
-
-def assert_norm(target, ours, tensors, norm_type=2.0, what=""):
-    """A norm that we sum ourselves is the exact one, rounded once, but for what sums lose in float64; in Triton's
-    programs, float32 where there is no float64. Other norms are PyTorch's."""
-    true = exact_norm(tensors, norm_type)
-    if norm_type not in KERNEL_NORM_TYPES:
-        assert_contract(ours, true, torch_norm(tensors, norm_type).to(ours), what)
-        return
-    in_float32 = target.backend == "triton" and ours.dtype == torch.float32
-    allowed = ulp(true, ours.dtype) / 2 + (2.0**-23 if in_float32 else 2.0**-50) * true
-    assert abs(exact(ours) - true) <= allowed, f"{what}: {ours.item()} instead of {true}, {allowed} is allowed"
 
 
 class Solution(NamedTuple):
@@ -237,13 +213,9 @@ SPLITS = {
 @over_norm_types
 def test_norm_is_invariant_under_splitting(target, dtype, norm_type, split):
     whole = randn((10_001,), dtype, target.device)
-    norm = trainops.get_total_norm([whole], norm_type, backend=target.backend)
-    norm_of_pieces = trainops.get_total_norm(split(whole), norm_type, backend=target.backend)
-    assert_norm(target, norm_of_pieces, split(whole), norm_type)
-    if target in KERNELS and norm_type in KERNEL_NORM_TYPES:
-        # Sums are accumulated in float64.
-        rtol = {torch.float32: torch.finfo(torch.float32).eps, torch.float64: 1e-14}[norm.dtype]
-        torch.testing.assert_close(norm_of_pieces, norm, rtol=rtol, atol=0.0)
+    for tensors in ([whole], split(whole)):
+        norm = trainops.get_total_norm(tensors, norm_type, backend=target.backend)
+        assert_norm(target, norm, tensors, norm_type)
 
 
 @interpreted(lambda dtype, **_: dtype in (torch.float32, torch.bfloat16))

@@ -15,8 +15,8 @@ import cuda_shim
 import pytest
 import torch
 from contract import DTYPES, same_bits
-from exact import STATISTICS
-from targets import SHIM, thorough
+from norms import assert_norm, reduced
+from targets import SHIM, Target, thorough
 from torch import nn
 
 import trainops
@@ -26,6 +26,7 @@ from trainops.adapters._device import stage
 
 needs_shim = pytest.mark.skipif(SHIM is None, reason="the CUDA kernels are not compiled for the CPU")
 DEVICE = "cuda" if SHIM is None else "cpu"
+TARGET = Target("cuda", DEVICE)
 
 SHAPES = [(), (0,), (7,), (64, 3), (1025,), (3, 9001), (8192,), (2048,), *[(5,)] * 30]
 STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -105,8 +106,8 @@ def everything(dtype, place=lambda x, role: x.clone()):
     grads = [p.grad for p in params]
     before = [x.clone() for x in grads]
     norms = [trainops.clip_grad_norm_(params, 0.5, p, backend="cuda") for p in (1.0, 2.0, float("inf"))]
-    long_row = [place(randn(8 * 8192 + 5, dtype), 1)]  # nine chunks, whose sums a warp adds up
-    norms += [x for p in (1.0, 2.0, float("inf")) for x in select("cuda", DEVICE).reduce(STATISTICS[p], long_row)]
+    long_row = place(randn(8 * 8192 + 5, dtype), 1)  # several chunks
+    norms += [x for p in (1.0, 2.0, math.inf) for x in reduced(TARGET, [long_row], p)]
     assert_moved(grads, before)
     scaled = [x.clone() for x in grads]
     trainops.clip_grad_value_(params, 3e-6, backend="cuda")
@@ -237,27 +238,23 @@ def test_a_step_is_that_of_the_cpu_backend(dtypes, aligned):
         assert same_bits(ours, cpus)
 
 
-def is_long(chunks, norm_type):
-    return chunks > 40 and (chunks, norm_type) not in [
-        (2048, 2.0),
-        *((2049, order) for order in (1.0, 2.0, math.inf)),
-    ]
-
-
-# The norm adds up partial sums by one thread, a warp or the block.
-@thorough(is_long)
-@pytest.mark.parametrize("norm_type", [1.0, 2.0, float("inf")])
-@pytest.mark.parametrize("chunks", [1, 8, 9, 40, 2048, 2049, 3000])
+# All threads of a block add up the partial results of a row, each every 256th, four at a time.
+@thorough(lambda chunks, norm_type: chunks > 200 and (chunks, norm_type) != (257, 2.0))
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])
+@pytest.mark.parametrize("chunks", [1, 2, 9, 256, 257, 1025])
 def test_norms_of_long_rows(chunks, norm_type):
-    tensors = [
-        randn(100, torch.float32),
-        randn(8192 * (chunks - 1) + 5, torch.bfloat16),
-        randn(8192 * 9, torch.float32),
-    ]
-    norm, norms = select("cuda", DEVICE).reduce(STATISTICS[norm_type], tensors)
-    each = torch.stack([torch.linalg.vector_norm(x.double(), norm_type) for x in tensors])
-    torch.testing.assert_close(norms.double(), each, rtol=1e-7, atol=0.0)
-    torch.testing.assert_close(norm.double(), torch.linalg.vector_norm(each, norm_type), rtol=1e-7, atol=0.0)
+    numel = cuda._cuda.CHUNK_NUMEL * (chunks - 1) + 5
+    tensors = [randn(100, torch.float32), randn(numel, torch.bfloat16), randn(numel, torch.float32)]
+    total, norms = reduced(TARGET, tensors, norm_type)
+    for got, its in zip([total, *norms], [tensors, *([x] for x in tensors)], strict=True):
+        assert_norm(TARGET, got, its, norm_type)
+
+
+def test_rows_of_another_number_follow(dtype):
+    """The counters and partial results of one table are in the memory of the next."""
+    for shapes in ([(70_000,)], [(5,)] * 700, [(70_000,), (5,), (70_000,)], [(3,)] * 1500, [(140_000,)]):
+        tensors = [randn(shape, dtype) for shape in shapes]
+        assert_norm(TARGET, reduced(TARGET, tensors)[0], tensors)
 
 
 def test_every_run_gives_the_same_bits(dtype):

@@ -123,6 +123,11 @@ def test_gradients_of_several_chunks(target):
     check_gradients(target, *operands(torch.float32, target.device, (70001,), (3, 70001)))
 
 
+def test_gradients_of_several_runs(target):
+    """With CUDA, a thread adds up more elements than those of a run where there are more than 32,768 positions."""
+    check_gradients(target, *operands(torch.float32, target.device, (3,), (40, 1000, 3)))
+
+
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
 @some_scales
 def test_gradients_of_mixed_dtypes(target, scale_shape, dtypes):

@@ -166,9 +166,9 @@ def test_backward_is_the_formula(target, shape, dtypes, branch_given, layer_scal
 @thorough(lambda dtype, shape, **_: dtype == torch.bfloat16 and shape != (5, 41, 3))
 @pytest.mark.parametrize("target", [target for target in KERNELS if target.backend == "triton"], ids="-".join)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", [(6, 9, 32), (5, 41, 3), (300, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(6, 9, 32), (5, 41, 3), (300, 2), (1300, 2)], ids=str)
 def test_small_chunks(target, dtype, shape, monkeypatch):
-    """Chunks that lie in one sample, kept or dropped, and chunks of several samples."""
+    """Chunks that lie in one sample, kept or dropped, and of several samples; sums of one run, and of several."""
     kernels = importlib.import_module("trainops.triton_kernels")
     monkeypatch.setattr(kernels._common, "CHUNK", 128)
     monkeypatch.setattr(kernels._common, "block_numel", lambda *_: 64)

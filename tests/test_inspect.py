@@ -38,6 +38,9 @@ def right(variant):
         ({"wide_loads": 0}, "loads are not all wide"),
         ({"wide_stores": 0}, "stores are not all wide"),
         ({"narrow_stores": 9}, "narrow stores"),
+        ({"float64_loops": 0, "other_loops": 1}, ""),
+        ({"float64_loops": 1, "other_loops": 1}, "float64 in an inner loop"),
+        ({"float64_loops": 0, "other_loops": 0}, "float64 in an inner loop"),
     ],
 )
 def test_faults_of_triton_kernels(change, message):
@@ -64,10 +67,11 @@ def test_accesses_that_are_no_multiple_are_a_fault():
         ({"local": 16}, "uses local memory"),
         ({"loads": 0}, "narrow loads"),
         ({"stores": 0}, "narrow stores"),
+        ({"float64_loops": 2}, "float64 in an inner loop"),
     ],
 )
 def test_faults_of_cuda_kernels(change, message):
-    kernel = inspect_cuda.Kernel(32, 0, 0, 0, *inspect_cuda.LEAST["ema_kernel"])
+    kernel = inspect_cuda.Kernel(32, 0, 0, 0, *inspect_cuda.LEAST["ema_kernel"], float64_loops=1, other_loops=1)
     assert inspect_cuda.fault("ema_kernel", kernel._replace(**change)) == message
 
 

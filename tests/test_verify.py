@@ -7,19 +7,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from targets import INTERPRETER, KERNELS, thorough
+from targets import INTERPRETER, SHIM, TARGETS, thorough
 
 import trainops
 from trainops import __main__, verify
 from trainops.adapters import cpu
-from trainops.verify import CHECKS, DTYPES, Compared, Place, problem_with
+from trainops.verify import CHECKS, DTYPES
+from trainops.verify.compare import Compared, Place, problem_with, rounded
 
 CPU = torch.device("cpu")
-TARGETS = [pytest.param(target, id=f"{target.backend}-{target.device}") for target in KERNELS]
 
 
 @thorough(lambda target, dtype, **_: target in INTERPRETER and dtype in (torch.float64, torch.float16))
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", TARGETS, ids="-".join)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", CHECKS)
 def test_every_op_passes(target, dtype, op):
@@ -74,20 +74,20 @@ def test_what_is_wrong_is_noticed(monkeypatch, name, change, ops, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_truncation_is_noticed(dtype):
     exact = torch.rand(1000, dtype=torch.float64) + 1
-    rounded = exact.to(dtype)
-    truncated = torch.where(rounded.double() > exact, rounded.nextafter(torch.zeros((), dtype=dtype)), rounded)
-    assert problem_with(verify.rounded("x", rounded, exact)) <= (1.0, "")
-    assert problem_with(verify.rounded("x", truncated, exact))[0] > 1
+    nearest = exact.to(dtype)
+    truncated = torch.where(nearest.double() > exact, nearest.nextafter(torch.zeros((), dtype=dtype)), nearest)
+    assert problem_with(rounded("x", nearest, exact)) <= (1.0, "")
+    assert problem_with(rounded("x", truncated, exact))[0] > 1
 
 
 def test_infinities_and_shapes_are_noticed():
     exact, bad = torch.ones(3, dtype=torch.float64), torch.tensor([1.0, math.nan, 1.0])
-    assert problem_with(verify.rounded("x", bad, exact)) == (
+    assert problem_with(rounded("x", bad, exact)) == (
         math.inf,
         "x: element 1 is nan instead of 1 (1 of 3 are off)",
     )
     assert problem_with(Compared("x", bad, bad, None)) == (0.0, "")
-    assert problem_with(verify.rounded("x", bad[:2], exact))[1] == "x: the shape is (2,), not (3,)"
+    assert problem_with(rounded("x", bad[:2], exact))[1] == "x: the shape is (2,), not (3,)"
 
 
 def test_an_error_is_a_finding(monkeypatch):
@@ -115,6 +115,23 @@ def test_what_cannot_be_verified(capsys):
     ):
         assert __main__.main(["verify", *arguments]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_each_backend_here_has_its_rows(monkeypatch, capsys):
+    """By the list that dispatch has: one that is added later is verified without a word here."""
+    monkeypatch.setattr(verify, "run", lambda op, place: verify.Finding(op, place, 0.5))
+    assert verify.verify("cpu")
+    rows = [line.split(" on cpu: ") for line in capsys.readouterr().out.splitlines() if " on cpu: " in line]
+    here = [name for name, found in trainops.backends().items() if found.available and (name != "cuda" or SHIM)]
+    assert [name for name, _ in rows] == [name for name in here for _ in CHECKS]
+    assert all(rest.split()[-4:] == ["0.50"] * 4 for _, rest in rows)
+
+
+def test_a_device_without_float64(monkeypatch, capsys):
+    monkeypatch.setattr(verify, "scalar_dtype", lambda _: torch.float32)
+    assert verify.verify("cpu", "cpu")
+    *_, row, _, _ = capsys.readouterr().out.splitlines()
+    assert row.split()[-3] == "-"
 
 
 def test_the_command():

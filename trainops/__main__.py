@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", metavar="[verify]")
     own = commands.add_parser("verify", help="hold every op of every backend here to the specification")
     own.add_argument("--device", help="such as cuda or cuda:1; default: the CPU, and a GPU where there is one")
-    own.add_argument("--backend", choices=[name for name in NAMES if name != "reference"], help="default: all")
+    own.add_argument("--backend", choices=NAMES, help="default: all")
     args = parser.parse_args(arguments)
     if args.command is None:
         show_backends()

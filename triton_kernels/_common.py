@@ -14,6 +14,9 @@ REDUCTION_BLOCK = 2048  # partial results that a program takes at a time
 THREADS = 128  # of a program
 
 
+SMALLEST = 2  # bytes of an element. What is added up is divided among threads as if all had so many
+
+
 def block_numel(*itemsizes: int) -> int:
     """Elements that a program takes at a time: 16 bytes per thread of the tensor with the smallest ones."""
     return THREADS * 16 // min(itemsizes)

@@ -11,8 +11,8 @@ Per element of a kept sample, forward reads branch and residual and writes out (
 grad and branch and writes the branch's gradient (12 bytes), or reads grad alone (8 bytes) where layer scale needs no
 gradient. With a residual, and for layer scale's gradient, a dropped sample's branch is not read. Arithmetic in
 float32, or float64 when all operands are; each product of the first two lines is rounded to the type that PyTorch
-gives it. Layer scale's gradient is summed in two launches, in an order that depends on the sizes, the types and the
-alignment alone.
+gives it. Layer scale's gradient is summed in two launches, in runs of a few elements in the type of arithmetic, which
+are joined in float64. The order depends on the sizes alone.
 
 Forward looks up mask, row and channel once per ``UNIT`` elements: a power of two that divides the size of a sample
 and the number of channels, at most the eight elements of a 16-byte access. The conditions of accesses are uniform
@@ -24,9 +24,11 @@ Agrees with: timm.layers.drop_path (timm/layers/drop.py), and csrc/math/drop_pat
 import triton
 import triton.language as tl
 
+from .statistics import sum_in_pairs
 from .storage import narrow
 
 UNIT = 8  # elements of a 16-bit type in 16 bytes
+RUN = tl.constexpr(8)  # elements that are added up before they are joined in float64
 PARTIALS = 1024  # sums that are added up for a channel in the end, at most
 
 
@@ -141,26 +143,30 @@ def drop_path_backward(
     sample = begin // sample_positions
     begin_in_sample = (begin - sample * sample_positions).to(INDEX)
     scale = tl.load(layer_scale + column, mask=column < channels, other=0).to(WIDE)[None, :]
-    element = tl.arange(0, BLOCK // COLUMNS).to(tl.int64)[:, None] * channels + column[None, :]
-    total = tl.zeros([BLOCK // COLUMNS, COLUMNS], tl.float64)
+    ROUND: tl.constexpr = BLOCK // COLUMNS
+    element = tl.arange(0, ROUND).to(tl.int64)[:, None] * channels + column[None, :]
+    total = tl.zeros([ROUND, COLUMNS], tl.float64)
     size = tl.minimum(positions - begin, program_positions).to(tl.int32)
-    for offset in range(0, size, BLOCK // COLUMNS):
-        position = offset + tl.arange(0, BLOCK // COLUMNS)
-        begun = (begin_in_sample + position.to(INDEX)) // sample_positions.to(INDEX)
-        sample_of_position = sample + begun.to(tl.int64)
-        value = tl.load(mask + sample_of_position, mask=position < size, other=0).to(WIDE)[:, None]
-        inside = (position < size)[:, None] & (column < channels)[None, :]
-        first = (begin + offset) * channels
-        source = first + element
-        if rows is not None:
-            row = tl.load(rows + sample_of_position, mask=position < size, other=0)
-            source += ((row - sample_of_position) * sample_positions * channels)[:, None]
-        g = narrow(tl.load(grad + source, mask=inside, other=0), PRODUCT).to(WIDE)
-        x = tl.load(branch + first + element, mask=inside & (value != 0), other=0).to(WIDE)
-        result = term(g, scale, value, PRODUCT)
-        tl.store(of_branch + first + element, narrow(result, of_branch.dtype.element_ty), mask=inside)
-        total += (g * value * x).to(tl.float64)
-    tl.store(partials + index * channels + column, tl.sum(total, axis=0), mask=column < channels)
+    for first_round in range(0, size, RUN * ROUND):
+        run = tl.zeros([ROUND, COLUMNS], WIDE)
+        for offset in range(first_round, tl.minimum(first_round + RUN * ROUND, size), ROUND):
+            position = offset + tl.arange(0, ROUND)
+            begun = (begin_in_sample + position.to(INDEX)) // sample_positions.to(INDEX)
+            sample_of_position = sample + begun.to(tl.int64)
+            value = tl.load(mask + sample_of_position, mask=position < size, other=0).to(WIDE)[:, None]
+            inside = (position < size)[:, None] & (column < channels)[None, :]
+            first = (begin + offset) * channels
+            source = first + element
+            if rows is not None:
+                row = tl.load(rows + sample_of_position, mask=position < size, other=0)
+                source += ((row - sample_of_position) * sample_positions * channels)[:, None]
+            g = narrow(tl.load(grad + source, mask=inside, other=0), PRODUCT).to(WIDE)
+            x = tl.load(branch + first + element, mask=inside & (value != 0), other=0).to(WIDE)
+            result = term(g, scale, value, PRODUCT)
+            tl.store(of_branch + first + element, narrow(result, of_branch.dtype.element_ty), mask=inside)
+            run += g * value * x
+        total += run.to(tl.float64)
+    tl.store(partials + index * channels + column, sum_in_pairs(total), mask=column < channels)
 
 
 @triton.jit(do_not_specialize=["count", "channels"])
@@ -172,5 +178,5 @@ def finish_layer_scale(of_layer_scale, partials, count, channels, ROWS: tl.const
         row = offset + tl.arange(0, ROWS).to(tl.int64)
         inside = (row < count)[:, None] & (column < channels)[None, :]
         total += tl.load(partials + row[:, None] * channels + column[None, :], mask=inside, other=0)
-    result = narrow(tl.sum(total, axis=0), of_layer_scale.dtype.element_ty)
+    result = narrow(sum_in_pairs(total), of_layer_scale.dtype.element_ty)
     tl.store(of_layer_scale + column, result, mask=column < channels)

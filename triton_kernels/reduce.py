@@ -1,15 +1,18 @@
 """Statistics over a column (``statistics.py``).
 
-Each element is read once (4 bytes in float32), in two launches: one partial result per chunk, in the type of
-arithmetic; then the results over each row's chunks and over all, in float64. The order depends on the sizes and types
-alone.
+Each element is read once (4 bytes in float32), in two launches: one partial result per chunk; then the results over
+each row's chunks and over all. Only runs of a few elements are gathered in float32; they are joined in float64. A
+chunk of which float32 holds too little is read again, from a cache, in float64.
+
+Lane i of a block has the elements i, i + BLOCK, ... of a chunk, and there are as many lanes for every type: the order
+depends on the sizes alone, and the same values give the same bits in every type that holds them.
 """
 
 import triton
 import triton.language as tl
 
 from ._common import ADDRESSES, FIRST_CHUNK, NUMEL, chunk_of, end_of_body
-from .statistics import add, finish, join, join_lanes, overflows, start
+from .statistics import add, finish, is_doubtful, join, join_lanes, start
 from .storage import load
 
 
@@ -24,7 +27,7 @@ def gather_chunk(
     STATISTIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The state of one chunk, gathered in ``WIDE`` and returned in float64."""
+    """The state of one chunk in float64, from runs in ``WIDE``."""
     states = start(STATISTIC, BLOCK, WIDE)
     for MASKED in tl.static_range(2):
         for offset in range(body if MASKED else begin, end if MASKED else body, BLOCK):
@@ -47,17 +50,17 @@ def partial_results(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program i: the state of chunk ``first_chunk + i``, into ``partials``. If float32 overflows, float64 follows."""
-    index = first_chunk + tl.program_id(0)
-    row, begin = chunk_of(chunks, index, CHUNK)
+    """Program i: the state of chunk ``first_chunk + i``, into ``partials``, which have the order of the rows."""
+    row, begin = chunk_of(chunks, first_chunk + tl.program_id(0), CHUNK)
     words = rows + row * WORDS
     end = tl.minimum(begin + CHUNK, tl.load(words + NUMEL))
     address = tl.load(words + ADDRESSES + COLUMN)
     body = end_of_body(begin, end, address, BLOCK)
     state = gather_chunk(address, begin, body, end, DTYPE, WIDE, STATISTIC, BLOCK)
     if WIDE != tl.float64:
-        if overflows(state, STATISTIC):
+        if is_doubtful(state, STATISTIC):
             state = gather_chunk(address, begin, body, end, DTYPE, tl.float64, STATISTIC, BLOCK)
+    index = tl.load(words + FIRST_CHUNK) + begin // CHUNK
     for i in tl.static_range(len(state)):
         tl.store(partials + index * len(state) + i, state[i])
 

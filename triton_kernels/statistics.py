@@ -5,11 +5,16 @@
 A NaN stays. Agrees with: torch.nn.utils.get_total_norm (torch/nn/utils/clip_grad.py).
 
 A state is a tuple of numbers: one for a norm. While elements are added, each number is a block, of which every lane
-has a state of its own.
+has a state of its own: a run, in the type of arithmetic. That is float32 for float32 and 16 bits, which many GPUs do
+64 times as fast as float64. Runs are short, because each sum is rounded; they are joined in float64.
 """
 
 import triton
 import triton.language as tl
+
+# Lanes whose runs are joined in their own type, as a power of 2: a sum of 64 elements is rounded 3 + 8 times.
+SHORT = tl.constexpr(3)
+MOST = tl.constexpr(20)  # no block has more lanes, as a power of 2
 
 # How many numbers a state has.
 NUMBERS = {"l1_norm": 1, "l2_norm": 1, "inf_norm": 1}
@@ -42,6 +47,24 @@ def join(states, others, STATISTIC: tl.constexpr):
 
 
 @triton.jit
+def sum_in_pairs(x):
+    """The sum of a block along axis 0: of neighbours, then of neighbouring sums, in float64 but for the first few.
+
+    Of :func:`tl.sum` nobody says the order. It depends on how the compiler divides the lanes among threads, and that
+    depends on the type and the alignment of what was loaded.
+    """
+    for level in tl.static_range(MOST):
+        if level == SHORT:
+            x = x.to(tl.float64)
+        if x.shape[0] > 2:
+            if len(x.shape) == 1:
+                x = tl.sum(tl.reshape(x, [x.shape[0] // 2, 2]), axis=1)
+            else:
+                x = tl.sum(tl.reshape(x, [x.shape[0] // 2, 2, x.shape[1]]), axis=1)
+    return tl.sum(x.to(tl.float64), axis=0)
+
+
+@triton.jit
 def join_lanes(states, STATISTIC: tl.constexpr):
     """Combines the states of all lanes into one, in float64."""
     if STATISTIC == "inf_norm":
@@ -49,15 +72,21 @@ def join_lanes(states, STATISTIC: tl.constexpr):
         is_nan = tl.max((largest != largest).to(tl.int32), axis=0) != 0
         joined = tl.where(is_nan, float("nan"), tl.max(tl.where(largest != largest, 0.0, largest), axis=0))
     else:
-        joined = tl.sum(states[0], axis=0)
+        joined = sum_in_pairs(states[0])
     return (joined.to(tl.float64),)
 
 
 @triton.jit
-def overflows(state, STATISTIC: tl.constexpr):
-    """Whether a state that was gathered in float32 has overflowed, as the squares of 1e30 do."""
+def is_doubtful(state, STATISTIC: tl.constexpr):
+    """Whether a chunk that was gathered in float32 has to be gathered again in float64.
+
+    Sums of 1e38 overflow, and so do squares of 1e20. A square may be off by 2^-150, half of the smallest number: 2^13
+    of them by 2^-37 of a sum of 2^-100.
+    """
     if STATISTIC == "inf_norm":
         return False
+    elif STATISTIC == "l2_norm":
+        return (state[0] == float("inf")) | (state[0] < 2.0**-100)
     else:
         return state[0] == float("inf")
 

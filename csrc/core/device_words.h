@@ -34,7 +34,14 @@ class DeviceWords {
  public:
   // `group_rows`: how many rows each group has.
   DeviceWords(const Table& table, const std::vector<int64_t>& group_rows, int64_t chunk_numel, bool by_kind)
-      : table_(table), group_rows_(group_rows), chunk_numel_(chunk_numel), first_chunks_(table.rows()) {
+      : table_(table),
+        group_rows_(group_rows),
+        chunk_numel_(chunk_numel),
+        first_chunks_(table.rows()),
+        positions_(table.rows()) {
+    for (int64_t row = 1; row < table.rows(); ++row) {
+      first_chunks_[row] = first_chunks_[row - 1] + chunks_of_row(table.numel(row - 1), chunk_numel);
+    }
     std::vector<int64_t> all(table.rows());
     std::iota(all.begin(), all.end(), 0);
     if (by_kind) {
@@ -54,7 +61,7 @@ class DeviceWords {
     words.push_back(chunk_numel_);
     for (int64_t row = 0; row < table_.rows(); ++row) {
       words.push_back(table_.numel(row));
-      words.push_back(first_chunks_[row]);
+      words.push_back(positions_[row]);
     }
     return words;
   }
@@ -109,7 +116,7 @@ class DeviceWords {
   void add_section(std::vector<DType> kind, std::vector<int64_t> members) {
     const int64_t first = chunk_count_;
     for (const int64_t row : members) {
-      first_chunks_[row] = chunk_count_;
+      positions_[row] = chunk_count_;
       chunk_count_ += chunks_of_row(table_.numel(row), chunk_numel_);
     }
     sections_.push_back({std::move(kind), first, chunk_count_ - first});
@@ -135,7 +142,8 @@ class DeviceWords {
   const Table& table_;
   const std::vector<int64_t>& group_rows_;
   int64_t chunk_numel_, chunk_count_ = 0;
-  std::vector<int64_t> first_chunks_;
+  std::vector<int64_t> first_chunks_;  // of each row, counted in the order of the rows
+  std::vector<int64_t> positions_;     // of each row's first chunk in chunks()
   std::vector<Section> sections_;
   std::vector<std::vector<int64_t>> members_;
 };

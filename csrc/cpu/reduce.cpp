@@ -1,6 +1,7 @@
-// Statistics over a column (math/statistics.h): 4 bytes per float32 element. States are kept in float64 whatever the
-// type, in an order that depends on the sizes alone: the same tensors give the same bits with any number of threads
-// and any instruction set.
+// Statistics over a column (math/statistics.h): 4 bytes per float32 element. Runs of 8 elements are gathered in the
+// type of the arithmetic, and joined in float64, in an order that depends on the number of elements of each row
+// alone: the same numbers give the same bits in float32 and in 16 bits, with any number of threads and any
+// instruction set.
 #include "../math/statistics.h"
 #include "convert.h"
 #include "kernels.h"
@@ -8,45 +9,63 @@
 namespace trainops::cpu {
 namespace {
 
-// Independent states, so that there is no chain of dependent additions.
+// Independent runs, so that there is no chain of dependent additions.
 constexpr int64_t kLanes = 32;
 
-// A run of memory is read as several streams side by side, the lanes of each in turn: one stream alone leaves a core
-// waiting for memory.
+// A piece of memory is read as several streams side by side, the lanes of each in turn: one stream alone leaves a
+// core waiting for memory.
 constexpr int64_t kStreams = 4;
 
-template <typename Statistic, typename S>
-TRAINOPS_HOST_DEVICE void add_whole_lanes(typename Statistic::State* __restrict lanes, const S* __restrict values,
-                                          int64_t size) {
-  for (int64_t i = 0; i < size; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      lanes[lane] = Statistic::add(lanes[lane], static_cast<double>(widen(values[i + lane])));
-    }
+// Elements of every stream that a run takes. So runs have 8 elements, and in float32 round their sum 8 times.
+constexpr int64_t kOfStream = 2;
+
+template <typename Statistic, typename Wide>
+using Run = typename Statistic::template Run<Wide>;
+
+// Adds one element to the run of each lane.
+template <typename Statistic, typename Wide, typename S>
+TRAINOPS_HOST_DEVICE void add_lanes(Run<Statistic, Wide>* __restrict runs, const S* __restrict values) {
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    runs[lane] = Statistic::add(runs[lane], static_cast<Wide>(widen(values[lane])));
   }
 }
 
+template <typename Statistic, typename Wide, typename S>
+TRAINOPS_HOST_DEVICE typename Statistic::State reduce_in(const S* values, int64_t size) {
+  typename Statistic::State states[kLanes];
+  const int64_t stream = size / (kStreams * kLanes) * kLanes, tail = size / kLanes * kLanes;
+  {
+    Run<Statistic, Wide> runs[kLanes] = {};
+    for (int64_t i = kStreams * stream; i < tail; i += kLanes) add_lanes<Statistic, Wide>(runs, values + i);
+    for (int64_t i = tail; i < size; ++i) {
+      runs[i - tail] = Statistic::add(runs[i - tail], static_cast<Wide>(widen(values[i])));
+    }
+    for (int64_t lane = 0; lane < kLanes; ++lane) states[lane] = Statistic::widen(runs[lane]);
+  }
+  for (int64_t begin = 0; begin < stream; begin += kOfStream * kLanes) {
+    Run<Statistic, Wide> runs[kLanes] = {};
+    const int64_t end = begin + kOfStream * kLanes < stream ? begin + kOfStream * kLanes : stream;
+    for (int64_t i = begin; i < end; i += kLanes) {
+      for (int64_t s = 0; s < kStreams; ++s) add_lanes<Statistic, Wide>(runs, values + s * stream + i);
+    }
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      states[lane] = Statistic::join(states[lane], Statistic::widen(runs[lane]));
+    }
+  }
+  return join_runs<Statistic>(states);
+}
+
 template <typename Statistic, typename S>
-TRAINOPS_HOST_DEVICE typename Statistic::State reduce_run(const S* values, int64_t size) {
-  typename Statistic::State lanes[kLanes] = {};
-  const int64_t stream = size / (kStreams * kLanes) * kLanes;
-  for (int64_t i = 0; i < stream; i += kLanes) {
-    for (int64_t s = 0; s < kStreams; ++s) add_whole_lanes<Statistic>(lanes, values + s * stream + i, kLanes);
-  }
-  const int64_t rest = kStreams * stream, tail = size / kLanes * kLanes;
-  add_whole_lanes<Statistic>(lanes, values + rest, tail - rest);
-  for (int64_t i = tail; i < size; ++i) {
-    lanes[i % kLanes] = Statistic::add(lanes[i % kLanes], static_cast<double>(widen(values[i])));
-  }
-  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-    for (int64_t lane = 0; lane < width; ++lane) lanes[lane] = Statistic::join(lanes[lane], lanes[lane + width]);
-  }
-  return lanes[0];
+TRAINOPS_HOST_DEVICE typename Statistic::State reduce_values(const S* values, int64_t size) {
+  const auto state = reduce_in<Statistic, Wide<S>>(values, size);
+  if (std::is_same_v<Wide<S>, double> || !Statistic::is_doubtful(state)) return state;
+  return reduce_in<Statistic, double>(values, size);
 }
 
 // One named function for each statistic and type, because only those can be compiled for several instruction sets.
 #define TRAINOPS_REDUCE(dtype, S, Statistic)                                                      \
   TRAINOPS_MULTIVERSION Statistic::State reduce_piece(Statistic, const S* values, int64_t size) { \
-    return reduce_run<Statistic>(values, size);                                                   \
+    return reduce_values<Statistic>(values, size);                                                \
   }
 #define TRAINOPS_REDUCE_ALL(Statistic, name) TRAINOPS_DTYPES(TRAINOPS_REDUCE, Statistic)
 TRAINOPS_STATISTICS(TRAINOPS_REDUCE_ALL)

@@ -1,4 +1,4 @@
-// Launches kernels, and finds their rows and chunks. A block takes chunk after chunk of a table.
+// Launches kernels, and finds their rows and chunks. Blocks draw the chunks of a table from a queue.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -65,33 +65,113 @@ struct Row {
 
 __device__ inline Row row_of(const DeviceTable& table, int64_t row) { return {table.rows + row * table.row_words}; }
 
-// Elements [begin, end) of a row.
+// Elements [begin, end) of a row. The row's words lie in shared memory, until the next chunk is asked for.
 struct Chunk {
   Row row;
-  int64_t begin, end;
+  int64_t row_index, index, begin, end;
+  int slot;  // 0 and 1 in turns
 };
 
-__device__ inline Chunk chunk_of(const DeviceTable& table, int64_t index) {
-  const int64_t* const words = table.chunks + kChunkWords * index;
-  const Row row = row_of(table, words[kChunkRow]);
-  const int64_t begin = words[kChunkBegin];
-  const int64_t left = row.numel() - begin;
-  return {row, begin, begin + (left < kChunkNumel ? left : kChunkNumel)};
-}
+// Prepares nothing.
+struct Nothing {
+  __device__ void operator()(const Row&, int) const {}
+};
 
-// True for all threads of the block that calls this last. It then sees what the other blocks have written. The
-// counter must be 0 on entry. The last block resets it.
-__device__ inline bool is_last_block(unsigned* counter) {
+// Hands out the chunks of a table, each to one block: whoever is ready draws the next one, so that blocks which begin
+// late or run slowly take fewer. All threads of a block own the queue together and ask it for the same chunks.
+//
+// While a block works on a chunk, its last warp draws the next one, reads its row into the other of two slots, and
+// calls prepare(row, slot), which has to pass a barrier of the warp before it reads the row. That warp has no
+// elements of chunks of less than 7 packs for each lane.
+template <typename Prepare = Nothing>
+class ChunkQueue {
+ public:
+  // `drawn` must be 0 when the first block begins, and is 0 again when the last one has ended. Every block has to
+  // take chunks until there are none. `backwards`: from the last of the table's first `count` chunks to the first.
+  __device__ ChunkQueue(const DeviceTable& table, int64_t count, unsigned* drawn, bool backwards = false,
+                        Prepare prepare = {})
+      : table_(table), count_(count), drawn_(drawn), backwards_(backwards), prepare_(prepare) {
+    __shared__ Slot slots[2];
+    slots_ = slots;
+    if (is_drawer()) draw(0);
+  }
+
+  // The next chunk for all threads of the block, which have finished the last one. False if there are no more.
+  __device__ bool next(Chunk& chunk) {
+    __syncthreads();
+    const Slot& slot = slots_[slot_];
+    if (slot.index < 0) return false;
+    const int64_t left = slot.row[kNumel] - slot.begin;
+    chunk = {
+        {slot.row}, slot.row_index, slot.index, slot.begin, slot.begin + (left < kChunkNumel ? left : kChunkNumel),
+        slot_};
+    slot_ ^= 1;
+    if (is_drawer()) draw(slot_);
+    return true;
+  }
+
+ private:
+  struct Slot {
+    int64_t row_index, index, begin;
+    int64_t row[kAddresses + kMaxColumns];
+  };
+
+  __device__ static bool is_drawer() { return threadIdx.x >= kThreads - kWarp; }
+
+  __device__ void draw(int to) {
+    const int lane = threadIdx.x % kWarp;
+    Slot& slot = slots_[to];
+    unsigned turn = 0;
+    if (lane == 0) {
+      turn = atomicAdd(drawn_, 1u);
+      // Every block draws once in vain; then the counter is done with.
+      if (turn == count_ + gridDim.x - 1) *drawn_ = 0;
+    }
+    turn = __shfl_sync(kAllLanes, turn, 0);
+    if (turn >= count_) {
+      if (lane == 0) slot.index = -1;
+      return;
+    }
+    const int64_t index = backwards_ ? count_ - 1 - turn : turn;
+    const int64_t* const words = table_.chunks + kChunkWords * index;
+    const Row row = row_of(table_, words[kChunkRow]);
+    if (lane < table_.row_words) slot.row[lane] = row.words[lane];
+    if (lane == 0) {
+      slot.row_index = words[kChunkRow];
+      slot.index = index;
+      slot.begin = words[kChunkBegin];
+    }
+    prepare_({slot.row}, to);
+  }
+
+  const DeviceTable& table_;
+  const int64_t count_;
+  unsigned* const drawn_;
+  const bool backwards_;
+  Prepare prepare_;
+  Slot* slots_;
+  int slot_ = 0;
+};
+
+// Called by blocks after their first threads have written something. True for all threads of the last of `count` such
+// blocks. It then sees what those threads have written. The counter must be 0 on entry. The last block resets it.
+// Threads must pass a barrier between two calls.
+__device__ inline bool is_last_of(unsigned count, unsigned* counter) {
   __shared__ bool last;
-  __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
-    last = atomicAdd(counter, 1u) == gridDim.x - 1;
-    if (last) *counter = 0;
-    __threadfence();
+    last = atomicAdd(counter, 1u) == count - 1;
+    if (last) {
+      *counter = 0;
+      __threadfence();
+    }
   }
   __syncthreads();
   return last;
 }
+
+// The same for all blocks, and for what all their threads have written. Called when the queue has no more chunks:
+// next() was a barrier.
+__device__ inline bool is_last_block(Counters* counters) { return is_last_of(gridDim.x, &counters->blocks); }
 
 }  // namespace trainops::cuda

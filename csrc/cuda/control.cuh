@@ -61,7 +61,7 @@ __device__ inline void advance_steps(const DeviceTable& table) {
 
 // Ends a step: the last block advances the step counts and stores whether the step was skipped.
 __device__ inline void finish_step(const UpdateArgs& args, bool skips) {
-  if (!is_last_block(args.counter)) return;
+  if (!is_last_block(args.counters)) return;
   if (!skips) advance_steps(args.table);
   if (threadIdx.x == 0) {
     if (args.skip != nullptr) *args.skip = skips;

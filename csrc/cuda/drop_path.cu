@@ -44,7 +44,7 @@ __device__ void forward_pack(const DropPath& args, const VectorRange<T>& range, 
   for (int half = 0; half < 2; ++half) {
     if (!exist[half]) continue;
     const int64_t own = sample.after(firsts[half]).turn;
-    mask[half] = load<T>(args.mask, own);
+    mask[half] = load_operand<T>(args.mask, own);
     shifts[half] = sample_offset(args.rows, own, args.sample_numel);
   }
   LaneOffset scale_offset = offset, branch_offset = offset;
@@ -77,13 +77,14 @@ __device__ void forward_pack(const DropPath& args, const VectorRange<T>& range, 
 template <typename T>
 __device__ void forward_one(const DropPath& args, int64_t i, int64_t sample, int64_t channel) {
   const bool has_residual = args.residual.address != nullptr;
-  const T mask = load<T>(args.mask, sample), residual = has_residual ? load<T>(args.residual, i) : T(0);
+  const T mask = load_operand<T>(args.mask, sample),
+          residual = has_residual ? load_operand<T>(args.residual, i) : T(0);
   T result = residual;
   if (!has_residual || mask != T(0)) {
     const int64_t branch_offset = i + sample_offset(args.rows, sample, args.sample_numel);
-    const T layer_scale = args.layer_scale.address == nullptr ? T(1) : load<T>(args.layer_scale, channel);
+    const T layer_scale = args.layer_scale.address == nullptr ? T(1) : load_operand<T>(args.layer_scale, channel);
     with_rounding<T>(args.mask.dtype, [&](auto round) {
-      result = term(load<T>(args.branch, branch_offset), layer_scale, mask, round);
+      result = term(load_operand<T>(args.branch, branch_offset), layer_scale, mask, round);
       if (has_residual) result = residual + result;
     });
   }

@@ -12,6 +12,12 @@ __device__ inline int64_t sample_offset(const int64_t* rows, int64_t sample, int
   return rows == nullptr ? 0 : (rows[sample] - sample) * sample_numel;
 }
 
+// An element of an operand. None is float64 where arithmetic is in float32: its loops need no conversion.
+template <typename T>
+__device__ T load_operand(const Cell& operand, int64_t i) {
+  return load<T, sizeof(T) == 8>(operand, i);
+}
+
 // Calls function(round), where round rounds to the type of the products.
 template <typename T, typename Function>
 __device__ void with_rounding(DType products, Function function) {

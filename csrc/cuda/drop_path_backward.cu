@@ -4,7 +4,8 @@
 //   of_layer_scale = sum over samples and positions of grad * mask[sample] * branch
 //
 // Per element: reads grad and branch, writes of_branch (12 bytes in float32). A dropped sample's branch is not read.
-// Arithmetic as forward's; sums in float64, in two launches and an order that depends on the sizes alone.
+// Arithmetic as forward's. Sums in runs of a few elements in its type, which are joined in float64, in two launches
+// and an order that depends on the sizes alone.
 #include "drop_path.cuh"
 
 namespace trainops::cuda {
@@ -13,6 +14,9 @@ namespace {
 // A row is one position of one sample. Rows are added up in groups, those of a group by one block: how many
 // there are depends on the sizes alone.
 constexpr int64_t kLeastGroup = 64, kMostGroups = 512;
+
+// Elements that a thread adds up before it joins them in float64.
+constexpr int kRun = 8;
 
 __host__ __device__ inline int64_t rows_of_group(int64_t rows) {
   const int64_t least = (rows + kMostGroups - 1) / kMostGroups;
@@ -48,7 +52,7 @@ struct Lane {
     if constexpr (packs) {
       unpack(fetch<T>(cell, where), cell.dtype, x);
     } else {
-      x[0] = where.has_first ? load<T>(cell, where.first) : T(0);
+      x[0] = where.has_first ? load_operand<T>(cell, where.first) : T(0);
     }
   }
 
@@ -82,29 +86,36 @@ __device__ void backward_tile(const DropPathBackwardArgs& args, int64_t group, i
 
   T layer_scale[size];
   lane.read(args.layer_scale, lane.offset, layer_scale);
-  double totals[size] = {};
-  for (int64_t row = group_rows * group + warp; row < end_row; row += kWarps) {
-    const int64_t sample = row / sample_rows;
-    const T mask = load<T>(args.mask, sample);
-    const LaneOffset offset = lane.in_row(row * channels, true);
-    T grad[size], branch[size];
-    const int64_t grad_offset = row * channels + sample_offset(args.rows, sample, args.sample_numel);
-    lane.read(args.grad, lane.in_row(grad_offset, true), grad);
-    lane.read(args.branch, lane.in_row(row * channels, mask != T(0)), branch);
-    with_rounding<T>(args.mask.dtype, [&](auto round) {
-#pragma unroll
-      for (int j = 0; j < size; ++j) {
-        totals[j] += static_cast<double>(round(grad[j]) * mask * branch[j]);
-        grad[j] = term(grad[j], layer_scale[j], mask, round);
-      }
-    });
-    lane.write(args.of_branch, offset, grad);
-  }
-
+  const auto total_of = [&](int j) -> double& { return totals_of_warps[warp][lane.column(j) - begin]; };
 #pragma unroll
   for (int j = 0; j < size; ++j) {
-    const int64_t column = lane.column(j);
-    if (column < end) totals_of_warps[warp][column - begin] = totals[j];
+    if (lane.column(j) < end) total_of(j) = 0.0;
+  }
+  for (int64_t first = group_rows * group + warp; first < end_row; first += kRun * kWarps) {
+    const int64_t end_of_run = first + kRun * kWarps < end_row ? first + kRun * kWarps : end_row;
+    T run[size] = {};
+#pragma unroll 1
+    for (int64_t row = first; row < end_of_run; row += kWarps) {
+      const int64_t sample = row / sample_rows;
+      const T mask = load_operand<T>(args.mask, sample);
+      const LaneOffset offset = lane.in_row(row * channels, true);
+      T grad[size], branch[size];
+      const int64_t grad_offset = row * channels + sample_offset(args.rows, sample, args.sample_numel);
+      lane.read(args.grad, lane.in_row(grad_offset, true), grad);
+      lane.read(args.branch, lane.in_row(row * channels, mask != T(0)), branch);
+      with_rounding<T>(args.mask.dtype, [&](auto round) {
+#pragma unroll
+        for (int j = 0; j < size; ++j) {
+          run[j] += round(grad[j]) * mask * branch[j];
+          grad[j] = term(grad[j], layer_scale[j], mask, round);
+        }
+      });
+      lane.write(args.of_branch, offset, grad);
+    }
+#pragma unroll
+    for (int j = 0; j < size; ++j) {
+      if (lane.column(j) < end) total_of(j) += static_cast<double>(run[j]);
+    }
   }
   __syncthreads();
   for (int64_t column = begin + threadIdx.x; column < end; column += kThreads) {
@@ -116,7 +127,8 @@ __device__ void backward_tile(const DropPathBackwardArgs& args, int64_t group, i
 }
 
 template <typename T, bool packs>
-__global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constant__ DropPathBackwardArgs args) {
+__global__ void __launch_bounds__(kThreads, packs && sizeof(T) == 4 ? 2 : 4)
+    backward_kernel(const __grid_constant__ DropPathBackwardArgs args) {
   const int64_t tiles = (args.channels + kColumns<T, packs> - 1) / kColumns<T, packs>;
   const int64_t groups = count_groups(args.samples * (args.sample_numel / args.channels));
   for (int64_t index = blockIdx.x; index < groups * tiles; index += gridDim.x) {

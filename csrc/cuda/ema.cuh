@@ -15,10 +15,21 @@ __device__ inline void ema_one(const Cell& average, const Cell& param, int64_t i
   }
 }
 
+// The weight of a loop, in registers. Only rows with an average need it, so that the compiler would put its
+// arithmetic, which is in float64, into the loop.
+template <typename T>
+__device__ EMAWeight<T> weight_of_loop(double decay) {
+  EMAWeight<T> weight(decay);
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(T) == 4) asm volatile("" : "+f"(weight.weight), "+f"(weight.complement));
+#endif
+  return weight;
+}
+
 // Moves a pack of the average. Takes and returns packs as they lie in memory.
 template <typename T>
-__device__ Raw ema_pack(const Raw& average, DType average_dtype, const Raw& param, DType param_dtype, double decay) {
-  const EMAWeight<T> weight(decay);
+__device__ Raw ema_pack(const Raw& average, DType average_dtype, const Raw& param, DType param_dtype,
+                        const EMAWeight<T>& weight) {
   T moved[kPack<T>], towards[kPack<T>];
   unpack(average, average_dtype, moved);
   unpack(param, param_dtype, towards);

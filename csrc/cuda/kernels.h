@@ -41,13 +41,24 @@ struct DeviceTable {
   int64_t row_count, chunk_count, row_words;
 };
 
+// Counters of a launch. All must be 0 on entry, and kernels reset them.
+struct Counters {
+  unsigned chunks;  // drawn from the queue
+  unsigned blocks;  // that have ended
+};
+
+// Those of a reduction.
+struct ReduceCounters : Counters {
+  unsigned rows[1];  // one for each row: its chunks that are done
+};
+
 // A statistic of each row of a column and of all of them, divided by `grad_scale`.
 struct ReduceArgs {
   DeviceTable table;
   int64_t column;
   const float* grad_scale;
-  unsigned* counter;  // must be 0 on entry; the kernel resets it
-  void* partials;     // room for a State of the statistic per chunk (math/statistics.h)
+  ReduceCounters* counters;
+  void* partials;  // room for a State of the statistic per chunk (math/statistics.h)
   double* total;
   void* total_out;  // the same, and the rows' results, as float or double
   void* rows_out;
@@ -56,11 +67,11 @@ struct ReduceArgs {
 void reduce(const std::string& statistic, const ReduceArgs& args, const Queue& queue);
 
 // Multiplies by a float or double that lies on the device; 1 leaves the tensors unread.
-void scale(const DeviceTable& table, const Cell& coefficient, const Queue& queue);
-void clamp(const DeviceTable& table, double bound, const Queue& queue);
+void scale(const DeviceTable& table, const Cell& coefficient, Counters* counters, const Queue& queue);
+void clamp(const DeviceTable& table, double bound, Counters* counters, const Queue& queue);
 
 // A true `skip` leaves the averages alone.
-void ema(const DeviceTable& table, double decay, const bool* skip, const Queue& queue);
+void ema(const DeviceTable& table, double decay, const bool* skip, Counters* counters, const Queue& queue);
 
 // Step words (core/schema.h) of a few groups travel with the launch; those of many have an address.
 constexpr int kInlineWords = 256;
@@ -76,7 +87,7 @@ struct UpdateArgs {
   bool clips, skip_nonfinite;
   bool* skip;              // written: whether the step was skipped
   int64_t* skipped_steps;  // incremented if the step is skipped
-  unsigned* counter;       // must be 0 on entry; the kernel resets it
+  Counters* counters;
 };
 void update(const std::string& rule, const UpdateArgs& args, const Queue& queue);
 

@@ -56,13 +56,13 @@ StagedTable stage(const PythonTable& table, const py::object& words, uintptr_t r
   return staged;
 }
 
-void reduce(const StagedTable& staged, const std::string& statistic, uintptr_t grad_scale, uintptr_t counter,
+void reduce(const StagedTable& staged, const std::string& statistic, uintptr_t grad_scale, uintptr_t counters,
             uintptr_t partials, uintptr_t total, uintptr_t total_out, uintptr_t rows_out) {
   cuda::ReduceArgs args{};
   args.table = staged.table;  // of any kind: the column that is measured
   args.column = staged.measured;
   args.grad_scale = at<const float>(grad_scale);
-  args.counter = at<unsigned>(counter);
+  args.counters = at<cuda::ReduceCounters>(counters);
   args.partials = at<void>(partials);
   args.total = at<double>(total);
   args.total_out = at<void>(total_out);
@@ -71,21 +71,23 @@ void reduce(const StagedTable& staged, const std::string& statistic, uintptr_t g
   cuda::reduce(statistic, args, staged.queue);
 }
 
-void scale(const StagedTable& staged, uintptr_t coefficient, bool is_float64) {
+void scale(const StagedTable& staged, uintptr_t coefficient, bool is_float64, uintptr_t counters) {
   const Cell cell{at<void>(coefficient), is_float64 ? DType::float64 : DType::float32};
-  cuda::scale(staged.of("transform"), cell, staged.queue);
+  cuda::scale(staged.of("transform"), cell, at<cuda::Counters>(counters), staged.queue);
 }
 
-void clamp(const StagedTable& staged, double bound) { cuda::clamp(staged.of("transform"), bound, staged.queue); }
+void clamp(const StagedTable& staged, double bound, uintptr_t counters) {
+  cuda::clamp(staged.of("transform"), bound, at<cuda::Counters>(counters), staged.queue);
+}
 
-void ema(const StagedTable& staged, double decay, uintptr_t skip) {
-  cuda::ema(staged.of("ema"), decay, at<const bool>(skip), staged.queue);
+void ema(const StagedTable& staged, double decay, uintptr_t skip, uintptr_t counters) {
+  cuda::ema(staged.of("ema"), decay, at<const bool>(skip), at<cuda::Counters>(counters), staged.queue);
 }
 
 // `words`: bytes passed as kernel arguments, or the device address of a longer list.
 void update(const StagedTable& staged, const py::object& words, uintptr_t norm, uintptr_t grad_scale,
             uintptr_t found_inf, bool clips, bool skip_nonfinite, uintptr_t skip, uintptr_t skipped_steps,
-            uintptr_t counter) {
+            uintptr_t counters) {
   cuda::UpdateArgs args{};
   args.table = staged.table;
   if (py::isinstance<py::bytes>(words)) {
@@ -102,7 +104,7 @@ void update(const StagedTable& staged, const py::object& words, uintptr_t norm, 
   args.skip_nonfinite = skip_nonfinite;
   args.skip = at<bool>(skip);
   args.skipped_steps = at<int64_t>(skipped_steps);
-  args.counter = at<unsigned>(counter);
+  args.counters = at<cuda::Counters>(counters);
   cuda::update(staged.kind, args, staged.queue);
 }
 
@@ -130,13 +132,14 @@ PYBIND11_MODULE(_cuda, m) {
       .def(py::init(&stage), py::keep_alive<1, 2>(), py::arg("table"), py::kw_only(), py::arg("words"),
            py::arg("rows"), py::arg("chunks"), py::arg("chunk_count"), py::arg("stream"));
   m.def("reduce", &reduce, py::arg("staged"), py::kw_only(), py::arg("statistic"), py::arg("grad_scale"),
-        py::arg("counter"), py::arg("partials"), py::arg("total"), py::arg("total_out"), py::arg("rows_out"));
-  m.def("scale", &scale, py::arg("staged"), py::kw_only(), py::arg("coefficient"), py::arg("is_float64"));
-  m.def("clamp", &clamp, py::arg("staged"), py::kw_only(), py::arg("bound"));
-  m.def("ema", &ema, py::arg("staged"), py::kw_only(), py::arg("decay"), py::arg("skip"));
+        py::arg("counters"), py::arg("partials"), py::arg("total"), py::arg("total_out"), py::arg("rows_out"));
+  m.def("scale", &scale, py::arg("staged"), py::kw_only(), py::arg("coefficient"), py::arg("is_float64"),
+        py::arg("counters"));
+  m.def("clamp", &clamp, py::arg("staged"), py::kw_only(), py::arg("bound"), py::arg("counters"));
+  m.def("ema", &ema, py::arg("staged"), py::kw_only(), py::arg("decay"), py::arg("skip"), py::arg("counters"));
   m.def("update", &update, py::arg("staged"), py::kw_only(), py::arg("words"), py::arg("norm"), py::arg("grad_scale"),
         py::arg("found_inf"), py::arg("clips"), py::arg("skip_nonfinite"), py::arg("skip"), py::arg("skipped_steps"),
-        py::arg("counter"));
+        py::arg("counters"));
   m.def("drop_path", &drop_path, py::arg("operands"), py::kw_only(), py::arg("stream"));
   m.def("drop_path_backward", &drop_path_backward, py::arg("operands"), py::kw_only(), py::arg("partials"),
         py::arg("stream"));

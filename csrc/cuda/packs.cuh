@@ -65,6 +65,16 @@ struct LaneOffset {
 
   LaneOffset() = default;
 
+  // A pack that is read whole if it begins before `body`, else not at all.
+  template <typename T>
+  __device__ static LaneOffset of_pack(int64_t first, int64_t body) {
+    LaneOffset offset;
+    offset.first = first;
+    offset.second = first + kHalf<T>;
+    offset.has_first = offset.has_second = first < body;
+    return offset;
+  }
+
   template <typename T>
   __device__ LaneOffset(const VectorRange<T>& range, int64_t tile, int thread)
       : first(tile + thread * range.stride), second(first + range.second) {
@@ -183,18 +193,37 @@ __device__ inline Raw pack(const double (&x)[2], DType) {
   return raw;
 }
 
-template <typename T>
+// `has_float64`: whether the tensor may be float64.
+template <typename T, bool has_float64 = true>
 __device__ T load(const Cell& cell, int64_t i) {
   switch (cell.dtype) {
     case DType::float32:
       return static_cast<T>(static_cast<const float*>(cell.address)[i]);
     case DType::float64:
+      if constexpr (!has_float64) __builtin_unreachable();
       return static_cast<T>(static_cast<const double*>(cell.address)[i]);
     case DType::bfloat16:
       return static_cast<T>(widen(static_cast<const BFloat16*>(cell.address)[i]));
     default:
       return static_cast<T>(widen(static_cast<const Float16*>(cell.address)[i]));
   }
+}
+
+template <typename S, typename T>
+__device__ void load_elements(const Cell& cell, int64_t first, int count, T (&x)[kPack<T>]) {
+  const S* const elements = static_cast<const S*>(cell.address) + first;
+#pragma unroll
+  for (int j = 0; j < kPack<T>; ++j) x[j] = j < count ? static_cast<T>(widen(elements[j])) : T(0);
+}
+
+// The first `count` elements of a pack, one by one, in the type of their arithmetic. The others are zeros.
+__device__ inline void load_pack(const Cell& cell, int64_t first, int count, double (&x)[2]) {
+  load_elements<double>(cell, first, count, x);
+}
+__device__ inline void load_pack(const Cell& cell, int64_t first, int count, float (&x)[8]) {
+  if (cell.dtype == DType::float32) return load_elements<float>(cell, first, count, x);
+  if (cell.dtype == DType::bfloat16) return load_elements<BFloat16>(cell, first, count, x);
+  load_elements<Float16>(cell, first, count, x);
 }
 
 template <typename T>

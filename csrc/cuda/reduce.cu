@@ -1,5 +1,8 @@
-// Statistics over a column (math/statistics.h), in one launch: 4 bytes per float32 element. Elements are widened to
-// float64 whatever the type, and taken in an order that depends on the sizes and on the tensor's type alone.
+// Statistics over a column (math/statistics.h), in one launch: 4 bytes per float32 element. Of each tile of a chunk,
+// a thread takes one pack. It has a run for each place in a pack, in the type of the arithmetic, and joins its runs
+// when its share of the chunk ends. All that follows is float64. The order of all sums depends on the number of
+// elements of each row alone: not on types (but float64, whose packs are smaller), alignment, or the number of
+// blocks.
 #include "../math/statistics.h"
 #include "packs.cuh"
 
@@ -8,6 +11,9 @@ namespace {
 
 // Packs of a tensor that a thread reads ahead.
 constexpr int kAhead = 2;
+
+template <typename T>
+constexpr int kTile = kThreads * kPack<T>;
 
 // A state on its way to another thread or another block.
 template <typename Statistic>
@@ -23,51 +29,88 @@ __device__ typename Statistic::State from_words(const StateWords<Statistic>& wor
   return bit_cast<typename Statistic::State>(words);
 }
 
-// The state of a thread's share of a chunk. Alignment does not change the order of the elements.
+// A thread's runs, one for each place in a pack.
+template <typename Statistic, typename T, typename Wide>
+struct Runs {
+  using State = typename Statistic::State;
+  typename Statistic::template Run<Wide> at[kPack<T>] = {};
+
+  // Adds a pack, of which the first `count` elements exist. The others are zeros.
+  __device__ void add(const T (&x)[kPack<T>], int count) {
+#pragma unroll
+    for (int j = 0; j < kPack<T>; ++j) {
+      if (Statistic::ignores_zeros || j < count) at[j] = Statistic::add(at[j], static_cast<Wide>(x[j]));
+    }
+  }
+
+  __device__ State joined() const { return Statistic::widen(join_runs<Statistic>(at)); }
+};
+
+// The number of elements of [first, end) that a pack holds.
+template <typename T>
+__device__ int count_in_pack(int64_t first, int64_t end) {
+  const int64_t left = end - first;
+  return left <= 0 ? 0 : left < kPack<T> ? static_cast<int>(left) : kPack<T>;
+}
+
+// Adds whole packs, read in accesses of 16 bytes. `body`: the end of the last one.
 template <typename Statistic, typename T>
-__device__ typename Statistic::State state_of_thread(const Cell& cell, const Chunk& chunk) {
-  constexpr int tile_numel = kThreads * kPack<T>;
-  VectorRange<T> range(chunk.begin, chunk.end, kThreads);
-  range.add(cell);
-  range.close();
-  typename Statistic::State state{};
-  for (int64_t tile = range.begin; tile < range.body; tile += kAhead * tile_numel) {
+__device__ void add_packs(const Cell& cell, int64_t begin, int64_t body, Runs<Statistic, T, T>& runs) {
+  for (int64_t tile = begin; tile < body; tile += kAhead * kTile<T>) {
     Raw raw[kAhead];
     LaneOffset offsets[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      offsets[i] = LaneOffset(range, tile + i * tile_numel, threadIdx.x);
+      offsets[i] = LaneOffset::of_pack<T>(tile + i * kTile<T> + threadIdx.x * kPack<T>, body);
       raw[i] = fetch<T>(cell, offsets[i]);
     }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       T x[kPack<T>];
       unpack(raw[i], cell.dtype, x);
-#pragma unroll
-      for (int j = 0; j < kPack<T>; ++j) {
-        // Where there are no elements, fetch() gives zeros.
-        const bool exists = j < kHalf<T> ? offsets[i].has_first : offsets[i].has_second;
-        if (Statistic::ignores_zeros || exists) state = Statistic::add(state, static_cast<double>(x[j]));
-      }
+      runs.add(x, offsets[i].has_first ? kPack<T> : 0);
     }
   }
-  if (range.body == range.end) return state;
-  for (int64_t tile = range.begin + (range.body - range.begin) / tile_numel * tile_numel; tile < range.end;
-       tile += tile_numel) {
-#pragma unroll 1
-    for (int j = 0; j < kPack<T>; ++j) {
-      const int64_t i = tile + threadIdx.x * range.stride + (j < kHalf<T> ? j : range.second + j - kHalf<T>);
-      if (i >= range.body && i < range.end) state = Statistic::add(state, load<double>(cell, i));
-    }
-  }
-  return state;
 }
 
-// Joins the states of a warp's lanes. Only the first lane's result is valid.
-template <typename Statistic>
-__device__ typename Statistic::State join_warp(typename Statistic::State state) {
+// Adds packs whose elements are read one by one: those from `body` on.
+template <typename Statistic, typename T, typename Wide>
+__device__ void add_elements(const Cell& cell, const Chunk& chunk, int64_t body, Runs<Statistic, T, Wide>& runs) {
+  const int64_t last_tile = chunk.begin + (body - chunk.begin) / kTile<T> * kTile<T>;
+  for (int64_t tile = last_tile; tile < chunk.end; tile += kTile<T>) {
+    const int64_t first = tile + threadIdx.x * kPack<T>;
+    if (first < body) continue;
+    const int count = count_in_pack<T>(first, chunk.end);
+    T x[kPack<T>];
+    load_pack(cell, first, count, x);
+    runs.add(x, count);
+  }
+}
+
+// The state of a thread's share of a chunk.
+template <typename Statistic, typename T>
+__device__ typename Statistic::State state_of_thread(const Cell& cell, const Chunk& chunk) {
+  const bool is_aligned = reinterpret_cast<uintptr_t>(cell.address) % 16 == 0;
+  const int64_t body = is_aligned ? chunk.end - (chunk.end - chunk.begin) % kPack<T> : chunk.begin;
+  Runs<Statistic, T, T> runs;
+  add_packs(cell, chunk.begin, body, runs);
+  add_elements(cell, chunk, body, runs);
+  return runs.joined();
+}
+
+// The same, gathered in float64 whatever the type.
+template <typename Statistic, typename T>
+__device__ typename Statistic::State exact_state_of_thread(const Cell& cell, const Chunk& chunk) {
+  Runs<Statistic, T, double> runs;
+  add_elements(cell, chunk, chunk.begin, runs);
+  return runs.joined();
+}
+
+// Joins the states of the first `lanes` lanes of a warp. Only the first lane's result is valid.
+template <typename Statistic, int lanes>
+__device__ typename Statistic::State join_lanes(typename Statistic::State state) {
 #pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+  for (int distance = lanes / 2; distance > 0; distance /= 2) {
     StateWords<Statistic> other = to_words<Statistic>(state);
 #pragma unroll
     for (int64_t& word : other.words) word = __shfl_down_sync(kAllLanes, word, distance);
@@ -76,53 +119,57 @@ __device__ typename Statistic::State join_warp(typename Statistic::State state) 
   return state;
 }
 
-// The state of a lane, for all lanes of its warp.
+// Where the threads of a block meet to join their states: in turn, so that the next may be written before all threads
+// have read the last.
 template <typename Statistic>
-__device__ typename Statistic::State state_of_lane(typename Statistic::State state, int lane) {
-  StateWords<Statistic> its = to_words<Statistic>(state);
+struct Meeting {
+  using State = typename Statistic::State;
+  StateWords<Statistic> (*const shared)[kWarps];
+  int turn = 0;
+
+  // Joins the states of the block's threads. All get the result, which differs in no bit.
+  __device__ State join(State state) {
+    const int lane = threadIdx.x % kWarp;
+    StateWords<Statistic>* const warps = shared[turn];
+    turn ^= 1;
+    state = join_lanes<Statistic, kWarp>(state);
+    if (lane == 0) warps[threadIdx.x / kWarp] = to_words<Statistic>(state);
+    __syncthreads();
+    StateWords<Statistic> joined =
+        to_words<Statistic>(join_lanes<Statistic, kWarps>(from_words<Statistic>(warps[lane % kWarps])));
 #pragma unroll
-  for (int64_t& word : its.words) word = __shfl_sync(kAllLanes, word, lane);
-  return from_words<Statistic>(its);
+    for (int64_t& word : joined.words) word = __shfl_sync(kAllLanes, word, 0);
+    return from_words<Statistic>(joined);
+  }
+};
+
+template <typename Statistic, typename T>
+__device__ typename Statistic::State state_of_chunk(const Cell& cell, const Chunk& chunk,
+                                                    Meeting<Statistic>& meeting) {
+  const auto state = meeting.join(state_of_thread<Statistic, T>(cell, chunk));
+  if (sizeof(T) == sizeof(double) || !Statistic::is_doubtful(state)) return state;
+  return meeting.join(exact_state_of_thread<Statistic, T>(cell, chunk));
 }
 
-// Joins the states of the block's threads; all get the result. `shared`: one for each warp, free again when all
-// threads have passed another barrier.
-template <typename Statistic>
-__device__ typename Statistic::State join_block(typename Statistic::State state, StateWords<Statistic>* shared) {
-  state = join_warp<Statistic>(state);
-  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = to_words<Statistic>(state);
-  __syncthreads();
-  state = from_words<Statistic>(shared[0]);
-#pragma unroll
-  for (int warp = 1; warp < kWarps; ++warp) state = Statistic::join(state, from_words<Statistic>(shared[warp]));
-  return state;
-}
-
-// A partial state that another block has written.
-template <typename Statistic>
-__device__ typename Statistic::State partial_state(const StateWords<Statistic>* partial) {
-  StateWords<Statistic> its;
-#pragma unroll
-  for (int i = 0; i < state_words<Statistic>; ++i) its.words[i] = __ldcg(partial->words + i);
-  return from_words<Statistic>(its);
-}
-
-// Joins every `step`-th partial state, several at a time.
-template <typename Statistic>
-__device__ typename Statistic::State join_partials(const StateWords<Statistic>* partials, int64_t begin,
-                                                   int64_t count, int step) {
+// Joins states that other blocks have written, of which the thread takes its share: partial(i) is the address of the
+// i-th.
+template <typename Statistic, typename Partial>
+__device__ typename Statistic::State join_partials(int64_t count, Partial partial) {
   constexpr int ahead = 4;
   typename Statistic::State states[ahead] = {};
 #pragma unroll 1
-  for (int64_t i = begin; i < count; i += ahead * step) {
+  for (int64_t i = threadIdx.x; i < count; i += ahead * kThreads) {
 #pragma unroll
     for (int k = 0; k < ahead; ++k) {
-      if (i + k * step < count) {
-        states[k] = Statistic::join(states[k], partial_state<Statistic>(partials + i + k * step));
-      }
+      if (i + k * kThreads >= count) continue;
+      const StateWords<Statistic>* const its = partial(i + k * kThreads);
+      StateWords<Statistic> words;
+#pragma unroll
+      for (int word = 0; word < state_words<Statistic>; ++word) words.words[word] = __ldcg(its->words + word);
+      states[k] = Statistic::join(states[k], from_words<Statistic>(words));
     }
   }
-  return Statistic::join(Statistic::join(states[0], states[1]), Statistic::join(states[2], states[3]));
+  return join_runs<Statistic>(states);
 }
 
 __device__ void write(void* out, bool is_double, int64_t i, double x) {
@@ -133,80 +180,38 @@ __device__ void write(void* out, bool is_double, int64_t i, double x) {
   }
 }
 
-// A row of more chunks than these is joined by a warp, or by the whole block.
-constexpr int64_t kOfThread = 8, kOfWarp = 2048;
-
-// Finishes the rows and the total. One block does this: each thread has a row at a time, and is helped with long
-// ones.
-template <typename Statistic>
-__device__ void finish_rows(const ReduceArgs& args) {
-  using State = typename Statistic::State;
-  __shared__ StateWords<Statistic> shared[2][kWarps];
-  __shared__ int64_t counts[kThreads];
-  const int lane = threadIdx.x % kWarp;
-  const double grad_scale = args.grad_scale == nullptr ? 1.0 : *args.grad_scale;
-  const auto* const all_partials = static_cast<const StateWords<Statistic>*>(args.partials);
-  State total{};
-  for (int64_t base = 0; base < args.table.row_count; base += kThreads) {
-    const int64_t row = base + threadIdx.x;
-    int64_t first = 0, count = 0;
-    if (row < args.table.row_count) {
-      const Row words = row_of(args.table, row);
-      first = words.words[kFirstChunk];
-      count = (words.numel() + kChunkNumel - 1) / kChunkNumel;
-    }
-    State state = count <= kOfThread ? join_partials<Statistic>(all_partials + first, 0, count, 1) : State{};
-
-    unsigned helped = __ballot_sync(kAllLanes, count > kOfThread && count <= kOfWarp);
-    for (; helped != 0; helped &= helped - 1) {
-      const int owner = __ffs(helped) - 1;
-      const auto* const partials = all_partials + __shfl_sync(kAllLanes, first, owner);
-      const int64_t of_owner = __shfl_sync(kAllLanes, count, owner);
-      const State joined = join_warp<Statistic>(join_partials<Statistic>(partials, lane, of_owner, kWarp));
-      const State result = state_of_lane<Statistic>(joined, 0);
-      if (lane == owner) state = result;
-    }
-
-    if (__syncthreads_or(count > kOfWarp)) {
-      counts[threadIdx.x] = count;
-      __syncthreads();
-      for (int owner = 0; owner < kThreads; ++owner) {
-        if (counts[owner] <= kOfWarp) continue;
-        const auto* const partials = all_partials + row_of(args.table, base + owner).words[kFirstChunk];
-        const State joined = join_partials<Statistic>(partials, threadIdx.x, counts[owner], kThreads);
-        const State result = join_block<Statistic>(joined, shared[0]);
-        if (static_cast<int>(threadIdx.x) == owner) state = result;
-        __syncthreads();
-      }
-    }
-
-    if (row < args.table.row_count) {
-      write(args.rows_out, args.out_is_double, row, Statistic::finish(state) / grad_scale);
-      total = Statistic::join(total, state);
-    }
-  }
-  const double result = Statistic::finish(join_block<Statistic>(total, shared[1])) / grad_scale;
-  if (threadIdx.x == 0) {
-    *args.total = result;
-    write(args.total_out, args.out_is_double, 0, result);
-  }
-}
-
+// A row's state, once it is known, lies in the place of its first chunk's.
 template <typename Statistic>
 __global__ void __launch_bounds__(kThreads, 4) reduce_kernel(const __grid_constant__ ReduceArgs args) {
   using State = typename Statistic::State;
   __shared__ StateWords<Statistic> shared[2][kWarps];
+  Meeting<Statistic> meeting{shared};
   auto* const partials = static_cast<StateWords<Statistic>*>(args.partials);
-  int turn = 0;
-  for (int64_t index = blockIdx.x; index < args.table.chunk_count; index += gridDim.x, turn ^= 1) {
-    const Chunk chunk = chunk_of(args.table, index);
+  const double grad_scale = args.grad_scale == nullptr ? 1.0 : *args.grad_scale;
+  ChunkQueue queue(args.table, args.table.chunk_count, &args.counters->chunks);
+  for (Chunk chunk; queue.next(chunk);) {
     const Cell cell = chunk.row.cell(static_cast<int>(args.column));
-    const State of_thread = cell.dtype == DType::float64 ? state_of_thread<Statistic, double>(cell, chunk)
-                                                         : state_of_thread<Statistic, float>(cell, chunk);
-    const State of_block = join_block<Statistic>(of_thread, shared[turn]);
-    if (threadIdx.x == 0) partials[index] = to_words<Statistic>(of_block);
+    State state = cell.dtype == DType::float64 ? state_of_chunk<Statistic, double>(cell, chunk, meeting)
+                                               : state_of_chunk<Statistic, float>(cell, chunk, meeting);
+    if (threadIdx.x == 0) partials[chunk.index] = to_words<Statistic>(state);
+
+    const int64_t count = (chunk.row.numel() + kChunkNumel - 1) / kChunkNumel;
+    StateWords<Statistic>* const of_row = partials + chunk.row.words[kFirstChunk];
+    if (count > 1) {
+      if (!is_last_of(static_cast<unsigned>(count), &args.counters->rows[chunk.row_index])) continue;
+      state = meeting.join(join_partials<Statistic>(count, [&](int64_t i) { return of_row + i; }));
+      if (threadIdx.x == 0) *of_row = to_words<Statistic>(state);
+    }
+    if (threadIdx.x == 0)
+      write(args.rows_out, args.out_is_double, chunk.row_index, Statistic::finish(state) / grad_scale);
   }
-  if (is_last_block(args.counter)) finish_rows<Statistic>(args);
+  if (!is_last_block(args.counters)) return;
+  const State total = meeting.join(join_partials<Statistic>(
+      args.table.row_count, [&](int64_t row) { return partials + row_of(args.table, row).words[kFirstChunk]; }));
+  if (threadIdx.x != 0) return;
+  const double result = Statistic::finish(total) / grad_scale;
+  *args.total = result;
+  write(args.total_out, args.out_is_double, 0, result);
 }
 
 }  // namespace

@@ -25,9 +25,9 @@ __device__ void transform_chunk(const Cell& cell, const Chunk& chunk, Function f
 }
 
 template <template <typename> class Function>
-__device__ void transform_table(const DeviceTable& table, double operand) {
-  for (int64_t index = blockIdx.x; index < table.chunk_count; index += gridDim.x) {
-    const Chunk chunk = chunk_of(table, index);
+__device__ void transform_table(const DeviceTable& table, Counters* counters, double operand) {
+  ChunkQueue queue(table, table.chunk_count, &counters->chunks);
+  for (Chunk chunk; queue.next(chunk);) {
     const Cell cell = chunk.row.cell(0);
     if (cell.dtype == DType::float64) {
       transform_chunk<double>(cell, chunk, Function<double>{operand});
@@ -37,23 +37,25 @@ __device__ void transform_table(const DeviceTable& table, double operand) {
   }
 }
 
-__global__ void __launch_bounds__(kThreads) scale_kernel(const DeviceTable table, const Cell coefficient) {
+__global__ void __launch_bounds__(kThreads)
+    scale_kernel(const __grid_constant__ DeviceTable table, const Cell coefficient, Counters* counters) {
   const double factor = load<double>(coefficient, 0);
-  if (factor != 1.0) transform_table<Scale>(table, factor);
+  if (factor != 1.0) transform_table<Scale>(table, counters, factor);
 }
 
-__global__ void __launch_bounds__(kThreads) clamp_kernel(const DeviceTable table, double bound) {
-  transform_table<Clamp>(table, bound);
+__global__ void __launch_bounds__(kThreads)
+    clamp_kernel(const __grid_constant__ DeviceTable table, double bound, Counters* counters) {
+  transform_table<Clamp>(table, counters, bound);
 }
 
 }  // namespace
 
-void scale(const DeviceTable& table, const Cell& coefficient, const Queue& queue) {
-  launch(scale_kernel, "scale", table.chunk_count, queue, table, coefficient);
+void scale(const DeviceTable& table, const Cell& coefficient, Counters* counters, const Queue& queue) {
+  launch(scale_kernel, "scale", table.chunk_count, queue, table, coefficient, counters);
 }
 
-void clamp(const DeviceTable& table, double bound, const Queue& queue) {
-  launch(clamp_kernel, "clamp", table.chunk_count, queue, table, bound);
+void clamp(const DeviceTable& table, double bound, Counters* counters, const Queue& queue) {
+  launch(clamp_kernel, "clamp", table.chunk_count, queue, table, bound, counters);
 }
 
 }  // namespace trainops::cuda

@@ -32,7 +32,7 @@ struct Cells {
 
 template <typename Rule, typename T>
 __device__ void update_pack(const Cells<Rule>& cells, const LaneOffset& offset,
-                            const typename Rule::template Scalars<T>& scalars, double ema_decay) {
+                            const typename Rule::template Scalars<T>& scalars, const EMAWeight<T>& ema_weight) {
   constexpr int count = Cells<Rule>::count;
   Raw raw[count];
 #pragma unroll
@@ -65,7 +65,7 @@ __device__ void update_pack(const Cells<Rule>& cells, const LaneOffset& offset,
   put<T>(cells.at[kParam], offset, stored);
   const Cell& average = cells.at[kAverage];
   if (average.address == nullptr) return;
-  put<T>(average, offset, ema_pack<T>(raw[kAverage], average.dtype, stored, cells.at[kParam].dtype, ema_decay));
+  put<T>(average, offset, ema_pack<T>(raw[kAverage], average.dtype, stored, cells.at[kParam].dtype, ema_weight));
 }
 
 template <typename Rule, typename T>
@@ -97,39 +97,51 @@ __device__ void update_chunk(const Chunk& chunk, const typename Rule::template S
     if (column != kStep) range.add(cells.at[column]);
   }
   range.close();
+  const auto ema_weight = weight_of_loop<T>(ema_decay);
   for (int64_t tile = range.begin; tile < range.body; tile += kThreads * kPack<T>) {
-    update_pack<Rule, T>(cells, LaneOffset(range, tile, threadIdx.x), scalars, ema_decay);
+    update_pack<Rule, T>(cells, LaneOffset(range, tile, threadIdx.x), scalars, ema_weight);
   }
   for (int64_t i = range.body + threadIdx.x; i < range.end; i += kThreads) {
     update_one<Rule, T>(cells, i, scalars, ema_decay);
   }
 }
 
+// The scalars of a row, and what they depend on.
+template <typename Rule>
+struct RowScalars {
+  int64_t group;
+  double step;
+  typename Rule::template Scalars<double> scalars;
+};
+
 template <typename Rule>
 __global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_constant__ UpdateArgs args) {
-  __shared__ typename Rule::template Scalars<double> scalars;
+  __shared__ RowScalars<Rule> of_slots[2];
   const int64_t* const words = args.words == nullptr ? args.inline_words : args.words;
   const Decision decision = decide_step(args, words);
   const double ema_decay = real(words[kEMADecay]);
-  // Rows of a group nearly always share their step count, and with it two powers and a root.
-  int64_t group = -1;
-  double step = 0.0;
-  const int64_t chunks = decision.skips ? 0 : args.table.chunk_count;
+  bool is_prepared = false;
+  // One thread evaluates two powers and a root while the others work. Rows of a group nearly always share their step
+  // count, and with it these.
+  const auto prepare = [&](const Row& row, int slot) {
+    __syncwarp();
+    if (threadIdx.x % kWarp != 0) return;
+    const int64_t group = row.words[kGroup];
+    const double step = *static_cast<const float*>(row.address(kStep)) + 1.0f;
+    const RowScalars<Rule>& last = of_slots[slot ^ 1];
+    if (is_prepared && last.group == group && last.step == step) {
+      of_slots[slot] = last;
+    } else {
+      of_slots[slot] = {group, step, Rule::scalars(settings_of<Rule>(words, group), step, decision.coefficient)};
+    }
+    is_prepared = true;
+  };
   // From the last chunk to the first: after a pass over the gradients for their norm, the last are still in the
   // cache.
-  for (int64_t index = chunks - 1 - blockIdx.x; index >= 0; index -= gridDim.x) {
-    const Chunk chunk = chunk_of(args.table, index);
-    const int64_t its_group = chunk.row.words[kGroup];
-    const double its_step = *static_cast<const float*>(chunk.row.address(kStep)) + 1.0f;
-    if (its_group != group || its_step != step) {
-      group = its_group;
-      step = its_step;
-      __syncthreads();
-      if (threadIdx.x == 0) {
-        scalars = Rule::scalars(settings_of<Rule>(words, group), step, decision.coefficient);
-      }
-      __syncthreads();
-    }
+  const int64_t chunks = decision.skips ? 0 : args.table.chunk_count;
+  ChunkQueue queue(args.table, chunks, &args.counters->chunks, true, prepare);
+  for (Chunk chunk; queue.next(chunk);) {
+    const auto& scalars = of_slots[chunk.slot].scalars;
     if (chunk.row.cell(kParam).dtype == DType::float64) {
       update_chunk<Rule, double>(chunk, scalars, ema_decay);
     } else {

@@ -1,9 +1,17 @@
 // Statistics of tensors: the norms. A NaN stays.
 //
-// A statistic has a State: a double, or a struct of doubles and 64-bit integers. It begins as State{}, which changes
-// no other state that it is joined with. add() takes one element into it, join() combines two states, and finish()
-// returns the result. If a statistic `ignores_zeros`, adding 0 changes no state: kernels then need not ask whether
-// each element exists.
+// A statistic gathers elements in two steps. A Run<T> holds a few elements of a tensor. T is the type of their
+// arithmetic: float for float32 and 16 bits, so that no inner loop needs float64, which many GPUs do at 1/64 of the
+// rate. A State holds any number of elements: it is a double, or a struct of doubles and 64-bit integers.
+//
+// add() takes one element into a run, join() combines two runs or two states, widen() makes a state of a run, and
+// finish() returns the result of a state. Run<T>{} and State{} are the beginning: they change nothing that they are
+// joined with. If a statistic `ignores_zeros`, adding 0 changes no run: kernels then need not ask whether each
+// element exists.
+//
+// A run in float rounds every sum, so kernels keep runs short. Its range is smaller than that of a double, too:
+// kernels ask whether the state of a chunk that they gathered in float is_doubtful(), and if it is, gather the chunk
+// again in Run<double>.
 //
 //   norm = (sum over tensors and elements of |x|^p)^(1/p)
 //
@@ -19,29 +27,73 @@
 
 namespace trainops {
 
-struct L1Norm {
+template <typename T>
+TRAINOPS_HOST_DEVICE T magnitude(T x) {
+  return x < T(0) ? -x : x;
+}
+
+// Sums of numbers that are not negative.
+struct Sum {
   using State = double;
+  template <typename T>
+  using Run = T;
   static constexpr bool ignores_zeros = true;
-  TRAINOPS_HOST_DEVICE static State add(State sum, double x) { return sum + (x < 0.0 ? -x : x); }
-  TRAINOPS_HOST_DEVICE static State join(State a, State b) { return a + b; }
+  template <typename T>
+  TRAINOPS_HOST_DEVICE static T join(T a, T b) {
+    return a + b;
+  }
+  TRAINOPS_HOST_DEVICE static State widen(double sum) { return sum; }
+};
+
+struct L1Norm : Sum {
+  template <typename T>
+  TRAINOPS_HOST_DEVICE static T add(T sum, T x) {
+    return sum + magnitude(x);
+  }
+  // Float sums may overflow. Small numbers lose nothing: a sum of two floats is exact wherever it is subnormal.
+  TRAINOPS_HOST_DEVICE static bool is_doubtful(State sum) { return sum == INFINITY; }
   TRAINOPS_HOST_DEVICE static double finish(State sum) { return sum; }
 };
 
-struct L2Norm {
-  using State = double;
-  static constexpr bool ignores_zeros = true;
-  TRAINOPS_HOST_DEVICE static State add(State sum, double x) { return sum + x * x; }
-  TRAINOPS_HOST_DEVICE static State join(State a, State b) { return a + b; }
+struct L2Norm : Sum {
+  template <typename T>
+  TRAINOPS_HOST_DEVICE static T add(T sum, T x) {
+    return sum + x * x;
+  }
+  // The squares of 1e20 overflow. A square in float may be off by 2^-150, half of the smallest number: 2^16 of them
+  // by 2^-34 of a sum of 2^-100.
+  TRAINOPS_HOST_DEVICE static bool is_doubtful(State sum) { return sum == INFINITY || sum < 0x1p-100; }
   TRAINOPS_HOST_DEVICE static double finish(State sum) { return std::sqrt(sum); }
 };
 
 struct InfNorm {
   using State = double;
+  template <typename T>
+  using Run = T;
   static constexpr bool ignores_zeros = true;
-  TRAINOPS_HOST_DEVICE static State add(State largest, double x) { return join(largest, x < 0.0 ? -x : x); }
-  TRAINOPS_HOST_DEVICE static State join(State a, State b) { return (b > a || b != b) ? b : a; }
+  template <typename T>
+  TRAINOPS_HOST_DEVICE static T add(T largest, T x) {
+    return join(largest, magnitude(x));
+  }
+  template <typename T>
+  TRAINOPS_HOST_DEVICE static T join(T a, T b) {
+    return (b > a || b != b) ? b : a;
+  }
+  TRAINOPS_HOST_DEVICE static State widen(double largest) { return largest; }
+  TRAINOPS_HOST_DEVICE static bool is_doubtful(State) { return false; }
   TRAINOPS_HOST_DEVICE static double finish(State largest) { return largest; }
 };
+
+// Joins a power of 2 of runs in pairs, so that each is rounded only so often as the logarithm of their number.
+template <typename Statistic, typename Run, int count>
+TRAINOPS_HOST_DEVICE Run join_runs(const Run (&runs)[count]) {
+  Run joined[count];
+  for (int i = 0; i < count; ++i) joined[i] = runs[i];
+  for (int width = count / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) joined[i] = Statistic::join(joined[i], joined[i + width]);
+  }
+  return joined[0];
+}
 
 // Expands macro(Statistic, name) for each.
 #define TRAINOPS_STATISTICS(macro) macro(L1Norm, "l1_norm") macro(L2Norm, "l2_norm") macro(InfNorm, "inf_norm")

@@ -69,16 +69,22 @@ class Staged:
         return self.constants(kernels()._common.REDUCTION_BLOCK)
 
     def over_chunks(
-        self, kernel: Any, *args: Any, types: dict[str, str], wide: dict[str, tuple[str, ...]], **constants: Any
+        self,
+        kernel: Any,
+        *args: Any,
+        types: dict[str, str],
+        wide: dict[str, tuple[str, ...]],
+        itemsize: int | None = None,
+        **constants: Any,
     ) -> None:
         """Launch a kernel for each section of chunks.
 
         ``types``: constants that name the type of a column. ``wide``: constants that name the type of arithmetic on
-        the columns of some of the former.
+        the columns of some of the former. ``itemsize``: bytes by which blocks are divided, if not those of the types.
         """
         for section in self.words.sections:
             dtypes = {constant: section.kind[self.columns[column]] for constant, column in types.items()}
-            block = kernels()._common.block_numel(*(_itemsize(dtype) for dtype in dtypes.values() if dtype))
+            sizes = [_itemsize(dtype) for dtype in dtypes.values() if dtype] if itemsize is None else [itemsize]
             launch(
                 kernel,
                 section.chunk_count,
@@ -89,7 +95,7 @@ class Staged:
                 **{constant: type_of(dtype) for constant, dtype in dtypes.items()},
                 **{constant: type_of(wide_type(*(dtypes[x] for x in among))) for constant, among in wide.items()},
                 **constants,
-                **self.constants(block),
+                **self.constants(kernels()._common.block_numel(*sizes)),
             )
 
     def results(self) -> tuple[Tensor, Tensor]:
@@ -107,6 +113,7 @@ class Staged:
             partials,
             types={"DTYPE": column},
             wide={"WIDE": ("DTYPE",)},
+            itemsize=kernels()._common.SMALLEST,
             STATISTIC=statistic,
             COLUMN=self.columns[column],
         )

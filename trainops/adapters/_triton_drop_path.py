@@ -62,7 +62,7 @@ def launch_drop_path_backward(
     """The two kernels of its derivative."""
     common, kernels = _triton.kernels()._common, _triton.kernels().drop_path
     positions, unit = branch.numel() // channels, _unit(channels)
-    block = _block(grad, branch)
+    block = int(common.block_numel(common.SMALLEST))
     columns = min(block // 8, max(8, 1 << (channels - 1).bit_length()))
     program_positions = max(common.CHUNK // columns, -(-positions // kernels.PARTIALS))
     programs = -(-positions // program_positions)

@@ -64,7 +64,7 @@ class _Staged:
     def __init__(self, table: Any) -> None:
         self.queue = _queue(_device_of(table))
         words = stage(table, self.queue.device, _cuda.CHUNK_NUMEL, by_kind=False)
-        self.chunk_count = words.chunk_count
+        self.rows, self.chunk_count = table.rows, words.chunk_count
         self.table = _cuda.StagedTable(
             table,
             words=words,
@@ -82,34 +82,61 @@ def _staged(kind: str, tensors: Sequence[Tensor]) -> Iterator[tuple[Any, _Staged
         yield table, _Staged(table)
 
 
-# Scratch memory per stream and host thread: block counter, norm, partial results. Kernels reset the counter.
-_scratches: Recent[Tensor] = Recent(32)
-_captured: list[Tensor] = []
-_COUNTER, _NORM, _PARTIALS = (8 * i for i in range(3))
+class _Scratch(NamedTuple):
+    """Memory that kernels share."""
+
+    counter_words: Tensor  # of chunks, of blocks and of each row; zeros, and kernels reset them
+    numbers: Tensor  # the norm, and partial results
+
+    @property
+    def counters(self) -> int:
+        return self.counter_words.data_ptr()
+
+    @property
+    def norm(self) -> int:
+        return self.numbers.data_ptr()
+
+    @property
+    def partials(self) -> int:
+        return self.numbers.data_ptr() + 8
 
 
-def _scratch(staged: _Staged, statistic: str) -> Tensor:
-    size = 2 + staged.chunk_count * _cuda.STATE_WORDS[statistic]
+# Scratch memory per stream and host thread.
+_scratches: Recent[_Scratch] = Recent(32)
+_captured: list[_Scratch] = []
+
+
+def _scratch(staged: _Staged, statistic: str | None = None) -> _Scratch:
+    counters = 2 + (staged.rows if statistic else 0)
+    numbers = 1 + (staged.chunk_count * _cuda.STATE_WORDS[statistic] if statistic else 0)
     queue = staged.queue
     if queue.captures:
-        _captured.append(torch.zeros(size, dtype=torch.float64, device=queue.device))
+        _captured.append(_new_scratch(queue.device, counters, numbers))
         return _captured[-1]
     key = queue, threading.get_ident()
     scratch = _scratches.recall(key)
-    if scratch is None or len(scratch) < size:
-        scratch = _scratches.remember(key, torch.zeros(2 * size, dtype=torch.float64, device=queue.device))
+    has = (0, 0) if scratch is None else (len(scratch.counter_words), len(scratch.numbers))
+    if scratch is None or has[0] < counters or has[1] < numbers:
+        grown = (max(old, 2 * new) for old, new in zip(has, (counters, numbers), strict=True))
+        scratch = _scratches.remember(key, _new_scratch(queue.device, *grown))
     return scratch
+
+
+def _new_scratch(device: torch.device, counters: int, numbers: int) -> _Scratch:
+    return _Scratch(
+        torch.zeros(counters, dtype=torch.int32, device=device),
+        torch.empty(numbers, dtype=torch.float64, device=device),
+    )
 
 
 def reduce(statistic: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """See :class:`trainops.adapters.interface.Kernels`."""
     with _staged("reduce", tensors) as (table, staged):
-        scratch = _scratch(staged, statistic)
-        return _reduce(table, staged, scratch.data_ptr(), statistic)
+        return _reduce(table, staged, _scratch(staged, statistic), statistic)
 
 
 def _reduce(
-    table: Any, staged: _Staged, scratch: int, statistic: str, grad_scale: Tensor | None = None
+    table: Any, staged: _Staged, scratch: _Scratch, statistic: str, grad_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """A statistic of a column and of its rows. Leaves the first in the scratch memory as well, as float64."""
     dtype = torch.float64 if table.has_float64 else torch.float32
@@ -119,9 +146,9 @@ def _reduce(
         staged.table,
         statistic=statistic,
         grad_scale=core.address(grad_scale),
-        counter=scratch + _COUNTER,
-        partials=scratch + _PARTIALS,
-        total=scratch + _NORM,
+        counters=scratch.counters,
+        partials=scratch.partials,
+        total=scratch.norm,
         total_out=total.data_ptr(),
         rows_out=rows.data_ptr(),
     )
@@ -133,20 +160,28 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
     with _staged("transform", tensors) as (_, staged):
         dtype = torch.float32 if coefficient.dtype == torch.float32 else torch.float64
         factor = coefficient.to(staged.queue.device, dtype)
-        _cuda.scale(staged.table, coefficient=factor.data_ptr(), is_float64=dtype == torch.float64)
+        scratch = _scratch(staged)
+        _cuda.scale(
+            staged.table,
+            coefficient=factor.data_ptr(),
+            is_float64=dtype == torch.float64,
+            counters=scratch.counters,
+        )
 
 
 def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
     """See :func:`trainops.reference.clamp_`."""
     with _staged("transform", tensors) as (_, staged):
-        _cuda.clamp(staged.table, bound=bound)
+        scratch = _scratch(staged)
+        _cuda.clamp(staged.table, bound=bound, counters=scratch.counters)
 
 
 def _ema(table: Any, decay: float, skip: Tensor | None) -> None:
     with device_guard(_device_of(table)):
         staged = _Staged(table)
         skip = None if skip is None else skip.to(staged.queue.device, torch.bool)
-        _cuda.ema(staged.table, decay=decay, skip=core.address(skip))
+        scratch = _scratch(staged)
+        _cuda.ema(staged.table, decay=decay, skip=core.address(skip), counters=scratch.counters)
 
 
 ema_, try_ema_ = ema_operations(_device_type, _ema)
@@ -158,8 +193,7 @@ def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl
     grad_scale, found_inf = (to_device(x, device, torch.float32) for x in (control.grad_scale, control.found_inf))
     total_norm, norms = control.total_norm, None
     # Both kernels use the same scratch memory: the second finds the norm there.
-    scratch_memory = _scratch(staged, "l2_norm")
-    scratch = scratch_memory.data_ptr()
+    scratch = _scratch(staged, "l2_norm")
     known_norm = to_device(total_norm, device, torch.float64)
     if control.measures:
         total_norm, norms = _reduce(table, staged, scratch, "l2_norm", grad_scale)
@@ -170,14 +204,14 @@ def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl
     _cuda.update(
         staged.table,
         words=words if in_memory is None else in_memory.data_ptr(),
-        norm=scratch + _NORM if control.measures else core.address(known_norm),
+        norm=scratch.norm if control.measures else core.address(known_norm),
         grad_scale=core.address(grad_scale),
         found_inf=core.address(found_inf),
         clips=control.max_norm is not None,
         skip_nonfinite=control.skip_nonfinite,
         skip=core.address(skip),
         skipped_steps=core.address(counter),
-        counter=scratch + _COUNTER,
+        counters=scratch.counters,
     )
     copy_back(counter, control)
     return StepResult(total_norm, norms, skip)
