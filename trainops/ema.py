@@ -57,6 +57,8 @@ class EMA(DecaySchedule):
         update_every: move the average only at every ``update_every``-th update. The others are counted, too.
         dtype: dtype of the average's floating-point weights; default: the model's. Use ``torch.float32`` for a
             16-bit model: there, ``(1 - decay) * (weight - average)`` is mostly below the last place and is lost.
+            Given to an optimizer with a ``master``, it follows the weights in full; :meth:`update` alone sees the 16
+            bits that the model has.
             ``module`` then takes inputs of that dtype, while :meth:`swap` keeps the model's.
         device: where the average lives; default: where the model does.
         average_buffers: average floating-point buffers as well; otherwise they are copied. Other buffers are
@@ -150,7 +152,7 @@ class EMA(DecaySchedule):
         pairs, decay = update.matched.pairs, update.decay
         if decay is not None and len(done) < len(pairs):
             matched = update.matched.without(done) if done else update.matched
-            update_averages(matched.averages, matched.sources, decay, skip, self.backend)
+            update_averages(matched.averages, list(map(self._weight, matched.sources)), decay, skip, self.backend)
             for pair in matched.copied:
                 write(pair.average, pair.source.to(pair.average.device), skip)
         self.step += 1
@@ -262,6 +264,12 @@ class EMA(DecaySchedule):
     def __getstate__(self) -> dict[str, Any]:
         # A copy starts unswapped, unmatched and without an optimizer.
         return {**self.__dict__, "_swapped": False, "_matched": None, "_optimizer": None}
+
+    def _weight(self, source: Tensor) -> Tensor:
+        """A weight of the model as the optimizer knows it that has the average: in full, if there is a master."""
+        optimizer: Any = self.optimizer
+        weight: Tensor = source if optimizer is None else optimizer.float32_weight(source)
+        return weight
 
     def _match(self) -> Matched:
         """Pair every tensor of the model with its average, again if one was replaced: frameworks do that at will."""
