@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 from trainops import core
 
-SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "int16": 2}
 POINTERS = {"float32": "*fp32", "float64": "*fp64", "bfloat16": "*bf16", "float16": "*fp16", "int64": "*i64"}
-DTYPES = list(SIZES)
+DTYPES = [dtype for dtype in SIZES if dtype != "int16"]
+MASTERS = [("bfloat16", "int16"), ("bfloat16", "float32"), ("float16", "float32")]
 STATISTICS = ("l1_norm", "l2_norm", "inf_norm")
 
 
@@ -127,6 +128,9 @@ def rule_variants(rule: str) -> Iterator[Variant]:
         for used in range(len(optional) + 1):
             for average in dict.fromkeys([None, param, "float32"]):
                 yield update_variant(rule, param, state, optional[:used], average)
+    for param, master in MASTERS:
+        for used in range(len(optional) + 1):
+            yield update_variant(rule, param, "bfloat16", optional[:used], "float32", master)
 
 
 def state_of(rule: str) -> list[Any]:
@@ -139,17 +143,20 @@ def scalars_of(rule: str) -> int:
     return int(importlib.import_module(f"trainops.triton_kernels.{rule}").SCALARS)
 
 
-def update_variant(rule: str, param: str, state: str, used: list[str], average: str | None) -> Variant:
+def update_variant(
+    rule: str, param: str, state: str, used: list[str], average: str | None, master: str | None = None
+) -> Variant:
     """The update for one combination of types, and of the optional state that is ``used``."""
     from trainops.triton_kernels.update import update
 
     of_state = [state if not column.optional or column.name in used else None for column in state_of(rule)]
     slots = [name for name in update.arg_names if name.startswith("STATE")]
     types = dict.fromkeys(slots) | dict(zip(slots, of_state, strict=False))
-    types |= {"PARAM_TYPE": param, "GRAD_TYPE": param, "AVERAGE_TYPE": average}
+    types |= {"PARAM_TYPE": param, "GRAD_TYPE": param, "AVERAGE_TYPE": average, "MASTER_TYPE": master}
     types |= {"WIDE": wide(param), "AVERAGE_WIDE": wide(param, average or param)}
     options = [f"{state} state"] * (state != param) + used + [f"{average} average"] * (average is not None)
-    writes = tuple(dtype for dtype in (param, *of_state, average) if dtype is not None)
+    options += [f"{master} master"] * (master is not None)
+    writes = tuple(dtype for dtype in (param, *of_state, average, master) if dtype is not None)
     functions = {"LOAD_SCALARS": f"@{rule}.load_scalars", "NEW_STATE": f"@{rule}.new_state"}
     functions["NEW_PARAM"] = f"@{rule}.new_param"
     return Variant(

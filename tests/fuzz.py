@@ -144,6 +144,8 @@ SETTINGS = st.fixed_dictionaries(
     optional={
         "max_grad_norm": st.sampled_from([0.5, 0.0, 1e-3, 1e9, float("inf"), torch.tensor([0.25])]),
         "skip_nonfinite": st.booleans(),
+        "state_dtype": st.sampled_from([torch.float32, torch.bfloat16, (torch.bfloat16, torch.float32)]),
+        "master": st.sampled_from(["split", "float32"]),
     },
 )
 AVERAGES = st.fixed_dictionaries(
@@ -220,6 +222,12 @@ class World:
         for param, row in zip(self.model.params, self.case.rows, strict=True):
             groups[row.group % len(groups)]["params"].append(param)
         own = {**copy.deepcopy(self.case.settings), "ema": self.ema if self.case.fused else None}
+        dtypes = {row.dtype for row in self.case.rows}
+        if any(dtype.is_complex for dtype in dtypes):
+            own.pop("state_dtype", None)  # is for real parameters
+        takes = (torch.float16 not in dtypes, torch.bfloat16 in dtypes)
+        if not (all(takes) if own.get("master") == "split" else any(takes[1:]) or not takes[0]):
+            own.pop("master", None)
         return trainops.AdamW(groups, **own, backend=self.target.backend)
 
     def prepare(self, step: Step) -> None:
@@ -235,12 +243,12 @@ class World:
             self.model, self.ema, self.optimizer = whole
         elif step.before in ("replace", "cast"):
             for param in self.model.params:
-                casts = step.before == "cast" and not param.is_complex()
+                casts = step.before == "cast" and not param.is_complex() and optimizer.master is None
                 param.grad = None
                 param.data = self.guards.place(param.data.to(step.dtype) if casts else param.data, step.layout)
         elif step.before == "restate":
             for state in optimizer.state.values():
-                for name in state.keys() - {"step"}:
+                for name in state.keys() - {"step", "master"}:
                     x = state[name]
                     state[name] = self.guards.place(x if x.is_complex() else x.to(step.dtype), step.layout)
         elif step.before == "late":
@@ -282,6 +290,8 @@ class World:
         found = {f"param {i}": p.detach() for i, p in enumerate(self.model.params)}
         for i, param in enumerate(self.model.params):
             found |= {f"{name} {i}": x for name, x in self.optimizer.state.get(param, {}).items()}
+            if f"master {i}" in found:
+                found[f"weight {i}"] = self.optimizer.float32_weight(param)
         if self.ema is not None:
             found |= {f"average {i}": x.detach() for i, x in enumerate(self.ema.module.params)}
             found |= {"average of buffer": self.ema.module.buffer, "average of count": self.ema.module.count}

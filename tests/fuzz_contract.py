@@ -11,6 +11,8 @@ from fuzz import Step, World
 from norms import rounding_share
 from targets import Target
 
+from trainops import reference
+
 UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 DOUBLES = (torch.float64, torch.complex128)
 
@@ -128,11 +130,16 @@ def check_step(world: World, step: Step, before: dict[str, torch.Tensor], others
         p = before[f"param {i}"]
         slack = TOLERANCES[arithmetic(params[i])].terms + 2 * norms.slack
         names = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if groups[params[i]]["amsgrad"] else [])]
-        stored = {name: exact(before.get(f"{name} {i}", torch.zeros_like(p))) for name in names} | {"param": exact(p)}
+        stored = {name: exact(before.get(f"{name} {i}", torch.zeros_like(p))) for name in names}
+        stored["param"] = exact(before.get(f"weight {i}", p))
         count = before.get(f"step {i}", torch.zeros(())).item() + 1
         g = grads[i] * norms.coefficient
         for name, x in expected_adamw(groups[params[i]], count, g, slack, stored).items():
             expected[f"{name} {i}"] = x
+        if (weight := after.get(f"weight {i}")) is not None:
+            expected[f"weight {i}"] = expected[f"param {i}"]
+            for name, x in zip(("param", "master"), parts_of(weight, params[i], after[f"master {i}"]), strict=True):
+                expected[f"{name} {i}"] = Expected(exact(x), np.zeros(x.shape))
         shape = after[f"step {i}"].shape
         expected[f"step {i}"] = Expected(np.full(shape, np.longdouble(count)), np.zeros(shape))
     if world.ema is not None and not (world.case.fused and norms.skipped):
@@ -140,7 +147,10 @@ def check_step(world: World, step: Step, before: dict[str, torch.Tensor], others
         if count % world.ema.update_every == 0:
             decay = world.ema.decay_at(count)
             for i in range(len(params)):
-                expected[f"average {i}"] = expected_average(before[f"average {i}"], after[f"param {i}"], decay)
+                weight = after[f"param {i}"]
+                if world.case.fused:  # `ema.update()` alone sees the parameter
+                    weight = after.get(f"weight {i}", weight)
+                expected[f"average {i}"] = expected_average(before[f"average {i}"], weight, decay)
             buffers = before["average of buffer"], world.model.buffer
             expected["average of buffer"] = expected_average(*buffers, decay if world.ema.average_buffers else 0.0)
             expected["average of count"] = expected_average(before["average of count"], world.model.count, 0.0)
@@ -152,8 +162,16 @@ def check_step(world: World, step: Step, before: dict[str, torch.Tensor], others
             assert same_bits(x, before[name]), f"{name} has changed"
         else:
             assert norms.skipped, f"{name} was made by nobody"
+            if name.startswith(("master", "weight")):
+                continue
             assert same_bits(x, torch.zeros_like(x)), f"{name} was made by a step that was skipped, and is not zero"
     world.guards.check()
+
+
+def parts_of(weight: torch.Tensor, param: torch.Tensor, master: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A float32 weight as it should lie in a parameter and its master."""
+    rounded = weight.to(param.dtype) if param.dtype == torch.float16 else reference.split(weight)[0]
+    return rounded, weight if master.dtype == torch.float32 else reference.split(weight)[1]
 
 
 # Clipping by itself

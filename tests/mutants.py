@@ -1,7 +1,7 @@
 """Small faults that tests must notice, as data: `make mutants` (``mutate.py``) plants them one at a time.
 
-Here are those of C++; ``mutants_python.py`` has those of Python, ``mutants_gpu.py`` those of Triton and CUDA,
-and ``mutants_queue.py`` those of CUDA's queue and accesses.
+Here are those of C++; ``mutants_python.py`` has those of Python, ``mutants_storage.py`` those of low precision,
+``mutants_gpu.py`` those of Triton and CUDA, and ``mutants_queue.py`` those of CUDA's queue and accesses.
 """
 
 from typing import NamedTuple
@@ -184,10 +184,10 @@ C_PLUS_PLUS = [
         "csrc/cpu/elements.h",
         CPU_ADAMW,
         {
-            "cpu: the last odd bfloat16": ("if (size % 2 == 1) apply(size - 1);", ""),
+            "cpu: the last odd bfloat16": ("if ((end - begin) % 2 == 1) apply(end - 1);", ""),
             "cpu: the last element of a tile": (
-                "for (int64_t i = 0; i < size; ++i) apply(i);",
-                "for (int64_t i = 0; i + 1 < size; ++i) apply(i);",
+                "for (int64_t i = begin; i < end; ++i) apply(i);",
+                "for (int64_t i = begin; i + 1 < end; ++i) apply(i);",
             ),
         },
     ),
@@ -196,8 +196,8 @@ C_PLUS_PLUS = [
         tests_of("tables", "adamw_types", k="cpu"),
         {
             "cpu: exp_avg_sq written to exp_avg": (
-                "store(cell(kState + i), begin, size, state[i]);",
-                "store(cell(kState), begin, size, state[i]);",
+                "store(row.state[i], begin, size, state[i]);",
+                "store(row.state[0], begin, size, state[i]);",
             ),
         },
     ),
@@ -206,12 +206,12 @@ C_PLUS_PLUS = [
         CPU_EMA,
         {
             "cpu: EMA before the update, too": (
-                "    const auto read = [&](int column)",
-                "    if (cell(kAverage).dtype != DType::none)\n"
-                "      ema_tile(cell(kAverage), cell(kParam), begin, size, ema_decay);\n"
-                "    const auto read = [&](int column)",
+                "    M* state[kLength<Rule::kStates>];\n",
+                "    if (row.average.dtype != DType::none)\n"
+                "      ema_tile(row.average, row.weight, begin, size, ema_decay);\n"
+                "    M* state[kLength<Rule::kStates>];\n",
             ),
-            "cpu: EMA forgotten": ("if (cell(kAverage).dtype != DType::none) ema_tile", "if (false) ema_tile"),
+            "cpu: EMA forgotten": ("if (row.average.dtype != DType::none) ema_tile", "if (false) ema_tile"),
         },
     ),
     *planted(
@@ -345,7 +345,7 @@ C_PLUS_PLUS = [
         tests_of("ema", k="cpu-cpu"),
         {
             "cpu: a float32 average of float64 weights in float32": (
-                "average.dtype == DType::float64 || param.dtype == DType::float64",
+                "average.dtype == DType::float64 || param == DType::float64",
                 "average.dtype == DType::float64",
             ),
         },

@@ -8,8 +8,8 @@ TRITON_AND_CUDA = [
         tests_of("ends", k="triton-cpu"),
         {
             "triton: a masked store takes one element more": (
-                "tl.store(pointers, rounded, mask=offset + tl.arange(0, BLOCK) < end)",
-                "tl.store(pointers, rounded, mask=offset + tl.arange(0, BLOCK) <= end)",
+                "tl.store(pointers, values, mask=offset + tl.arange(0, BLOCK) < end)",
+                "tl.store(pointers, values, mask=offset + tl.arange(0, BLOCK) <= end)",
             ),
             "triton: a masked load takes one element more": (
                 "tl.load(pointers, mask=offset + tl.arange(0, BLOCK) < end, other=0)",
@@ -401,14 +401,13 @@ TRITON_AND_CUDA = [
         {
             "cuda: a step is not skipped": ("decision.skips ? 0 : args.table.chunk_count", "args.table.chunk_count"),
             "cuda: EMA towards the old parameter, in packs": (
-                "average.dtype, stored, cells",
-                "average.dtype, raw[kParam], cells",
+                "average.dtype, followed, followed_dtype",
+                "average.dtype, raw[kParam], weight.param.dtype",
             ),
             "cuda: EMA before the update, too, one by one": (
-                "  store(cells.at[kParam], i, param);\n",
-                "  if (cells.at[kAverage].address != nullptr)\n"
-                "    ema_one(cells.at[kAverage], cells.at[kParam], i, ema_decay);\n"
-                "  store(cells.at[kParam], i, param);\n",
+                "  store(weight, i, param);\n",
+                "  if (cells.at[kAverage].address != nullptr) ema_one(cells.at[kAverage], weight, i, ema_decay);\n"
+                "  store(weight, i, param);\n",
             ),
         },
     ),

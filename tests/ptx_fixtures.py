@@ -8,6 +8,8 @@ import test_clip_grad
 import test_drop_path
 import test_drop_path_gradients
 import test_ema
+import test_master_state
+import test_masters
 from targets import SHIM, Target
 
 CUDA = Target("cuda", "cpu")
@@ -48,6 +50,8 @@ OPS = {
     test_drop_path: ["drop_path_add_is_timms", "mixed_dtypes_are_promoted_as_by_pytorch", "odd_shapes"],
     test_drop_path_gradients: ["gradients", "gradients_of_layer_scale"],
     test_ema: ["matches_exact_for_all_shapes", "matches_exact_for_all_decays_and_dtypes"],
+    test_masters: ["delicate_weights_survive", "nan_stays_nan", "gradients_of_another_type"],
+    test_master_state: ["a_parameter_that_was_overwritten_wins", "remainders_that_cannot_belong_are_left_out"],
 }
 
 

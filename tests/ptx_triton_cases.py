@@ -18,6 +18,7 @@ import test_drop_path_gradients
 import test_drop_path_rows
 import test_ema_fused
 import test_grad_scale
+import test_masters
 import torch
 from contract import assert_contract, same_bits
 from ptx.triton_driver import WithoutBarriers, through_ptx
@@ -187,8 +188,15 @@ def types_of(variant, *names):
 
 
 @over_variants("update")
-def test_every_update(target, variant):
+def test_every_update(target, variant, monkeypatch):
     """With a step that may be skipped, as in all variants."""
+    param, master = types_of(variant, "PARAM", "MASTER")
+    if master is not None:
+        monkeypatch.setattr(test_masters, "SHAPES", (LONG,))
+        kind = "split" if master == torch.int16 else "float32", param
+        amsgrad = variant.constants["STATE2_TYPE"] is not None
+        test_masters.check_as_float32(target, kind, 2, amsgrad=amsgrad, skip_nonfinite=True)
+        return
     types = types_of(variant, "PARAM", "STATE0", "STATE1", "STATE2", "AVERAGE")
     test_adamw_types.check_types(target, types, True, skip_nonfinite=True)
 

@@ -6,10 +6,10 @@ import torch
 
 from trainops import core
 
-DTYPES = ["float32", "float64", "bfloat16", "float16"]  # as csrc/core/table.h numbers them; then there is no tensor
+DTYPES = ["float32", "float64", "bfloat16", "float16", "int16", None]  # as csrc/core/table.h numbers them
 WORDS = sorted(core.words("row"), key=core.words("row").get)
 CHUNK = 8
-STEP_COLUMNS = ["param", "grad", "average", "step"]
+STEP_COLUMNS = ["param", "grad", "average", "step", "master"]
 
 
 def names_of(kind):
@@ -53,7 +53,7 @@ def check_words(kind, columns, group_rows=(), chunk_numel=CHUNK):
         for i, row in enumerate(rows):
             its = dict(zip(WORDS, of_rows[i], strict=False))
             numel = row[0].numel()
-            codes = [4 if dtype is None else DTYPES.index(dtype) for dtype in dtypes[i]]
+            codes = list(map(DTYPES.index, dtypes[i]))
             of_dtypes = sum(code << 4 * column for column, code in enumerate(codes))
             assert its == {"numel": numel, "first_chunk": sum(counts[:i]), "group": groups[i], "dtypes": of_dtypes}
             assert of_rows[i][len(its) :] == [core.address(x) for x in row]

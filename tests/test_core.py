@@ -12,7 +12,7 @@ from trainops import core
 from trainops.adapters import _device
 from trainops.uploads import Recent, uploaded
 
-FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = (getattr(torch, name) for name in DTYPES)
+FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = (getattr(torch, name) for name in DTYPES[:4])
 
 
 def reduced(*tensors, **options):
@@ -32,10 +32,10 @@ def test_the_words_of_a_row():
     moments, grads = [[torch.ones_like(x) for x in params] for _ in range(2)], [torch.ones(0), torch.ones(20).half()]
     columns = {"param": params, "grad": grads, "step": steps, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
     words = check_words("adamw", columns | {"max_exp_avg_sq": [None, None]}, [1, 0, 1])
-    tensors = params[1], grads[1], None, steps[1], moments[0][1], moments[1][1], None
-    assert numbers(words.rows, 11)[1] == [20, 1, 2, 0x4000430, *map(core.address, tensors)]
+    tensors = params[1], grads[1], None, steps[1], None, moments[0][1], moments[1][1], None
+    assert numbers(words.rows, 12)[1] == [20, 1, 2, 0x50050530, *map(core.address, tensors)]
     assert numbers(words.chunks, 2) == [[0, 0], [1, 0], [1, 8], [1, 16]]
-    types = [("float32", grad, None, *["float32"] * 3, None) for grad in ("float32", "float16")]
+    types = [("float32", grad, None, "float32", None, *["float32"] * 2, None) for grad in ("float32", "float16")]
     assert words.sections == [(types[0], 0, 1), (types[1], 1, 3)]
 
 
@@ -108,6 +108,10 @@ def test_any_list_of_tensors():
             for column in core.schemas[kind].columns:
                 x = torch.ones(shape, dtype=draw(FLOAT32, FLOAT32, BFLOAT16, FLOAT16, FLOAT64))
                 missing = column.optional and draw(True, False, False, False)
+                if column.of_param:
+                    masters = {BFLOAT16: (torch.int16, FLOAT32), FLOAT16: (FLOAT32,)}.get(columns["param"][-1].dtype)
+                    missing = missing or masters is None
+                    x = x if missing else torch.ones(shape, dtype=draw(*masters))
                 columns[column.name].append(
                     torch.ones(draw((), (1,))) if column.one_per_row else None if missing else x
                 )

@@ -12,7 +12,7 @@ from trainops import core
 from trainops.plain import PLAIN
 from trainops.tables import staged_table
 
-FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = (getattr(torch, name) for name in DTYPES)
+FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = (getattr(torch, name) for name in DTYPES[:4])
 
 # What kernels can take as it is
 
@@ -193,7 +193,7 @@ def test_irregular_rows_are_staged_and_written_back():
     steps = [torch.tensor(1.0), torch.tensor(1.0).double()]
     columns = step_columns(params, grad=grads, step=steps)
     with staged_table("adamw", columns, "cpu", [1, 1]) as table:
-        rows = numbers(table.words(chunk_numel=CHUNK, by_kind=True).rows, 11)
+        rows = numbers(table.words(chunk_numel=CHUNK, by_kind=True).rows, 12)
         assert [row[:3] for row in rows] == [[4, 0, 0], [8, 1, 1]]
         addresses = {
             name: [row[4 + core.schemas["adamw"].places[name]] for row in rows] for name in names_of("adamw")
@@ -255,7 +255,7 @@ def test_collected_rows_are_those_of_lists(stepped):
 def test_state_that_a_group_does_not_use_is_left_out(stepped):
     optimizer, params = stepped
     optimizer.param_groups[2]["amsgrad"] = False
-    rows = numbers(collected(optimizer).words(chunk_numel=CHUNK, by_kind=True).rows, 11)
+    rows = numbers(collected(optimizer).words(chunk_numel=CHUNK, by_kind=True).rows, 12)
     assert [row[-1] for row in rows] == [0, 0, 0]
     assert "max_exp_avg_sq" in optimizer.state[params[1]]
 

@@ -26,13 +26,15 @@ def test_what_the_columns_are():
     columns = {kind: core.schemas[kind].columns for kind in core.schemas}
     uses = {
         use: {f"{kind} {column.name}" for kind in columns for column in columns[kind] if getattr(column, use)}
-        for use in ("written", "optional", "one_per_row")
+        for use in ("written", "optional", "one_per_row", "of_param")
     }
-    written = {f"adamw {name}" for name in ("param", "average", "step", *adamw)} | {"ema average", "transform tensor"}
+    written = {f"adamw {name}" for name in ("param", "average", "step", "master", *adamw)}
+    written |= {"ema average", "transform tensor"}
     assert uses == {
         "written": written,
-        "optional": {"adamw average", "adamw max_exp_avg_sq"},
+        "optional": {"adamw average", "adamw master", "adamw max_exp_avg_sq"},
         "one_per_row": {"adamw step"},
+        "of_param": {"adamw master"},
     }
     measured = {kind: names_of(kind)[core.schemas[kind].measured] for kind in core.schemas}
     assert measured == {"adamw": "grad", "ema": "average", "reduce": "tensor", "transform": "tensor"}
@@ -76,7 +78,7 @@ def test_every_rule_has_the_columns_of_a_step_and_the_specification_takes_the_re
     parameters = inspect.signature(getattr(reference, f"{rule}_")).parameters
     columns = {name for name, x in parameters.items() if x.kind == x.POSITIONAL_OR_KEYWORD}
     settings = [name for name in parameters if name not in columns]
-    assert columns == set(names_of(rule)) - {"average"}
+    assert columns == set(names_of(rule)) - {"average", "master"}
     assert settings == [*core.schemas[rule].settings, "coefficient", "skip"]
 
 

@@ -1,13 +1,14 @@
 """AdamW whose step also unscales, clips, skips and averages, in two passes over memory."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .ema import EMA
 from .optimizer import FusedOptimizer, setting
+from .storage import StateDtype
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Betas = tuple[float, float] | tuple[Tensor, Tensor]
@@ -62,6 +63,17 @@ class AdamW(FusedOptimizer, _TorchAdamW):
             last. A skipped step leaves the average alone and counts as an update in its warm-up. Every call of
             ``step()`` is an update, also those of tools that call it to make the state
             (``torch.distributed.checkpoint``): load the average after the optimizer.
+        master: keep 16-bit parameters in full: the parameter is the rounded weight, and steps update the weight, bit
+            for bit as that of a float32 parameter. ``"split"`` is for bfloat16 and keeps the 16 bits that rounding
+            takes, as int16: 2 bytes per parameter. ``"float32"`` keeps the weight, for bfloat16 and float16: 4 bytes.
+            Both are ``state["master"]``, and round bfloat16 to nearest, ties away from zero. float32 and float64
+            parameters have none. ``ema`` follows the weight in full. A parameter that others write between steps
+            (``model.load_state_dict``) wins: with ``"float32"`` it is the weight from then on; with ``"split"`` its
+            old remainder stays, which moves the weight by at most half of the parameter's last place. See
+            :meth:`load_float32_state_dict`, which loads weights in full.
+        state_dtype: dtype of the moments, ``torch.float32`` or ``torch.bfloat16``, or a pair: of ``exp_avg``, and of
+            ``exp_avg_sq`` with ``max_exp_avg_sq``. Default: their parameter's, as in torch. ``load_state_dict``
+            converts the moments of a checkpoint to it.
         backend: see :func:`trainops.backends`; by default it follows the device.
 
     Attributes:
@@ -74,7 +86,9 @@ class AdamW(FusedOptimizer, _TorchAdamW):
 
     Raises:
         TypeError: ``max_grad_norm`` or ``ema`` is of another type.
-        ValueError: an argument is out of range, there is no such backend, or ``ema`` follows another model.
+        ValueError: an argument is out of range, there is no such backend, ``master`` or ``state_dtype``, a parameter
+            is complex beside a ``state_dtype``, no parameter can have a ``master``, one is float16 beside a split
+            one, or ``ema`` follows another model.
         RuntimeError: the backend is not available; in ``step()``, a gradient is sparse. Nothing has been changed.
     """
 
@@ -97,6 +111,8 @@ class AdamW(FusedOptimizer, _TorchAdamW):
         max_grad_norm: float | Tensor | None = None,
         skip_nonfinite: bool = False,
         ema: EMA | None = None,
+        master: Literal["split", "float32"] | None = None,
+        state_dtype: StateDtype = None,
         backend: str | None = None,
     ) -> None:
         torchs: dict[str, Any] = {
@@ -121,6 +137,8 @@ class AdamW(FusedOptimizer, _TorchAdamW):
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
             ema=ema,
+            master=master,
+            state_dtype=state_dtype,
             backend=backend,
         )
 

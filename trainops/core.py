@@ -18,6 +18,7 @@ _DTYPE_CODES = {  # as DLPack names them: (code, bits)
     torch.float64: (2, 64),
     torch.float16: (2, 16),
     torch.bfloat16: (4, 16),
+    torch.int16: (0, 16),
 }
 _DEVICE_CODES = {"cpu": 1, "cuda": 2}
 
@@ -40,6 +41,7 @@ class Column(NamedTuple):
     written: bool
     optional: bool
     one_per_row: bool  # a float32 for the row, not a number for each element
+    of_param: bool  # a master: its type has to suit the parameter's
 
 
 class Schema(NamedTuple):
@@ -59,7 +61,7 @@ RAISE_FLAG = 0  # the address of a function of C that takes a flag's
 schemas: dict[str, Schema] = {}  # by the kind of table: a rule's name, ``ema``, ``reduce`` or ``transform``
 if available:
     for kind, its in _core.SCHEMAS.items():  # read once: each access to an object of C++ makes its lists anew
-        columns = [Column(x.name, x.written, x.optional, x.one_per_row) for x in its.columns]
+        columns = [Column(x.name, x.written, x.optional, x.one_per_row, x.of_param) for x in its.columns]
         places = {column.name: place for place, column in enumerate(columns)}
         schemas[kind] = Schema(columns, places, its.settings, its.measured)
     step_columns = _core.STEP_COLUMNS

@@ -56,6 +56,8 @@ class EMA(DecaySchedule):
         update_every: move the average only at every ``update_every``-th update. The others are counted, too.
         dtype: dtype of the average's floating-point weights; default: the model's. Use ``torch.float32`` for a
             16-bit model: there, ``(1 - decay) * (weight - average)`` is mostly below the last place and is lost.
+            Given to an optimizer with a ``master``, it follows the weights in full; :meth:`update` alone sees the 16
+            bits that the model has.
             ``module`` then takes inputs of that dtype, while :meth:`swap` keeps the model's.
         device: where the average lives; default: where the model does. For an average of a GPU's model on the CPU,
             each update waits for the GPU once.
@@ -149,7 +151,8 @@ class EMA(DecaySchedule):
         """Count the update; move what is not ``done`` (by ``id`` of the model's tensor), unless ``skip`` is true."""
         pairs, decay = update.matched.pairs, update.decay
         if decay is not None and len(done) < len(pairs):
-            update_pairs(update.matched.without(done) if done else update.matched, decay, skip, self.backend)
+            matched = update.matched.without(done) if done else update.matched
+            update_pairs(matched, list(map(self._weight, matched.sources)), decay, skip, self.backend)
         self.step += 1
 
     @property
@@ -275,6 +278,12 @@ class EMA(DecaySchedule):
         twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__getstate__(), _own_weights=None)
         return twin
+
+    def _weight(self, source: Tensor) -> Tensor:
+        """A weight of the model as the optimizer knows it that has the average: in full, if there is a master."""
+        optimizer: Any = self.optimizer
+        weight: Tensor = source if optimizer is None else optimizer.float32_weight(source)
+        return weight
 
     def _match(self) -> Matched:
         """Pair every tensor of the model with its average, again if one was replaced: frameworks do that at will."""

@@ -81,9 +81,11 @@ def get_ema_multi_avg_fn(decay: float = 0.999) -> Callable[[Sequence[Tensor], Se
     return ema_update
 
 
-def update_pairs(matched: Pairs, decay: float, skip: Tensor | None, backend: str | None) -> None:
-    """Move averages towards their sources, and copy the others, unless ``skip`` is true."""
-    averages, sources = matched.averages, matched.sources
+def update_pairs(
+    matched: Pairs, sources: list[Tensor], decay: float, skip: Tensor | None, backend: str | None
+) -> None:
+    """Move averages towards their ``sources``, and copy the others, unless ``skip`` is true."""
+    averages = matched.averages
     targets = [pair.average for pair in matched.copied]
     copied = [pair.source for pair in matched.copied]
     is_elsewhere = any(target.device != source.device for target, source in zip(targets, copied, strict=True))

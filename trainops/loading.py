@@ -1,5 +1,6 @@
 """What an optimizer keeps and takes of a state that is pickled or loaded."""
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from . import advice
 from .rows import check_state
+from .storage import MASTER, StateDtype, dtypes_of_state, loaded_master, wants_master
 
 Dtypes = dict[tuple[Tensor, str], torch.dtype]
 
@@ -15,6 +17,8 @@ class LoadsState(torch.optim.Optimizer):
     """An optimizer with attributes of its own, which pickles keep, and state that keeps its dtype."""
 
     own_attributes: ClassVar[tuple[str, ...]]
+    state_dtype: StateDtype
+    master: str | None
     _loading: tuple[dict[str, Any], Dtypes] | None = None  # what load_state_dict loads, and the dtypes to keep
 
     def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -30,7 +34,9 @@ class LoadsState(torch.optim.Optimizer):
             for param in group["params"]:
                 check_state(param, state["state"].get(param), self.state_names(group))
         if self._loading is not None:
-            _keep_dtypes(state, *self._loading)
+            loaded, held = self._loading
+            _keep_dtypes(state, loaded, held | self._chosen_dtypes(state["param_groups"]))
+            self._load_masters(state, loaded)
         super().__setstate__(state)
         if state.get("_max_grad_norm") is not None:
             advice.clips_inside(self)
@@ -41,8 +47,11 @@ class LoadsState(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, as in torch.
 
-        State that this optimizer holds in another dtype than its parameter's keeps that dtype. Where there is none
-        yet, it gets the parameter's, as in torch.
+        Moments are converted to ``state_dtype``. Without one, state that this optimizer holds in another dtype than
+        its parameter's keeps that dtype, and where there is none yet, it gets the parameter's, as in torch. Masters
+        are converted from one kind to the other, added and left out, as ``master`` asks for: load the model's weights
+        before. Where a master is not that of the parameter, the parameter is taken for the weight. Where the state
+        has no masters, as that of torch's class, those that are here stay.
 
         Raises:
             ValueError: the state does not fit the parameters. Nothing has been changed.
@@ -55,6 +64,23 @@ class LoadsState(torch.optim.Optimizer):
         finally:
             last_hook.remove()
             self._loading = None
+
+    def _load_masters(self, state: dict[str, Any], loaded: dict[str, Any]) -> None:
+        """Convert loaded masters to this optimizer's kind, from what they were before PyTorch cast them."""
+        for param, its, theirs in _states(state, loaded):
+            its.pop(MASTER, None)
+            if its and self.master is not None and wants_master(param, self.master):
+                own = self.state.get(param, {}).get(MASTER)
+                its[MASTER] = loaded_master(param, [theirs.get(MASTER), own], self.master)
+
+    def _chosen_dtypes(self, param_groups: list[dict[str, Any]]) -> Dtypes:
+        """The dtypes that ``state_dtype`` asks for, by parameter and name."""
+        return {
+            (param, name): dtype
+            for group in param_groups
+            for name, dtype in dtypes_of_state(self.state_names(group), self.state_dtype).items()
+            for param in group["params"]
+        }
 
 
 def _unlike_their_parameters(state: dict[Any, Any]) -> Dtypes:
@@ -70,11 +96,16 @@ def _unlike_their_parameters(state: dict[Any, Any]) -> Dtypes:
 
 def _keep_dtypes(state: dict[str, Any], loaded: dict[str, Any], dtypes: Dtypes) -> None:
     """Convert what was loaded to these dtypes, from what it was before PyTorch gave it its parameter's."""
-    if not dtypes:
-        return
+    for param, its, theirs in _states(state, loaded) if dtypes else ():
+        for name, value in theirs.items():
+            if (dtype := dtypes.get((param, name))) is not None:
+                its[name] = value.to(device=param.device, dtype=dtype, copy=True)
+
+
+def _states(state: dict[str, Any], loaded: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any], dict[str, Any]]]:
+    """Each parameter that has a state, with that state, and as it was loaded."""
     params = [param for group in state["param_groups"] for param in group["params"]]
     keys = [key for group in loaded["param_groups"] for key in group["params"]]
     for param, key in zip(params, keys, strict=True):
-        for name, value in loaded["state"].get(key, {}).items():
-            if (dtype := dtypes.get((param, name))) is not None:
-                state["state"][param][name] = value.to(device=param.device, dtype=dtype, copy=True)
+        if param in state["state"]:
+            yield param, state["state"][param], loaded["state"].get(key, {})

@@ -12,8 +12,10 @@ from . import advice, reference
 from .adapters import Group, StepControl, StepResult, check, select
 from .ema import EMA
 from .loading import LoadsState
+from .masters import KeepsMasters
 from .plain import all_in_memory, all_plain
 from .rows import by_device, gather, have_common_memory
+from .storage import MASTER, StateDtype, check_is_real, check_master, check_masters, check_state_dtype, wants_master
 from .torch_step import KnowsTorchStep
 from .uploads import prepare_capture
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class FusedOptimizer(KnowsTorchStep, LoadsState):
+class FusedOptimizer(KnowsTorchStep, LoadsState, KeepsMasters):
     """A mixin that replaces ``step`` of a ``torch.optim`` class. List it before that class among the bases.
 
     A subclass names its ``rule`` (``csrc/math/<rule>.h``, ``trainops.reference.<rule>_``), the state and the settings
@@ -39,6 +41,8 @@ class FusedOptimizer(KnowsTorchStep, LoadsState):
         "_max_grad_norm",
         "skip_nonfinite",
         "_ema",
+        "master",
+        "state_dtype",
         "backend",
         "grad_norm",
         "grad_norms",
@@ -67,15 +71,22 @@ class FusedOptimizer(KnowsTorchStep, LoadsState):
         max_grad_norm: float | Tensor | None = None,
         skip_nonfinite: bool = False,
         ema: EMA | None = None,
+        master: str | None = None,
+        state_dtype: StateDtype = None,
         backend: str | None = None,
         **options: Any,
     ) -> None:
-        if options.get("differentiable") and (max_grad_norm is not None or skip_nonfinite or ema is not None):
-            raise ValueError(
-                "differentiable=True runs PyTorch's own step, without max_grad_norm, skip_nonfinite or ema"
-            )
+        own: dict[str, Any] = {"max_grad_norm": max_grad_norm, "skip_nonfinite": skip_nonfinite or None, "ema": ema}
+        own |= {"master": master, "state_dtype": state_dtype}
+        if options.get("differentiable") and any(x is not None for x in own.values()):
+            raise ValueError(f"differentiable=True runs PyTorch's own step, without {', '.join(own)}")
         check(backend)
+        check_master(master)
+        check_state_dtype(state_dtype)
+        self.master, self.state_dtype = None, state_dtype  # first: they are asked for each group that is added
         super().__init__(*args, **options)
+        check_masters((p for group in self.param_groups for p in group["params"]), master)
+        self.master = master
         self._unscaling_by_hand = None  # what PyTorch's constructor has set for fused=True
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
@@ -124,11 +135,21 @@ class FusedOptimizer(KnowsTorchStep, LoadsState):
         """Add a group of parameters, as in torch.
 
         Raises:
-            ValueError: the group has a setting that all groups share.
+            ValueError: the group has a setting that all groups share, or a parameter that ``state_dtype`` or
+                ``master`` is not for.
         """
         if isinstance(param_group, dict) and (shared := [name for name in _OWN_SETTINGS if name in param_group]):
             raise ValueError(f"{shared[0]} is a setting of the optimizer, not of a group of parameters")
         super().add_param_group(param_group)
+        params = self.param_groups[-1]["params"]
+        try:
+            if self.state_dtype is not None:
+                check_is_real(params)
+            for param in params:
+                wants_master(param, self.master)
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     def prepare_capture(self) -> None:
         """Make ready for captures of ``step()`` in CUDA graphs. Without effect for parameters on a CPU.
@@ -196,7 +217,8 @@ class FusedOptimizer(KnowsTorchStep, LoadsState):
             skipped_steps=self.skipped_steps,
         )
         kernels = select(self.backend, device)
-        states = list(map(self.state_names, self.param_groups))
+        masters = () if self.master is None else (MASTER,)
+        states = [(*self.state_names(group), *masters) for group in self.param_groups]
         table = kernels.collect(self.rule, self.param_groups, self.state, averages, states)
         if table is not None:
             pairs = zip(self.param_groups, table.group_rows, strict=True)
@@ -281,7 +303,7 @@ def setting(x: float | Tensor) -> float | Tensor:
     return x.reshape(()) if isinstance(x, Tensor) and x.device.type != "cpu" else float(x)
 
 
-_OWN_SETTINGS = ("max_grad_norm", "skip_nonfinite", "ema", "backend")
+_OWN_SETTINGS = ("max_grad_norm", "skip_nonfinite", "ema", "master", "state_dtype", "backend")
 
 
 def _joint_norm(groups: list[Group], control: StepControl) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .adapters import Group
 from .model_pairs import kind
 from .plain import PLAIN
+from .storage import MASTER, dtypes_of_state, fits, new_master, wants_master
 from .tables import aligned, local
 
 if TYPE_CHECKING:
@@ -42,23 +43,31 @@ def gather(optimizer: "FusedOptimizer", averages: dict[int, Tensor]) -> list[Gro
     for param_group, params, grads in selected:
         own, names = [optimizer.state[p] for p in params], optimizer.state_names(param_group)
         for param, its in zip(params, own, strict=True):
-            if not its:
-                if param_group.get("fused") and param.is_meta:
-                    raise RuntimeError("`fused=True` requires parameters on a device that computes, got one on meta")
-                init_state(its, param, names)
+            if not its and param_group.get("fused") and param.is_meta:
+                raise RuntimeError("`fused=True` requires parameters on a device that computes, got one on meta")
+            complete_state(its, param, names, optimizer)
             _move_step(its, param)
         columns = {"param": params, "grad": grads, "average": list(map(averages.get, map(id, params)))}
         columns |= {key: [its[key] for its in own] for key in ("step", *names)}
+        if optimizer.master is not None:
+            columns[MASTER] = [its.get(MASTER) for its in own]
         _check_rows(columns)
         groups.append(Group(optimizer.settings(param_group), len(params), columns))
     return groups
 
 
-def init_state(state: dict[str, Tensor], param: Tensor, names: Sequence[str]) -> None:
-    """The state of a parameter before its first step."""
-    step = torch.zeros((), dtype=torch.float32, device=param.device)
-    zeros = {name: torch.zeros_like(param, memory_format=torch.preserve_format) for name in names}
-    state.update({"step": step, **zeros})  # at once: what interrupts this leaves no half of it
+def complete_state(
+    state: dict[str, Tensor], param: Tensor, names: tuple[str, ...], optimizer: "FusedOptimizer"
+) -> None:
+    """Give a parameter the state that it has before its first step, or the master that it lacks."""
+    missing: dict[str, Tensor] = {}
+    if not state:
+        dtypes = dtypes_of_state(names, optimizer.state_dtype)
+        missing["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+        missing |= {name: torch.zeros_like(param, dtype=dtypes.get(name)) for name in names}
+    if optimizer.master is not None and MASTER not in state and wants_master(param, optimizer.master):
+        missing[MASTER] = new_master(param, optimizer.master)
+    state.update(missing)  # at once: what interrupts this leaves no half of it
 
 
 def check_state(param: Tensor, state: dict[str, Any] | None, names: Sequence[str]) -> None:
@@ -67,7 +76,7 @@ def check_state(param: Tensor, state: dict[str, Any] | None, names: Sequence[str
         return
     if missing := [name for name in ("step", *names) if name not in state]:
         raise ValueError(f"the state of a parameter of shape {tuple(param.shape)} has no {', '.join(missing)}")
-    for name in names:
+    for name in (*names, *(key for key in (MASTER,) if isinstance(state.get(key), Tensor))):
         if state[name].shape != param.shape:
             raise ValueError(
                 f"{name} has shape {tuple(state[name].shape)}, but its parameter has shape {tuple(param.shape)}"
@@ -123,5 +132,11 @@ def _check_rows(columns: dict[str, list[Any]]) -> None:
                     f"{name} of shape {tuple(x.shape)} on {x.device} does not fit a parameter of "
                     f"shape {tuple(param.shape)} on {param.device}"
                 )
+            elif x is not None and name == MASTER:
+                if not fits(param, x):
+                    raise RuntimeError(
+                        f"a master of {x.dtype} does not fit a parameter of {param.dtype}, which was cast since: see "
+                        "float32_state_dict and load_float32_state_dict"
+                    )
             elif x is not None and kind(x) != kind(param):
                 raise RuntimeError(f"{name} of {x.dtype} does not fit a parameter of {param.dtype}")

@@ -7,10 +7,14 @@ from torch._compile import _disable_dynamo
 
 from .amp import UnscalesInStep
 from .plain import all_in_memory
+from .storage import StateDtype
 
 
 class KnowsTorchStep(UnscalesInStep):
     """An optimizer that can take the step of the class of PyTorch behind it."""
+
+    state_dtype: StateDtype
+    master: str | None
 
     def _torch_step(self, closure: Callable[[], float] | None = None) -> float | None:
         """PyTorch's own step, without the wrapper that runs the step hooks: they run around ours already."""
@@ -24,7 +28,9 @@ class KnowsTorchStep(UnscalesInStep):
 
         Where a setting asks for more than PyTorch's class can do, they meet those of ``trainops.reference``.
         """
-        if self._measures or getattr(self, "grad_scale", None) is not None:
+        if self._measures or self.state_dtype is not None or self.master is not None:
+            return False
+        if getattr(self, "grad_scale", None) is not None:
             return False
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         return not all_in_memory(x for p in params for x in (p, p.grad))

@@ -12,6 +12,9 @@ from ._common import chunk_of
 # Triton's interpreter truncates to bfloat16, where GPUs round to nearest even.
 INTERPRETED = tl.constexpr(not isinstance(chunk_of, triton.JITFunction))
 
+# Half a unit in bfloat16's last place, in bits of float32.
+HALF_OF_BFLOAT16 = tl.constexpr(0x8000)
+
 
 @triton.jit
 def elements(address, offset, DTYPE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
@@ -47,13 +50,85 @@ def load(
 @triton.jit
 def store(address, offset, end, values, DTYPE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """Round one block to the type of a tensor and write it there; returns what was written."""
-    pointers = elements(address, offset, DTYPE, BLOCK, MASKED)
     rounded = narrow(values, DTYPE)
-    if MASKED:
-        tl.store(pointers, rounded, mask=offset + tl.arange(0, BLOCK) < end)
-    else:
-        tl.store(pointers, rounded)
+    store_as_is(address, offset, end, rounded, BLOCK, MASKED)
     return rounded
+
+
+@triton.jit
+def store_as_is(address, offset, end, values, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """Write one block of values, which have the type of the tensor."""
+    pointers = elements(address, offset, values.dtype, BLOCK, MASKED)
+    if MASKED:
+        tl.store(pointers, values, mask=offset + tl.arange(0, BLOCK) < end)
+    else:
+        tl.store(pointers, values)
+
+
+@triton.jit
+def load_weight(
+    param_address,
+    master_address,
+    offset,
+    end,
+    PARAM_TYPE: tl.constexpr,
+    MASTER_TYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One block of weights: parameters, or what they are together with their masters.
+
+    A parameter that others have written wins.
+    """
+    param = load(param_address, offset, end, PARAM_TYPE, WIDE, BLOCK, MASKED)
+    if MASTER_TYPE is None:
+        return param
+    elif MASTER_TYPE == tl.int16:
+        remainder = load(master_address, offset, end, MASTER_TYPE, tl.int32, BLOCK, MASKED)
+        weight = (param.to(tl.int32, bitcast=True) + remainder).to(tl.float32, bitcast=True)
+        return tl.where(weight != weight, param, weight)
+    else:
+        master = load(master_address, offset, end, MASTER_TYPE, WIDE, BLOCK, MASKED)
+        if PARAM_TYPE == tl.bfloat16:
+            difference = master.to(tl.uint32, bitcast=True) - param.to(tl.uint32, bitcast=True)
+            belongs = difference + HALF_OF_BFLOAT16 <= 2 * HALF_OF_BFLOAT16
+        else:
+            belongs = narrow(master, PARAM_TYPE).to(WIDE) == param
+        return tl.where(belongs, master, param)
+
+
+@triton.jit
+def store_weight(
+    param_address,
+    master_address,
+    offset,
+    end,
+    weight,
+    PARAM_TYPE: tl.constexpr,
+    MASTER_TYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Write one block of weights to parameters and masters; returns them as they are stored.
+
+    With a master, bfloat16 is rounded to nearest with ties away from zero, and NaN has no remainder.
+    """
+    if MASTER_TYPE is None:
+        return store(param_address, offset, end, weight, PARAM_TYPE, BLOCK, MASKED)
+    else:
+        bits = tl.where(weight != weight, 0x7FC00000, weight.to(tl.uint32, bitcast=True)).to(tl.uint32)
+        if PARAM_TYPE == tl.bfloat16:
+            rounded = ((bits + HALF_OF_BFLOAT16) >> 16).to(tl.uint16)
+            store_as_is(param_address, offset, end, rounded.to(PARAM_TYPE, bitcast=True), BLOCK, MASKED)
+        else:
+            store(param_address, offset, end, weight, PARAM_TYPE, BLOCK, MASKED)
+        if MASTER_TYPE == tl.int16:
+            remainder = bits.to(tl.uint16).to(tl.int16, bitcast=True)
+            store_as_is(master_address, offset, end, remainder, BLOCK, MASKED)
+        else:
+            store(master_address, offset, end, weight, MASTER_TYPE, BLOCK, MASKED)
+        return weight
 
 
 @triton.jit

@@ -19,9 +19,11 @@ from ._common import ADDRESSES, GROUP, NUMEL, chunk_of, end_of_body
 from .control import EMA_DECAY, GROUPS, decide
 from .ema import moved
 from .reduce import chunks_of_row, result_of
-from .storage import load, real, store
+from .storage import load, load_weight, real, store, store_weight
 
-PARAM, GRAD, AVERAGE, STEP = (tl.constexpr(core.step_columns[name]) for name in ("param", "grad", "average", "step"))
+PARAM, GRAD, AVERAGE, STEP, MASTER = (
+    tl.constexpr(core.step_columns[name]) for name in ("param", "grad", "average", "step", "master")
+)
 STATE = tl.constexpr(len(core.step_columns))
 
 # For each row, `plan` stores float64 slots: these, then the rule's scalars.
@@ -102,7 +104,8 @@ def update(
     NEW_PARAM: tl.constexpr,
     PARAM_TYPE: tl.constexpr,
     GRAD_TYPE: tl.constexpr,
-    AVERAGE_TYPE: tl.constexpr,  # this and the STATE types: None if there is no such column
+    MASTER_TYPE: tl.constexpr,  # this and the following: None if there is no such column
+    AVERAGE_TYPE: tl.constexpr,
     STATE0_TYPE: tl.constexpr,
     STATE1_TYPE: tl.constexpr,
     STATE2_TYPE: tl.constexpr,
@@ -112,7 +115,7 @@ def update(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One chunk of a rule and of EMA. The average follows the parameter as it is stored, rounded."""
+    """One chunk of a rule and of EMA. The average follows the weight as it is stored: rounded, or in full."""
     if skip is not None:
         if tl.load(skip) != 0:
             return
@@ -126,6 +129,8 @@ def update(
     param_address, grad_address = tl.load(addresses + PARAM), tl.load(addresses + GRAD)
     address_bits, average_address = param_address | grad_address, tl.load(addresses + AVERAGE)
     address_bits |= average_address
+    master_address = tl.load(addresses + MASTER)
+    address_bits |= master_address
     state0_address, state1_address, state2_address = param_address, param_address, param_address
     if STATE0_TYPE is not None:
         state0_address = tl.load(addresses + STATE)
@@ -146,7 +151,9 @@ def update(
             grad = load(grad_address, offset, end, GRAD_TYPE, WIDE, BLOCK, MASKED)
             state0 = load(state0_address, offset, end, STATE0_TYPE, WIDE, BLOCK, MASKED)
             state1 = load(state1_address, offset, end, STATE1_TYPE, WIDE, BLOCK, MASKED)
-            param = load(param_address, offset, end, PARAM_TYPE, WIDE, BLOCK, MASKED)
+            param = load_weight(
+                param_address, master_address, offset, end, PARAM_TYPE, MASTER_TYPE, WIDE, BLOCK, MASKED
+            )
             state2 = load(state2_address, offset, end, STATE2_TYPE, WIDE, BLOCK, MASKED)
             state0, state1, state2 = NEW_STATE(param, grad, state0, state1, state2, rule_scalars)
             if STATE0_TYPE is not None:
@@ -156,7 +163,9 @@ def update(
             if STATE2_TYPE is not None:
                 store(state2_address, offset, end, state2, STATE2_TYPE, BLOCK, MASKED)
             param = NEW_PARAM(param, state0, state1, state2, rule_scalars)
-            stored = store(param_address, offset, end, param, PARAM_TYPE, BLOCK, MASKED)
+            stored = store_weight(
+                param_address, master_address, offset, end, param, PARAM_TYPE, MASTER_TYPE, BLOCK, MASKED
+            )
             if AVERAGE_TYPE is not None:
                 average = load(average_address, offset, end, AVERAGE_TYPE, AVERAGE_WIDE, BLOCK, MASKED)
                 average = moved(average, stored.to(AVERAGE_WIDE), ema_decay, AVERAGE_WIDE)

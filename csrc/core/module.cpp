@@ -30,7 +30,7 @@ PythonWords words_of(const py::object& table, int64_t chunk_numel, bool by_kind)
 // Names of dtypes, as torch has them.
 const char* name_of(DType dtype) {
 #define TRAINOPS_DTYPE(name, ...) #name,
-  constexpr const char* names[] = {TRAINOPS_DTYPES(TRAINOPS_DTYPE)};
+  constexpr const char* names[] = {TRAINOPS_DTYPES(TRAINOPS_DTYPE) "int16"};
 #undef TRAINOPS_DTYPE
   return dtype == DType::none ? nullptr : names[static_cast<int>(dtype)];
 }
@@ -100,7 +100,8 @@ void define_schemas(py::module_& m) {
       .def_readonly("name", &Column::name)
       .def_property_readonly("written", &Column::written)
       .def_property_readonly("optional", &Column::optional)
-      .def_property_readonly("one_per_row", &Column::one_per_row);
+      .def_property_readonly("one_per_row", &Column::one_per_row)
+      .def_property_readonly("of_param", &Column::of_param);
   py::class_<Schema>(m, "Schema")
       .def_readonly("columns", &Schema::columns)
       .def_readonly("settings", &Schema::settings)

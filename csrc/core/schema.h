@@ -14,7 +14,7 @@
 namespace trainops {
 
 // The use of a column. Without a flag, every row has a tensor there, and kernels only read it.
-enum Use : int { kRead = 0, kWritten = 1, kOptional = 2, kOnePerRow = 4 };
+enum Use : int { kRead = 0, kWritten = 1, kOptional = 2, kOnePerRow = 4, kOfParam = 8 };
 
 struct Column {
   const char* name;
@@ -23,6 +23,7 @@ struct Column {
   bool written() const { return use & kWritten; }
   bool optional() const { return use & kOptional; }
   bool one_per_row() const { return use & kOnePerRow; }  // a float32 for the row, not a number for each element
+  bool of_param() const { return use & kOfParam; }       // a master: its type has to suit the parameter's
 };
 
 // Lists are written as macros, of which these make enumerators, columns, fields and names.
@@ -34,7 +35,7 @@ struct Column {
 // Every rule's rows begin with these; its state follows.
 #define TRAINOPS_STEP_COLUMNS(column)                                                                              \
   column(kParam, "param", kWritten) column(kGrad, "grad", kRead) column(kAverage, "average", kWritten | kOptional) \
-      column(kStep, "step", kWritten | kOnePerRow)
+      column(kStep, "step", kWritten | kOnePerRow) column(kMaster, "master", kWritten | kOptional | kOfParam)
 enum StepColumn : int { TRAINOPS_STEP_COLUMNS(TRAINOPS_ENUMERATOR) kState };
 
 // The columns of an EMA outside of a step.

@@ -56,12 +56,12 @@ class StateReader {
   }
 
   // Notes the parameters of a group that have a gradient, with the state that the group uses, by name. False if one
-  // is irregular: it has no state yet, or is of a subclass.
+  // is irregular: it has no state yet, or is of a subclass. (A master is looked for as well; float32 has none.)
   bool add_group(const pybind11::dict& group, const pybind11::tuple& states) {
     const pybind11::object all = group["params"];
     if (!PyList_Check(all.ptr())) return false;
     std::vector<bool> used(columns_);
-    for (size_t column = kState; column < columns_; ++column) used[column] = states.contains(names_[column]);
+    for (size_t column = kMaster; column < columns_; ++column) used[column] = states.contains(names_[column]);
     const size_t before = params.size();
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(all.ptr()); ++i) {
       const Py_ssize_t count = PyList_GET_SIZE(all.ptr());  // code of Python, which a tensor may run, may change it
@@ -85,6 +85,8 @@ class StateReader {
         row[column] = tensors_[i + column].ptr();
       }
       if (!builder_.add_row(row.data())) return false;
+      const DType param = builder_.table.cell(builder_.table.rows() - 1, kParam).dtype;
+      if (lacks_master_[i / columns_] && may_have_master(param, DType::float32)) return false;
     }
     return !have_common_memory();
   }
@@ -119,11 +121,12 @@ class StateReader {
     row[kAverage] = average_of(param.ptr());
     row[kStep] = borrowed(find(own.ptr(), names_[kStep].ptr()));
     if (row[kStep].is_none()) return false;
-    for (size_t column = kState; column < columns_; ++column) {
+    for (size_t column = kMaster; column < columns_; ++column) {
       if (!used[column]) continue;
       row[column] = borrowed(find(own.ptr(), names_[column].ptr()));
-      if (row[column].is_none()) return false;
+      if (row[column].is_none() && column != kMaster) return false;
     }
+    lacks_master_.push_back(used[kMaster] && row[kMaster].is_none());
     params.append(param);
     return true;
   }
@@ -176,6 +179,7 @@ class StateReader {
   size_t columns_;
   std::vector<pybind11::object> names_;
   std::vector<pybind11::object> tensors_;  // row by row
+  std::vector<bool> lacks_master_;         // of each row: whether its group has masters, and its state has none
 };
 
 }  // namespace trainops

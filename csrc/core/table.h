@@ -18,18 +18,33 @@ namespace trainops {
   macro(float32, float, __VA_ARGS__) macro(float64, double, __VA_ARGS__) macro(bfloat16, BFloat16, __VA_ARGS__) \
       macro(float16, Float16, __VA_ARGS__)
 
+// int16 is no number that loops take: a remainder (storage.h) belongs to the parameter beside it.
 #define TRAINOPS_DTYPE(name, ...) name,
-enum class DType : uint8_t { TRAINOPS_DTYPES(TRAINOPS_DTYPE) none };
+enum class DType : uint8_t { TRAINOPS_DTYPES(TRAINOPS_DTYPE) int16, none };
 #undef TRAINOPS_DTYPE
 
 TRAINOPS_HOST_DEVICE int itemsize(DType dtype) {
   return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
 }
 
+// Whether a parameter of one type may have a master of the other (storage.h).
+constexpr bool may_have_master(DType param, DType master) {
+  return (param == DType::bfloat16 && (master == DType::int16 || master == DType::float32)) ||
+         (param == DType::float16 && master == DType::float32);
+}
+
 // One tensor in one column. The address may be null if the tensor has no elements. `none`: there is no tensor.
 struct Cell {
   void* address = nullptr;
   DType dtype = DType::none;
+};
+
+// The weight of a row: its parameter, and its master if it has one.
+struct Weight {
+  Cell param, master;
+
+  TRAINOPS_HOST_DEVICE bool has_master() const { return master.dtype != DType::none; }
+  TRAINOPS_HOST_DEVICE bool is_split() const { return master.dtype == DType::int16; }
 };
 
 // The types of a row's columns make one word on a device. The lowest bits are the first column's.

@@ -32,7 +32,8 @@ class TableBuilder {
         continue;
       }
       Description& description = first == nullptr && !column.one_per_row() ? first_ : next_;
-      if (!reader.is_plain(tensors[i]) || !read(tensors[i], description)) return false;
+      if (!reader.is_plain(tensors[i]) || !read(tensors[i], description, column.of_param())) return false;
+      if (column.of_param() && !may_have_master(cells_[kParam].dtype, description.cell.dtype)) return false;
       if (column.one_per_row()) {
         if (description.numel != 1 || description.cell.dtype != DType::float32) return false;
       } else {
@@ -57,8 +58,8 @@ class TableBuilder {
   int32_t device_id = -1;    // negative until there is a tensor that is not in host memory
 
  private:
-  bool read(PyObject* tensor, Description& description) {
-    if (!reader.read(tensor, description) ||
+  bool read(PyObject* tensor, Description& description, bool may_be_remainder) {
+    if (!reader.read(tensor, description, may_be_remainder) ||
         std::find(device_types_.begin(), device_types_.end(), description.device_type) == device_types_.end()) {
       return false;
     }

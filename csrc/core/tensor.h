@@ -42,7 +42,7 @@ struct ExchangeAPI {
   void* managed_tensor_functions[3];
   int (*tensor_from_object)(void* object, Tensor* out);
 };
-constexpr uint8_t kFloat = 2, kBFloat = 4;
+constexpr uint8_t kInt = 0, kFloat = 2, kBFloat = 4;
 constexpr int32_t kCPU = 1, kCUDA = 2, kPinned = 3, kROCM = 10;
 }  // namespace dlpack
 
@@ -132,9 +132,11 @@ class TensorReader {
     return false;
   }
 
-  // False for a tensor that kernels cannot take: one without memory, complex numbers, integers.
-  bool read(PyObject* object, Description& out) const {
-    return api_ != nullptr ? read_dlpack(object, out) : read_python(object, out);
+  // False for a tensor that kernels cannot take: one without memory, complex numbers, integers that are no
+  // remainders.
+  bool read(PyObject* object, Description& out, bool may_be_remainder = false) const {
+    if (!(api_ != nullptr ? read_dlpack(object, out) : read_python(object, out))) return false;
+    return out.cell.dtype != DType::int16 || may_be_remainder;
   }
 
  private:
@@ -177,6 +179,7 @@ class TensorReader {
     if (code == dlpack::kFloat && bits == 64) return DType::float64;
     if (code == dlpack::kFloat && bits == 16) return DType::float16;
     if (code == dlpack::kBFloat && bits == 16) return DType::bfloat16;
+    if (code == dlpack::kInt && bits == 16) return DType::int16;
     return std::nullopt;
   }
 

@@ -28,6 +28,20 @@ TRAINOPS_CONVERT(Float16, double)
 TRAINOPS_CONVERT(float, double)
 #undef TRAINOPS_CONVERT
 
+#define TRAINOPS_CONVERT_WEIGHT(Param, Master)                                                              \
+  TRAINOPS_MULTIVERSION void read_tile(const Param* param, const Master* master, float* to, int64_t size) { \
+    for (int64_t i = 0; i < size; ++i) to[i] = widen(param[i], master[i]);                                  \
+  }                                                                                                         \
+  TRAINOPS_MULTIVERSION void write_tile(const float* from, Param* param, Master* master, int64_t size) {    \
+    TRAINOPS_INDEPENDENT                                                                                    \
+    for (int64_t i = 0; i < size; ++i) narrow(from[i], param[i], master[i]);                                \
+  }
+
+TRAINOPS_CONVERT_WEIGHT(BFloat16, Remainder)
+TRAINOPS_CONVERT_WEIGHT(BFloat16, float)
+TRAINOPS_CONVERT_WEIGHT(Float16, float)
+#undef TRAINOPS_CONVERT_WEIGHT
+
 // Calls function(elements) with the cell's elements from `begin` on, which are of another type than T.
 template <typename T, typename Function>
 void with_elements(const Cell& cell, int64_t begin, Function function) {
@@ -35,6 +49,19 @@ void with_elements(const Cell& cell, int64_t begin, Function function) {
   if (cell.dtype == DType::bfloat16) return function(static_cast<BFloat16*>(cell.address) + begin);
   if (cell.dtype == DType::float16) return function(static_cast<Float16*>(cell.address) + begin);
   function(static_cast<Other*>(cell.address) + begin);
+}
+
+// Calls function(parameters, masters) with the arrays of a weight from `begin` on.
+template <typename Function>
+void with_arrays(const Weight& weight, int64_t begin, Function function) {
+  const auto masters = [&](auto* params) {
+    if constexpr (std::is_same_v<decltype(params), BFloat16*>) {
+      if (weight.is_split()) return function(params, static_cast<Remainder*>(weight.master.address) + begin);
+    }
+    function(params, static_cast<float*>(weight.master.address) + begin);
+  };
+  if (weight.param.dtype == DType::bfloat16) return masters(static_cast<BFloat16*>(weight.param.address) + begin);
+  masters(static_cast<Float16*>(weight.param.address) + begin);
 }
 
 }  // namespace
@@ -55,6 +82,14 @@ void read(const Cell& cell, int64_t begin, int64_t size, T* values) {
 template <typename T>
 void write(const Cell& cell, int64_t begin, int64_t size, const T* values) {
   with_elements<T>(cell, begin, [&](auto* elements) { write_tile(values, elements, size); });
+}
+
+void read(const Weight& weight, int64_t begin, int64_t size, float* values) {
+  with_arrays(weight, begin, [&](auto* params, auto* masters) { read_tile(params, masters, values, size); });
+}
+
+void write(const Weight& weight, int64_t begin, int64_t size, const float* values) {
+  with_arrays(weight, begin, [&](auto* params, auto* masters) { write_tile(values, params, masters, size); });
 }
 
 template void read(const Cell&, int64_t, int64_t, float*);

@@ -1,4 +1,6 @@
 // Loops over the elements of several columns: they read, widen, compute, narrow and write in one pass.
+//
+// A column is an array of numbers, or weights that lie in two arrays (math/storage.h).
 #pragma once
 
 #include <type_traits>
@@ -12,53 +14,143 @@
 #define TRAINOPS_INLINE
 #endif
 
+// Tells compilers that the columns of the following loop do not overlap.
+#if defined(__clang__)
+#define TRAINOPS_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define TRAINOPS_INDEPENDENT _Pragma("GCC ivdep")
+#else
+#define TRAINOPS_INDEPENDENT
+#endif
+
 namespace trainops::cpu {
 
-// Two bfloat16 side by side, as the halves of one word: widened and narrowed by shifts and masks within 32 bits.
-// Element by element, compilers spread 16-bit lanes over 32-bit ones and gather them again, which takes longer.
-struct BFloat16Pair {
+// Weights of float32 in two arrays: what lies there is const if it is only read.
+template <typename Param, typename Rest>
+struct Split {
+  Param* param;
+  Rest* remainder;
+};
+using SplitWeights = Split<BFloat16, Remainder>;
+using ConstSplitWeights = Split<const BFloat16, const Remainder>;
+
+template <typename S>
+TRAINOPS_HOST_DEVICE auto get(S* column, int64_t i) {
+  return widen(column[i]);
+}
+template <typename Param, typename Rest>
+TRAINOPS_HOST_DEVICE float get(Split<Param, Rest> column, int64_t i) {
+  return widen(column.param[i], column.remainder[i]);
+}
+
+// Writes back the value of a formula, to columns that are not const.
+template <typename T, typename S>
+TRAINOPS_HOST_DEVICE void put(T value, S* column, int64_t i) {
+  if constexpr (!std::is_const_v<S>) narrow(value, column[i]);
+}
+template <typename Param, typename Rest>
+TRAINOPS_HOST_DEVICE void put(float value, Split<Param, Rest> column, int64_t i) {
+  if constexpr (!std::is_const_v<Param>) narrow(value, column.param[i], column.remainder[i]);
+}
+
+// Two 16-bit numbers side by side, as the halves of one word: widened and narrowed by shifts and masks within 32
+// bits. Element by element, compilers spread 16-bit lanes over 32-bit ones and gather them again, which takes longer.
+struct Pair {
   float low, high;
 };
 
-TRAINOPS_HOST_DEVICE BFloat16Pair widen_pair(const BFloat16* from) {
+TRAINOPS_HOST_DEVICE uint32_t word_at(const void* column, int64_t i) {
   uint32_t word;
-  std::memcpy(&word, from, sizeof(word));
+  std::memcpy(&word, static_cast<const uint16_t*>(column) + i, sizeof(word));
+  return word;
+}
+TRAINOPS_HOST_DEVICE void put_word(uint32_t word, void* column, int64_t i) {
+  std::memcpy(static_cast<uint16_t*>(column) + i, &word, sizeof(word));
+}
+
+TRAINOPS_HOST_DEVICE Pair get_pair(const BFloat16* column, int64_t i) {
+  const uint32_t word = word_at(column, i);
   return {bit_cast<float>(word << 16), bit_cast<float>(word & 0xffff0000u)};
 }
-
-// Writes back the values of a formula, to columns that are not const.
-TRAINOPS_HOST_DEVICE void put_pair(BFloat16Pair pair, BFloat16* to) {
-  const uint32_t word = (round_to_bfloat16(pair.low) >> 16) | (round_to_bfloat16(pair.high) & 0xffff0000u);
-  std::memcpy(to, &word, sizeof(word));
-}
-TRAINOPS_HOST_DEVICE void put_pair(BFloat16Pair, const BFloat16*) {}
-
-template <typename T, typename S>
-TRAINOPS_HOST_DEVICE void put(T value, S* to) {
-  if constexpr (!std::is_const_v<S>) narrow(value, *to);
+template <typename Param, typename Rest>
+TRAINOPS_HOST_DEVICE Pair get_pair(Split<Param, Rest> column, int64_t i) {
+  const uint32_t word = word_at(column.param, i), rest = word_at(column.remainder, i);
+  return {with_remainder(word << 16, rest), with_remainder(word & 0xffff0000u, rest >> 16)};
 }
 
-// Calls formula(value...) for every element, with one value, widened, from each of the columns.
-template <typename Formula, typename... S>
-TRAINOPS_HOST_DEVICE void for_each_element(int64_t size, Formula formula, S* __restrict... columns) {
+TRAINOPS_HOST_DEVICE void put_pair(Pair pair, BFloat16* column, int64_t i) {
+  put_word((round_to_bfloat16(pair.low) >> 16) | (round_to_bfloat16(pair.high) & 0xffff0000u), column, i);
+}
+TRAINOPS_HOST_DEVICE void put_pair(Pair, const BFloat16*, int64_t) {}
+TRAINOPS_HOST_DEVICE void put_pair(Pair pair, SplitWeights column, int64_t i) {
+  const uint32_t low = bits_to_split(pair.low), high = bits_to_split(pair.high);
+  put_word(((low + kHalfOfBFloat16) >> 16) | ((high + kHalfOfBFloat16) & 0xffff0000u), column.param, i);
+  put_word((low & 0xffffu) | (high << 16), column.remainder, i);
+}
+
+template <typename Column>
+constexpr bool has_pairs = false;
+template <>
+inline constexpr bool has_pairs<BFloat16*> = true;
+template <>
+inline constexpr bool has_pairs<const BFloat16*> = true;
+template <>
+inline constexpr bool has_pairs<SplitWeights> = true;
+
+// Processors read ahead within one array, and lose the thread where a loop has many. They are told what comes next.
+constexpr int64_t kPrefetchBlock = 64, kPrefetchAhead = 512;  // elements
+
+template <typename S>
+TRAINOPS_HOST_DEVICE void prefetch(S* column, int64_t i) {
+#if defined(__GNUC__)
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(column) + (i + kPrefetchAhead) * sizeof(S);
+  for (uintptr_t byte = 0; byte < kPrefetchBlock * sizeof(S); byte += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(begin + byte), !std::is_const_v<S>);
+  }
+#endif
+}
+template <typename Param, typename Rest>
+TRAINOPS_HOST_DEVICE void prefetch(Split<Param, Rest> column, int64_t i) {
+  prefetch(column.param, i);
+  prefetch(column.remainder, i);
+}
+
+// The elements [begin, end) of the columns.
+template <typename Formula, typename... Column>
+TRAINOPS_HOST_DEVICE void for_elements(int64_t begin, int64_t end, Formula formula, Column... columns) {
   const auto apply = [&](int64_t i) TRAINOPS_INLINE {
     [&](auto... values) TRAINOPS_INLINE {
       formula(values...);
-      (put(values, columns + i), ...);
-    }(widen(columns[i])...);
+      (put(values, columns, i), ...);
+    }(get(columns, i)...);
   };
-  if constexpr ((std::is_same_v<std::remove_const_t<S>, BFloat16> && ...)) {
-    for (int64_t i = 0; i < size / 2; ++i) {
-      [&](auto... pairs) TRAINOPS_INLINE {
-        formula(pairs.low...);
-        formula(pairs.high...);
-        (put_pair(pairs, columns + 2 * i), ...);
-      }(widen_pair(columns + 2 * i)...);
+  if constexpr ((has_pairs<Column> && ...)) {
+    const int64_t pairs = (end - begin) / 2;
+    TRAINOPS_INDEPENDENT
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      const int64_t i = begin + 2 * pair;
+      [&](auto... values) TRAINOPS_INLINE {
+        formula(values.low...);
+        formula(values.high...);
+        (put_pair(values, columns, i), ...);
+      }(get_pair(columns, i)...);
     }
-    if (size % 2 == 1) apply(size - 1);
+    if ((end - begin) % 2 == 1) apply(end - 1);
   } else {
-    for (int64_t i = 0; i < size; ++i) apply(i);
+    TRAINOPS_INDEPENDENT
+    for (int64_t i = begin; i < end; ++i) apply(i);
   }
+}
+
+// Calls formula(value...) for every element, with one value, widened, from each of the columns.
+template <typename Formula, typename... Column>
+TRAINOPS_HOST_DEVICE void for_each_element(int64_t size, Formula formula, Column... columns) {
+  int64_t i = 0;
+  for (; i + kPrefetchBlock <= size; i += kPrefetchBlock) {
+    (prefetch(columns, i), ...);
+    for_elements(i, i + kPrefetchBlock, formula, columns...);
+  }
+  for_elements(i, size, formula, columns...);
 }
 
 }  // namespace trainops::cpu

@@ -1,6 +1,7 @@
 // A step of any rule (math/adamw.h), with unscaling and clipping as a factor, and the average (math/ema.h), in one
 // pass: every column is read and, where it is written, written once. With AdamW in float32, that is 28 bytes per
-// element, 8 more with AMSGrad and 8 more with an average. Arithmetic in float32, or float64 for float64 parameters.
+// element, 8 more with AMSGrad and 8 more with an average; 26 with an average, where bfloat16 weights have a split
+// master (math/storage.h) and bfloat16 moments. Arithmetic in float32, or float64 for float64 parameters.
 #include <algorithm>
 
 #include "../core/rules.h"
@@ -14,36 +15,46 @@ namespace trainops::cpu {
 namespace {
 
 // Applies a formula that takes the columns of state `i...`.
-template <typename Formula, typename S, typename Scalars, size_t... i>
-TRAINOPS_HOST_DEVICE void apply(Formula formula, S* param, const S* grad, S* const* state, int64_t size,
+template <typename Formula, typename Weights, typename G, typename M, typename Scalars, size_t... i>
+TRAINOPS_HOST_DEVICE void apply(Formula formula, Weights weights, const G* grad, M* const* state, int64_t size,
                                 const Scalars& s, std::index_sequence<i...>) {
-  using T = Wide<S>;
-  const auto element = [&](T& p, T g, auto&... values) TRAINOPS_INLINE {
+  using T = Wide<G>;
+  const auto element = [&](T& weight, T g, auto&... values) TRAINOPS_INLINE {
     T own[kLength<sizeof...(i)>] = {values...};
-    formula(p, g, own, s);
+    formula(weight, g, own, s);
     ((values = own[i]), ...);
   };
-  for_each_element(size, element, param, grad, state[i]...);
+  for_each_element(size, element, weights, grad, state[i]...);
 }
 
-template <typename Rule, typename S>
-TRAINOPS_HOST_DEVICE void update_run(S* param, const S* grad, S* const* state, int states, int64_t size,
-                                     const typename Rule::template Scalars<Wide<S>> s) {
+template <typename Rule, typename Weights, typename G, typename M>
+TRAINOPS_HOST_DEVICE void update_run(Weights weights, const G* grad, M* const* state, int states, int64_t size,
+                                     const typename Rule::template Scalars<Wide<G>> s) {
   Rule::template with_formula<true>(states, s, [&](auto formula) TRAINOPS_INLINE {
-    apply(formula, param, grad, state, size, s, std::make_index_sequence<decltype(formula)::states>{});
+    apply(formula, weights, grad, state, size, s, std::make_index_sequence<decltype(formula)::states>{});
   });
 }
 
-// One named function for each rule and type, because only those can be compiled for several instruction sets.
-#define TRAINOPS_UPDATE(dtype, S, Rule)                                                                            \
-  TRAINOPS_MULTIVERSION void update_tile(Rule, S* param, const S* grad, S* const* state, int states, int64_t size, \
-                                         const Rule::Scalars<Wide<S>>& s) {                                        \
-    update_run<Rule>(param, grad, state, states, size, s);                                                         \
+// Expands macro(weights, gradient, state, Rule) for the types that have loops of their own. CONTRIBUTING.md says
+// which.
+#define TRAINOPS_SAME_TYPE(dtype, S, macro, Rule) macro(S*, S, S, Rule)
+#define TRAINOPS_LOOPS(macro, Rule)                                                  \
+  TRAINOPS_DTYPES(TRAINOPS_SAME_TYPE, macro, Rule)                                   \
+  macro(float*, float, BFloat16, Rule) macro(SplitWeights, BFloat16, BFloat16, Rule) \
+      macro(SplitWeights, BFloat16, float, Rule)
+
+// One named function for each, because only those can be compiled for several instruction sets.
+#define TRAINOPS_UPDATE(Weights, G, M, Rule)                                                                \
+  TRAINOPS_MULTIVERSION void update_tile(Rule, Weights weights, const G* grad, M* const* state, int states, \
+                                         int64_t size, const Rule::Scalars<Wide<G>>& s) {                   \
+    update_run<Rule>(weights, grad, state, states, size, s);                                                \
   }
-#define TRAINOPS_UPDATE_ALL(Rule, name) TRAINOPS_DTYPES(TRAINOPS_UPDATE, Rule)
+#define TRAINOPS_UPDATE_ALL(Rule, name) TRAINOPS_LOOPS(TRAINOPS_UPDATE, Rule)
 TRAINOPS_RULES(TRAINOPS_UPDATE_ALL)
 #undef TRAINOPS_UPDATE_ALL
 #undef TRAINOPS_UPDATE
+#undef TRAINOPS_LOOPS
+#undef TRAINOPS_SAME_TYPE
 
 // The number of state columns that a row has. Optional ones are last.
 template <typename Rule>
@@ -53,23 +64,79 @@ int states_of(const Table& table, int64_t row) {
   return states;
 }
 
-// The average follows the parameter as it was stored, so that a fused step and a step followed by an update of
-// the average give the same bits.
-template <typename Rule, typename S>
-void update_piece(const Table& table, const Piece& piece, int states,
-                  const typename Rule::template Scalars<double>& wide, double ema_decay) {
-  const auto scalars = rounded<Rule, Wide<S>>(wide);
-  const auto cell = [&](int column) -> const Cell& { return table.cell(piece.row, column); };
-  S buffers[kState + Rule::kStates][kTileNumel];
+// The cells of a row.
+template <typename Rule>
+struct Row {
+  Weight weight;
+  Cell grad, average, state[kLength<Rule::kStates>];
+  int states;
+
+  Row(const Table& table, int64_t row)
+      : weight{table.cell(row, kParam), table.cell(row, kMaster)},
+        grad(table.cell(row, kGrad)),
+        average(table.cell(row, kAverage)),
+        states(states_of<Rule>(table, row)) {
+    for (int i = 0; i < states; ++i) state[i] = table.cell(row, kState + i);
+  }
+
+  bool has_states_of(DType dtype) const {
+    return std::all_of(state, state + states, [&](const Cell& cell) { return cell.dtype == dtype; });
+  }
+};
+
+// The types of a loop. Columns of other types go through tiles: those of float, or of double.
+template <typename W, typename G, typename M>
+struct Loop {
+  using Weights = W;
+  using Grad = G;
+  using State = M;
+};
+
+// Calls function(loop) with the loop for a row.
+template <typename Rule, typename Function>
+void with_loop(const Row<Rule>& row, Function function) {
+  const Weight& weight = row.weight;
+  const bool is_bfloat16 = row.states > 0 && row.has_states_of(DType::bfloat16);
+  if (weight.is_split() && row.grad.dtype == DType::bfloat16) {
+    if (is_bfloat16) return function(Loop<SplitWeights, BFloat16, BFloat16>{});
+    if (row.has_states_of(DType::float32)) return function(Loop<SplitWeights, BFloat16, float>{});
+  }
+  if (weight.param.dtype == DType::float32 && row.grad.dtype == DType::float32 && is_bfloat16) {
+    return function(Loop<float*, float, BFloat16>{});
+  }
+  Cell cells[3 + Rule::kStates] = {weight.param, weight.master, row.grad};
+  std::copy(row.state, row.state + row.states, cells + 3);
+  with_type(cells, cells + 3 + row.states, [&](auto type) {
+    using S = decltype(type);
+    function(Loop<S*, S, S>{});
+  });
+}
+
+// The average follows the weight as it was stored, so that a fused step and a step followed by an update of the
+// average give the same bits.
+template <typename Rule, typename Its>
+void update_piece(const Row<Rule>& row, const Piece& piece, const typename Rule::template Scalars<double>& wide,
+                  double ema_decay) {
+  using G = typename Its::Grad;
+  using M = typename Its::State;
+  constexpr bool is_split = std::is_same_v<typename Its::Weights, SplitWeights>;
+  const auto scalars = rounded<Rule, Wide<G>>(wide);
+  M state_buffers[kLength<Rule::kStates>][kTileNumel];
+  G weight_buffer[kTileNumel], grad_buffer[kTileNumel];
   for_each_tile(piece, [&](int64_t begin, int64_t size) {
-    const auto read = [&](int column) { return load(cell(column), begin, size, buffers[column]); };
-    S* const param = read(kParam);
-    S* state[kLength<Rule::kStates>];
-    for (int i = 0; i < states; ++i) state[i] = read(kState + i);
-    update_tile(Rule{}, param, read(kGrad), state, states, size, scalars);
-    for (int i = 0; i < states; ++i) store(cell(kState + i), begin, size, state[i]);
-    store(cell(kParam), begin, size, param);
-    if (cell(kAverage).dtype != DType::none) ema_tile(cell(kAverage), cell(kParam), begin, size, ema_decay);
+    const auto weights = [&] {
+      if constexpr (is_split) {
+        return split_weights(row.weight, begin);
+      } else {
+        return load(row.weight, begin, size, weight_buffer);
+      }
+    }();
+    M* state[kLength<Rule::kStates>];
+    for (int i = 0; i < row.states; ++i) state[i] = load(row.state[i], begin, size, state_buffers[i]);
+    update_tile(Rule{}, weights, load(row.grad, begin, size, grad_buffer), state, row.states, size, scalars);
+    for (int i = 0; i < row.states; ++i) store(row.state[i], begin, size, state[i]);
+    if constexpr (!is_split) store(row.weight, begin, size, weights);
+    if (row.average.dtype != DType::none) ema_tile(row.average, row.weight, begin, size, ema_decay);
   });
 }
 
@@ -93,11 +160,8 @@ void update_table(const Table& table, const Chunks& chunks, const GroupSettings&
 
   chunks.for_each_piece(Order::kBackward, [&](int64_t, const Piece& piece) {
     const auto& s = scalars[scalars_of_row[piece.row]];
-    const int states = states_of<Rule>(table, piece.row);
-    Cell cells[2 + Rule::kStates] = {table.cell(piece.row, kParam), table.cell(piece.row, kGrad)};
-    for (int i = 0; i < states; ++i) cells[2 + i] = table.cell(piece.row, kState + i);
-    with_type(cells, cells + 2 + states,
-              [&](auto type) { update_piece<Rule, decltype(type)>(table, piece, states, s, ema_decay); });
+    const Row<Rule> row(table, piece.row);
+    with_loop(row, [&](auto loop) { update_piece<Rule, decltype(loop)>(row, piece, s, ema_decay); });
   });
 }
 

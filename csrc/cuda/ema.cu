@@ -17,7 +17,9 @@ __device__ void move_chunk(const Cell& average, const Cell& param, const Chunk& 
     const Raw of_average = fetch<T>(average, offset), of_param = fetch<T>(param, offset);
     put<T>(average, offset, ema_pack<T>(of_average, average.dtype, of_param, param.dtype, weight));
   }
-  for (int64_t i = range.body + threadIdx.x; i < range.end; i += kThreads) ema_one(average, param, i, decay);
+  for (int64_t i = range.body + threadIdx.x; i < range.end; i += kThreads) {
+    ema_one(average, {param, {}}, i, decay);
+  }
 }
 
 __global__ void __launch_bounds__(kThreads, 4)

@@ -2,16 +2,16 @@
 #pragma once
 
 #include "../math/ema.h"
-#include "packs.cuh"
+#include "weights.cuh"
 
 namespace trainops::cuda {
 
-// The arithmetic is in float64 where either tensor is. The parameter is read as it was stored.
-__device__ inline void ema_one(const Cell& average, const Cell& param, int64_t i, double decay) {
-  if (average.dtype == DType::float64 || param.dtype == DType::float64) {
-    store(average, i, ema_element(load<double>(average, i), load<double>(param, i), EMAWeight<double>(decay)));
+// The arithmetic is in float64 where either tensor is. The weight is read as it was stored.
+__device__ inline void ema_one(const Cell& average, const Weight& weight, int64_t i, double decay) {
+  if (average.dtype == DType::float64 || weight.param.dtype == DType::float64) {
+    store(average, i, ema_element(load<double>(average, i), load<double>(weight, i), EMAWeight<double>(decay)));
   } else {
-    store(average, i, ema_element(load<float>(average, i), load<float>(param, i), EMAWeight<float>(decay)));
+    store(average, i, ema_element(load<float>(average, i), load<float>(weight, i), EMAWeight<float>(decay)));
   }
 }
 

@@ -21,6 +21,8 @@ struct Cells {
     }
   }
 
+  __device__ Weight weight() const { return {at[kParam], at[kMaster]}; }
+
   // The number of state columns that the row has. Optional ones are last.
   __device__ int states() const {
     int states = 0;
@@ -40,7 +42,8 @@ __device__ void update_pack(const Cells<Rule>& cells, const LaneOffset& offset,
     if (column != kStep) raw[column] = fetch<T>(cells.at[column], offset);
   }
   T param[kPack<T>], grad[kPack<T>];
-  unpack(raw[kParam], cells.at[kParam].dtype, param);
+  const Weight weight = cells.weight();
+  unpack(raw[kParam], raw[kMaster], weight, param);
   unpack(raw[kGrad], cells.at[kGrad].dtype, grad);
   Rule::template with_formula<false>(cells.states(), scalars, [&](auto formula) {
     constexpr int states = decltype(formula)::states;
@@ -61,17 +64,27 @@ __device__ void update_pack(const Cells<Rule>& cells, const LaneOffset& offset,
       put<T>(cells.at[kState + i], offset, pack(state[i], cells.at[kState + i].dtype));
     }
   });
-  const Raw stored = pack(param, cells.at[kParam].dtype);
-  put<T>(cells.at[kParam], offset, stored);
+  // The average follows the weight as it is stored: rounded, or in full where there is a master.
+  Raw followed = pack_param<T>(param, weight);
+  DType followed_dtype = weight.param.dtype;
+  put<T>(weight.param, offset, followed);
+  if constexpr (sizeof(T) == 4) {
+    if (weight.has_master()) {
+      put<T>(weight.master, offset, pack_master(param, weight));
+      followed_dtype = DType::float32;
+      followed = pack(param, followed_dtype);
+    }
+  }
   const Cell& average = cells.at[kAverage];
   if (average.address == nullptr) return;
-  put<T>(average, offset, ema_pack<T>(raw[kAverage], average.dtype, stored, cells.at[kParam].dtype, ema_weight));
+  put<T>(average, offset, ema_pack<T>(raw[kAverage], average.dtype, followed, followed_dtype, ema_weight));
 }
 
 template <typename Rule, typename T>
 __device__ void update_one(const Cells<Rule>& cells, int64_t i, const typename Rule::template Scalars<T>& scalars,
                            double ema_decay) {
-  T param = load<T>(cells.at[kParam], i);
+  const Weight weight = cells.weight();
+  T param = load<T>(weight, i);
   const T grad = load<T>(cells.at[kGrad], i);
   Rule::template with_formula<false>(cells.states(), scalars, [&](auto formula) {
     constexpr int states = decltype(formula)::states;
@@ -82,8 +95,8 @@ __device__ void update_one(const Cells<Rule>& cells, int64_t i, const typename R
 #pragma unroll
     for (int k = 0; k < states; ++k) store(cells.at[kState + k], i, state[k]);
   });
-  store(cells.at[kParam], i, param);
-  if (cells.at[kAverage].address != nullptr) ema_one(cells.at[kAverage], cells.at[kParam], i, ema_decay);
+  store(weight, i, param);
+  if (cells.at[kAverage].address != nullptr) ema_one(cells.at[kAverage], weight, i, ema_decay);
 }
 
 template <typename Rule, typename T>

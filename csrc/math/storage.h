@@ -77,6 +77,64 @@ TRAINOPS_HOST_DEVICE void narrow(float x, Float16& to) {
 #endif
 }
 
+// A float32 weight in two places: a bfloat16 parameter, and a master that holds what the parameter lacks.
+//
+// A remainder is the signed difference of the bit patterns:
+//
+//   float32 bits = (bfloat16 bits << 16) + remainder
+//
+// The parameter is the weight rounded to nearest, ties away from zero. (With ties to even, half a unit up and half a
+// unit down would need a 17th bit.) Both together are that weight, bit for bit, but for NaN: it is stored as
+// bfloat16's with the remainder 0. Otherwise 0x7fffffff, CUDA's NaN, would be rounded up to -0.0.
+//
+// A parameter that others have written no longer belongs to its master. Parameters win: the weight that is read is
+// never further from the parameter than rounding explains.
+struct Remainder {
+  int16_t bits;
+};
+
+constexpr uint32_t kHalfOfBFloat16 = 0x8000u;  // half a unit in the last place, in bits of float32
+
+// `bits` are those of a bfloat16, in the upper half; the remainder is in the lower half of `rest`.
+TRAINOPS_HOST_DEVICE float with_remainder(uint32_t bits, uint32_t rest) {
+  const float weight = bit_cast<float>(bits + ((rest & 0xffffu) ^ 0x8000u) - 0x8000u);
+  return weight != weight ? bit_cast<float>(bits) : weight;
+}
+TRAINOPS_HOST_DEVICE float widen(BFloat16 param, Remainder remainder) {
+  return with_remainder(static_cast<uint32_t>(param.bits) << 16, static_cast<uint16_t>(remainder.bits));
+}
+
+// The bits of which the upper half, rounded, is stored as the parameter, and the lower half as the remainder.
+TRAINOPS_HOST_DEVICE uint32_t bits_to_split(float weight) {
+  return weight != weight ? 0x7fc00000u : bit_cast<uint32_t>(weight);
+}
+TRAINOPS_HOST_DEVICE void narrow(float weight, BFloat16& param, Remainder& remainder) {
+  const uint32_t bits = bits_to_split(weight);
+  param.bits = static_cast<uint16_t>((bits + kHalfOfBFloat16) >> 16);
+  remainder.bits = static_cast<int16_t>(bits);
+}
+
+// A master may also be the whole weight, in float32. bfloat16 parameters are rounded as above.
+TRAINOPS_HOST_DEVICE float widen(BFloat16 param, float master) {
+  const uint32_t bits = static_cast<uint32_t>(param.bits) << 16;
+  const bool belongs = bit_cast<uint32_t>(master) - bits + kHalfOfBFloat16 <= 2 * kHalfOfBFloat16;
+  return belongs ? master : bit_cast<float>(bits);
+}
+TRAINOPS_HOST_DEVICE void narrow(float weight, BFloat16& param, float& master) {
+  Remainder remainder;
+  narrow(weight, param, remainder);
+  master = weight;
+}
+TRAINOPS_HOST_DEVICE float widen(Float16 param, float master) {
+  Float16 rounded;
+  narrow(master, rounded);
+  return rounded.bits == param.bits ? master : widen(param);
+}
+TRAINOPS_HOST_DEVICE void narrow(float weight, Float16& param, float& master) {
+  narrow(weight, param);
+  master = weight;
+}
+
 // Conversions among float32 and float64. float64 reaches 16 bits through float32, as in PyTorch.
 TRAINOPS_HOST_DEVICE float widen(float x) { return x; }
 TRAINOPS_HOST_DEVICE double widen(double x) { return x; }

@@ -191,8 +191,10 @@ def _parts(
     for i in range(group.rows):
         row = {name: local(column[i]) for name, column in group.columns.items() if column[i] is not None}
         written = [x for name, x in row.items() if name not in ("grad", "step")]
-        if any(map(_is_odd, written)):
-            advice.left_to_reference(row["param"].device)
+        is_odd = any(map(_is_odd, written))
+        if is_odd or "master" in row:  # a weight in two tensors has no multi-tensor operation
+            if is_odd:
+                advice.left_to_reference(row["param"].device)
             specification.Row(group, i).update(rule, coefficient, skip, ema_decay)
             continue
         step, average = row.pop("step"), row.pop("average", None)

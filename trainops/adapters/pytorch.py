@@ -103,13 +103,15 @@ class Row:
         self._resolved: list[tuple[Tensor, Tensor]] = []
         written = {name: _writable(x, self._resolved) for name, x in columns.items()}
         self.param, self.average = written.pop("param"), written.pop("average", None)
+        self.master = written.pop("master", None)
         self.state = written
 
     def update(self, rule: str, coefficient: Tensor | float, skipped: Tensor | None, ema_decay: float) -> None:
         device = self.param.device
+        weight = self.param if self.master is None else reference.join(self.param, self.master)
         formula = getattr(reference, f"{rule}_")
         formula(
-            self.param,
+            weight,
             self.grad,
             **self.state,
             step=self.step,
@@ -117,8 +119,10 @@ class Row:
             coefficient=coefficient.to(device) if isinstance(coefficient, Tensor) else coefficient,
             skip=skipped,
         )
+        if self.master is not None:
+            reference.write_weight(self.param, self.master, weight, skipped)
         if self.average is not None:
-            reference.ema_([self.average], [self.param], ema_decay, skipped)
+            reference.ema_([self.average], [weight], ema_decay, skipped)
         for original, copy in self._resolved:
             original.copy_(copy)
 

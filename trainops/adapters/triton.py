@@ -163,7 +163,7 @@ def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl
             SKIP_NONFINITE=control.skip_nonfinite,
             **staged.reduction_constants(),
         )
-        types = {"PARAM_TYPE": "param", "GRAD_TYPE": "grad", "AVERAGE_TYPE": "average"}
+        types = {"PARAM_TYPE": "param", "GRAD_TYPE": "grad", "MASTER_TYPE": "master", "AVERAGE_TYPE": "average"}
         state = list(staged.columns)[kernels.STATE.value :]
         types |= {f"STATE{i}_TYPE": name for i, name in enumerate(state)}
         absent = {f"STATE{i}_TYPE": None for i in range(len(state), 3)}
