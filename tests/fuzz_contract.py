@@ -193,9 +193,9 @@ def is_finite(total: np.longdouble, tensors: list[torch.Tensor]) -> bool:
 
 @np.errstate(all="ignore")
 def check_total_norm(
-    backend: str, got: torch.Tensor, total: np.longdouble, tensors: list[torch.Tensor], order: float
+    target: Target, got: torch.Tensor, total: np.longdouble, tensors: list[torch.Tensor], order: float
 ) -> None:
-    slack = sums_slack(backend, tensors) * (max(1, 2 / abs(order)) if order else 0)  # a count has no rounding
+    slack = sums_slack(target, tensors) * (max(1, 2 / abs(order)) if order else 0)  # a count has no rounding
     Expected(np.asarray(total), np.asarray(slack * total)).check("norm", got, arithmetic(*tensors))
 
 

@@ -314,7 +314,7 @@ def test_same_bits_with_any_number_of_threads(shapes):
         ({"betas": (0.9, -0.1)}, "beta parameter at index 1: -0.1"),
         ({"max_grad_norm": -1.0}, "max_grad_norm: -1.0"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm: nan"),
-        ({"backend": "gpu"}, "unknown backend 'gpu'.*reference, cpu"),
+        ({"backend": "gpu"}, "unknown backend 'gpu'.*reference, foreach, cpu"),
         ({"differentiable": True, "max_grad_norm": 1.0}, "differentiable"),
     ],
 )

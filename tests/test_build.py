@@ -43,7 +43,10 @@ echo made > "$target"
 needs_compiler = pytest.mark.skipif(cuda_shim.compiler() is None, reason="there is no C++ compiler")
 
 
-PACKAGES = [f"{name}/__init__.py" for name in ("trainops/adapters", "trainops/integrations", "triton_kernels")]
+PACKAGES = [
+    f"{name}/__init__.py"
+    for name in ("trainops/adapters", "trainops/integrations", "trainops/verify", "triton_kernels")
+]
 
 
 class Tree:

@@ -11,7 +11,6 @@ from test_cuda import MIXED, after_steps, at_offset, everything, make_step
 from torch import nn
 
 import trainops
-
 from trainops import adapters
 
 PLACES = {

@@ -48,7 +48,7 @@ def test_no_race_between_barriers(cuda, seed):
 @pytest.mark.parametrize("resident", [1, 2, 3])
 def test_few_blocks_at_a_time(cuda, resident):
     """They draw the chunks of those that have not begun, and leave the counters as the next launch needs them."""
-    every = (step_of_groups, averages_of_many, transforms_of_many, norms_of_long_rows)
+    every = (step_of_groups, averages_of_many, transforms_of_many, norms)
     with cuda.active():
         true = [x for work in every for x in work(cuda)]
     with cuda.active(), cuda.machine.schedule(resident=resident, seed=resident, races=True):

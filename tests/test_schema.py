@@ -79,7 +79,7 @@ def test_every_rule_has_the_columns_of_a_step_and_the_specification_takes_the_re
     columns = {name for name, x in parameters.items() if x.kind == x.POSITIONAL_OR_KEYWORD}
     settings = [name for name in parameters if name not in columns]
     assert columns == set(names_of(rule)) - {"average", "master"}
-    assert settings == [*core.schemas[rule].settings, "coefficient", "skip"]
+    assert settings == [*core.schemas[rule].settings, "coefficient", "skip", "spread"]
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trainops.adapters import select
 from trainops.verify import capture, checks_of, compare, run
 from trainops.verify.capture import CAPTURES, WARM_UPS, graph_of
 from trainops.verify.checks import CHECKS

@@ -105,7 +105,7 @@ def fake_devices(monkeypatch):
     monkeypatch.setattr(cuda, "_cuda", CudaModule(fake, cuda._cuda))
     monkeypatch.setattr(cuda, "_scratches", Recent(32))
     forget_uploads(fake, monkeypatch)
-    monkeypatch.setattr(triton, "serves", lambda device_type: device_type == "cuda")
+    monkeypatch.setattr(triton, "refusal", lambda device: "" if device.type == "cuda" else "it takes CUDA tensors")
     monkeypatch.setattr(_triton, "launch", functools.partial(launch_triton, fake, _triton.launch))
     adapters._select.cache_clear()
     core.reader.configure(api=None, describe=describe, plain_types=tuple(plain_types))

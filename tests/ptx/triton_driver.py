@@ -132,7 +132,7 @@ def through_ptx(architecture=80, launches=None):
         self._run = self._run or launcher(machine, self, launches)
 
     CompiledKernel._init_handles = init_handles
-    backend._device_type = lambda: "cpu"
+    backend.refusal = lambda device: "" if device.type == "cpu" else "it takes CPU tensors"
     backend.probe = lambda: Backend(available=True, details="PTX on the CPU")
     upload = _device.uploaded
     _device.uploaded = backend.uploaded = lambda words, device: upload(words, device).clone()

@@ -58,12 +58,12 @@ def _is_installed() -> bool:
 
 def refusal(device: torch.device) -> str:
     """CUDA and ROCm tensors are taken; CPU tensors under the interpreter."""
-    own = _device_type()
+    own = "cpu" if _triton.interpreted() else "cuda"
     return "" if device.type == own else f"it takes {own.upper()} tensors"
 
 
 def _device_type() -> str:
-    return "cpu" if _triton.interpreted() else "cuda"
+    return "cuda" if refusal(torch.device("cpu")) else "cpu"
 
 
 def reduce(statistic: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
