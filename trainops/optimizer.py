@@ -31,7 +31,7 @@ class FusedOptimizer(KnowsTorchStep, LoadsState, KeepsMasters):
     """
 
     rule: ClassVar[str]
-    _max_grad_norm: float | None
+    _max_grad_norm: float | Tensor | None
     _ema: EMA | None
     backend: str | None
     grad_norm: Tensor | None

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..adapters import Kernels, _triton, select
 
-# A chunk of Triton's kernels has at most 8192 elements, one of CUDA's 4096. The interpreter, which is slow, goes without the last shape.
+# A chunk has at most 8192 elements, CUDA's 4096. The interpreter, which is slow, goes without the last shape.
 SHAPES: tuple[tuple[int, ...], ...] = ((), (0,), (1,), (127,), (33, 31), (2, 3, 5, 7), (8193,), (70_001,))
 
 
