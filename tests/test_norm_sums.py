@@ -81,6 +81,16 @@ def test_norms_of_gradients(target, dtype, norm_type):
         assert_norm(target, got.reshape(-1)[0], its, norm_type)
 
 
+@never_interpreted
+@over_kernels
+@pytest.mark.parametrize("norm_type", [1.0, 2.0])
+def test_norms_of_equal_numbers(target, norm_type):
+    """Their sums are rounded in one direction again and again: runs must not be longer than their bound says."""
+    tensors = [torch.full((70_001,), 1 + i / 37, device=target.device) for i in range(37)]
+    for got, its in zip(reduced(target, tensors, norm_type)[1], tensors, strict=True):
+        assert_norm(target, got, [its], norm_type)
+
+
 @over_kernels
 @pytest.mark.parametrize("norm_type", [1.0, 2.0])
 def test_a_millionth_is_noticed(target, norm_type):

@@ -53,7 +53,7 @@ def test_few_blocks_at_a_time(cuda, resident):
         true = [x for work in every for x in work(cuda)]
     with cuda.active(), cuda.machine.schedule(resident=resident, seed=resident, races=True):
         results = [x for work in every for x in work(cuda)]
-        assert all(scratch[0].eq(0) for scratch in adapter._scratches.values())
+        assert all(scratch[0].eq(0).all() for scratch in adapter._scratches.values())
     assert all(map(same_bits, results, true))
 
 

@@ -60,7 +60,7 @@ class FusedOptimizer(KnowsTorchStep, LoadsState, KeepsMasters):
         self._max_grad_norm = None
         self.skip_nonfinite = False
         self._ema = None
-        self.backend = None
+        self.master = self.state_dtype = self.backend = None
         self.grad_norm = self.grad_norms = None
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device="cpu")
         return self
@@ -91,7 +91,7 @@ class FusedOptimizer(KnowsTorchStep, LoadsState, KeepsMasters):
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
         self.backend = backend
-        self.skipped_steps = self.skipped_steps.to(self._device())
+        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self._device())
         self.ema = ema  # last: it is taken from the optimizer that has it
 
     @property

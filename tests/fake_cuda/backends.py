@@ -51,10 +51,15 @@ class CudaModule:
         value = getattr(self.module, name)
         return functools.partial(self.launch, name, value) if name in self.LAUNCHES else value
 
+    def refusal(self, device):
+        """The kernels load on every fake device."""
+        return ""
+
     def StagedTable(self, table, *, words, rows, chunks, chunk_count, stream):  # noqa: N802
         """It holds the table and its words, but what it launches does not: a graph holds nothing."""
         tensor = torch.zeros(1, dtype=torch.float64 if table.has_float64 else torch.float32)
-        columns = {column.name: [tensor] * table.rows for column in core.schemas[table.kind].columns}
+        names = [column.name for column in core.schemas[table.kind].columns]
+        columns = {name: [None if name == "master" else tensor] * table.rows for name in names}
         place = {"words": None, "rows": rows, "chunks": chunks, "chunk_count": chunk_count, "stream": 0}
         staged = self.module.StagedTable(core.table(table.kind, columns, "cpu"), **place)
         on = self.fake.streams[torch.device("cuda", table.device_index), stream]
@@ -102,6 +107,7 @@ def fake_devices(monkeypatch):
             fake.touch(x)
         return core.describe(x)
 
+    monkeypatch.setattr(plain, "_has_function_modes", lambda: False)  # the fake is one, and no onlooker
     monkeypatch.setattr(cuda, "_cuda", CudaModule(fake, cuda._cuda))
     monkeypatch.setattr(cuda, "_scratches", Recent(32))
     forget_uploads(fake, monkeypatch)
