@@ -52,7 +52,7 @@ PYTHON = [
         tests_of("foreach"),
         {
             "foreach: chunks without a limit": ("if part and size + numel > limit:", "if False:"),
-            "foreach: shared memory is collected": ("begin + size > following", "begin > following"),
+            "foreach: shared memory is collected": (" or have_common_memory(every)", ""),
             "foreach: a row's number for another": ("in zip(rows, self._sizes", "in zip(rows[::-1], self._sizes"),
         },
     ),

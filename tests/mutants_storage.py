@@ -182,7 +182,7 @@ STORAGE = [
         tests_of("master_state", k="cpu-cpu"),
         {
             "masters: an average that the kernel does not move is of the rounded weight": (
-                "list(map(self._weight, matched.sources))",
+                "self._weights(matched.sources)",
                 "matched.sources",
             )
         },

@@ -15,6 +15,7 @@ from test_masters import (
     KINDS,
     drawn,
     make,
+    never_foreach,  # noqa: F401 (of all tests here)
     over_kinds,
     over_masters,
     weights_of,
@@ -67,12 +68,6 @@ def assert_same(ours, theirs):
 
 
 # From one kind of master to another
-
-
-@pytest.fixture(autouse=True)
-def never_foreach(request):
-    if "target" in request.fixturenames and request.getfixturevalue("target").backend == "foreach":
-        pytest.skip("foreach serves masters by the specification, whose bits are not those of PyTorch's fused step")
 
 
 @over_masters

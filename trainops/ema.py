@@ -152,7 +152,7 @@ class EMA(DecaySchedule):
         pairs, decay = update.matched.pairs, update.decay
         if decay is not None and len(done) < len(pairs):
             matched = update.matched.without(done) if done else update.matched
-            update_pairs(matched, list(map(self._weight, matched.sources)), decay, skip, self.backend)
+            update_pairs(matched, self._weights(matched.sources), decay, skip, self.backend)
         self.step += 1
 
     @property
@@ -279,11 +279,10 @@ class EMA(DecaySchedule):
         twin.__dict__.update(self.__getstate__(), _own_weights=None)
         return twin
 
-    def _weight(self, source: Tensor) -> Tensor:
-        """A weight of the model as the optimizer knows it that has the average: in full, if there is a master."""
+    def _weights(self, sources: list[Tensor]) -> list[Tensor]:
+        """Weights of the model as the optimizer knows them that has the average: in full, if there are masters."""
         optimizer: Any = self.optimizer
-        weight: Tensor = source if optimizer is None else optimizer.float32_weight(source)
-        return weight
+        return sources if optimizer is None or optimizer.master is None else [*map(optimizer.float32_weight, sources)]
 
     def _match(self) -> Matched:
         """Pair every tensor of the model with its average, again if one was replaced: frameworks do that at will."""

@@ -14,8 +14,9 @@ from .ema import EMA
 from .loading import LoadsState
 from .masters import KeepsMasters
 from .plain import all_in_memory, all_plain
-from .rows import by_device, gather, have_common_memory
+from .rows import by_device, gather
 from .storage import MASTER, StateDtype, check_is_real, check_master, check_masters, check_state_dtype, wants_master
+from .tables import have_common_memory
 from .torch_step import KnowsTorchStep
 from .uploads import prepare_capture
 

@@ -1,6 +1,5 @@
 """The rows of a step: the parameters that have a gradient, with the state that belongs to each."""
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -10,9 +9,8 @@ from torch import Tensor
 
 from .adapters import Group
 from .model_pairs import kind
-from .plain import PLAIN
 from .storage import MASTER, dtypes_of_state, fits, new_master, wants_master
-from .tables import aligned, local
+from .tables import aligned
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -81,20 +79,6 @@ def check_state(param: Tensor, state: dict[str, Any] | None, names: Sequence[str
             raise ValueError(
                 f"{name} has shape {tuple(state[name].shape)}, but its parameter has shape {tuple(param.shape)}"
             )
-
-
-def have_common_memory(params: list[Tensor]) -> bool:
-    """Whether a parameter is there twice, as PyTorch allows within a group, or shares elements with another one."""
-    if len(set(map(id, params))) < len(params):
-        return True
-    shards = [x for x in map(local, params) if type(x) in PLAIN and x.numel() > 0 and not x.is_meta]
-    spans = sorted((x.data_ptr(), x.data_ptr() + x.itemsize * _extent(x)) for x in shards)
-    return any(following[0] < span[1] for span, following in itertools.pairwise(spans))
-
-
-def _extent(x: Tensor) -> int:
-    """How many elements lie between the first and the last one."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
 def by_device(groups: list[Group]) -> dict[torch.device, list[Group]]:

@@ -6,12 +6,14 @@ numbers, gradients with other strides than their parameter, slices with gaps, an
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from . import core
+from .plain import PLAIN
 
 Columns = Mapping[str, Sequence[Tensor | None]]
 
@@ -28,6 +30,22 @@ def aligned(x: Tensor, param: Tensor) -> Tensor:
         return x
     redistributed: Tensor = cast(Any, x).redistribute(cast(Any, param).device_mesh, placements)
     return redistributed
+
+
+def have_common_memory(params: Sequence[Tensor]) -> bool:
+    """Whether a parameter is there twice, as PyTorch allows within a group, or shares elements with another one."""
+    if len(set(map(id, params))) < len(params):
+        return True
+    shards = [x for x in map(local, params) if type(x) in PLAIN and x.numel() > 0 and not x.is_meta]
+    spans = sorted((x.data_ptr(), x.data_ptr() + x.itemsize * _extent(x)) for x in shards)
+    return any(following[0] < span[1] for span, following in pairwise(spans))
+
+
+def _extent(x: Tensor) -> int:
+    """How many elements lie between the first and the last one. ``x`` has elements."""
+    if x.is_contiguous():
+        return x.numel()
+    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
 @contextmanager

@@ -98,7 +98,7 @@ def fake_devices(monkeypatch):
     """Two devices on which the backends run."""
     fake = FakeCuda()
     plain_types = frozenset((*plain.PLAIN, DeviceTensor))
-    modules = [importlib.import_module(f"trainops.{name}") for name in ("plain", "rows", "reference", "core")]
+    modules = [importlib.import_module(f"trainops.{name}") for name in ("plain", "tables", "reference", "core")]
     for its in (*modules, importlib.import_module("trainops.adapters._drop_path")):
         monkeypatch.setattr(its, "PLAIN", plain_types)
 

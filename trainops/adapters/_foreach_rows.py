@@ -6,13 +6,13 @@ small: they stay in a CPU's cache, and in the memory of a GPU they are few.
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..plain import PLAIN, all_plain
+from ..tables import have_common_memory
 
 WIDE = (torch.float32, torch.float64)  # what is stored as it is computed
 
@@ -167,10 +167,7 @@ def collect(
             columns |= {"average": found} if found else {}
         groups.append(columns)
         every += params
-    if not every or not all(_regular(columns, every[0]) for columns in groups):
-        return None
-    spans = sorted((p.data_ptr(), p.nbytes) for p in every)
-    if any(begin + size > following for (begin, size), (following, _) in pairwise(spans) if size):
+    if not every or not all(_regular(columns, every[0]) for columns in groups) or have_common_memory(every):
         return None
     return Collected(groups, every, [len(columns["param"]) for columns in groups], averaged)
 
