@@ -7,7 +7,10 @@ from . import inspect_cpu, inspect_cuda, inspect_triton
 
 def main(quick: bool = False) -> int:
     """Run all; 1 if one of them found a fault."""
-    return max([inspect_cpu.main(), inspect_cuda.main(), inspect_triton.main(quick)])
+    results = {"cpu": inspect_cpu.main(), "cuda": inspect_cuda.main(), "triton": inspect_triton.main(quick)}
+    faulty = [backend for backend, result in results.items() if result]
+    print("faults in: " + ", ".join(faulty) if faulty else "no faults")
+    return int(bool(faulty))
 
 
 if __name__ == "__main__":

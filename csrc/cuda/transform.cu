@@ -25,14 +25,15 @@ __device__ void transform_chunk(const Cell& cell, const Chunk& chunk, Function f
 }
 
 template <template <typename> class Function>
-__device__ void transform_table(const DeviceTable& table, Counters* counters, double operand) {
+__device__ void transform_table(const DeviceTable& table, Counters* counters, const Function<float>& of_float,
+                                const Function<double>& of_double) {
   ChunkQueue queue(table, table.chunk_count, &counters->chunks);
   for (Chunk chunk; queue.next(chunk);) {
     const Cell cell = chunk.row.cell(0);
     if (cell.dtype == DType::float64) {
-      transform_chunk<double>(cell, chunk, Function<double>{operand});
+      transform_chunk<double>(cell, chunk, of_double);
     } else {
-      transform_chunk<float>(cell, chunk, Function<float>{static_cast<float>(operand)});
+      transform_chunk<float>(cell, chunk, of_float);
     }
   }
 }
@@ -40,12 +41,14 @@ __device__ void transform_table(const DeviceTable& table, Counters* counters, do
 __global__ void __launch_bounds__(kThreads)
     scale_kernel(const __grid_constant__ DeviceTable table, const Cell coefficient, Counters* counters) {
   const double factor = load<double>(coefficient, 0);
-  if (factor != 1.0) transform_table<Scale>(table, counters, factor);
+  // Read twice, because a compiler would convert a float64 factor again for every pack.
+  const Scale<float> of_float{load<float>(coefficient, 0)};
+  if (factor != 1.0) transform_table(table, counters, of_float, Scale<double>{factor});
 }
 
 __global__ void __launch_bounds__(kThreads)
     clamp_kernel(const __grid_constant__ DeviceTable table, double bound, Counters* counters) {
-  transform_table<Clamp>(table, counters, bound);
+  transform_table(table, counters, Clamp<float>{static_cast<float>(bound)}, Clamp<double>{bound});
 }
 
 }  // namespace

@@ -39,7 +39,7 @@ __device__ void update_pack(const Cells<Rule>& cells, const LaneOffset& offset,
   Raw raw[count];
 #pragma unroll
   for (int column = 0; column < count; ++column) {
-    if (column != kStep) raw[column] = fetch<T>(cells.at[column], offset);
+    if (column != kStep && column != kAverage) raw[column] = fetch<T>(cells.at[column], offset);
   }
   T param[kPack<T>], grad[kPack<T>];
   const Weight weight = cells.weight();
@@ -64,6 +64,9 @@ __device__ void update_pack(const Cells<Rule>& cells, const LaneOffset& offset,
       put<T>(cells.at[kState + i], offset, pack(state[i], cells.at[kState + i].dtype));
     }
   });
+  // Only now, when most registers are free again: all columns at once would spill some. That the reads do not all
+  // overlap costs nothing: with two blocks, a multiprocessor of an H100 still has over 100 KB on their way.
+  raw[kAverage] = fetch<T>(cells.at[kAverage], offset);
   // The average follows the weight as it is stored: rounded, or in full where there is a master.
   Raw followed = pack_param<T>(param, weight);
   DType followed_dtype = weight.param.dtype;
