@@ -21,10 +21,17 @@ from .inspect_cache import key_of, remembered
 
 WIDTHS = {"zmm": 64, "ymm": 32, "xmm": 16}
 LEAST = {"avx512": 32, "avx2": 32, "default": 16}  # GCC may choose 32 bytes where it could have 64
-CLONES = {"arch_x86_64_v4": "avx512", "avx512f": "avx512", "avx2": "avx2", "default": "default"}  # parallel.h
+CLONES = {  # parallel.h, halves.h
+    "arch_x86_64_v4": "avx512",
+    "avx512f": "avx512",
+    "avx2": "avx2",
+    "avx2_f16c": "avx2",
+    "default": "default",
+    None: "default",
+}
 
 FUNCTION = re.compile(
-    r"^[0-9a-f]+ <trainops::cpu::(?:\(anonymous namespace\)::)?(.+?)\) \[clone \.(\w+?)(?:\.\d+)?\]>:"
+    r"^[0-9a-f]+ <trainops::cpu::(?:\(anonymous namespace\)::)?(.+?)\)(?: \[clone \.(\w+?)(?:\.\d+)?\])?>:"
 )
 # Packed floating-point or integer arithmetic, not scalars in the same registers.
 PACKED = re.compile(
@@ -47,7 +54,7 @@ def widest_registers(path: str) -> dict[str, dict[str, int]]:
             isa = CLONES.get(match[2], "") if match else ""
         elif PACKED.search(line):
             versions[isa] = max(versions.get(isa, 0), *(WIDTHS[name] for name in re.findall("[xyz]mm", line)))
-    return {name: found for name, found in widest.items() if found}
+    return {name: found for name, found in widest.items() if found.keys() - {"default"}}  # not what has one version
 
 
 def find(module: str) -> dict[str, dict[str, int]]:

@@ -4,9 +4,29 @@ from mutants import planted, tests_of
 
 STATE_DTYPE = tests_of("state_dtype", k="cpu-cpu or reference-cpu or loading or refused")
 
+HALVES = tests_of("halves")
+
 CPU_MASTERS = tests_of("masters", "master_state", k="cpu-cpu")
 
 STORAGE = [
+    *planted(
+        "csrc/cpu/halves.h",
+        HALVES,
+        {
+            "float16: blocks are truncated": ('"vcvtps2ph $0,', '"vcvtps2ph $3,'),
+            "float16: blocks keep payloads": ("(floats != floats ? (bits", "(floats == 0 ? (bits"),
+        },
+    ),
+    *planted(
+        "csrc/cpu/elements.h",
+        HALVES,
+        {"float16: what is left after blocks": ("i = begin + blocks * size; i < end", "i = end; i < end")},
+    ),
+    *planted(
+        "csrc/math/storage.h",
+        HALVES,
+        {"float16: signalling NaNs stay": ("magnitude > 0x7c00u ? 0x00400000u : 0u", "0u")},
+    ),
     *planted(
         "trainops/storage.py",
         STATE_DTYPE,

@@ -21,12 +21,19 @@ TRAINOPS_HOST_DEVICE void narrow_all(const From* __restrict from, To* __restrict
   TRAINOPS_MULTIVERSION void write_tile(const T* from, From* to, int64_t size) { narrow_all(from, to, size); }
 
 TRAINOPS_CONVERT(BFloat16, float)
-TRAINOPS_CONVERT(Float16, float)
 TRAINOPS_CONVERT(double, float)
 TRAINOPS_CONVERT(BFloat16, double)
 TRAINOPS_CONVERT(Float16, double)
 TRAINOPS_CONVERT(float, double)
 #undef TRAINOPS_CONVERT
+
+#define TRAINOPS_CONVERT_HALF(Isa, target, name, From, To)                                             \
+  target void name(const From* from, To* to, int64_t size) {                                           \
+    for_each_element<Isa>(size, [](float x, float& result) TRAINOPS_INLINE { result = x; }, from, to); \
+  }
+TRAINOPS_VERSIONS(TRAINOPS_CONVERT_HALF, read_tile, Float16, float)
+TRAINOPS_VERSIONS(TRAINOPS_CONVERT_HALF, write_tile, float, Float16)
+#undef TRAINOPS_CONVERT_HALF
 
 #define TRAINOPS_CONVERT_WEIGHT(Param, Master)                                                              \
   TRAINOPS_MULTIVERSION void read_tile(const Param* param, const Master* master, float* to, int64_t size) { \

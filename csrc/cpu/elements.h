@@ -4,8 +4,10 @@
 #pragma once
 
 #include <type_traits>
+#include <utility>
 
 #include "../math/storage.h"
+#include "halves.h"
 
 // Inlines a lambda, so that it is compiled for the caller's instruction set.
 #if defined(__GNUC__)
@@ -21,6 +23,13 @@
 #define TRAINOPS_INDEPENDENT _Pragma("GCC ivdep")
 #else
 #define TRAINOPS_INDEPENDENT
+#endif
+
+// GCC unrolls a short loop before it would vectorise it, and then cannot where the formula has a condition.
+#if defined(__GNUC__) && !defined(__clang__)
+#define TRAINOPS_KEEP_LOOP _Pragma("GCC unroll 1")
+#else
+#define TRAINOPS_KEEP_LOOP
 #endif
 
 namespace trainops::cpu {
@@ -97,6 +106,36 @@ inline constexpr bool has_pairs<const BFloat16*> = true;
 template <>
 inline constexpr bool has_pairs<SplitWeights> = true;
 
+template <typename Column>
+constexpr bool is_half = std::is_same_v<std::remove_const_t<std::remove_pointer_t<Column>>, Float16>;
+
+// Whether instructions of Isa convert some of the columns.
+template <typename Isa, typename... Column>
+constexpr bool has_halves = Isa::halves > 0 && (is_half<Column> || ...);
+
+// As many elements of a column, of any type, as one instruction converts.
+template <int size, typename Column>
+TRAINOPS_HOST_DEVICE void get_block(Column column, float* values) {
+  if constexpr (is_half<Column>) return widen_block<size>(column, values);
+  for (int i = 0; i < size; ++i) values[i] = get(column, i);
+}
+template <int size, typename Column>
+TRAINOPS_HOST_DEVICE void put_block(const float* values, Column column) {
+  if constexpr (std::is_same_v<Column, Float16*>) return narrow_block<size>(values, column);
+  for (int i = 0; i < size; ++i) put(values[i], column, i);
+}
+
+// Applies a formula to a block of every column.
+template <int size, typename Formula, size_t... k, typename... Column>
+TRAINOPS_HOST_DEVICE void for_block(Formula formula, std::index_sequence<k...>, Column... columns) {
+  float values[sizeof...(columns)][size];
+  (get_block<size>(columns, values[k]), ...);
+  TRAINOPS_INDEPENDENT
+  TRAINOPS_KEEP_LOOP
+  for (int i = 0; i < size; ++i) formula(values[k][i]...);
+  (put_block<size>(values[k], columns), ...);
+}
+
 // Processors read ahead within one array, and lose the thread where a loop has many. They are told what comes next.
 constexpr int64_t kPrefetchBlock = 64, kPrefetchAhead = 512;  // elements
 
@@ -115,8 +154,8 @@ TRAINOPS_HOST_DEVICE void prefetch(Split<Param, Rest> column, int64_t i) {
   prefetch(column.remainder, i);
 }
 
-// The elements [begin, end) of the columns.
-template <typename Formula, typename... Column>
+// The elements [begin, end) of the columns. Isa: the instruction set that the caller is compiled for.
+template <typename Isa, typename Formula, typename... Column>
 TRAINOPS_HOST_DEVICE void for_elements(int64_t begin, int64_t end, Formula formula, Column... columns) {
   const auto apply = [&](int64_t i) TRAINOPS_INLINE {
     [&](auto... values) TRAINOPS_INLINE {
@@ -124,7 +163,14 @@ TRAINOPS_HOST_DEVICE void for_elements(int64_t begin, int64_t end, Formula formu
       (put(values, columns, i), ...);
     }(get(columns, i)...);
   };
-  if constexpr ((has_pairs<Column> && ...)) {
+  if constexpr (has_halves<Isa, Column...>) {
+    constexpr int size = Isa::halves;
+    const int64_t blocks = (end - begin) / size;
+    for (int64_t block = 0; block < blocks; ++block) {
+      for_block<size>(formula, std::index_sequence_for<Column...>{}, columns + (begin + block * size)...);
+    }
+    for (int64_t i = begin + blocks * size; i < end; ++i) apply(i);
+  } else if constexpr ((has_pairs<Column> && ...)) {
     const int64_t pairs = (end - begin) / 2;
     TRAINOPS_INDEPENDENT
     for (int64_t pair = 0; pair < pairs; ++pair) {
@@ -143,14 +189,14 @@ TRAINOPS_HOST_DEVICE void for_elements(int64_t begin, int64_t end, Formula formu
 }
 
 // Calls formula(value...) for every element, with one value, widened, from each of the columns.
-template <typename Formula, typename... Column>
+template <typename Isa = Baseline, typename Formula, typename... Column>
 TRAINOPS_HOST_DEVICE void for_each_element(int64_t size, Formula formula, Column... columns) {
   int64_t i = 0;
   for (; i + kPrefetchBlock <= size; i += kPrefetchBlock) {
     (prefetch(columns, i), ...);
-    for_elements(i, i + kPrefetchBlock, formula, columns...);
+    for_elements<Isa>(i, i + kPrefetchBlock, formula, columns...);
   }
-  for_elements(i, size, formula, columns...);
+  for_elements<Isa>(i, size, formula, columns...);
 }
 
 }  // namespace trainops::cpu

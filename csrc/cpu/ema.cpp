@@ -12,16 +12,17 @@ namespace trainops::cpu {
 
 namespace {
 
-template <bool small, typename A, typename P, typename T = Wide<A>>
+template <bool small, typename Isa, typename A, typename P, typename T = Wide<A>>
 TRAINOPS_HOST_DEVICE void move_all(A* average, P weights, int64_t size, EMAWeight<T> w) {
-  for_each_element(size, [w](T& a, T p) TRAINOPS_INLINE { a = ema_element<small>(a, p, w); }, average, weights);
+  for_each_element<Isa>(size, [w](T& a, T p) TRAINOPS_INLINE { a = ema_element<small>(a, p, w); }, average, weights);
 }
 
-#define TRAINOPS_EMA(A, P)                                                                     \
-  TRAINOPS_MULTIVERSION void move(A* average, P weights, int64_t size, EMAWeight<Wide<A>> w) { \
-    if (w.small()) return move_all<true>(average, weights, size, w);                           \
-    move_all<false>(average, weights, size, w);                                                \
+#define TRAINOPS_EMA_FOR(Isa, target, A, P)                                     \
+  target void move(A* average, P weights, int64_t size, EMAWeight<Wide<A>> w) { \
+    if (w.small()) return move_all<true, Isa>(average, weights, size, w);       \
+    move_all<false, Isa>(average, weights, size, w);                            \
   }
+#define TRAINOPS_EMA(A, P) TRAINOPS_VERSIONS(TRAINOPS_EMA_FOR, A, P)
 TRAINOPS_EMA(float, const float*)
 TRAINOPS_EMA(double, const double*)
 TRAINOPS_EMA(BFloat16, const BFloat16*)
@@ -30,6 +31,7 @@ TRAINOPS_EMA(float, const BFloat16*)
 TRAINOPS_EMA(float, const Float16*)
 TRAINOPS_EMA(float, ConstSplitWeights)
 #undef TRAINOPS_EMA
+#undef TRAINOPS_EMA_FOR
 
 template <typename A, typename P>
 void move_tile(const Cell& average, const Weight& weight, int64_t begin, int64_t size, double decay) {

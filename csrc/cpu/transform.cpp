@@ -11,13 +11,15 @@ namespace trainops::cpu {
 namespace {
 
 // One named function for each operation and type, because only those can be compiled for several instruction sets.
-#define TRAINOPS_TRANSFORM(dtype, S, Function)                                                    \
-  TRAINOPS_MULTIVERSION void transform_run(S* values, int64_t size, Function<Wide<S>> function) { \
-    for_each_element(size, [function](Wide<S>& x) TRAINOPS_INLINE { x = function(x); }, values);  \
+#define TRAINOPS_TRANSFORM_FOR(Isa, target, S, Function)                                              \
+  target void transform_run(S* values, int64_t size, Function<Wide<S>> function) {                    \
+    for_each_element<Isa>(size, [function](Wide<S>& x) TRAINOPS_INLINE { x = function(x); }, values); \
   }
+#define TRAINOPS_TRANSFORM(dtype, S, Function) TRAINOPS_VERSIONS(TRAINOPS_TRANSFORM_FOR, S, Function)
 TRAINOPS_DTYPES(TRAINOPS_TRANSFORM, Scale)
 TRAINOPS_DTYPES(TRAINOPS_TRANSFORM, Clamp)
 #undef TRAINOPS_TRANSFORM
+#undef TRAINOPS_TRANSFORM_FOR
 
 template <template <typename> class Function>
 void transform(const Table& table, double operand) {

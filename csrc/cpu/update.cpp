@@ -15,7 +15,7 @@ namespace trainops::cpu {
 namespace {
 
 // Applies a formula that takes the columns of state `i...`.
-template <typename Formula, typename Weights, typename G, typename M, typename Scalars, size_t... i>
+template <typename Isa, typename Formula, typename Weights, typename G, typename M, typename Scalars, size_t... i>
 TRAINOPS_HOST_DEVICE void apply(Formula formula, Weights weights, const G* grad, M* const* state, int64_t size,
                                 const Scalars& s, std::index_sequence<i...>) {
   using T = Wide<G>;
@@ -24,14 +24,14 @@ TRAINOPS_HOST_DEVICE void apply(Formula formula, Weights weights, const G* grad,
     formula(weight, g, own, s);
     ((values = own[i]), ...);
   };
-  for_each_element(size, element, weights, grad, state[i]...);
+  for_each_element<Isa>(size, element, weights, grad, state[i]...);
 }
 
-template <typename Rule, typename Weights, typename G, typename M>
+template <typename Isa, typename Rule, typename Weights, typename G, typename M>
 TRAINOPS_HOST_DEVICE void update_run(Weights weights, const G* grad, M* const* state, int states, int64_t size,
                                      const typename Rule::template Scalars<Wide<G>> s) {
   Rule::template with_formula<true>(states, s, [&](auto formula) TRAINOPS_INLINE {
-    apply(formula, weights, grad, state, size, s, std::make_index_sequence<decltype(formula)::states>{});
+    apply<Isa>(formula, weights, grad, state, size, s, std::make_index_sequence<decltype(formula)::states>{});
   });
 }
 
@@ -44,15 +44,17 @@ TRAINOPS_HOST_DEVICE void update_run(Weights weights, const G* grad, M* const* s
       macro(SplitWeights, BFloat16, float, Rule)
 
 // One named function for each, because only those can be compiled for several instruction sets.
-#define TRAINOPS_UPDATE(Weights, G, M, Rule)                                                                \
-  TRAINOPS_MULTIVERSION void update_tile(Rule, Weights weights, const G* grad, M* const* state, int states, \
-                                         int64_t size, const Rule::Scalars<Wide<G>>& s) {                   \
-    update_run<Rule>(weights, grad, state, states, size, s);                                                \
+#define TRAINOPS_UPDATE_FOR(Isa, target, Weights, G, M, Rule)                                              \
+  target void update_tile(Rule, Weights weights, const G* grad, M* const* state, int states, int64_t size, \
+                          const Rule::Scalars<Wide<G>>& s) {                                               \
+    update_run<Isa, Rule>(weights, grad, state, states, size, s);                                          \
   }
+#define TRAINOPS_UPDATE(Weights, G, M, Rule) TRAINOPS_VERSIONS(TRAINOPS_UPDATE_FOR, Weights, G, M, Rule)
 #define TRAINOPS_UPDATE_ALL(Rule, name) TRAINOPS_LOOPS(TRAINOPS_UPDATE, Rule)
 TRAINOPS_RULES(TRAINOPS_UPDATE_ALL)
 #undef TRAINOPS_UPDATE_ALL
 #undef TRAINOPS_UPDATE
+#undef TRAINOPS_UPDATE_FOR
 #undef TRAINOPS_LOOPS
 #undef TRAINOPS_SAME_TYPE
 

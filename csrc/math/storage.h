@@ -1,9 +1,9 @@
 // bfloat16 and float16 to and from the type that the arithmetic is done in, rounding to nearest even.
 //
 // bfloat16 widens by a shift. The other conversions are branch-free on the CPU, so that compilers vectorise them for
-// every instruction set: integer arithmetic, and a float addition for subnormal float16. F16C instructions are not
-// used because GCC does not vectorise them. CUDA devices use their instructions, which give the same bits but for the
-// payload of NaNs.
+// every instruction set: integer arithmetic, and a float addition for subnormal float16. Some loops use instructions
+// for float16 where there are such (cpu/halves.h), with the same bits. CUDA devices use their instructions, which
+// give the same bits but for the payload of NaNs.
 #pragma once
 
 #include <cstdint>
@@ -39,9 +39,11 @@ TRAINOPS_HOST_DEVICE float widen(Float16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
   // Normal numbers: move exponent and mantissa, and rebias the exponent from 15 to 127; infinity and NaN go on to
-  // 255. Subnormals: put the mantissa below 0.5, whose last place is 2^-24, and take the 0.5 away again.
+  // 255. NaNs become quiet ones, as in any arithmetic. Subnormals: put the mantissa below 0.5, whose last place is
+  // 2^-24, and take the 0.5 away again.
   const uint32_t rebias = magnitude >= 0x7c00u ? 0x70000000u : 0x38000000u;
-  const uint32_t normal = (magnitude << 13) + rebias;
+  const uint32_t quiet = magnitude > 0x7c00u ? 0x00400000u : 0u;
+  const uint32_t normal = ((magnitude << 13) + rebias) | quiet;
   const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude | 0x3f000000u) - 0.5f);
   return bit_cast<float>(sign | (magnitude < 0x0400u ? subnormal : normal));
 #endif
