@@ -1,10 +1,12 @@
 """The examples: what they say to arguments that make no sense. `make demo` runs one of them."""
 
+import importlib
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -21,6 +23,9 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
         ("vit_stochastic_depth", ["--device", "gpu"], "--device gpu: "),
         ("train_digits", ["--steps", "0"], "--steps must be at least 1"),
         ("train_digits", ["--device", "meta"], "--device meta: "),
+        ("train_low_precision", ["--steps", "0"], "--steps, --seeds and --jobs must be at least 1"),
+        ("train_low_precision", ["--seeds", "0"], "--steps, --seeds and --jobs must be at least 1"),
+        ("train_low_precision", ["--jobs", "-1"], "--steps, --seeds and --jobs must be at least 1"),
         ("train_bf16", ["--steps", "0"], "--steps must be at least 1"),
         ("train_bf16", ["--device", "meta"], "--device meta: "),
     ],
@@ -29,6 +34,7 @@ def test_bad_arguments(monkeypatch, capsys, example, arguments, message):
     for needed in ("matplotlib", "rich", "sklearn"):
         pytest.importorskip(needed)
     monkeypatch.setattr(sys, "argv", [example, *arguments])
+    monkeypatch.syspath_prepend(EXAMPLES)  # as where Python runs a script
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(EXAMPLES / f"{example}.py"), run_name="__main__")
     assert stopped.value.code == 2
@@ -44,3 +50,29 @@ def test_a_split_master_follows_float32_where_bfloat16_stalls(monkeypatch, capsy
     moved = {row[1]: float(row[7]) for row in rows if len(row) > 7 and row[1] in ("float32", "bfloat16", "split")}
     assert abs(moved["split"] - moved["float32"]) < 0.05 * moved["float32"]
     assert moved["bfloat16"] < 0.7 * moved["float32"]
+
+
+def test_ways_to_train_in_low_precision_are_compared(monkeypatch, capsys, tmp_path):
+    for needed in ("matplotlib", "rich", "sklearn"):
+        pytest.importorskip(needed)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example = importlib.import_module("train_low_precision")
+    monkeypatch.setitem(example.WAYS, "of the future", {"master": "thirds"})
+    monkeypatch.setitem(example.WAYS, "of the far future", {"qubits": 2})
+    threads, picture = torch.get_num_threads(), tmp_path / "made" / "picture.png"
+    try:
+        example.main(["--steps", "24", "--seeds", "2", "--jobs", "1", "--output", str(picture)])
+    finally:
+        torch.set_num_threads(threads)
+    said = capsys.readouterr().out
+    assert "left out: of the future. master must be" in said
+    assert "left out: of the far future. AdamW has no qubits" in said
+    assert picture.stat().st_size > 10_000
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines() if "│" in line]
+    assert len(rows) == 2 * sum(not example.why_not(way) for way in example.WAYS)
+    worse = {(i, row[0]): float(row[2].split()[0]) for i, row in enumerate(rows)}
+    for (_, way), loss in worse.items():
+        if way in ("float32", "split"):
+            assert abs(loss) < 0.01
+        if way == "plain bfloat16":
+            assert loss > 0.005
