@@ -186,7 +186,7 @@ def last_level_cache() -> int:
     return sum(size for (level, _), size in caches.items() if level == last) or 2**26
 
 
-PEERS = ("timm", "torch-optimi", "deepspeed", "bitsandbytes", "apex")
+PEERS = ("timm", "torch-optimi", "torchao", "flashoptim", "deepspeed", "bitsandbytes", "apex")
 
 
 def environment(device: str) -> dict[str, object]:

@@ -17,6 +17,7 @@ TITLES = {
     "clip_grad_norm": "Clipping by the norm",
     "ema": "The average (EMA)",
     "drop_path": "DropPath and stochastic depth, forward and backward",
+    "low_precision": "The whole step in low precision: clip, AdamW, float32 average",
     "training": "Training: forward, backward and the tail",
 }
 

@@ -12,6 +12,7 @@ from benchmarks import (
     bench_clip_grad_norm,
     bench_drop_path,
     bench_ema,
+    bench_low_precision,
     bench_step,
     bench_training,
     peers,
@@ -146,6 +147,34 @@ def test_verified_providers_share_tensors():
     assert set(right) == set(again) == {"exp_avg", "exp_avg_sq", "averages"}
     for kind, tensors in right.items():
         assert [x.data_ptr() for x in tensors] == [x.data_ptr() for x in again[kind]]
+
+
+def test_low_precision_agrees_with_float64():
+    made = bench_low_precision.LowPrecisionWork(SMALL, Options(), torch.bfloat16)
+    kept = {"torch float32, autocast": 20, "torch, float32 masters": 24, "trainops bfloat16": 12, "trainops": 14}
+    for name, count in kept.items():
+        provider, error = made.admit(name)
+        assert error <= 0.5, name
+        assert provider.note.endswith(f" = {count} B")
+    assert provider.note.startswith("weights 4 + gradients 2 + state 4")  # and a little for the step counts
+
+
+def test_wrong_steps_in_low_precision_are_found(monkeypatch):
+    made = bench_low_precision.LowPrecisionWork(SMALL, Options(), torch.bfloat16)
+    monkeypatch.setattr(bench_low_precision, "lerp_wide", lambda averages, params: None)
+    unaveraged = bench_low_precision.composed(peers.torch_adamw)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args, **options: None)
+    unclipped = bench_low_precision.autocast
+    monkeypatch.setitem(made.makers, "no average", unaveraged)
+    monkeypatch.setitem(made.makers, "no clipping", unclipped)
+    for name in ("no average", "no clipping"):
+        assert made.admit(name)[1] > 1.2
+    copied = torch._foreach_copy_
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        torch, "_foreach_copy_", lambda to, of: copied(to, of) if to[0].dtype != torch.bfloat16 else 0
+    )
+    assert made.admit("torch, float32 masters")[1] > 1.2  # masters that are not copied to the model
 
 
 @thorough(lambda **_: True)  # the compiler takes its time
