@@ -2,9 +2,12 @@
 
 import ctypes
 import platform
+import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
+import pybind11
 import pytest
 import torch
 from contract import same_bits
@@ -56,6 +59,22 @@ def test_every_half_is_widened_to_the_same_bits(faults, isa):
 @thorough(lambda stride, **_: stride == 1)
 def test_floats_are_narrowed_to_the_same_bits(faults, isa, first, stride):
     assert faults(f"narrow_faults_{isa}", first, stride) == 0
+
+
+@pytest.mark.skipif(not COMPILES, reason="needs GCC")
+@pytest.mark.parametrize("source", ["convert", "ema", "transform", "update"])
+def test_loops_compile_where_there_are_no_such_instructions(tmp_path, source):
+    """As with Clang and on ARM, where parallel.h defines no versions."""
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    header = tmp_path / "csrc" / "cpu" / "parallel.h"
+    text = header.read_text()
+    versions = "#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)"
+    assert versions in text
+    header.write_text(text.replace(versions, "#if 0"))
+    flags = ["-std=c++17", "-fsyntax-only", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
+    include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    path = str(tmp_path / "csrc" / "cpu" / f"{source}.cpp")
+    subprocess.run([*compiler(), *flags, *include, path], check=True)
 
 
 def special(count):

@@ -40,6 +40,12 @@ struct AVX512 {
   static constexpr int halves = 16;
 };
 
+// As many numbers as one instruction converts, 8 or 16.
+template <int size>
+void widen_block(const Float16* column, float* values);
+template <int size>
+void narrow_block(const float* values, Float16* column);
+
 #ifdef TRAINOPS_AVX512
 template <int size>
 using Floats __attribute__((vector_size(4 * size))) = float;
