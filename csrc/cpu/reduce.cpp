@@ -23,20 +23,25 @@ template <typename Statistic, typename Wide>
 using Run = typename Statistic::template Run<Wide>;
 
 // Adds one element to the run of each lane.
-template <typename Statistic, typename Wide, typename S>
+template <typename Isa, typename Statistic, typename Wide, typename S>
 TRAINOPS_HOST_DEVICE void add_lanes(Run<Statistic, Wide>* __restrict runs, const S* __restrict values) {
+  if constexpr (has_halves<Isa, const S*>) {
+    float wide[kLanes];
+    for (int64_t i = 0; i < kLanes; i += Isa::halves) get_block<Isa::halves>(values + i, wide + i);
+    return add_lanes<Baseline, Statistic, Wide>(runs, wide);
+  }
   for (int64_t lane = 0; lane < kLanes; ++lane) {
     runs[lane] = Statistic::add(runs[lane], static_cast<Wide>(widen(values[lane])));
   }
 }
 
-template <typename Statistic, typename Wide, typename S>
+template <typename Isa, typename Statistic, typename Wide, typename S>
 TRAINOPS_HOST_DEVICE typename Statistic::State reduce_in(const S* values, int64_t size) {
   typename Statistic::State states[kLanes];
   const int64_t stream = size / (kStreams * kLanes) * kLanes, tail = size / kLanes * kLanes;
   {
     Run<Statistic, Wide> runs[kLanes] = {};
-    for (int64_t i = kStreams * stream; i < tail; i += kLanes) add_lanes<Statistic, Wide>(runs, values + i);
+    for (int64_t i = kStreams * stream; i < tail; i += kLanes) add_lanes<Isa, Statistic, Wide>(runs, values + i);
     for (int64_t i = tail; i < size; ++i) {
       runs[i - tail] = Statistic::add(runs[i - tail], static_cast<Wide>(widen(values[i])));
     }
@@ -46,7 +51,7 @@ TRAINOPS_HOST_DEVICE typename Statistic::State reduce_in(const S* values, int64_
     Run<Statistic, Wide> runs[kLanes] = {};
     const int64_t end = begin + kOfStream * kLanes < stream ? begin + kOfStream * kLanes : stream;
     for (int64_t i = begin; i < end; i += kLanes) {
-      for (int64_t s = 0; s < kStreams; ++s) add_lanes<Statistic, Wide>(runs, values + s * stream + i);
+      for (int64_t s = 0; s < kStreams; ++s) add_lanes<Isa, Statistic, Wide>(runs, values + s * stream + i);
     }
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       states[lane] = Statistic::join(states[lane], Statistic::widen(runs[lane]));
@@ -55,22 +60,24 @@ TRAINOPS_HOST_DEVICE typename Statistic::State reduce_in(const S* values, int64_
   return join_runs<Statistic>(states);
 }
 
-template <typename Statistic, typename S>
+template <typename Isa, typename Statistic, typename S>
 TRAINOPS_HOST_DEVICE typename Statistic::State reduce_values(const S* values, int64_t size) {
-  const auto state = reduce_in<Statistic, Wide<S>>(values, size);
+  const auto state = reduce_in<Isa, Statistic, Wide<S>>(values, size);
   if (std::is_same_v<Wide<S>, double> || !Statistic::is_doubtful(state)) return state;
-  return reduce_in<Statistic, double>(values, size);
+  return reduce_in<Isa, Statistic, double>(values, size);
 }
 
 // One named function for each statistic and type, because only those can be compiled for several instruction sets.
-#define TRAINOPS_REDUCE(dtype, S, Statistic)                                                      \
-  TRAINOPS_MULTIVERSION Statistic::State reduce_piece(Statistic, const S* values, int64_t size) { \
-    return reduce_values<Statistic>(values, size);                                                \
+#define TRAINOPS_REDUCE_FOR(Isa, target, S, Statistic)                             \
+  target Statistic::State reduce_piece(Statistic, const S* values, int64_t size) { \
+    return reduce_values<Isa, Statistic>(values, size);                            \
   }
+#define TRAINOPS_REDUCE(dtype, S, Statistic) TRAINOPS_VERSIONS(TRAINOPS_REDUCE_FOR, S, Statistic)
 #define TRAINOPS_REDUCE_ALL(Statistic, name) TRAINOPS_DTYPES(TRAINOPS_REDUCE, Statistic)
 TRAINOPS_STATISTICS(TRAINOPS_REDUCE_ALL)
 #undef TRAINOPS_REDUCE_ALL
 #undef TRAINOPS_REDUCE
+#undef TRAINOPS_REDUCE_FOR
 
 // Joins states pairwise, so that rounding errors do not add up with their number.
 template <typename Statistic>
