@@ -27,8 +27,6 @@ from .work import DECAY, Model, Work, model_cases, moments_of, spread
 # weight and remainder and two moments both ways, and the average, which is two of them, both ways.
 ELEMENTS = 1 + 1 + 4 + 4 + 4
 
-SPLIT: dict[str, Any] = {"master": "split", "state_dtype": torch.bfloat16}
-
 
 class LowPrecisionWork(StepWork):
     """Parameters in bfloat16, and the same in float32 for those who keep them so."""
@@ -162,11 +160,6 @@ def torchao(name: str, **settings: Any) -> Callable[[Work], Optimizer]:
     return make
 
 
-def optimi_kahan(work: Work) -> Optimizer:
-    """optimi's, with Kahan sums, as it does for bfloat16 by itself."""
-    return optimi(work)
-
-
 def flash(work: Work) -> Optimizer:
     """FlashOptim's: an 8-bit correction of the weights and 8-bit moments."""
     on(work, "cuda")
@@ -194,13 +187,13 @@ LowPrecisionWork.makers = {
     "torch, float32 masters": masters,
     "torchao AdamW, stochastic": composed(torchao("_AdamW")),
     "torchao AdamW8bit, stochastic": composed(torchao("AdamW8bit"), shares=False),
-    "optimi, Kahan": composed(optimi_kahan),
+    "optimi, Kahan": composed(optimi),
     "FlashOptim": composed(flash, shares=False),
     "trainops float32": ours(wide=True),
     "trainops bfloat16": ours(),
     "trainops stochastic": ours(stochastic_rounding=True),
     "trainops split, 8-bit moments": ours(master="split", state_dtype="int8"),
-    OURS: ours(**SPLIT),
+    OURS: ours(master="split", state_dtype=torch.bfloat16),
 }
 
 

@@ -17,7 +17,7 @@ from benchmarks.conftest import pytest_configure
 from benchmarks.device import Cpu, Sample
 from benchmarks.models import MODELS, numel
 from benchmarks.runner import Case, NotHere, Provider, measure, message, relative
-from benchmarks.saved import fastest, noise, ratio, share, verdict
+from benchmarks.saved import fastest, noise, opponents, ratio, share, verdict
 from benchmarks.saved import relative as relative_of
 from trainops.adapters import NAMES
 
@@ -105,6 +105,12 @@ def test_wrong_providers_are_not_timed(results):
     assert "wrong wrong: its error is 3 times what is allowed" in text
     assert "broken failed: RuntimeError: it broke" in text
     assert "absent is not installed" in report.markdown(results, {})
+
+
+def test_other_ways_of_ours_are_no_opponents():
+    seconds = {"torch fused": 2.0, "trainops": 3.0, "trainops again": 3.1, "trainops float32": 1.0}
+    providers = {name: {"seconds": {"median": x}} for name, x in seconds.items()}
+    assert opponents({"providers": providers}) == {"torch fused": 2.0}
 
 
 def test_statistics(results):
