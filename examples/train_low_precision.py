@@ -1,6 +1,6 @@
 """Train a small GPT and a small vision transformer in low precision, six ways, and draw their losses.
 
-    python examples/train_low_precision.py [--steps 500] [--seeds 5] [--jobs 2] [--output outputs/low_precision.png]
+    python examples/train_low_precision.py [--steps 400] [--seeds 5] [--jobs 2] [--output outputs/low_precision.png]
 
 The text is the documentation of Python's keywords and types, which comes with Python (`help("if")`); the images are
 scikit-learn's digits. Nothing is downloaded. Runs with the same seed start from the same weights and see the same
@@ -211,7 +211,7 @@ def draw_task(name: str, runs: dict[str, list[Result]], above: Axes, below: Axes
 def main(arguments: list[str] | None = None) -> None:
     """Train everything, show a table, draw."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time; default: all cores")
     parser.add_argument("--output", type=Path, default=Path("outputs/low_precision.png"))
