@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -199,11 +200,13 @@ def draw_task(name: str, runs: dict[str, list[Result]], above: Axes, below: Axes
     above.set(
         title=name, xlabel="step", ylabel=f"training loss, mean of {SMOOTHED} steps and all seeds", yscale="log"
     )
+    for which in (above.yaxis.set_major_formatter, above.yaxis.set_minor_formatter):
+        which(LogFormatter(minor_thresholds=(2, 0.5)))
     above.legend(frameon=False)
     below.set_yticks(range(len(runs)), list(runs))
     below.invert_yaxis()
     below.axvline(0, color="#9aa5b1", linewidth=1, zorder=0)
-    below.set(xlabel="test loss minus that of float32 with the same seed; the bar is the mean")
+    below.set(xlabel="test loss minus that of float32, each seed and the mean")
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)
 
