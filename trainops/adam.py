@@ -61,7 +61,7 @@ class Adam(WithMoments, _TorchAdam):
         lr: float | Tensor = 1e-3,
         betas: Betas = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        weight_decay: float = 0,
         amsgrad: bool = False,
         *,
         decoupled_weight_decay: bool = False,

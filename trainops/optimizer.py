@@ -58,7 +58,7 @@ class FusedOptimizer(KnowsTorchStep, LoadsState, KeepsMasters):
         """The settings of the rule for a group, by name."""
         raise NotImplementedError
 
-    def has_state(self, state: dict[str, Any], names: tuple[str, ...]) -> bool:
+    def adopt_state(self, state: dict[str, Any], names: tuple[str, ...]) -> bool:
         """Whether a parameter's state is there. If not, it is made anew."""
         return bool(state)
 

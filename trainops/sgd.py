@@ -36,9 +36,9 @@ class SGD(FusedOptimizer, _TorchSGD):
         self,
         params: Params,
         lr: float | Tensor = 1e-3,
-        momentum: float = 0.0,
-        dampening: float = 0.0,
-        weight_decay: float | Tensor = 0.0,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
         nesterov: bool = False,
         **options: Any,
     ) -> None:
@@ -51,17 +51,24 @@ class SGD(FusedOptimizer, _TorchSGD):
     def __setstate__(self, state: dict[str, Any]) -> None:
         for group in state["param_groups"]:
             for param in group["params"]:
-                if its := state["state"].get(param):
-                    _with_step(its, self.state_names(group))
+                if (its := state["state"].get(param)) and not self.adopt_state(its, self.state_names(group)):
+                    its.clear()  # all begins anew
         super().__setstate__(state)
 
     def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         """The buffer, with momentum."""
         return ("momentum_buffer",) if group["momentum"] != 0 else ()
 
-    def has_state(self, state: dict[str, Any], names: tuple[str, ...]) -> bool:
-        """Whether there is a buffer if there is momentum, which may begin at any step."""
-        return bool(state) and all(state.get(name) is not None for name in names)
+    def adopt_state(self, state: dict[str, Any], names: tuple[str, ...]) -> bool:
+        """Whether there is a buffer if there is momentum, which may begin at any step.
+
+        The state of PyTorch's class has no step. If it has a buffer, that has had its first step.
+        """
+        if not state or any(state.get(name) is None for name in names):
+            return False
+        if "step" not in state:
+            state["step"] = torch.ones((), dtype=torch.float32, device="cpu")
+        return True
 
     def settings(self, group: dict[str, Any]) -> dict[str, float | Tensor]:
         """The settings of a group, by the rule's names."""
@@ -74,11 +81,3 @@ class SGD(FusedOptimizer, _TorchSGD):
             "nesterov": bool(group["nesterov"]),
             "maximize": bool(group["maximize"]),
         }
-
-
-def _with_step(state: dict[str, Any], names: tuple[str, ...]) -> None:
-    """A state of PyTorch's class has no step: a buffer has had its first one. Without a buffer, all begins anew."""
-    if any(state.get(name) is None for name in names):
-        state.clear()
-    elif "step" not in state:
-        state["step"] = torch.ones((), dtype=torch.float32, device="cpu")
