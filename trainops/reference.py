@@ -251,7 +251,7 @@ def sgd_(
 ) -> None:
     """One step of SGD, with momentum where there is a buffer, for one parameter or, as :func:`adamw_`, for several.
 
-    ``torch.optim.SGD``'s form of https://proceedings.mlr.press/v28/sutskever13.html: the buffer is the gradient in the
+    PyTorch's form of https://proceedings.mlr.press/v28/sutskever13.html: the buffer is the gradient in the
     first step, and the learning rate is no part of it.
     """
     dtype, device = wide(param).dtype, param.device
