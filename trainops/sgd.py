@@ -13,8 +13,8 @@ _TorchSGD = torch.optim.SGD  # the name may stand for another class later: `inte
 class SGD(FusedOptimizer, _TorchSGD):
     """:class:`torch.optim.SGD` with the rest of the training step fused into it.
 
-    Its state has a ``step`` beside torch's ``momentum_buffer``, whose first step fills it. A ``state_dict`` of one loads
-    into the other. Sparse gradients are left to PyTorch's own step, if no setting of ours asks for more.
+    Its state has a ``step`` beside torch's ``momentum_buffer``, which the first step fills. A ``state_dict`` of one
+    loads into the other. Sparse gradients are left to PyTorch's own step, if no setting of ours asks for more.
 
     Args:
         params: parameters, named parameters or parameter groups, as in torch.
