@@ -14,7 +14,7 @@ from rich.console import Console
 from . import compare, report
 from .models import MODELS
 
-OPS = ["step", "adamw", "clip_grad_norm", "ema", "drop_path", "low_precision", "training"]
+OPS = ["step", "adamw", "adam", "sgd", "clip_grad_norm", "ema", "drop_path", "low_precision", "training"]
 DTYPES = ["float32", "bfloat16"]
 BACKENDS = ["reference", "foreach", "cpu", "cuda", "triton"]
 

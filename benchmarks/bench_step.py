@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -116,11 +116,29 @@ def apex_swa(work: Work) -> Provider:
     return Provider({"step": step}, lambda: {"params": work.params, "averages": averages})
 
 
-def ours(work: Work) -> Provider:
+def fused(make: Callable[..., Optimizer], **settings: Any) -> Callable[[Work], Provider]:
     """All in one call. The negative `update_after_step` leaves out the copy with which an EMA begins."""
-    ema = trainops.EMA(work.model, DECAY, update_after_step=-2)
-    optimizer = trainops.AdamW(work.params, **SETTINGS, max_grad_norm=work.max_norm, ema=ema)
-    return provider(work, optimizer, list(ema.module.parameters()), optimizer.step)
+
+    def ours(work: Work) -> Provider:
+        ema = trainops.EMA(work.model, DECAY, update_after_step=-2)
+        optimizer = make(work.params, **settings, max_grad_norm=work.max_norm, ema=ema)
+        return provider(work, optimizer, list(ema.module.parameters()), optimizer.step)
+
+    return ours
+
+
+def of_torch(cls: Callable[..., Optimizer], **settings: Any) -> dict[str, Callable[[Work], Provider]]:
+    """PyTorch's ways to take the step of a class, with clipping and an average."""
+    ways: dict[str, dict[str, bool]] = {
+        "torch loop": {"foreach": False},
+        "torch foreach": {"foreach": True},
+        "torch fused": {"fused": True},
+    }
+
+    def making(flags: dict[str, bool]) -> Callable[[Work], Optimizer]:
+        return lambda work: cls(work.params, **settings, **flags)
+
+    return {name: composed(making(flags), loop=name == "torch loop") for name, flags in ways.items()}
 
 
 class StepWork(Work):
@@ -131,8 +149,10 @@ class StepWork(Work):
         "torch fused, grad_scale": grad_scaled,
         "torch compiled": compiled,
         "Apex FusedAdamSWA": apex_swa,
-        OURS: ours,
+        OURS: fused(trainops.AdamW, **SETTINGS),
     }
+
+    formula = staticmethod(adamw_truth)
 
     def truth(self) -> dict[str, Expected]:
         """The norm of each step's gradients, and the formulas on the tile."""
@@ -142,7 +162,7 @@ class StepWork(Work):
         for step in range(STEPS):
             self.prepare(step)
             coefficient = clip_coefficient(self.grads(), self.max_norm)[1]
-            adamw_truth(param, coefficient * self.tiles[step].double(), moments, step + 1)
+            self.formula(param, coefficient * self.tiles[step].double(), moments, step + 1)
             average.lerp_(param, 1 - DECAY)
         return {"params": expect(param, start), "averages": expect(average, start)}
 

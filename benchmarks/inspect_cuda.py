@@ -34,6 +34,8 @@ LEAST = {
     "clamp_kernel": (2 + 1, 2 + 1),
     "ema_kernel": (2 * (2 + 1), 2 + 1),
     "update_kernel<AdamW>": (6 * (2 + 1), 5 * (2 + 1)),
+    "update_kernel<Adam>": (6 * (2 + 1), 5 * (2 + 1)),
+    "update_kernel<SGD>": (4 * (2 + 1), 3 * (2 + 1)),
     "drop_path_kernel<float>": (3 * 2, 2),
     "drop_path_kernel<double>": (3, 1),
     "backward_kernel<float, true>": (3 * 2, 2),

@@ -14,6 +14,8 @@ from .saved import OURS, Interval, caption, fastest, medians, noise, ratio, shar
 TITLES = {
     "step": "The whole step: clip, AdamW, average",
     "adamw": "AdamW",
+    "adam": "The whole step with Adam: clip, Adam, average",
+    "sgd": "The whole step with SGD: clip, SGD with momentum, average",
     "clip_grad_norm": "Clipping by the norm",
     "ema": "The average (EMA)",
     "drop_path": "DropPath and stochastic depth, forward and backward",

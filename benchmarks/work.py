@@ -20,7 +20,7 @@ COMPILED_TENSORS = 200  # more take the compiler minutes
 STEPS = 3  # taken before results are compared
 
 # Large and quick enough for whatever is left out to show in bfloat16, too. No step takes longer or shorter for it.
-LR, BETAS, EPS, WEIGHT_DECAY = 1e-2, (0.9, 0.999), 1e-8, 2.0
+LR, BETAS, EPS, WEIGHT_DECAY, MOMENTUM = 1e-2, (0.9, 0.999), 1e-8, 2.0, 0.9
 DECAY = 0.6
 
 # What the gradients of the first steps are multiplied by, and the norm to clip them to over that of the first ones:
@@ -166,6 +166,19 @@ def adamw_truth(param: Tensor, grad: Tensor, moments: Moments, step: int) -> Non
     moments.exp_avg_sq.mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
     corrected = (moments.exp_avg_sq / (1 - BETAS[1] ** step)).sqrt() + EPS
     param.addcdiv_(moments.exp_avg / (1 - BETAS[0] ** step), corrected, value=-LR)
+
+
+def adam_truth(param: Tensor, grad: Tensor, moments: Moments, step: int) -> None:
+    """Adam (arXiv:1412.6980) in place, from step 1."""
+    penalized = grad + WEIGHT_DECAY * param
+    param.div_(1 - LR * WEIGHT_DECAY)  # which AdamW takes back
+    adamw_truth(param, penalized, moments, step)
+
+
+def sgd_truth(param: Tensor, grad: Tensor, moments: Moments, step: int) -> None:
+    """SGD with momentum, in place, from step 1. The buffer is the first moment."""
+    buffer = moments.exp_avg.mul_(MOMENTUM).add_(grad + WEIGHT_DECAY * param)
+    param.sub_(LR * buffer)
 
 
 def moments_of(optimizer: torch.optim.Optimizer) -> dict[str, list[Tensor]]:

@@ -205,6 +205,7 @@ def draw_task(name: str, runs: dict[str, list[Result]], above: Axes, below: Axes
     above.legend(frameon=False)
     below.set_yticks(range(len(runs)), list(runs))
     below.invert_yaxis()
+    below.locator_params(axis="x", nbins=6)
     below.axvline(0, color="#9aa5b1", linewidth=1, zorder=0)
     below.set(xlabel="test loss minus that of float32, each seed and the mean")
     for axes in (above, below):

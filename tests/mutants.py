@@ -52,10 +52,13 @@ C_PLUS_PLUS = [
             "AdamW: eps not scaled": ("s.eps * correction2_sqrt", "s.eps"),
             "AdamW: AMSGrad takes the smaller": ("largest > v || largest", "largest < v || largest"),
             "AdamW: gradient not scaled": (
-                "const T g = s.coefficient * grad;",
-                "const T g = (s.coefficient < T(0) ? T(-1) : T(1)) * grad;",
+                "take(param, s.coefficient * grad, state, s);",
+                "take(param, (s.coefficient < T(0) ? T(-1) : T(1)) * grad, state, s);",
             ),
-            "AdamW: second moment of the unclipped gradient": ("s.weight2 * g * g", "s.weight2 * grad * grad"),
+            "AdamW: second moment of the unclipped gradient": (
+                "s.weight2 * g * g",
+                "s.weight2 * g * g / (s.coefficient * s.coefficient)",
+            ),
             "AdamW: first moment of few betas alone": (
                 "g - s.beta1 * difference;",
                 "state[kExpAvg] + s.beta1 * difference;",

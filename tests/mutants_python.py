@@ -8,7 +8,12 @@ PYTHON = [
     *planted(
         "trainops/reference.py",
         tests_of("reference", k="reference-cpu"),
-        {"reference: a learning rate in float32": ("lr = scalar(lr, device) if", "lr = lr.float() if")},
+        {
+            "reference: a learning rate in float32": (
+                "lr = scalar(lr, device) if isinstance(lr, Tensor) else lr\n    g =",
+                "lr = lr.float() if isinstance(lr, Tensor) else lr\n    g =",
+            )
+        },
     ),
     *planted(
         "trainops/adapters/pytorch.py",
@@ -212,7 +217,7 @@ PYTHON = [
         },
     ),
     *planted(
-        "trainops/adamw.py",
+        "trainops/adam.py",
         tests_of("adamw", "adamw_drop_in", "ema_fused", "reference", k="cpu-cpu or reference-cpu or not target"),
         {
             "AdamW: maximize is ignored": ('bool(group["maximize"])', "False"),

@@ -9,7 +9,7 @@ from controls import AVERAGE_CONTROLS, STEP_CONTROLS, kernels, leaving, must_fai
 from exact import adamw_step, ema
 from surroundings import MARGIN, Surrounded
 from targets import REFERENCE, thorough
-from training import STATES, Model
+from training import MOMENTS, Model
 
 import trainops
 
@@ -52,7 +52,7 @@ def check_types(target, types, is_aligned, **options):
     """
     param_type, *state_types, average_type = types
     formula = OPTIONS | {"amsgrad": state_types[2] is not None}
-    names = STATES if formula["amsgrad"] else STATES[:2]
+    names = MOMENTS if formula["amsgrad"] else MOMENTS[:2]
     torch.manual_seed(0)
     every = []
 
@@ -74,7 +74,7 @@ def check_types(target, types, is_aligned, **options):
             shadow.data = draw(p.shape, average_type, 2)
         moments = {name: draw(p.shape, state_types[i], 3 + i) for i, name in enumerate(names)}
         optimizer.state[p] = {"step": torch.tensor(float(STEPS), device=target.device), **moments}
-        arrays = [exact(p), exact(p.grad), *(exact(moments[name]) if name in names else None for name in STATES)]
+        arrays = [exact(p), exact(p.grad), *(exact(moments[name]) if name in names else None for name in MOMENTS)]
         true.append((adamw_step(*arrays, STEPS + 1, **formula), None if shadow is None else exact(shadow)))
     optimizer.step()
     assert all(x.is_whole() for x in every)
@@ -126,7 +126,7 @@ def in_float32():
     """A fault: the arithmetic on float64 is in float32."""
 
     def update(rule, groups, *args, right=kernels.update):
-        names = ("param", "grad", *STATES)
+        names = ("param", "grad", *MOMENTS)
         narrow = with_columns(groups, torch.Tensor.float, *names)
         result = right(rule, narrow, *args)
         for group, own in zip(groups, narrow, strict=True):
@@ -149,7 +149,7 @@ def test_a_wrong_step_is_noticed(types):
         must_fail(control, check_types, REFERENCE, types, is_aligned=True)
 
 
-@pytest.mark.parametrize("column", ["param", "grad", *STATES, "average"])
+@pytest.mark.parametrize("column", ["param", "grad", *MOMENTS, "average"])
 @pytest.mark.parametrize("narrow", NARROW, ids=str)
 def test_a_wrong_16_bit_type_is_noticed(narrow, column):
     must_fail(lambda: reinterpreted(column), check_types, REFERENCE, (narrow,) * 5, is_aligned=True)

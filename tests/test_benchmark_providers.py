@@ -8,11 +8,13 @@ from targets import thorough
 
 import trainops
 from benchmarks import (
+    bench_adam,
     bench_adamw,
     bench_clip_grad_norm,
     bench_drop_path,
     bench_ema,
     bench_low_precision,
+    bench_sgd,
     bench_step,
     bench_training,
     peers,
@@ -37,11 +39,23 @@ def _short_period(monkeypatch):
 
 @DTYPES
 @pytest.mark.parametrize(
-    "bench", [bench_step.StepWork, bench_adamw.AdamWork, bench_clip_grad_norm.ClipWork, bench_ema.EmaWork]
+    "bench",
+    [
+        bench_step.StepWork,
+        bench_adamw.AdamWork,
+        bench_adam.AdamWork,
+        bench_sgd.SGDWork,
+        bench_clip_grad_norm.ClipWork,
+        bench_ema.EmaWork,
+    ],
 )
 def test_providers_agree_with_float64(bench, dtype):
     made = bench(SMALL, Options(), dtype)
     for name in TORCH_AND_OURS & set(bench.makers):
+        if bench is bench_sgd.SGDWork and name == "torch fused" and dtype != torch.float32:
+            with pytest.raises(NotHere, match="wrong numbers"):
+                made.admit(name)
+            continue
         assert made.admit(name)[1] <= 0.5, name  # so that larger models have room
 
 

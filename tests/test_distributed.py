@@ -7,14 +7,11 @@ import torch
 import torch.multiprocessing as mp
 from contract import same_bits
 from operations import Operations
+from ranks import on_ranks
 from targets import over_cpu_targets
 from torch import nn
 
 import trainops
-
-distributed = pytest.importorskip("torch.distributed")
-if not distributed.is_available():
-    pytest.skip("torch was built without torch.distributed", allow_module_level=True)
 
 RANKS = 2
 STEPS = 3
@@ -33,12 +30,10 @@ def train(param, grads, **options):
     return param.detach(), optimizer
 
 
-def on_each_rank(rank, path, backend):
-    distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=RANKS)
+def on_each_rank(rank, backend):
     check_shards(backend)
     check_bucket_views(rank, backend, torch.float32, set_to_none=False)
     check_bucket_views(rank, backend, torch.bfloat16, set_to_none=True)
-    distributed.destroy_process_group()
 
 
 def check_shards(backend):
@@ -109,4 +104,4 @@ def test_shards_and_views_of_buckets(target, tmp_path):
     # Forked processes import nothing again. PyTorch's autograd cannot be forked where there are CUDA devices.
     importlib.import_module("torch.distributed.tensor")
     method = "fork" if "fork" in mp.get_all_start_methods() and not torch.cuda.is_available() else "spawn"
-    mp.start_processes(on_each_rank, (tmp_path / "store", target.backend), nprocs=RANKS, start_method=method)
+    on_ranks(RANKS, on_each_rank, tmp_path / "store", target.backend, start_method=method)

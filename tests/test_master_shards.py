@@ -2,20 +2,15 @@
 
 import copy
 import importlib
-import os
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from contract import same_bits
+from ranks import on_ranks
 from targets import thorough
 from torch import nn
 
 import trainops
-
-distributed = pytest.importorskip("torch.distributed")
-if not distributed.is_available():
-    pytest.skip("torch was built without torch.distributed", allow_module_level=True)
 
 OPTIONS = {"lr": 0.01, "weight_decay": 0.1, "state_dtype": torch.float32}
 STEPS, SAVED = 5, 3
@@ -31,15 +26,11 @@ def gradients(step):
     return [torch.randn(p.shape, generator=generator).bfloat16() for p in network().parameters()]
 
 
-def on_each_rank(rank, ranks, folder, master, backend):
+def on_each_rank(rank, ranks, saves, path, master, backend):
     fully_shard = importlib.import_module("torch.distributed.fsdp").fully_shard
     tensors = importlib.import_module("torch.distributed.tensor")
     dcp = importlib.import_module("torch.distributed.checkpoint")
     of_state = importlib.import_module("torch.distributed.checkpoint.state_dict")
-    path, saves = os.path.join(folder, "checkpoint"), ranks == 2 and not os.path.exists(os.path.join(folder, "saved"))
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/ranks-{ranks}-{saves}", rank=rank, world_size=ranks
-    )
     mesh = importlib.import_module("torch.distributed.device_mesh").init_device_mesh("cpu", (ranks,))
 
     def sharded(x, like):
@@ -67,7 +58,6 @@ def on_each_rank(rank, ranks, folder, master, backend):
         saved = dict(zip(("model", "optimizer"), of_state.get_state_dict(model, optimizer), strict=True))
         dcp.save(saved, checkpoint_id=path)
     check(model, optimizer, SAVED if saves else STEPS, backend)
-    distributed.destroy_process_group()
 
 
 def check(model, optimizer, steps, backend):
@@ -89,7 +79,5 @@ def check(model, optimizer, steps, backend):
 def test_shards_are_those_of_float32_and_are_saved_and_loaded(tmp_path, master, backend):
     if not trainops.backends()[backend].available:
         pytest.skip(f"no backend {backend}")
-    mp.spawn(on_each_rank, (2, str(tmp_path), master, backend), nprocs=2)
-    (tmp_path / "saved").touch()
-    for ranks in (2, 1):
-        mp.spawn(on_each_rank, (ranks, str(tmp_path), master, backend), nprocs=ranks)
+    for i, (ranks, saves) in enumerate([(2, True), (2, False), (1, False)]):
+        on_ranks(ranks, on_each_rank, tmp_path / f"store-{i}", ranks, saves, str(tmp_path / "saved"), master, backend)

@@ -1,11 +1,13 @@
 """Models of parameters alone, gradients for them, and steps of an optimizer that are held to the contract."""
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from contract import assert_contract, exact
-from exact import adamw, adamw_step, clip_coefficient, ema, norm
+from exact import adam_step, adamw_step, clip_coefficient, ema, norm, sgd_step, trained
 
 import trainops
 
@@ -20,7 +22,25 @@ OPTIONS = {
     "zero_betas": {"betas": (0.0, 0.0), "eps": 1e-3},
 }
 
-STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+OF_ADAM = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
+OF_SGD = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+
+
+class Rule(NamedTuple):
+    """An optimizer: our class, PyTorch's, the step in extended precision, and the names that this takes."""
+
+    ours: type
+    torchs: type
+    step: Callable
+    states: tuple[str, ...]
+    settings: tuple[str, ...]
+
+
+ADAMW = Rule(trainops.AdamW, torch.optim.AdamW, adamw_step, MOMENTS, OF_ADAM)
+ADAM = Rule(trainops.Adam, torch.optim.Adam, adam_step, MOMENTS, OF_ADAM)
+SGD = Rule(trainops.SGD, torch.optim.SGD, sgd_step, ("momentum_buffer",), OF_SGD)
+RULES = (ADAMW, ADAM, SGD)
 
 
 class Model(torch.nn.Module):
@@ -88,30 +108,30 @@ def problem(shapes, dtype, steps):
 
 
 @functools.cache
-def solution(shapes, dtype, steps, max_norm, options):
+def solution(shapes, dtype, steps, max_norm, options, rule):
     """What the problem comes to exactly, and with PyTorch's implementation: parameters and states."""
     params, grads = problem(shapes, dtype, steps)
     model = Model([x.clone() for x in params])
-    optimizer = torch.optim.AdamW(model.parameters(), foreach=False, **dict(options))
+    optimizer = rule.torchs(model.parameters(), foreach=False, **dict(options))
     for step_grads in grads:
         set_grads(model.params, step_grads)
         if max_norm is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         optimizer.step()
     torchs = [{"param": p.detach(), **optimizer.state[p]} for p in model.params]
-    return adamw(params, grads, max_norm, **dict(options)), torchs
+    return trained(rule.step, rule.states, params, grads, max_norm, **dict(options)), torchs
 
 
-def check_steps(target, dtype, shapes, options, steps=1, max_norm=None):
-    """Hold steps of AdamW to the contract: in 16 bits each by itself, else all together."""
+def check_steps(target, dtype, shapes, options, steps=1, max_norm=None, rule=ADAMW):
+    """Hold steps of an optimizer to the contract: in 16 bits each by itself, else all together."""
     shapes = tuple(shapes)
     params, grads = problem(shapes, dtype, steps)
     model = Model([x.to(target.device, copy=True) for x in params])
-    optimizer = trainops.AdamW(model.parameters(), max_grad_norm=max_norm, backend=target.backend, **options)
+    optimizer = rule.ours(model.parameters(), max_grad_norm=max_norm, backend=target.backend, **options)
     grads = [[grad.to(target.device) for grad in step_grads] for step_grads in grads]
     if dtype in (torch.float32, torch.float64):
         run(optimizer, model.params, grads)
-        true, torchs = solution(shapes, dtype, steps, max_norm, tuple(options.items()))
+        true, torchs = solution(shapes, dtype, steps, max_norm, tuple(options.items()), rule)
         for i, p in enumerate(model.params):
             ours = {"param": p.detach(), **optimizer.state[p]}
             for name, result in true[i].items():
@@ -126,6 +146,7 @@ def check_steps(target, dtype, shapes, options, steps=1, max_norm=None):
 
 def check_one_step(optimizer):
     """Take a step; hold all that it writes to the contract, from what was stored before it."""
+    rule = next(rule for rule in RULES if type(optimizer) is rule.ours)
     rows = [(group, p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     averages = {}
     if optimizer.ema is not None:
@@ -137,14 +158,13 @@ def check_one_step(optimizer):
     for _, p in rows:
         state = optimizer.state.get(p) or {}
         zeros = np.zeros(p.shape, np.longdouble)
-        moments = [exact(state[name]) if name in state else zeros for name in STATES]
+        moments = [exact(state[name]) if name in state else zeros for name in rule.states]
         average = exact(averages[p]) if p in averages else None
         stored.append((exact(p), moments, int(state.get("step", 0)) + 1, average))
     optimizer.step()
-    names = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
     for i, ((group, p), grad, (param, moments, step, average)) in enumerate(zip(rows, grads, stored, strict=True)):
-        settings = {name: group[name] for name in names}
-        results = adamw_step(param, grad, *moments, step, coefficient=coefficient, **settings)
+        settings = {name: group[name] for name in rule.settings}
+        results = rule.step(param, grad, *moments, step, coefficient=coefficient, **settings)
         ours = {"param": p, **optimizer.state[p]}
         for name, result in results.items():
             assert_contract(ours[name], result, what=f"{name} {i}, step {step}")

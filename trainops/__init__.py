@@ -1,15 +1,19 @@
-"""The tail of a PyTorch training step, fused: clip-grad-norm, AdamW, EMA and DropPath."""
+"""The tail of a PyTorch training step, fused: clip-grad-norm, AdamW, Adam, SGD, EMA and DropPath."""
 
+from .adam import Adam
 from .adamw import AdamW
 from .adapters import Backend, backends
 from .clip_grad import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from .drop_path import DropPath, DropPathAdd, drop_path, drop_path_add
 from .ema import EMA
 from .ema_update import ema_update_, get_ema_multi_avg_fn
+from .sgd import SGD
 from .stochastic_depth import StochasticDepth, stochastic_depth
 
 __all__ = [
     "EMA",
+    "SGD",
+    "Adam",
     "AdamW",
     "Backend",
     "DropPath",

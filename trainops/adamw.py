@@ -1,22 +1,19 @@
 """AdamW whose step also unscales, clips, skips and averages, in two passes over memory."""
 
-from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from .adam import Betas, WithMoments
 from .ema import EMA
-from .optimizer import FusedOptimizer, setting
+from .optimizer import Params
 from .storage import StateDtype
-
-Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
-Betas = tuple[float, float] | tuple[Tensor, Tensor]
 
 _TorchAdamW = torch.optim.AdamW  # the name may stand for another class later: `integrations.patch()`
 
 
-class AdamW(FusedOptimizer, _TorchAdamW):
+class AdamW(WithMoments, _TorchAdamW):
     """:class:`torch.optim.AdamW` with the rest of the training step fused into it.
 
     Equivalent to::
@@ -146,26 +143,10 @@ class AdamW(FusedOptimizer, _TorchAdamW):
         """Add a group of parameters, as in torch.
 
         Raises:
-            ValueError: the group asks for ``decoupled_weight_decay=False``, which is :class:`torch.optim.Adam`, or
+            ValueError: the group asks for ``decoupled_weight_decay=False``, which is
+                :class:`trainops.Adam`, or
                 has a setting that all groups share.
         """
         if isinstance(param_group, dict) and not param_group.get("decoupled_weight_decay", True):
-            raise ValueError("decoupled_weight_decay=False is torch.optim.Adam: AdamW's decay is decoupled")
+            raise ValueError("decoupled_weight_decay=False is Adam: AdamW's decay is decoupled")
         super().add_param_group(param_group)
-
-    def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """The moments; with AMSGrad, the largest second moment, too."""
-        names = ("exp_avg", "exp_avg_sq")
-        return (*names, "max_exp_avg_sq") if group.get("amsgrad", False) else names
-
-    def settings(self, group: dict[str, Any]) -> dict[str, float | Tensor]:
-        """The settings of a group, by the rule's names."""
-        lr, (beta1, beta2) = group["lr"], group["betas"]
-        return {
-            "lr": lr.squeeze() if isinstance(lr, Tensor) else lr,
-            "beta1": setting(beta1),
-            "beta2": setting(beta2),
-            "eps": group["eps"],
-            "weight_decay": group["weight_decay"],
-            "maximize": bool(group["maximize"]),
-        }

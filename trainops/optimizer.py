@@ -1,6 +1,6 @@
 """The base of optimizers whose step also unscales, clips, skips and averages."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,6 +22,9 @@ from .uploads import prepare_capture
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
 class FusedOptimizer(KnowsTorchStep, LoadsState, KeepsMasters):
@@ -54,6 +57,10 @@ class FusedOptimizer(KnowsTorchStep, LoadsState, KeepsMasters):
     def settings(self, group: dict[str, Any]) -> dict[str, float | Tensor]:
         """The settings of the rule for a group, by name."""
         raise NotImplementedError
+
+    def adopt_state(self, state: dict[str, Any], names: tuple[str, ...]) -> bool:
+        """Whether a parameter's state is there. If not, it is made anew."""
+        return bool(state)
 
     def __new__(cls, *args: Any, **options: Any) -> "Self":
         """Settings that hold where a subclass calls the constructor of PyTorch's class in place of ours."""

@@ -9,6 +9,7 @@ Norms of plain CPU tensors are accumulated in float64. Devices without float64 u
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -203,6 +204,68 @@ def adamw_(
     write(step, t, skip)
     if max_exp_avg_sq is not None:
         write(max_exp_avg_sq, v_max, skip)
+
+
+def penalized(
+    param: Tensor, grad: Tensor, coefficient: Tensor | float, maximize: float, weight_decay: float | Tensor
+) -> Tensor:
+    """``coefficient * grad + weight_decay * param``, the gradient with that of an L2 penalty.
+
+    Without a penalty, the parameter is not looked at: it may be infinite.
+    """
+    dtype = wide(param).dtype
+    g = grad.to(dtype) * rounded(coefficient, dtype)
+    g = -g if maximize else g
+    return g if float(weight_decay) == 0.0 else g + float(weight_decay) * param.to(dtype)
+
+
+def adam_(
+    param: Tensor,
+    grad: Tensor,
+    *state: Tensor,
+    weight_decay: float | Tensor,
+    maximize: float = False,
+    coefficient: Tensor | float = 1.0,
+    **others: Any,
+) -> None:
+    """One step of Adam (arXiv:1412.6980, algorithm 1): AdamW, with an L2 penalty in place of its decay."""
+    grad = penalized(param, grad, coefficient, maximize, weight_decay)
+    adamw_(param, grad, *state, weight_decay=0.0, **others)
+
+
+def sgd_(
+    param: Tensor,
+    grad: Tensor,
+    step: Tensor,
+    momentum_buffer: Tensor | None = None,
+    *,
+    lr: float | Tensor,
+    momentum: float | Tensor,
+    dampening: float,
+    weight_decay: float | Tensor,
+    nesterov: float = False,
+    maximize: float = False,
+    coefficient: Tensor | float = 1.0,
+    skip: Tensor | None = None,
+    spread: Callable[[Tensor | float], Tensor | float] = as_it_is,
+) -> None:
+    """One step of SGD, with momentum where there is a buffer, for one parameter or, as :func:`adamw_`, for several.
+
+    PyTorch's form of https://proceedings.mlr.press/v28/sutskever13.html: the buffer is the gradient in the
+    first step, and the learning rate is no part of it.
+    """
+    dtype, device = wide(param).dtype, param.device
+    lr = scalar(lr, device) if isinstance(lr, Tensor) else lr
+    direction = g = penalized(param, grad, coefficient, maximize, weight_decay)
+    if momentum_buffer is not None:
+        momentum = float(momentum)
+        is_first = spread(scalar(step, device)) == 0.0
+        later = momentum * momentum_buffer.to(dtype) + (1 - dampening) * g
+        b = torch.where(is_first, g, later)  # type: ignore[arg-type]
+        direction = g + momentum * b if nesterov else b
+        write(momentum_buffer, b, skip)
+    write(param, param.to(dtype) - rounded(lr, dtype) * direction, skip)
+    write(step, step + 1, skip)
 
 
 def ema_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None) -> None:

@@ -59,7 +59,7 @@ def complete_state(
 ) -> None:
     """Give a parameter the state that it has before its first step, or the master that it lacks."""
     missing: dict[str, Tensor] = {}
-    if not state:
+    if not optimizer.adopt_state(state, names):
         dtypes = dtypes_of_state(names, optimizer.state_dtype)
         missing["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
         missing |= {name: torch.zeros_like(param, dtype=dtypes.get(name)) for name in names}

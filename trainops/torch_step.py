@@ -1,8 +1,9 @@
 """PyTorch's own step, for whom that is the right one, and what compilers see of a step."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch._compile import _disable_dynamo
 
 from .amp import UnscalesInStep
@@ -15,6 +16,7 @@ class KnowsTorchStep(UnscalesInStep):
 
     state_dtype: StateDtype
     master: str | None
+    takes_sparse: ClassVar[bool] = False  # whether PyTorch's step does
 
     def _torch_step(self, closure: Callable[[], float] | None = None) -> float | None:
         """PyTorch's own step, without the wrapper that runs the step hooks: they run around ours already."""
@@ -33,6 +35,8 @@ class KnowsTorchStep(UnscalesInStep):
         if getattr(self, "grad_scale", None) is not None:
             return False
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if self.takes_sparse and any(p.grad.layout is not torch.strided for p in params):
+            return True
         return not all_in_memory(x for p in params for x in (p, p.grad))
 
     def _patch_step_function(self) -> None:

@@ -6,13 +6,15 @@
 #include <string>
 #include <string_view>
 
+#include "../math/adam.h"
 #include "../math/adamw.h"
+#include "../math/sgd.h"
 #include "schema.h"
 
 namespace trainops {
 
 // Expands macro(Rule, name) for each.
-#define TRAINOPS_RULES(macro) macro(AdamW, "adamw")
+#define TRAINOPS_RULES(macro) macro(AdamW, "adamw") macro(Adam, "adam") macro(SGD, "sgd")
 
 #define TRAINOPS_RULE_SCHEMA(Rule, name) schema_of_rule<Rule>(name),
 inline const std::vector<Schema>& rules() {

@@ -81,7 +81,11 @@ struct AdamW {
 
     template <typename T>
     TRAINOPS_HOST_DEVICE void operator()(T& param, T grad, T* state, const Scalars<T>& s) const {
-      const T g = s.coefficient * grad;
+      take(param, s.coefficient * grad, state, s);
+    }
+
+    template <typename T>
+    TRAINOPS_HOST_DEVICE static void take(T& param, T g, T* state, const Scalars<T>& s) {
       const T difference = g - state[kExpAvg];
       const T m =
           small_weight || s.weight1 < T(0.5) ? state[kExpAvg] + s.weight1 * difference : g - s.beta1 * difference;
