@@ -113,8 +113,8 @@ C_PLUS_PLUS = [
                 "|| true) return state;",
             ),
             "cpu: a norm is gathered again in float32": (
-                "return reduce_in<Statistic, double>(values, size);",
-                "return reduce_in<Statistic, Wide<S>>(values, size);",
+                "return reduce_in<Isa, Statistic, double>(values, size);",
+                "return reduce_in<Isa, Statistic, Wide<S>>(values, size);",
             ),
         },
     ),
