@@ -479,7 +479,7 @@ TRITON_AND_CUDA = [
             ),
             "cuda: norms of rows in another's place": (
                 "args.out_is_double, chunk.row_index,",
-                "args.out_is_double, chunk.index,",
+                "args.out_is_double, args.table.row_count - 1 - chunk.row_index,",
             ),
         },
     ),

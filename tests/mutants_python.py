@@ -56,7 +56,15 @@ PYTHON = [
         "trainops/adapters/_foreach_rows.py",
         tests_of("foreach"),
         {
-            "foreach: chunks without a limit": ("if part and size + numel > limit:", "if False:"),
+            "foreach: chunks without a limit": ("if i > begin and size + numel > limit:", "if False:"),
+            "foreach: products in another's place": (
+                "zip(rows, stack(tensors, rows).mul_(factor)",
+                "zip(rows[::-1], stack(tensors, rows).mul_(factor)",
+            ),
+            "foreach: infinities in a stack": (
+                "[stack(tensors, rows).sum() for rows in found.stacked] + ",
+                "",
+            ),
             "foreach: shared memory is collected": (" or have_common_memory(every)", ""),
             "foreach: a row's number for another": ("in zip(rows, self._sizes", "in zip(rows[::-1], self._sizes"),
         },
@@ -65,7 +73,12 @@ PYTHON = [
         "trainops/adapters/_foreach_norm.py",
         tests_of("foreach", "clip_grad", k="test_foreach or foreach-cpu"),
         {
-            "foreach: tails of norms are lost": ("values[i] = math.hypot(values[i], tail)", "pass"),
+            "foreach: tails of norms are lost": ("if whole < lines.size(1):", "if False:"),
+            "foreach: norms of a stack in another's place": (
+                "(i for rows, _ in found for i in rows)",
+                "(i for rows, _ in found for i in rows[::-1])",
+            ),
+            "foreach: float64 where there is none": ("dtype = scalar_dtype(device)", "dtype = torch.float64"),
             "foreach: squares that vanish": ("if not SMALLEST <= x < math.inf", "if not x < math.inf"),
             "foreach: squares that overflow": ("if not SMALLEST <= x < math.inf", "if not SMALLEST <= x"),
         },

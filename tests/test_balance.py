@@ -9,9 +9,11 @@ from benchmarks.models import MODELS, numel
 from benchmarks.simulate_balance import (
     CARDS,
     CHUNK_NUMEL,
+    FIXED,
     KERNELS,
     LEAST,
     Card,
+    Chunking,
     Kernel,
     balance,
     chunk_sizes,
@@ -30,7 +32,15 @@ def test_chunks_are_those_of_the_kernels():
 
 
 def test_sizes_of_chunks():
-    assert chunk_sizes([(3, 3), (8,), ()], 4) == [4, 4, 1, 4, 4, 1]
+    assert chunk_sizes([(3, 3), (8,), ()], Chunking(4)) == [4, 4, 1, 4, 4, 1]
+
+
+def test_growing_chunks():
+    """Powers of 2 that are no more than a share of the tensor."""
+    assert chunk_sizes([(7,), (8,), (17,), (0,)], Chunking(2, share=2)) == [2, 2, 2, 1, 4, 4, 8, 8, 1, 0]
+    growing = Chunking(share=64)
+    assert [growing.of(2**i) for i in (0, 18, 19, 22, 40)] == [4096, 4096, 8192, 65536, 65536]
+    assert growing.of(2**19 - 1) == 4096
 
 
 def test_static_wave():
@@ -51,6 +61,7 @@ def test_a_held_multiprocessor_doubles_the_time_of_a_static_wave_alone():
     card, kernel = Card("", 10, 1.0), Kernel("", 4, 1)
     shapes = 1000 * [(CHUNK_NUMEL,)]
     assert balance(shapes, kernel, card).static == pytest.approx(1.0)
+    assert balance(shapes, kernel, card).efficiency == pytest.approx(1 / (1 + FIXED / (CHUNK_NUMEL * 4 * 10 / 1e3)))
     held = balance(shapes, kernel, card, held=1)
     assert held.static == pytest.approx(1000 / 9 / 200)
     assert held.queued == pytest.approx(1000 / 9 / math.ceil(1000 / 9))
@@ -72,4 +83,15 @@ def test_every_model_keeps_every_card_busy(model, kernel):
 
 def test_larger_chunks_are_too_few_for_a_small_model():
     _, norm = KERNELS
-    assert min(balance(MODELS["ViT-Ti"], norm, card, chunk_numel=8192).queued for card in CARDS) < LEAST
+    assert min(balance(MODELS["ViT-Ti"], norm, card, chunking=Chunking(8192)).queued for card in CARDS) < LEAST
+
+
+@pytest.mark.parametrize("model", ["ViT-Ti", "ViT-S", "ViT-B"])
+def test_what_growing_chunks_would_bring(model):
+    _, norm = KERNELS
+    for card in CARDS:
+        now, then = (balance(MODELS[model], norm, card, 1, Chunking(share=share)) for share in (None, 64))
+        assert then.queued >= LEAST
+        assert then.draws <= now.draws
+        assert then.efficiency >= now.efficiency
+    assert (then.draws < now.draws / 5) is (model == "ViT-B")

@@ -11,9 +11,11 @@ import torch
 from contract import DTYPES, same_bits
 from targets import over
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import trainops
-from trainops import advice
+from trainops import adapters, advice, reference
 from trainops.adapters import _foreach_norm, _foreach_rows, foreach
 
 INF, NAN = float("inf"), float("nan")
@@ -173,12 +175,113 @@ def test_an_average_of_an_infinite_parameter_stays(infinity):
 
 
 @pytest.mark.parametrize("value", [1e-23, 1e-10, 1.0, 1.1, 1e30])
-@pytest.mark.parametrize("numel", [4096, 70_001, 1 << 20])
+@pytest.mark.parametrize("numel", [255, 1024, 4096, 70_001, 1 << 20])
 def test_norms_of_long_tensors(value, numel):
     """Squares may overflow or vanish in float32. All equal, rounding errors add up."""
     x = torch.full((numel,), value)
     norm = trainops.get_total_norm([x], backend="foreach").item()
     assert norm == pytest.approx(x[0].item() * math.sqrt(numel), rel=4e-7, abs=0.0)
+
+
+# Shapes that several tensors share are stacked, if they are small; others come between them.
+SHARED = [(3,), (40, 40), (70, 70), (3,), (5,), (40, 40), (3,), (0,), (40, 40), (3,), (40, 40), (40, 40), (70, 70)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norms_of_tensors_that_share_shapes(dtype):
+    """Each has its own: one of them needs float64, and one is not finite."""
+    tensors = [(i + 1) * torch.randn(shape).to(dtype) for i, shape in enumerate(SHARED)]
+    tensors[5].mul_(1e-4 if dtype == F16 else 1e-25)
+    tensors[8][3, 3] = INF
+    norms = _foreach_norm.sum_norms(tensors)[1]
+    true = torch.stack([torch.linalg.vector_norm(x.double()) for x in tensors])
+    torch.testing.assert_close(norms, true, rtol=1e-12 if dtype == F64 else 1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_products_of_tensors_that_share_shapes(dtype):
+    tensors = [torch.randn(shape, dtype=dtype) for shape in SHARED]
+    before, factor = copies(tensors), torch.tensor(0.3, dtype=dtype)
+    products = _foreach_rows.multiplied(tensors, factor)
+    assert all_same(tensors, before)
+    assert all_same(products, [x * factor for x in tensors])
+
+
+@pytest.mark.parametrize("value", [INF, -INF, NAN])
+def test_what_is_not_finite_is_found(value):
+    for i, shape in enumerate(SHARED):
+        tensors = [torch.ones(shape) for shape in SHARED]
+        assert _foreach_rows.all_finite(tensors)
+        tensors[i].view(-1)[-1:] = value
+        assert _foreach_rows.all_finite(tensors) is (shape == (0,))
+
+
+@pytest.mark.parametrize("limit", [1, 8, 11, 1000])
+def test_chunks(limit):
+    """Rows in their order, each element once; large ones in pieces, but where there are gaps."""
+    sizes = [3, 0, 20, 5, 1, 7, 20, 4]
+    columns = {"param": [torch.randn(size) for size in sizes], "step": [torch.tensor(float(i)) for i in range(8)]}
+    columns["grad"] = [x.clone() for x in columns["param"]]
+    columns["param"][6], columns["grad"][6] = (torch.randn(20, 2)[:, 0] for _ in "ab")
+    found = list(_foreach_rows.chunks(columns, limit))
+    for name in ("param", "grad"):
+        pieces = [x for chunk in found for x in chunk[name]]
+        assert same_bits(torch.cat(pieces), torch.cat(columns[name]))
+    for chunk in found:
+        assert sum(x.numel() for x in chunk["param"]) <= max(limit, 20 if chunk["step"][0] == 6 else 0)
+        assert len(chunk["param"]) == len(chunk["grad"]) == len(chunk["step"])
+    steps = [int(x) for chunk in found for x in chunk["step"]]
+    assert steps == [i for i, size in enumerate(sizes) for _ in range(1 if i == 6 else max(1, -(-size // limit)))]
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """A device that has no float64, as Apple's GPUs."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.dtype in (torch.float64, torch.complex128):
+                raise TypeError(f"{function} makes float64, which the device does not have")
+        return result
+
+
+@pytest.fixture
+def without_float64(elsewhere, monkeypatch):
+    monkeypatch.setattr(adapters, "is_transformed", lambda: False)
+    reference.scalar_dtype.cache_clear()
+    yield WithoutFloat64()
+    reference.scalar_dtype.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@over("options", OPTIONS)
+def test_a_device_without_float64(without_float64, dtype, options):
+    """Steps and norms need none, and stay within what float32 loses."""
+    options = {**options, "max_grad_norm": 0.5, "skip_nonfinite": True}
+    found_inf = options.pop("found_inf", None)
+    ours, theirs = (Step(backend, (dtype,) * 4, **options) for backend in ("foreach", "reference"))
+    for step in (ours, theirs):
+        if found_inf is not None:
+            step.optimizer.grad_scale, step.optimizer.found_inf = torch.tensor(8.0), torch.tensor(found_inf)
+    with without_float64:
+        ours.optimizer.step()
+        assert ours.optimizer.grad_norm.dtype == torch.float32
+    theirs.optimizer.step()
+    for x, y in zip(ours.tensors(), theirs.tensors(), strict=True):
+        torch.testing.assert_close(x, y)
+    torch.testing.assert_close(ours.optimizer.grad_norms, theirs.optimizer.grad_norms)
+
+
+@pytest.mark.parametrize(("value", "norm"), [(2.0**62, 2.0**63), (2.0**63, INF), (2.0**-60, 2.0**-59), (2.0**-76, 0)])
+def test_the_range_of_norms_without_float64(without_float64, value, norm):
+    """As the README says: the squares are float32 numbers."""
+    with without_float64:
+        assert trainops.get_total_norm([torch.full((4,), value)], backend="foreach").item() == norm
+
+
+def test_the_stand_in_notices_float64(without_float64):
+    with without_float64, pytest.raises(TypeError, match="does not have"):
+        torch.ones(3).double()
 
 
 @pytest.mark.usefixtures("elsewhere")

@@ -124,7 +124,7 @@ def _norm(x: Tensor, norm_type: float) -> Tensor:
 
 def norm_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     """The dtype in which norms of ``tensors`` are returned: float32 unless one of them is float64."""
-    is_double = any(x.dtype in (torch.float64, torch.complex128) for x in tensors)
+    is_double = not {torch.float64, torch.complex128}.isdisjoint([x.dtype for x in tensors])
     return torch.float64 if is_double else torch.float32
 
 

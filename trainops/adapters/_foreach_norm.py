@@ -9,13 +9,13 @@ from torch import Tensor
 from .. import reference
 from ..reference import scalar_dtype, vector_norm, wide
 from ..tables import as_real
-from ._foreach_rows import flat, on_host
+from ._foreach_rows import alike, flat, on_host, stack
 
 # On a CPU, PyTorch's float32 norm of a long tensor is off (by 6e-4 at 2**24 elements), and its float64 norm takes
 # three times as long. So a long tensor is taken as rows, whose norms are joined in float64. A row of equal elements
 # is off by 3e-7 of its norm; errors of random ones cancel, and 2**24 of them are off by 1e-10.
 ROW = 256
-LONG = 4096
+LONG = 1024
 
 # Squares of a smaller norm's elements may vanish in float32.
 SMALLEST = 2.0**-30
@@ -31,7 +31,9 @@ def sum_norms(tensors: Sequence[Tensor], norm_type: float = 2.0) -> tuple[Tensor
     if not rows:
         norms = torch.zeros(len(tensors), dtype=dtype, device=device)
         return norms.sum(), norms
-    present = [_line(as_real(tensors[i])) for i in rows]
+    present = [tensors[i] for i in rows]
+    if any(map(Tensor.is_complex, present)) or not all(map(Tensor.is_contiguous, present)):
+        present = [_line(as_real(x)) for x in present]
     if on_host(device):
         values = [0.0] * len(tensors)
         for i, x in zip(rows, _values(present, norm_type), strict=True):
@@ -65,33 +67,34 @@ def _values(tensors: list[Tensor], norm_type: float) -> list[float]:
     """The same as numbers of Python, where they can be looked at."""
     if norm_type == math.inf:  # which is no sum
         return _numbers(_norms(list(map(wide, tensors)), norm_type, torch.float32))
-    is_long = [norm_type == 2.0 and x.numel() >= LONG for x in tensors]
-    short = [x for x, y in zip(tensors, is_long, strict=True) if not y]
-    of_short = iter(_numbers(_norms(short, norm_type, torch.float64)))
-    of_long = iter(_values_of_long([x for x, y in zip(tensors, is_long, strict=True) if y]))
-    return [next(of_long if y else of_short) for y in is_long]
-
-
-def _values_of_long(tensors: list[Tensor]) -> list[float]:
-    if not tensors:
-        return []
-    rows, sizes = [], []
-    tails: dict[int, Tensor] = {}
-    for i, x in enumerate(tensors):
-        line = x.view(-1)
-        if rest := line.numel() % ROW:
-            tails[i] = line[-rest:]
-            line = line[:-rest]
-        matrix = wide(line.view(-1, ROW))
-        rows.append(vector_norm(matrix, 2.0, 1))
-        sizes.append(len(matrix))
-    values = _numbers(torch._foreach_norm(torch.split(torch.cat(rows).double(), sizes)))
-    for i, tail in zip(tails, _numbers(_norms(list(tails.values()), 2.0, torch.float64)), strict=True):
-        values[i] = math.hypot(values[i], tail)
+    values = [math.nan] * len(tensors)  # each is looked at again unless it is found here
+    if norm_type == 2.0:
+        stacked, single = alike(tensors)
+        found = [(rows, stack(tensors, rows)) for rows in stacked]
+        found += [([i], tensors[i]) for i in single if tensors[i].numel() >= LONG]
+        norms = [_norms_of_lines(x.view(len(rows), -1)) for rows, x in found]
+        for i, value in zip((i for rows, _ in found for i in rows), _joined(norms), strict=True):
+            values[i] = value
     again = [i for i, x in enumerate(values) if not SMALLEST <= x < math.inf]
-    for i, value in zip(again, _numbers(_norms([tensors[i] for i in again], 2.0, torch.float64)), strict=True):
+    for i, value in zip(again, _numbers(_norms([tensors[i] for i in again], norm_type, torch.float64)), strict=True):
         values[i] = value
     return values
+
+
+def _norms_of_lines(lines: Tensor) -> Tensor:
+    """Of each line, in float64: of its rows and of what is left of it, and of these."""
+    whole = lines.size(1) // ROW * ROW
+    if lines.size(1) < LONG:
+        return vector_norm(lines, 2.0, 1, dtype=torch.float64)
+    norms = vector_norm(wide(lines[:, :whole]).view(len(lines), -1, ROW), 2.0, 2)
+    if whole < lines.size(1):
+        norms = torch.cat([norms, vector_norm(wide(lines[:, whole:]), 2.0, 1, keepdim=True)], 1)
+    return vector_norm(norms, 2.0, 1, dtype=torch.float64)
+
+
+def _joined(parts: Sequence[Tensor]) -> list[float]:
+    found: list[float] = torch.cat(list(parts)).tolist() if parts else []
+    return found
 
 
 def _numbers(tensors: Sequence[Tensor]) -> list[float]:

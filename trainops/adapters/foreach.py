@@ -31,6 +31,7 @@ from ._foreach_rows import (
     collect,
     flat_alike,
     kinds,
+    multiplied,
     on_host,
     shares_memory,
 )
@@ -159,7 +160,9 @@ def update(
     """See :class:`trainops.adapters.interface.Kernels`."""
     if collected is not None:
         groups = [replace(group, columns=own) for group, own in zip(groups, collected.columns, strict=True)]
-    grads = [as_real(local(grad)) for group in groups for grad in group.columns.get("grad", ())]
+    grads = [grad for group in groups for grad in group.columns.get("grad", ())]
+    if collected is None:
+        grads = [as_real(local(grad)) for grad in grads]
     device = grads[0].device
     decision = decide(grads, control, _foreach_norm.sum_norms)
     coefficient, skip = decision.coefficient, decision.skipped
@@ -231,7 +234,7 @@ def _step(
         and (dtype == torch.float32 or max(settings["beta1"], settings["beta2"]) <= LARGEST_BETA)
         and device.type in FUSED_DEVICES
         and (on_host(device) or not isinstance(settings["lr"], Tensor))
-        and all(x.is_contiguous() for name in types_of for x in columns[name])
+        and all(all(map(Tensor.is_contiguous, columns[name])) for name in types_of)
     )
     steps = columns["step"]
     if is_fused:
@@ -252,7 +255,7 @@ def _fused_adamw(chunk: Columns, settings: Mapping[str, Any], coefficient: Tenso
     """PyTorch's fused step. It would write gradients that it scales, so it is given copies that are scaled."""
     grads = chunk["grad"]
     if isinstance(coefficient, Tensor):
-        grads = list(torch._foreach_mul(grads, coefficient.to(grads[0].dtype)))
+        grads = multiplied(grads, coefficient.to(grads[0].dtype))
     lr = settings["lr"]
     torch._fused_adamw_(
         chunk["param"],
