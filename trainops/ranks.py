@@ -65,7 +65,8 @@ def group_named(name: str) -> Any:
     if name == "world":
         return torch.distributed.group.WORLD
     try:
-        return torch.distributed.distributed_c10d._resolve_process_group(name)
+        found: Any = torch.distributed.distributed_c10d
+        return found._resolve_process_group(name)
     except (RuntimeError, ValueError) as error:
         raise RuntimeError(f"there is no process group of the name {name!r}, which is norm_group") from error
 
@@ -203,7 +204,7 @@ def _meshes(tensors: Sequence[Tensor]) -> list[_Mesh]:
         its, weight = known[key]
         its.weights[row] = weight
     kept: list[_Mesh] = []
-    for mesh in sorted(found.values(), key=lambda mesh: (-len(mesh.ranks), mesh.ranks)):
+    for mesh in sorted(found.values(), key=lambda mesh: -len(mesh.ranks)):  # else as they come, which ranks agree on
         around = next((x for x in kept if set(mesh.ranks) < set(x.ranks)), None)
         if around is None:
             kept.append(mesh)
