@@ -161,8 +161,8 @@ PYTHON = [
                 "0.0",
             ),
             "AdamW: autograd is not told": (
-                "_version([*params, *averages.values()])\n            result = kernels",
-                "_version([])\n            result = kernels",
+                "count_writes([*params, *averages.values()])\n            result = kernels",
+                "count_writes([])\n            result = kernels",
             ),
         },
     ),
@@ -269,8 +269,8 @@ PYTHON = [
                 "math.isfinite(total_norm.item())",
             ),
             "clip: autograd is not told": (
-                "_version(grads)\n    for kernels, part in _by_device(grads, backend):\n        kernels.scale_",
-                "_version([])\n    for kernels, part in _by_device(grads, backend):\n        kernels.scale_",
+                "_version(grads if all_plain(grads) else [*grads, *shards])",
+                "_version([])",
             ),
         },
     ),

@@ -1,4 +1,4 @@
-"""Training in PyTorch's engines, clipped, beside one process: FSDP2, FSDP1, ZeroRedundancyOptimizer; and checkpoints."""
+"""Clipped training beside one process: FSDP2, FSDP1, ZeroRedundancyOptimizer; and distributed checkpoints."""
 
 import copy
 import importlib
@@ -50,7 +50,7 @@ def on_one_process(**options):
 
 
 def check(model, optimizer, norms, rank):
-    true, true_optimizer, true_norms = on_one_process()
+    true, _, true_norms = on_one_process()
     for norm, true_norm in zip(norms, true_norms, strict=True):
         torch.testing.assert_close(norm, true_norm)
         assert_same_on_all_ranks(norm)

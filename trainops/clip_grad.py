@@ -212,8 +212,8 @@ def _over_ranks(
     """The norm of tensors that lie on several ranks. For a None, others may have one, placed as in ``placed``."""
     whole = [None if x is None else summed(x) for x in tensors]
     placed = [p if x is None else x for x, p in zip(whole, placed, strict=True)]
-    total_norm = norms_over_ranks(whole, placed, norm_type, group_name(norm_group), backend)[0]
-    return total_norm.to(reference.norm_dtype([x for x in whole if x is not None]))
+    found = norms_over_ranks(whole, placed, norm_type, group_name(norm_group), backend)
+    return found.total_norm.to(found.dtype)
 
 
 def _norm(kernels: Kernels, tensors: list[Tensor], norm_type: float) -> Tensor:

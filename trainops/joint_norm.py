@@ -52,9 +52,8 @@ class TakesJointNorm(torch.optim.Optimizer):
         """
         params = [p for group in self.param_groups for p in group["params"]]
         measured = [p.grad for p in params] if grads is None else [grads.get(id(p)) for p in params]
-        total_norm, norms = norms_over_ranks(measured, params, 2.0, self._norm_group, self.backend)
-        present = [x for x in measured if x is not None]
-        if len(present) < len(measured):
+        total_norm, norms, dtype = norms_over_ranks(measured, params, 2.0, self._norm_group, self.backend)
+        if any(x is None for x in measured):
             norms = norms[torch.tensor([x is not None for x in measured], device=norms.device)]
         if control.grad_scale is not None:
             scale = reference.scalar(control.grad_scale, norms.device)
@@ -62,7 +61,6 @@ class TakesJointNorm(torch.optim.Optimizer):
         # What a rank's GradScaler has found in its own shards, all ranks see in the norm.
         skip_nonfinite = control.skip_nonfinite or control.found_inf is not None
         control = replace(control, total_norm=total_norm, skip_nonfinite=skip_nonfinite)
-        dtype = reference.norm_dtype(present)
         return JointNorm(control, total_norm.to(dtype), norms.to(dtype))
 
 

@@ -12,7 +12,7 @@ import math
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ def is_spread(tensors: Iterable[Tensor], norm_group: NormGroup) -> bool:
 
 def is_sharded(x: Tensor) -> bool:
     """Whether it is a DTensor."""
-    return type(x) not in PLAIN and hasattr(x, "device_mesh")
+    return type(x) not in PLAIN and hasattr(x, "_spec")
 
 
 def group_name(norm_group: NormGroup) -> str | None:
@@ -71,14 +71,22 @@ def group_named(name: str) -> Any:
         raise RuntimeError(f"there is no process group of the name {name!r}, which is norm_group") from error
 
 
+class OverRanks(NamedTuple):
+    """A norm, and the norm of each tensor, in the dtype of scalars, and the dtype in which they are returned."""
+
+    total_norm: Tensor
+    norms: Tensor
+    dtype: torch.dtype
+
+
 def norms_over_ranks(
     measured: Sequence[Tensor | None],
     placed: Sequence[Tensor],
     norm_type: float,
     norm_group: NormGroup,
     backend: str | None,
-) -> tuple[Tensor, Tensor]:
-    """The norm of all tensors on all ranks, and of each, in the dtype of scalars, on the first tensor's device.
+) -> OverRanks:
+    """The norm of all tensors on all ranks, and of each, on the first tensor's device.
 
     ``measured``: this rank's tensors, or None for one that it has no gradient of, while others may. ``placed``:
     tensors that are placed as these are. All ranks of a mesh have the same number of DTensors.
@@ -90,19 +98,19 @@ def norms_over_ranks(
     device = next((x.device for x in measured if x is not None), placed[0].device if placed else torch.device("cpu"))
     own = [torch.empty(0, device=p.device) if x is None else local(x) for x, p in zip(measured, placed, strict=True)]
     order = _Order(norm_type)
-    powers = order.powers(own_norms(own, norm_type, backend, device), [x.numel() for x in own])
+    powers = order.powers(own_norms(own, norm_type, backend, device), own)
     total, powers = _joined(order, powers, _meshes(placed), norm_group)
-    return order.norm(total), order.norm(powers)
+    is_double = not {torch.float64, torch.complex128}.isdisjoint(x.dtype for x in own)
+    return OverRanks(order.norm(total), order.norm(powers), torch.float64 if is_double else torch.float32)
 
 
 def own_norms(tensors: Sequence[Tensor], norm_type: float, backend: str | None, device: torch.device) -> Tensor:
     """The norm of each tensor of this rank, unrounded, on ``device``."""
-    parts: dict[torch.device, list[int]] = {}
-    for row, x in enumerate(tensors):
-        parts.setdefault(x.device, []).append(row)
+    devices = {x.device for x in tensors}
     found, rows = [], []
-    for of_part, its in parts.items():
-        part = [tensors[row] for row in its]
+    for of_part in devices:
+        its = range(len(tensors)) if len(devices) == 1 else [i for i, x in enumerate(tensors) if x.device == of_part]
+        part = tensors if len(devices) == 1 else [tensors[row] for row in its]
         kernels = select(backend, of_part, all_in_memory(part))
         if has_statistic(part, norm_type):
             norms = kernels.reduce(STATISTICS[norm_type], part, unrounded=True)[1]
@@ -126,13 +134,13 @@ class _Order:
     def __init__(self, p: float) -> None:
         self.p, self.is_largest = p, math.isinf(p)
 
-    def powers(self, norms: Tensor, numels: Sequence[int]) -> Tensor:
+    def powers(self, norms: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         if self.is_largest:
             powers = norms if self.p > 0 else -norms
         else:
             powers = norms if self.p in (0.0, 1.0) else norms.square() if self.p == 2.0 else norms**self.p
         if self.p < 0:  # of the order, no elements are as many infinite ones
-            empty = torch.tensor([n == 0 for n in numels], device=norms.device)
+            empty = torch.tensor([x.numel() == 0 for x in tensors], device=norms.device)
             powers = torch.where(empty, -math.inf if self.is_largest else 0.0, powers)
         return powers
 
@@ -191,17 +199,18 @@ def _meshes(tensors: Sequence[Tensor]) -> list[_Mesh]:
     """
     found: dict[tuple[int, ...], _Mesh] = {}
     known: dict[tuple[int, ...], tuple[_Mesh, float]] = {}
+    last: Any = None
     for row, x in enumerate(tensors):
-        if type(x) in PLAIN or not is_sharded(x):
+        if type(x) in PLAIN or (spec := getattr(x, "_spec", None)) is None:
             continue
-        placed: Any = x
-        mesh, placements = placed.device_mesh, placed.placements
-        key = (id(mesh), *map(id, placements))
-        if key not in known:
-            its = _ranks_of(mesh)
-            copies = math.prod(mesh.size(i) for i, p in enumerate(placements) if p.is_replicate())
-            known[key] = found.setdefault(its.ranks, its), 1 / copies
-        its, weight = known[key]
+        mesh, placements = spec.mesh, spec.placements
+        if last is None or mesh is not last.mesh or placements != last.placements:
+            last, key = spec, (id(mesh), *map(id, placements))
+            if key not in known:
+                new = _ranks_of(mesh)
+                copies = math.prod(mesh.size(i) for i, p in enumerate(placements) if p.is_replicate())
+                known[key] = found.setdefault(new.ranks, new), 1 / copies
+            its, weight = known[key]
         its.weights[row] = weight
     kept: list[_Mesh] = []
     for mesh in sorted(found.values(), key=lambda mesh: -len(mesh.ranks)):  # else as they come, which ranks agree on
@@ -236,8 +245,8 @@ def _joined(order: _Order, powers: Tensor, meshes: list[_Mesh], norm_group: Norm
     members = () if group is None else torch.distributed.get_process_group_ranks(group)
     # The number of ranks of the group that a mesh gives the same total.
     alike = math.prod(max(1, len(set(mesh.ranks).intersection(members))) for mesh in meshes)
-    placed = {row for mesh in meshes for row in mesh.weights}
-    total = order.total(_picked(powers, [row for row in range(len(powers)) if row not in placed]))
+    rest = set(range(len(powers))).difference(*(mesh.weights for mesh in meshes))
+    total = order.total(_picked(powers, sorted(rest)))
     total = order.share(total, alike)  # one of the copies on each mesh, unless each of these ranks has its own
     for mesh in meshes:  # each carries the total of those before it, of which its ranks have copies
         rows = sorted(mesh.weights)

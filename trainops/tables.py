@@ -21,6 +21,10 @@ Columns = Mapping[str, Sequence[Tensor | None]]
 
 def local(x: Tensor) -> Tensor:
     """This rank's shard of a DTensor, as a plain tensor that shares its memory; other tensors as they are."""
+    if type(x) in PLAIN:
+        return x
+    if type(shard := getattr(x, "_local_tensor", None)) in PLAIN:  # to_local() makes a view of it
+        return cast(Tensor, shard)
     return x.to_local() if hasattr(x, "to_local") else x
 
 

@@ -111,7 +111,7 @@ class StateReader {
 
   bool add_param(const pybind11::object& param, const std::vector<bool>& used) {
     const bool is_plain = builder_.reader.is_plain(param.ptr());
-    if (!is_plain && !is_sharded(param)) return false;
+    if (!is_plain && !attribute(param, local_)) return false;
     const auto grad = take_ownership(PyObject_GetAttr(param.ptr(), names_[kGrad].ptr()));
     if (grad.is_none()) {
       next_state(param.ptr());  // passes over it
@@ -139,24 +139,28 @@ class StateReader {
 
   // Puts the shards of DTensors in their place. False where the shards do not belong together.
   bool take_shards(const pybind11::object& param, pybind11::object* row) const {
-    const pybind11::object spec = param.attr(spec_);
+    const pybind11::object spec = attribute(param, spec_);
+    if (!spec) return false;
     for (size_t column = 0; column < columns_; ++column) {
       if (row[column].is_none() || builder_.schema.columns[column].one_per_row()) continue;
-      if (!is_sharded(row[column])) return false;
-      if (const pybind11::object its = row[column].attr(spec_); !its.is(spec)) {
-        if (!equal(its, spec, placements_) || !equal(its, spec, mesh_)) return false;
-      }
-      row[column] = row[column].attr(local_);
+      const pybind11::object local = attribute(row[column], local_), its = attribute(row[column], spec_);
+      if (!local || !its) return false;
+      if (!its.is(spec) && (!equal(its, spec, mesh_) || !equal(its, spec, placements_))) return false;
+      row[column] = local;
     }
     return true;
   }
 
-  bool is_sharded(const pybind11::object& x) const {
-    return PyObject_HasAttr(x.ptr(), local_.ptr()) && PyObject_HasAttr(x.ptr(), spec_.ptr());
+  // Null where there is no such attribute.
+  static pybind11::object attribute(const pybind11::object& x, const pybind11::object& name) {
+    PyObject* const found = PyObject_GetAttr(x.ptr(), name.ptr());
+    if (found == nullptr) PyErr_Clear();
+    return pybind11::reinterpret_steal<pybind11::object>(found);
   }
 
   static bool equal(const pybind11::object& a, const pybind11::object& b, const pybind11::object& name) {
-    const int answer = PyObject_RichCompareBool(a.attr(name).ptr(), b.attr(name).ptr(), Py_EQ);
+    const pybind11::object first = a.attr(name), second = b.attr(name);
+    const int answer = PyObject_RichCompareBool(first.ptr(), second.ptr(), Py_EQ);
     if (answer < 0) throw pybind11::error_already_set();
     return answer == 1;
   }
