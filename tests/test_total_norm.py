@@ -98,6 +98,8 @@ def test_what_is_no_process_group_is_an_error():
         optimizer.step()
     assert not optimizer.state
     assert all(map(same_bits, (p.detach() for p in params), before))
+    assert optimizer.norm_group == "world"
+    assert "norm_group: world" in repr(optimizer)
     for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
         assert copied._norm_group == "world"
     optimizer.norm_group = None

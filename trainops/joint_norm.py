@@ -34,8 +34,12 @@ class TakesJointNorm(torch.optim.Optimizer):
 
     @property
     def norm_group(self) -> Any:
-        """The process group over which the norm of the gradients is taken; may be changed between steps."""
-        return None if self._norm_group is None else group_named(self._norm_group)
+        """The process group over which the norm of the gradients is taken; may be changed between steps.
+
+        Its name while ``torch.distributed`` has not been initialized.
+        """
+        is_ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return group_named(self._norm_group) if self._norm_group is not None and is_ready else self._norm_group
 
     @norm_group.setter
     def norm_group(self, norm_group: NormGroup) -> None:

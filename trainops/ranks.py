@@ -107,7 +107,7 @@ def norms_over_ranks(
 def own_norms(tensors: Sequence[Tensor], norm_type: float, backend: str | None, device: torch.device) -> Tensor:
     """The norm of each tensor of this rank, unrounded, on ``device``."""
     devices = {x.device for x in tensors}
-    found, rows = [], []
+    found, rows = [], list[int]()
     for of_part in devices:
         its = range(len(tensors)) if len(devices) == 1 else [i for i, x in enumerate(tensors) if x.device == of_part]
         part = tensors if len(devices) == 1 else [tensors[row] for row in its]
