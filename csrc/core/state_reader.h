@@ -213,8 +213,8 @@ class StateReader {
   size_t columns_;
   std::vector<pybind11::object> names_;
   pybind11::object local_, spec_, mesh_, placements_;  // attributes of a DTensor
-  std::vector<pybind11::object> tensors_;  // row by row
-  std::vector<bool> lacks_master_;         // of each row: whether its group has masters, and its state has none
+  std::vector<pybind11::object> tensors_;              // row by row
+  std::vector<bool> lacks_master_;  // of each row: whether its group has masters, and its state has none
 };
 
 }  // namespace trainops
