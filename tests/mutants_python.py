@@ -179,8 +179,8 @@ PYTHON = [
                 "0.0",
             ),
             "AdamW: autograd is not told": (
-                "_version([*params, *averages.values()])\n            result = kernels",
-                "_version([])\n            result = kernels",
+                "count_writes([*params, *averages.values()])\n            result = kernels",
+                "count_writes([])\n            result = kernels",
             ),
         },
     ),
@@ -287,8 +287,8 @@ PYTHON = [
                 "math.isfinite(total_norm.item())",
             ),
             "clip: autograd is not told": (
-                "_version(grads)\n    for kernels, part in _by_device(grads, backend):\n        kernels.scale_",
-                "_version([])\n    for kernels, part in _by_device(grads, backend):\n        kernels.scale_",
+                "_version(grads if all_plain(grads) else [*grads, *shards])",
+                "_version([])",
             ),
         },
     ),
@@ -530,6 +530,67 @@ PYTHON = [
                 "sym_max(1, round(batch * (1 - rate)))",
                 "sym_max(1, round(batch * (1 - rate)) - 1)",
             ),
+        },
+    ),
+    *planted(
+        "trainops/ranks.py",
+        tests_of("ranks"),
+        {
+            "ranks: copies count each": (
+                "found.setdefault(new.ranks, new), 1 / copies",
+                "found.setdefault(new.ranks, new), 1.0",
+            ),
+            "ranks: a mesh within another counts once for each of its copies": (
+                "row: weight / copies for row",
+                "row: weight for row",
+            ),
+            "ranks: plain tensors count on every rank": (
+                "order.share(total, 1 / len(mesh.ranks)).reshape(1)]))",
+                "total.reshape(1)]))",
+            ),
+            "ranks: the first of two meshes does not hear of the second": (
+                "in reversed(meshes[:-1]):",
+                "in reversed(meshes[:0]):",
+            ),
+            "ranks: a NaN is lost among the largest": ("both[1] != 0", "both[1] > 1"),
+            "ranks: stages are not joined": (
+                "    if group is not None:\n        total",
+                "    if False:\n        total",
+            ),
+            "ranks: a mesh counts for each of its ranks in the group": (
+                "order.share(total, 1 / alike)",
+                "order.share(total, 1)",
+            ),
+            "ranks: no elements are zeros for all orders": ("        if self.p < 0:", "        if self.p < -9:"),
+        },
+    ),
+    *planted(
+        "trainops/joint_norm.py",
+        tests_of("ranks", "total_norm"),
+        {
+            "joint norm: a given norm is not unscaled": (
+                "        norm = norm / reference.scalar(control.grad_scale, device)\n",
+                "        pass\n",
+            ),
+            "joint norm: found_inf of this rank alone": (
+                "control.skip_nonfinite or control.found_inf is not None  # which",
+                "control.skip_nonfinite  # which",
+            ),
+            "joint norm: gradients that are missing have norms": (
+                "if any(x is None for x in measured):",
+                "if False:",
+            ),
+        },
+    ),
+    *planted(
+        "trainops/own_settings.py",
+        tests_of("total_norm", "adamw_drop_in", k="settings or groups"),
+        {
+            "groups: settings of the constructor with any value": (
+                "repeatable[name] is not param_group[name]",
+                "False",
+            ),
+            "groups: settings are saved": ("                group.pop(name, None)\n", "                pass\n"),
         },
     ),
 ]

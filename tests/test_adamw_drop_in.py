@@ -64,7 +64,7 @@ def test_repr_is_torchs_with_what_is_added():
     model = make_model([(2,)], torch.float32, "cpu")
     optimizer = trainops.AdamW(model.parameters(), max_grad_norm=1.0, ema=trainops.EMA(model, 0.99))
     assert repr(optimizer) == repr(torch.optim.AdamW(model.parameters()))[:-1] + (
-        "max_grad_norm: 1.0\nskip_nonfinite: False\n"
+        "max_grad_norm: 1.0\nskip_nonfinite: False\nnorm_group: None\n"
         "ema: EMA(Model, decay=0.99, warmup=False, update_after_step=0, update_every=1, step=0)\n"
         "master: None\nstate_dtype: None\nbackend: None\n)"
     )
@@ -499,8 +499,8 @@ def test_an_average_is_checked_whenever_it_is_set():
     assert optimizer.ema is ema
 
 
-@pytest.mark.parametrize("name", ["max_grad_norm", "skip_nonfinite", "ema", "backend"])
+@pytest.mark.parametrize("name", ["max_grad_norm", "skip_nonfinite", "norm_group", "ema", "backend"])
 def test_a_group_has_none_of_the_optimizers_settings(name):
     params = [torch.nn.Parameter(torch.ones(2))]
     with pytest.raises(ValueError, match=f"{name} is a setting of the optimizer"):
-        trainops.AdamW([{"params": params, name: None}])
+        trainops.AdamW([{"params": params, name: "another value than the constructor's"}])

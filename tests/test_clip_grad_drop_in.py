@@ -24,7 +24,8 @@ def test_signature_is_torchs(name):
     ours = inspect.signature(getattr(trainops, name)).parameters.values()
     positional = [(p.name, p.default) for p in ours if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert positional == [(p.name, p.default) for p in torchs]
-    assert [(p.name, p.default) for p in ours if p.kind is p.KEYWORD_ONLY] == [("backend", None)]
+    own = ["norm_group", "backend"] if name in ("clip_grad_norm_", "get_total_norm") else ["backend"]
+    assert [(p.name, p.default) for p in ours if p.kind is p.KEYWORD_ONLY] == [(added, None) for added in own]
 
 
 CONTAINERS = {

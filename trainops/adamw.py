@@ -8,6 +8,7 @@ from torch import Tensor
 from .adam import Betas, WithMoments
 from .ema import EMA
 from .optimizer import Params
+from .ranks import NormGroup
 from .storage import StateDtype
 
 _TorchAdamW = torch.optim.AdamW  # the name may stand for another class later: `integrations.patch()`
@@ -49,12 +50,18 @@ class AdamW(WithMoments, _TorchAdamW):
         max_grad_norm: clip the gradients of all groups together to this norm, a number or a one-element tensor (on a
             GPU, as ``lr``, and not checked). They are read, not rewritten: the
             coefficient is applied inside the update; 0 takes them as zero. With a GradScaler, ``step()`` unscales in
-            the same pass, and the gradients stay scaled. The norm is that of the gradients this optimizer holds: the
-            global one under DDP and FSDP2, but a rank's own under ZeroRedundancyOptimizer and FSDP1. Where
+            the same pass, and the gradients stay scaled. The norm is that of the gradients this optimizer holds, all
+            shards of DTensors included, and the same on all ranks; see ``norm_group``. Where
             ``trainops.clip_grad_norm_`` clips them before, a warning says so once.
         skip_nonfinite: leave everything bit for bit as it was when the norm of the gradients is infinite or NaN. A
             GradScaler's scale is dealt with as by ``max_grad_norm``. PyTorch's schedulers do not see that a step was
             skipped: compare ``skipped_steps``. On a CPU, a warning says so once.
+        norm_group: the process group over which the norm is taken, or its name (``"world"``: the default one), where
+            each of its ranks has other parameters: FSDP1, ZeroRedundancyOptimizer (give it a name: it copies its
+            arguments), stages of a pipeline. Plain parameters are then each rank's own, and DTensors are, too, whose
+            mesh has a single rank in the group. Without one, plain parameters beside DTensors are copies on the ranks
+            of the mesh, and plain parameters alone, as under DDP, have the rank's norm. All ranks of the group and of
+            the meshes must take the step. An attribute; may be changed between steps.
         ema: an average to update in the same pass, instead of calling ``ema.update()`` after each step, which is then
             an error. One optimizer has an average: the last that it was given to, so give it to the one that steps
             last. A skipped step leaves the average alone and counts as an update in its warm-up. Every call of
@@ -82,7 +89,7 @@ class AdamW(WithMoments, _TorchAdamW):
             PyTorch's arguments alone, a GradScaler leaves out the call.)
 
     Raises:
-        TypeError: ``max_grad_norm`` or ``ema`` is of another type.
+        TypeError: ``max_grad_norm``, ``norm_group`` or ``ema`` is of another type.
         ValueError: an argument is out of range, there is no such backend, ``master`` or ``state_dtype``, a parameter
             is complex beside a ``state_dtype``, no parameter can have a ``master``, one is float16 beside a split
             one, or ``ema`` follows another model.
@@ -107,6 +114,7 @@ class AdamW(WithMoments, _TorchAdamW):
         fused: bool | None = None,
         max_grad_norm: float | Tensor | None = None,
         skip_nonfinite: bool = False,
+        norm_group: NormGroup = None,
         ema: EMA | None = None,
         master: Literal["split", "float32"] | None = None,
         state_dtype: StateDtype = None,
@@ -133,6 +141,7 @@ class AdamW(WithMoments, _TorchAdamW):
             **torchs,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
+            norm_group=norm_group,
             ema=ema,
             master=master,
             state_dtype=state_dtype,

@@ -4,6 +4,9 @@ Differences from PyTorch: the norm of 16-bit gradients is float32; norms of orde
 that the same gradients give the same bits, with any number of threads; kernels do not rewrite gradients whose
 coefficient is 1; and the parts of complex gradients are clipped separately: an infinity in one makes no NaN of the
 other. Compiled code has PyTorch's own functions, which compilers fuse; there, too, norms of 16 bits are float32.
+
+Of DTensors, kernels measure and scale this rank's shards, and one all-reduce joins the norms (:mod:`trainops.ranks`).
+The result is a plain tensor, the same on every rank, where PyTorch's is a DTensor.
 """
 
 import math
@@ -23,6 +26,8 @@ from torch.nn.utils import get_total_norm as torch_get_total_norm
 from . import advice, reference
 from .adapters import Kernels, check, select
 from .plain import all_plain
+from .ranks import STATISTICS, NormGroup, group_name, has_statistic, is_spread, norms_over_ranks
+from .tables import local, replicated, summed
 
 Tensors = Tensor | Iterable[Tensor]
 
@@ -35,6 +40,7 @@ def clip_grad_norm_(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
     *,
+    norm_group: NormGroup = None,
     backend: str | None = None,
 ) -> Tensor:
     """Scale the gradients of ``parameters`` in place so that their norm is at most ``max_norm``.
@@ -49,6 +55,9 @@ def clip_grad_norm_(
         norm_type: order of the norm; may be ``inf``.
         error_if_nonfinite: raise where the norm is infinite or NaN.
         foreach: accepted for compatibility.
+        norm_group: the process group over which the norm is taken, or its name (``"world"``: the default one), where
+            each of its ranks has other gradients: stages of a pipeline, FSDP1, ZeroRedundancyOptimizer. Without one,
+            plain gradients are taken to be the same on all ranks. DTensors know their ranks.
         backend: see :func:`trainops.backends`; by default it follows the device.
 
     Returns:
@@ -61,8 +70,13 @@ def clip_grad_norm_(
     parameters = _listed(parameters)
     if is_generator and not parameters:
         warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=3)
-    grads = _grads(parameters)
-    total_norm = get_total_norm(grads, norm_type, error_if_nonfinite, foreach, backend=backend)
+    if is_compiling() or not is_spread(parameters, norm_group):
+        total_norm = get_total_norm(_grads(parameters), norm_type, error_if_nonfinite, foreach, backend=backend)
+    else:  # ranks ask each other also about gradients that one of them has not
+        check(backend)
+        grads = [p.grad for p in parameters]
+        total_norm = _over_ranks(grads, parameters, float(norm_type), norm_group, backend)
+        _check_finite(total_norm, float(norm_type), error_if_nonfinite)
     clip_grads_with_norm_(parameters, max_norm, total_norm, foreach, backend=backend)
     return total_norm
 
@@ -74,6 +88,7 @@ def get_total_norm(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
     *,
+    norm_group: NormGroup = None,
     backend: str | None = None,
 ) -> Tensor:
     """The norm of all ``tensors``, taken as one vector.
@@ -87,31 +102,36 @@ def get_total_norm(
         norm_type: order of the norm; may be ``inf``.
         error_if_nonfinite: raise where the norm is infinite or NaN.
         foreach: accepted for compatibility.
+        norm_group: the process group over which the norm is taken, or its name (``"world"``: the default one), where
+            each of its ranks has other gradients: stages of a pipeline, FSDP1, ZeroRedundancyOptimizer. Without one,
+            plain gradients are taken to be the same on all ranks. DTensors know their ranks.
         backend: see :func:`trainops.backends`; by default it follows the device.
 
     Returns:
         A 0-dim tensor on the first tensor's device, float32 unless a tensor is float64. 0.0 for an empty list.
+        Several optimizers clip by one norm where each is given it: ``step(total_norm=...)``, or
+        :func:`clip_grads_with_norm_` for one of PyTorch's.
 
     Raises:
         RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set.
+        TypeError, ValueError: ``norm_group`` is no process group, or this rank is not in it.
     """
     check(backend)
     tensors = _listed(tensors)
     norm_type = float(norm_type)
-    if not tensors:
+    if not tensors and norm_group is None:
         return torch.tensor(0.0)
     if is_compiling():
         return torch_get_total_norm(list(map(reference.wide, tensors)), norm_type, error_if_nonfinite)
+    if is_spread(tensors, norm_group):
+        total_norm = _over_ranks(tensors, tensors, norm_type, norm_group, backend)
+        _check_finite(total_norm, norm_type, error_if_nonfinite)
+        return total_norm
     if not _all_dense(tensors):
         return torch_get_total_norm(tensors, norm_type, error_if_nonfinite)
     totals = [_norm(kernels, part, norm_type) for kernels, part in _by_device(tensors, backend)]
     total_norm = totals[0] if len(totals) == 1 else reference.grad_norms(totals, norm_type)[0]
-    if error_if_nonfinite and not math.isfinite(total_norm.item()):
-        raise RuntimeError(
-            f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
-            "clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
-            "`error_if_nonfinite=False`"
-        )
+    _check_finite(total_norm, norm_type, error_if_nonfinite)
     return total_norm
 
 
@@ -144,12 +164,14 @@ def clip_grads_with_norm_(
         return
     if not is_compiling():
         advice.clips_outside(parameters, float(max_norm))
-    if is_compiling() or not _all_dense(grads):
+    shards = grads if is_compiling() else list(map(local, grads))  # a DTensor's own sum may be clipped as its parts
+    if is_compiling() or not _all_dense(shards):
         torch_clip_grads_with_norm_(parameters, max_norm, total_norm)
         return
+    total_norm = replicated(total_norm)
     coefficient = reference.clip_coefficient(total_norm, float(max_norm))
-    torch.autograd.graph.increment_version(grads)
-    for kernels, part in _by_device(grads, backend):
+    torch.autograd.graph.increment_version(grads if all_plain(grads) else [*grads, *shards])
+    for kernels, part in _by_device(shards, backend):
         kernels.scale_(part, coefficient)
 
 
@@ -180,14 +202,34 @@ def clip_grad_value_(
         kernels.clamp_(part, clip_value)
 
 
-_STATISTICS = {1.0: "l1_norm", 2.0: "l2_norm", math.inf: "inf_norm"}
+def _over_ranks(
+    tensors: Sequence[Tensor | None],
+    placed: Sequence[Tensor],
+    norm_type: float,
+    norm_group: NormGroup,
+    backend: str | None,
+) -> Tensor:
+    """The norm of tensors that lie on several ranks. For a None, others may have one, placed as in ``placed``."""
+    whole = [None if x is None else summed(x) for x in tensors]
+    placed = [p if x is None else x for x, p in zip(whole, placed, strict=True)]
+    found = norms_over_ranks(whole, placed, norm_type, group_name(norm_group), backend)
+    return found.total_norm.to(found.dtype)
 
 
 def _norm(kernels: Kernels, tensors: list[Tensor], norm_type: float) -> Tensor:
-    """For other norm orders we call PyTorch. For complex tensors only the 2-norm equals that of the parts."""
-    if norm_type not in _STATISTICS or (norm_type != 2.0 and any(x.is_complex() for x in tensors)):
+    """For other norm orders we call PyTorch."""
+    if not has_statistic(tensors, norm_type):
         return reference.grad_norms(tensors, norm_type)[0]
-    return kernels.reduce(_STATISTICS[norm_type], tensors)[0]
+    return kernels.reduce(STATISTICS[norm_type], tensors)[0]
+
+
+def _check_finite(total_norm: Tensor, norm_type: float, error_if_nonfinite: bool) -> None:
+    if error_if_nonfinite and not math.isfinite(total_norm.item()):
+        raise RuntimeError(
+            f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
+            "clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
+            "`error_if_nonfinite=False`"
+        )
 
 
 def _listed(parameters: Tensors) -> list[Tensor]:

@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from . import advice, reference
+from . import advice
 from .adapters import Group, StepControl, StepResult, check, select
 from .ema import EMA
+from .joint_norm import JointNorm, TakesJointNorm, known_norm
 from .loading import LoadsState
 from .masters import KeepsMasters
-from .plain import all_in_memory, all_plain
-from .rows import by_device, gather
+from .own_settings import OWN_SETTINGS, HasOwnSettings
+from .plain import all_in_memory
+from .ranks import NormGroup
+from .rows import by_device, complete_state, gather
 from .storage import MASTER, StateDtype, check_is_real, check_master, check_masters, check_state_dtype, wants_master
-from .tables import have_common_memory
+from .tables import count_writes, have_common_memory
 from .torch_step import KnowsTorchStep
 from .uploads import prepare_capture
 
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
-class FusedOptimizer(KnowsTorchStep, LoadsState, KeepsMasters):
+class FusedOptimizer(KnowsTorchStep, HasOwnSettings, TakesJointNorm, LoadsState, KeepsMasters):
     """A mixin that replaces ``step`` of a ``torch.optim`` class. List it before that class among the bases.
 
     A subclass names its ``rule`` (``csrc/math/<rule>.h``, ``trainops.reference.<rule>_``), the state and the settings
@@ -44,6 +47,7 @@ class FusedOptimizer(KnowsTorchStep, LoadsState, KeepsMasters):
     own_attributes = (
         "_max_grad_norm",
         "skip_nonfinite",
+        "_norm_group",
         "_ema",
         "master",
         "state_dtype",
@@ -67,7 +71,7 @@ class FusedOptimizer(KnowsTorchStep, LoadsState, KeepsMasters):
         self = super().__new__(cls)
         self._max_grad_norm = None
         self.skip_nonfinite = False
-        self._ema = None
+        self._norm_group = self._ema = self._repeatable = None
         self.master = self.state_dtype = self.backend = None
         self.grad_norm = self.grad_norms = None
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device="cpu")
@@ -78,6 +82,7 @@ class FusedOptimizer(KnowsTorchStep, LoadsState, KeepsMasters):
         *args: Any,
         max_grad_norm: float | Tensor | None = None,
         skip_nonfinite: bool = False,
+        norm_group: NormGroup = None,
         ema: EMA | None = None,
         master: str | None = None,
         state_dtype: StateDtype = None,
@@ -85,14 +90,16 @@ class FusedOptimizer(KnowsTorchStep, LoadsState, KeepsMasters):
         **options: Any,
     ) -> None:
         own: dict[str, Any] = {"max_grad_norm": max_grad_norm, "skip_nonfinite": skip_nonfinite or None, "ema": ema}
-        own |= {"master": master, "state_dtype": state_dtype}
+        own |= {"master": master, "state_dtype": state_dtype, "norm_group": norm_group}
         if options.get("differentiable") and any(x is not None for x in own.values()):
             raise ValueError(f"differentiable=True runs PyTorch's own step, without {', '.join(own)}")
         check(backend)
         check_master(master)
         check_state_dtype(state_dtype)
+        self.norm_group = norm_group
         self.master, self.state_dtype = None, state_dtype  # first: they are asked for each group that is added
-        super().__init__(*args, **options)
+        with self._while_constructed({**own, "skip_nonfinite": skip_nonfinite, "backend": backend}):
+            super().__init__(*args, **options)
         check_masters((p for group in self.param_groups for p in group["params"]), master)
         self.master = master
         self._unscaling_by_hand = None  # what PyTorch's constructor has set for fused=True
@@ -146,9 +153,7 @@ class FusedOptimizer(KnowsTorchStep, LoadsState, KeepsMasters):
             ValueError: the group has a setting that all groups share, or a parameter that ``state_dtype`` or
                 ``master`` is not for.
         """
-        if isinstance(param_group, dict) and (shared := [name for name in _OWN_SETTINGS if name in param_group]):
-            raise ValueError(f"{shared[0]} is a setting of the optimizer, not of a group of parameters")
-        super().add_param_group(param_group)
+        super().add_param_group(self._without_own(param_group))
         params = self.param_groups[-1]["params"]
         try:
             if self.state_dtype is not None:
@@ -158,6 +163,24 @@ class FusedOptimizer(KnowsTorchStep, LoadsState, KeepsMasters):
         except ValueError:
             self.param_groups.pop()
             raise
+
+    def init_state(self) -> None:
+        """Make the state that parameters have before their first step, where they have none, without taking a step.
+
+        Of all that require a gradient. ``torch.distributed.checkpoint`` saves and loads no state that is not there
+        yet: it makes it by a step with zero gradients, which counts as one, and moves an average. After this call, it
+        has no reason to.
+
+        Raises:
+            ValueError: a parameter cannot have the ``master`` that was asked for.
+        """
+        made: dict[Tensor, dict[str, Any]] = {}
+        for group in self.param_groups:
+            for param in (p for p in group["params"] if p.requires_grad):
+                made[param] = dict(self.state.get(param, {}))
+                complete_state(made[param], param, self.state_names(group), self)
+        for param, its in made.items():
+            self.state[param].update(its)
 
     def prepare_capture(self) -> None:
         """Make ready for captures of ``step()`` in CUDA graphs. Without effect for parameters on a CPU.
@@ -176,7 +199,7 @@ class FusedOptimizer(KnowsTorchStep, LoadsState, KeepsMasters):
             prepare_capture()
 
     def __repr__(self) -> str:
-        own = "".join(f"{name}: {getattr(self, name)}\n" for name in _OWN_SETTINGS)
+        own = "".join(f"{name}: {getattr(self, name)}\n" for name in OWN_SETTINGS)
         return super().__repr__().removesuffix(")") + own + ")"
 
     def _device(self) -> torch.device:
@@ -184,16 +207,26 @@ class FusedOptimizer(KnowsTorchStep, LoadsState, KeepsMasters):
         return next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None, *, total_norm: float | Tensor | None = None
+    ) -> float | None:
         """Unscale, clip, update and average: see the class.
 
         Args:
             closure: reevaluates the model and returns the loss, which is then returned from here.
+            total_norm: the norm to clip by, and to skip by, in place of that of this optimizer's gradients: that of
+                all gradients of a model that several optimizers share, for example, as
+                :func:`trainops.get_total_norm` returns it, one number. It is that of the gradients as they are, which
+                may be scaled by a GradScaler. ``grad_norms`` is then None.
 
         Raises:
             RuntimeError: a gradient is sparse, or another optimizer updates the same ``ema``.
-            ValueError: the model no longer matches its ``ema``.
+            ValueError: the model no longer matches its ``ema``; or ``total_norm`` has more than one number, comes
+                with a closure, which computes other gradients, or is of no use without ``max_grad_norm`` and
+                ``skip_nonfinite``.
         """
+        if total_norm is not None:
+            self._check_total_norm(total_norm, closure)
         if self.defaults["differentiable"]:
             return self._torch_step(closure)
         loss = None
@@ -203,13 +236,24 @@ class FusedOptimizer(KnowsTorchStep, LoadsState, KeepsMasters):
         advice.before_step(self)
         update = None if self.ema is None else self.ema.plan_update(self)
         averages = {} if update is None else update.fusable
-        averaged, result = self._update(averages, 0.0 if update is None or update.decay is None else update.decay)
+        decay = 0.0 if update is None or update.decay is None else update.decay
+        averaged, result = self._update(averages, decay, total_norm)
         if self.ema is not None and update is not None:
             self.ema.finish_update(update, averaged, result.skipped)
         self._unscale_as_fused()
         return loss
 
-    def _update(self, averages: dict[int, Tensor], ema_decay: float) -> tuple[Collection[int], StepResult]:
+    def _check_total_norm(self, total_norm: float | Tensor, closure: Callable[[], float] | None) -> None:
+        if isinstance(total_norm, Tensor) and total_norm.numel() != 1:
+            raise ValueError(f"total_norm must be one number, got a tensor of shape {tuple(total_norm.shape)}")
+        if closure is not None:
+            raise ValueError("total_norm is not that of the gradients that a closure computes: give one of the two")
+        if not self._measures:
+            raise ValueError("total_norm is of no use without max_grad_norm or skip_nonfinite")
+
+    def _update(
+        self, averages: dict[int, Tensor], ema_decay: float, total_norm: float | Tensor | None
+    ) -> tuple[Collection[int], StepResult]:
         """Measure, clip, apply the rule, move fused averages.
 
         Returns the ids of the parameters whose averages were moved, and the step's result.
@@ -224,6 +268,8 @@ class FusedOptimizer(KnowsTorchStep, LoadsState, KeepsMasters):
             self._from_scaler("found_inf"),
             skipped_steps=self.skipped_steps,
         )
+        known = None if total_norm is None else known_norm(control, total_norm, device)
+        control = control if known is None else known.control
         kernels = select(self.backend, device)
         masters = () if self.master is None else (MASTER,)
         states = [(*self.state_names(group), *masters) for group in self.param_groups]
@@ -233,11 +279,16 @@ class FusedOptimizer(KnowsTorchStep, LoadsState, KeepsMasters):
             groups = [Group(self.settings(group), rows) for group, rows in pairs]
             params = table.params
             all_averaged = table.averaged == len(averages)
-            torch.autograd.graph.increment_version([*params, *averages.values()])
+            if control.measures and self._is_spread():
+                known = self._joint_norm(control)
+                control = known.control
+            count_writes([*params, *averages.values()])
             result = kernels.update(self.rule, groups, control, ema_decay, table)
         else:
             params, result = self._update_any(averages, control, ema_decay)
             all_averaged = False
+        if known is not None:
+            result = known.result(result)
         if self._measures:
             self.grad_norm, self.grad_norms = result.total_norm, result.norms
         return averages.keys() if all_averaged else averages.keys() & set(map(id, params)), result
@@ -253,7 +304,7 @@ class FusedOptimizer(KnowsTorchStep, LoadsState, KeepsMasters):
                 return [], StepResult()
             groups = gather(self, averages)
             params = [p for group in groups for p in group.columns["param"]]
-            torch.autograd.graph.increment_version([*params, *averages.values()])
+            count_writes([*params, *averages.values()])
             in_turn = have_common_memory(params)
             if in_turn:  # the average follows when all rows are done
                 for group in groups:
@@ -270,29 +321,31 @@ class FusedOptimizer(KnowsTorchStep, LoadsState, KeepsMasters):
         self, groups: list[Group], control: StepControl, ema_decay: float, in_turn: bool
     ) -> StepResult:
         """``in_turn``: rows share memory, and so come one after the other, as in the reference alone."""
-        if not groups:
-            return self._empty_step(control)
         parts = by_device(groups)
-        joint: tuple[Tensor, Tensor] | None = None
-        if control.measures and (len(parts) > 1 or not all(all_plain(g.columns["param"]) for g in groups)):
-            joint = _joint_norm(groups, control)
-            control = replace(control, total_norm=joint[0])
-        result = StepResult()
+        joint: JointNorm | None = None
+        if control.measures and (len(parts) > 1 or self._is_spread()):
+            grads = [pair for g in groups for pair in zip(g.columns["param"], g.columns["grad"], strict=True)]
+            joint = self._joint_norm(control, {id(param): grad for param, grad in grads})
+            control = joint.control
+        result = self._empty_step(control) if not groups else StepResult()
         for device, part in parts.items():
             columns = [column for group in part for column in group.columns.values()]
             in_memory = all_in_memory(x for column in columns for x in column if x is not None)
             kernels = select(self.backend, device, in_memory and not in_turn)
             result = kernels.update(self.rule, part, control, ema_decay)
             control = replace(control, skipped_steps=None)  # counted
-        if joint is None:
-            return result
-        total_norm, norms = joint
-        return StepResult(total_norm.to(norms.dtype), norms, result.skipped)
+        return result if joint is None else joint.result(result)
 
     def _empty_step(self, control: StepControl) -> StepResult:
-        """The norm of no gradients is 0, as in torch; a step that a GradScaler wants skipped counts all the same."""
+        """The norm of no gradients is 0, as in torch; a step that a GradScaler wants skipped counts all the same.
+
+        So does one that is skipped because of the gradients of other ranks.
+        """
         device = self._device()
         skipped = None if control.found_inf is None else control.found_inf.to(device) != 0
+        if control.skip_nonfinite and control.total_norm is not None:
+            non_finite = ~torch.isfinite(control.total_norm.to(device))
+            skipped = non_finite if skipped is None else non_finite | skipped
         if skipped is not None:
             self.skipped_steps.add_(skipped)
         total_norm, norms = (torch.zeros(shape, dtype=torch.float32, device=device) for shape in ((), 0))
@@ -309,16 +362,3 @@ class FusedOptimizer(KnowsTorchStep, LoadsState, KeepsMasters):
 def setting(x: float | Tensor) -> float | Tensor:
     """A setting as a number, or on its device as a 0-dim tensor: there, reading it would wait for the device."""
     return x.reshape(()) if isinstance(x, Tensor) and x.device.type != "cpu" else float(x)
-
-
-_OWN_SETTINGS = ("max_grad_norm", "skip_nonfinite", "ema", "master", "state_dtype", "backend")
-
-
-def _joint_norm(groups: list[Group], control: StepControl) -> tuple[Tensor, Tensor]:
-    """The norms over several devices, or over the shards of a DTensor: of all (unrounded), and of each."""
-    grads = [grad for group in groups for grad in group.columns["grad"]]
-    norms = reference.sum_norms(grads)[1]
-    norms = norms.full_tensor() if hasattr(norms, "full_tensor") else norms
-    if control.grad_scale is not None:
-        norms = norms / reference.scalar(control.grad_scale, norms.device)
-    return torch.linalg.vector_norm(norms), norms.to(reference.norm_dtype(grads))

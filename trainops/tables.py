@@ -4,6 +4,7 @@
 numbers, gradients with other strides than their parameter, slices with gaps, and the local shards of a DTensor.
 """
 
+import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -13,13 +14,17 @@ import torch
 from torch import Tensor
 
 from . import core
-from .plain import PLAIN
+from .plain import PLAIN, all_plain
 
 Columns = Mapping[str, Sequence[Tensor | None]]
 
 
 def local(x: Tensor) -> Tensor:
     """This rank's shard of a DTensor, as a plain tensor that shares its memory; other tensors as they are."""
+    if type(x) in PLAIN:
+        return x
+    if type(shard := getattr(x, "_local_tensor", None)) in PLAIN:  # to_local() makes a view of it
+        return cast(Tensor, shard)
     return x.to_local() if hasattr(x, "to_local") else x
 
 
@@ -30,6 +35,29 @@ def aligned(x: Tensor, param: Tensor) -> Tensor:
         return x
     redistributed: Tensor = cast(Any, x).redistribute(cast(Any, param).device_mesh, placements)
     return redistributed
+
+
+def summed(x: Tensor) -> Tensor:
+    """``x``, with copies on all ranks in place of what is still to be summed over ranks, where it is a DTensor."""
+    placements = getattr(x, "placements", ())
+    if not any(p.is_partial() for p in placements):
+        return x
+    copies = importlib.import_module("torch.distributed.tensor").Replicate()
+    redistributed: Tensor = cast(Any, x).redistribute(
+        placements=[copies if p.is_partial() else p for p in placements]
+    )
+    return redistributed
+
+
+def replicated(x: Tensor) -> Tensor:
+    """All of a DTensor, on every rank, as a plain tensor; other tensors as they are."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def count_writes(tensors: list[Tensor]) -> None:
+    """Have autograd notice that kernels write tensors, and their shards."""
+    shards = [] if all_plain(tensors) else [x for x in map(local, tensors) if type(x) in PLAIN]
+    torch.autograd.graph.increment_version([*tensors, *shards])
 
 
 def have_common_memory(params: Sequence[Tensor]) -> bool:
@@ -57,6 +85,7 @@ def staged_table(kind: str, columns: Columns, device_type: str, group_rows: Sequ
     into the strides of the row's first tensor where they have others. What the kernel writes into such copies
     is copied back at the end.
     """
+    columns = {name: _all_local(column) for name, column in columns.items()}
     table = core.table(kind, columns, device_type, group_rows)
     if not table.irregular:
         yield table
@@ -73,6 +102,12 @@ def staged_table(kind: str, columns: Columns, device_type: str, group_rows: Sequ
         original.copy_(regular)
 
 
+def _all_local(column: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    if all_plain(x for x in column if x is not None):
+        return column
+    return [None if x is None else local(x) for x in column]
+
+
 def _stage_row(
     kind: str, columns: dict[str, list[Tensor | None]], row: int, copies: list[tuple[Tensor, Tensor]]
 ) -> None:
@@ -85,8 +120,7 @@ def _stage_row(
         if column.one_per_row:
             scalars.append((column.name, original))
             continue
-        source = local(original)
-        original = as_real(source)
+        source, original = original, as_real(original)
         if column.written and source.is_conj():  # was resolved into a copy
             copies.append((source, torch.view_as_complex(original)))
         if layout is None:

@@ -142,7 +142,7 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("kind", [](const PythonTable& self) { return self.schema().name; })
       .def_property_readonly("group_rows", &PythonTable::group_rows)
       .def_property_readonly("rows", &PythonTable::rows)
-      .def_property_readonly("has_float64", &PythonTable::has_float64)
+      .def_property("has_float64", &PythonTable::has_float64, &PythonTable::set_has_float64)
       .def_property_readonly("device_index", &PythonTable::device_index)
       .def("words", &words_of, py::kw_only(), py::arg("chunk_numel"), py::arg("by_kind"));
   m.attr("RAISE_FLAG") = reinterpret_cast<uintptr_t>(&raise_flag);

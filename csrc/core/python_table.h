@@ -66,6 +66,7 @@ class PythonTable {
   const std::vector<int64_t>& group_rows() const { return group_rows_; }
   int64_t rows() const { return builder_.table.rows(); }
   bool has_float64() const { return builder_.has_float64; }
+  void set_has_float64(bool has) { builder_.has_float64 = has; }  // results have the type that it asks for
   int32_t device_index() const { return std::max(builder_.device_id, 0); }
 
   std::vector<int64_t> irregular;  // the rows that kernels cannot take as they are

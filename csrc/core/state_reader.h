@@ -1,5 +1,5 @@
 // Collects the rows of a step straight from an optimizer's `param_groups` and `state`. Python would take several
-// times as long.
+// times as long. Of a DTensor, the row has this rank's shard.
 #pragma once
 
 #include <algorithm>
@@ -53,10 +53,15 @@ class StateReader {
     for (const Column& column : builder.schema.columns) {
       names_.push_back(take_ownership(PyUnicode_InternFromString(column.name)));
     }
+    local_ = take_ownership(PyUnicode_InternFromString("_local_tensor"));
+    spec_ = take_ownership(PyUnicode_InternFromString("_spec"));
+    mesh_ = take_ownership(PyUnicode_InternFromString("mesh"));
+    placements_ = take_ownership(PyUnicode_InternFromString("placements"));
   }
 
   // Notes the parameters of a group that have a gradient, with the state that the group uses, by name. False if one
-  // is irregular: it has no state yet, or is of a subclass. (A master is looked for as well; float32 has none.)
+  // is irregular: it has no state yet, or is of a subclass that is no DTensor, or its state is placed otherwise. (A
+  // master is looked for as well; float32 has none.)
   bool add_group(const pybind11::dict& group, const pybind11::tuple& states) {
     const pybind11::object all = group["params"];
     if (!PyList_Check(all.ptr())) return false;
@@ -105,7 +110,8 @@ class StateReader {
   }
 
   bool add_param(const pybind11::object& param, const std::vector<bool>& used) {
-    if (!builder_.reader.is_plain(param.ptr())) return false;
+    const bool is_plain = builder_.reader.is_plain(param.ptr());
+    if (!is_plain && !attribute(param, local_)) return false;
     const auto grad = take_ownership(PyObject_GetAttr(param.ptr(), names_[kGrad].ptr()));
     if (grad.is_none()) {
       next_state(param.ptr());  // passes over it
@@ -128,7 +134,35 @@ class StateReader {
     }
     lacks_master_.push_back(used[kMaster] && row[kMaster].is_none());
     params.append(param);
+    return is_plain || take_shards(param, row);
+  }
+
+  // Puts the shards of DTensors in their place. False where the shards do not belong together.
+  bool take_shards(const pybind11::object& param, pybind11::object* row) const {
+    const pybind11::object spec = attribute(param, spec_);
+    if (!spec) return false;
+    for (size_t column = 0; column < columns_; ++column) {
+      if (row[column].is_none() || builder_.schema.columns[column].one_per_row()) continue;
+      const pybind11::object local = attribute(row[column], local_), its = attribute(row[column], spec_);
+      if (!local || !its) return false;
+      if (!its.is(spec) && (!equal(its, spec, mesh_) || !equal(its, spec, placements_))) return false;
+      row[column] = local;
+    }
     return true;
+  }
+
+  // Null where there is no such attribute.
+  static pybind11::object attribute(const pybind11::object& x, const pybind11::object& name) {
+    PyObject* const found = PyObject_GetAttr(x.ptr(), name.ptr());
+    if (found == nullptr) PyErr_Clear();
+    return pybind11::reinterpret_steal<pybind11::object>(found);
+  }
+
+  static bool equal(const pybind11::object& a, const pybind11::object& b, const pybind11::object& name) {
+    const pybind11::object first = a.attr(name), second = b.attr(name);
+    const int answer = PyObject_RichCompareBool(first.ptr(), second.ptr(), Py_EQ);
+    if (answer < 0) throw pybind11::error_already_set();
+    return answer == 1;
   }
 
   // The state of a parameter if it is one of the next entries; null if it is none of them. States are nearly always
@@ -178,8 +212,9 @@ class StateReader {
   Py_ssize_t position_ = 0;  // in the state
   size_t columns_;
   std::vector<pybind11::object> names_;
-  std::vector<pybind11::object> tensors_;  // row by row
-  std::vector<bool> lacks_master_;         // of each row: whether its group has masters, and its state has none
+  pybind11::object local_, spec_, mesh_, placements_;  // attributes of a DTensor
+  std::vector<pybind11::object> tensors_;              // row by row
+  std::vector<bool> lacks_master_;  // of each row: whether its group has masters, and its state has none
 };
 
 }  // namespace trainops

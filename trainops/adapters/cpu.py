@@ -27,9 +27,10 @@ def refusal(device: torch.device) -> str:
     return "" if device.type == "cpu" else "it takes CPU tensors"
 
 
-def reduce(statistic: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def reduce(statistic: str, tensors: Sequence[Tensor], unrounded: bool = False) -> tuple[Tensor, Tensor]:
     """See :class:`trainops.adapters.interface.Kernels`."""
     with staged_table("reduce", {"tensor": list(tensors)}, "cpu") as table:
+        table.has_float64 |= unrounded
         rows = _empty_rows(table)
         total = _cpu.reduce(table, statistic=statistic, rows_out=rows.data_ptr())
     return torch.tensor(total, dtype=rows.dtype, device="cpu"), rows

@@ -82,9 +82,10 @@ class _Staged:
 
 
 @contextmanager
-def _staged(kind: str, tensors: Sequence[Tensor]) -> Iterator[tuple[Any, _Staged]]:
+def _staged(kind: str, tensors: Sequence[Tensor], unrounded: bool = False) -> Iterator[tuple[Any, _Staged]]:
     """A table of one column, regular and on its device, which is current meanwhile."""
     with staged_table(kind, {"tensor": list(tensors)}, _device_type()) as table, device_guard(_device_of(table)):
+        table.has_float64 |= unrounded
         yield table, _Staged(table)
 
 
@@ -133,9 +134,9 @@ def _new_scratch(device: torch.device, counters: int, numbers: int) -> _Scratch:
     )
 
 
-def reduce(statistic: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def reduce(statistic: str, tensors: Sequence[Tensor], unrounded: bool = False) -> tuple[Tensor, Tensor]:
     """See :class:`trainops.adapters.interface.Kernels`."""
-    with _staged("reduce", tensors) as (table, staged):
+    with _staged("reduce", tensors, unrounded) as (table, staged):
         return _reduce(table, staged, _scratch(staged, statistic), statistic)
 
 

@@ -68,9 +68,11 @@ def refusal(device: torch.device) -> str:
     return "it takes tensors on devices that compute" if device.type == "meta" else ""
 
 
-def reduce(statistic: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def reduce(statistic: str, tensors: Sequence[Tensor], unrounded: bool = False) -> tuple[Tensor, Tensor]:
     """See :class:`trainops.adapters.interface.Kernels`."""
     total, norms = _foreach_norm.sum_norms(list(map(local, tensors)), specification.ORDERS[statistic])
+    if unrounded:
+        return total, norms
     dtype = reference.norm_dtype(tensors)
     return total.to(dtype), norms.to(dtype)
 

@@ -119,8 +119,11 @@ class Kernels(Protocol):
         The tensors are those of ``collected`` if given, else those in the groups' columns.
         """
 
-    def reduce(self, statistic: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """A statistic (``l1_norm``, ``l2_norm``, ``inf_norm``) of all tensors as one vector, and of each."""
+    def reduce(self, statistic: str, tensors: Sequence[Tensor], unrounded: bool = False) -> tuple[Tensor, Tensor]:
+        """A statistic (``l1_norm``, ``l2_norm``, ``inf_norm``) of all tensors as one vector, and of each.
+
+        In float64 if a tensor is, else in float32. ``unrounded``: in the dtype of scalars, to be joined further.
+        """
 
     def scale_(self, tensors: Sequence[Tensor], coefficient: Tensor) -> None:
         """Multiply every tensor by a coefficient."""

@@ -71,9 +71,9 @@ def collect(*containers: Any) -> None:
 ORDERS = {"l1_norm": 1.0, "l2_norm": 2.0, "inf_norm": math.inf}
 
 
-def reduce(statistic: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def reduce(statistic: str, tensors: Sequence[Tensor], unrounded: bool = False) -> tuple[Tensor, Tensor]:
     """See :func:`trainops.reference.grad_norms`."""
-    return reference.grad_norms(tensors, ORDERS[statistic])
+    return (reference.sum_norms if unrounded else reference.grad_norms)(tensors, ORDERS[statistic])
 
 
 def update(

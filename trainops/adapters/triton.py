@@ -66,10 +66,11 @@ def _device_type() -> str:
     return "cuda" if refusal(torch.device("cpu")) else "cpu"
 
 
-def reduce(statistic: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def reduce(statistic: str, tensors: Sequence[Tensor], unrounded: bool = False) -> tuple[Tensor, Tensor]:
     """See :class:`trainops.adapters.interface.Kernels`."""
     device = tensors[0].device
     with staged_table("reduce", {"tensor": list(tensors)}, _device_type()) as table, device_guard(device):
+        table.has_float64 |= unrounded
         staged = _triton.Staged("reduce", table, device)
         total, rows = staged.results()
         _triton.launch(

@@ -1,0 +1,78 @@
+"""The norm of an optimizer's gradients where one call of a kernel cannot take it: on several devices or ranks."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .adapters import StepControl, StepResult
+from .plain import all_plain
+from .ranks import NormGroup, group_name, group_named, norms_over_ranks
+from .tables import replicated
+
+
+class JointNorm(NamedTuple):
+    """The norm of the unscaled gradients."""
+
+    control: StepControl  # which knows it, unrounded
+    total_norm: Tensor
+    norms: Tensor | None  # of each parameter that has a gradient
+
+    def result(self, of_update: StepResult) -> StepResult:
+        """The result of a step that was given the norm."""
+        return StepResult(self.total_norm, self.norms, of_update.skipped)
+
+
+class TakesJointNorm(torch.optim.Optimizer):
+    """An optimizer with a ``norm_group``, which may be given the norm, too."""
+
+    backend: str | None
+    _norm_group: str | None
+
+    @property
+    def norm_group(self) -> Any:
+        """The process group over which the norm of the gradients is taken; may be changed between steps.
+
+        Its name while ``torch.distributed`` has not been initialized.
+        """
+        is_ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return group_named(self._norm_group) if self._norm_group is not None and is_ready else self._norm_group
+
+    @norm_group.setter
+    def norm_group(self, norm_group: NormGroup) -> None:
+        self._norm_group = group_name(norm_group)
+
+    def _is_spread(self) -> bool:
+        """Whether there are DTensors, or subclasses whose norm their operations take, or a group of other ranks."""
+        return self._norm_group is not None or not all(all_plain(group["params"]) for group in self.param_groups)
+
+    def _joint_norm(self, control: StepControl, grads: Mapping[int, Tensor] | None = None) -> JointNorm:
+        """Measure, on all ranks at once, also those that have no gradients.
+
+        ``grads``: by the ``id`` of their parameter, placed as it is. Default: the parameters' own.
+        """
+        params = [p for group in self.param_groups for p in group["params"]]
+        measured = [p.grad for p in params] if grads is None else [grads.get(id(p)) for p in params]
+        total_norm, norms, dtype = norms_over_ranks(measured, params, 2.0, self._norm_group, self.backend)
+        if any(x is None for x in measured):
+            norms = norms[torch.tensor([x is not None for x in measured], device=norms.device)]
+        if control.grad_scale is not None:
+            scale = reference.scalar(control.grad_scale, norms.device)
+            total_norm, norms = total_norm / scale, norms / scale
+        # What a rank's GradScaler has found in its own shards, all ranks see in the norm.
+        skip_nonfinite = control.skip_nonfinite or control.found_inf is not None
+        control = replace(control, total_norm=total_norm, skip_nonfinite=skip_nonfinite)
+        return JointNorm(control, total_norm.to(dtype), norms.to(dtype))
+
+
+def known_norm(control: StepControl, total_norm: float | Tensor, device: torch.device) -> JointNorm:
+    """A norm that the caller has measured, of gradients that are still scaled."""
+    given = replicated(total_norm.detach()) if isinstance(total_norm, Tensor) else torch.tensor(float(total_norm))
+    norm = reference.scalar(given.reshape(()), device)
+    if control.grad_scale is not None:
+        norm = norm / reference.scalar(control.grad_scale, device)
+    skip_nonfinite = control.skip_nonfinite or control.found_inf is not None  # which may be another optimizer's
+    return JointNorm(replace(control, total_norm=norm, skip_nonfinite=skip_nonfinite), norm.to(given.dtype), None)

@@ -1,0 +1,280 @@
+"""Norms of tensors that lie on several ranks: shards of DTensors, stages of a pipeline, what ZeRO gives each rank.
+
+Each rank measures what it holds (kernels, float64). Then ranks add up the powers of these norms. A shard counts once.
+Copies count once together: each gives its power divided by their number, so that all ranks see a NaN in any of them.
+One all-reduce serves all tensors whose ranks lie among those of one mesh. Its numbers are the same on all its ranks,
+and differ from those of one process by the order of sums alone.
+
+    norm = (sum over meshes, ranks and tensors of norm_of_shard^p / copies)^(1/p)
+"""
+
+import math
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .adapters import select
+from .plain import PLAIN, all_in_memory
+from .tables import local
+from .uploads import uploaded
+
+NormGroup = Any  # a torch.distributed.ProcessGroup, or the name of one
+STATISTICS = {1.0: "l1_norm", 2.0: "l2_norm", math.inf: "inf_norm"}
+
+
+def is_spread(tensors: Iterable[Tensor], norm_group: NormGroup) -> bool:
+    """Whether a norm of these takes other ranks."""
+    return norm_group is not None or any(map(is_sharded, tensors))
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Whether it is a DTensor."""
+    return type(x) not in PLAIN and hasattr(x, "_spec")
+
+
+def group_name(norm_group: NormGroup) -> str | None:
+    """What a process group is found by later: optimizers that hold the group itself could not be copied or pickled.
+
+    Raises:
+        TypeError: it is no process group, and no name.
+        ValueError: this rank is not among its ranks.
+    """
+    if norm_group is None or isinstance(norm_group, str):
+        return norm_group
+    if torch.distributed.is_available():
+        if norm_group is torch.distributed.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("this rank is not in norm_group")
+        if isinstance(norm_group, torch.distributed.ProcessGroup):
+            return str(norm_group.group_name)
+    raise TypeError(f"norm_group must be a process group, its name, or None, got {norm_group!r:.60}")
+
+
+def group_named(name: str) -> Any:
+    """The process group of a name; ``"world"`` is the default one.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise RuntimeError(f"norm_group is {name!r}, but torch.distributed has not been initialized")
+    if name == "world":
+        return torch.distributed.group.WORLD
+    try:
+        found: Any = torch.distributed.distributed_c10d
+        return found._resolve_process_group(name)
+    except (RuntimeError, ValueError) as error:
+        raise RuntimeError(f"there is no process group of the name {name!r}, which is norm_group") from error
+
+
+class OverRanks(NamedTuple):
+    """A norm, and the norm of each tensor, in the dtype of scalars, and the dtype in which they are returned."""
+
+    total_norm: Tensor
+    norms: Tensor
+    dtype: torch.dtype
+
+
+def norms_over_ranks(
+    measured: Sequence[Tensor | None],
+    placed: Sequence[Tensor],
+    norm_type: float,
+    norm_group: NormGroup,
+    backend: str | None,
+) -> OverRanks:
+    """The norm of all tensors on all ranks, and of each, on the first tensor's device.
+
+    ``measured``: this rank's tensors, or None for one that it has no gradient of, while others may. ``placed``:
+    tensors that are placed as these are. All ranks of a mesh have the same number of DTensors.
+
+    Other than DTensors, tensors count as copies of each other on the ranks of the meshes. With a ``norm_group`` they
+    count as each rank's own, and so do DTensors whose meshes have a single rank in it. The norm of each is that over
+    its mesh.
+    """
+    device = next((x.device for x in measured if x is not None), placed[0].device if placed else torch.device("cpu"))
+    own = [torch.empty(0, device=p.device) if x is None else local(x) for x, p in zip(measured, placed, strict=True)]
+    order = _Order(norm_type)
+    powers = order.powers(own_norms(own, norm_type, backend, device), own)
+    total, powers = _joined(order, powers, _meshes(placed), norm_group)
+    is_double = not {torch.float64, torch.complex128}.isdisjoint(x.dtype for x in own)
+    return OverRanks(order.norm(total), order.norm(powers), torch.float64 if is_double else torch.float32)
+
+
+def own_norms(tensors: Sequence[Tensor], norm_type: float, backend: str | None, device: torch.device) -> Tensor:
+    """The norm of each tensor of this rank, unrounded, on ``device``."""
+    devices = {x.device for x in tensors}
+    found, rows = [], list[int]()
+    for of_part in devices:
+        its = range(len(tensors)) if len(devices) == 1 else [i for i, x in enumerate(tensors) if x.device == of_part]
+        part = tensors if len(devices) == 1 else [tensors[row] for row in its]
+        kernels = select(backend, of_part, all_in_memory(part))
+        if has_statistic(part, norm_type):
+            norms = kernels.reduce(STATISTICS[norm_type], part, unrounded=True)[1]
+        else:
+            norms = reference.sum_norms(part, norm_type)[1]
+        found.append(norms.to(device))
+        rows += its
+    if not found:
+        return torch.zeros(0, dtype=reference.scalar_dtype(device), device=device)
+    return found[0] if len(found) == 1 else torch.cat(found)[torch.tensor(rows).argsort().to(device)]
+
+
+def has_statistic(tensors: Sequence[Tensor], norm_type: float) -> bool:
+    """Whether kernels have such a norm. Of complex tensors, only the 2-norm equals that of their parts."""
+    return norm_type in STATISTICS and (norm_type == 2.0 or not any(x.is_complex() for x in tensors))
+
+
+class _Order:
+    """How norms of an order are joined: sums of powers, or the largest; for order 0, sums of counts."""
+
+    def __init__(self, p: float) -> None:
+        self.p, self.is_largest = p, math.isinf(p)
+
+    def powers(self, norms: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        if self.is_largest:
+            powers = norms if self.p > 0 else -norms
+        else:
+            powers = norms if self.p in (0.0, 1.0) else norms.square() if self.p == 2.0 else norms**self.p
+        if self.p < 0:  # of the order, no elements are as many infinite ones
+            empty = torch.tensor([x.numel() == 0 for x in tensors], device=norms.device)
+            powers = torch.where(empty, -math.inf if self.is_largest else 0.0, powers)
+        return powers
+
+    def norm(self, powers: Tensor) -> Tensor:
+        if self.is_largest:
+            return powers if self.p > 0 else -powers
+        return powers if self.p in (0.0, 1.0) else powers.sqrt() if self.p == 2.0 else powers ** (1 / self.p)
+
+    def total(self, powers: Tensor) -> Tensor:
+        """Of several tensors. As in PyTorch, the norm of order 0 counts the tensors whose own is not 0."""
+        if self.is_largest:
+            start = 0.0 if self.p > 0 else -math.inf
+            return torch.cat([powers, powers.new_full((1,), start)]).amax()
+        return powers.sum() if self.p else (powers != 0).sum(dtype=powers.dtype)
+
+    def join(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.maximum(a, b) if self.is_largest else a + b
+
+    def share(self, power: Tensor, weight: float | Tensor) -> Tensor:
+        return power if self.is_largest else power * weight
+
+    def over(self, group: Any, powers: Tensor) -> Tensor:
+        """All-reduced. A NaN of any rank stays, also where the largest is sought."""
+        device = powers.device
+        supported = [x.type for x in getattr(group, "_device_types", ())]
+        if supported and device.type not in supported:  # parameters that FSDP keeps on the CPU
+            powers = powers.to(supported[0])
+        if not self.is_largest:
+            powers = powers.clone()
+            torch.distributed.all_reduce(powers, group=group)
+            return powers.to(device)
+        is_nan = powers.isnan()
+        both = torch.stack([powers.masked_fill(is_nan, math.inf), is_nan.to(powers.dtype)])
+        torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX, group)
+        return both[0].masked_fill(both[1] != 0, math.nan).to(device)
+
+
+@dataclass
+class _Mesh:
+    """The ranks of a mesh, the groups to reduce over one after the other, and tensors with their weights."""
+
+    ranks: tuple[int, ...]
+    groups: list[Any]
+    weights: dict[int, float]  # by row: 1 / copies
+
+    def over(self, order: _Order, powers: Tensor) -> Tensor:
+        for group in self.groups:
+            powers = order.over(group, powers)
+        return powers
+
+
+def _meshes(tensors: Sequence[Tensor]) -> list[_Mesh]:
+    """The meshes that DTensors lie on, in an order that is the same on all ranks.
+
+    One whose ranks lie within those of another one joins that: its tensors count as copies on the ranks of the other.
+    """
+    found: dict[tuple[int, ...], _Mesh] = {}
+    known: dict[tuple[int, ...], tuple[_Mesh, float]] = {}
+    last: Any = None
+    for row, x in enumerate(tensors):
+        if type(x) in PLAIN or (spec := getattr(x, "_spec", None)) is None:
+            continue
+        mesh, placements = spec.mesh, spec.placements
+        if last is None or mesh is not last.mesh or placements != last.placements:
+            last, key = spec, (id(mesh), *map(id, placements))
+            if key not in known:
+                new = _ranks_of(mesh)
+                copies = math.prod(mesh.size(i) for i, p in enumerate(placements) if p.is_replicate())
+                known[key] = found.setdefault(new.ranks, new), 1 / copies
+            its, weight = known[key]
+        its.weights[row] = weight
+    kept: list[_Mesh] = []
+    for mesh in sorted(found.values(), key=lambda mesh: -len(mesh.ranks)):  # else as they come, which ranks agree on
+        around = next((x for x in kept if set(mesh.ranks) < set(x.ranks)), None)
+        if around is None:
+            kept.append(mesh)
+        else:
+            copies = len(around.ranks) / len(mesh.ranks)
+            around.weights |= {row: weight / copies for row, weight in mesh.weights.items()}
+    return kept
+
+
+def _ranks_of(mesh: Any) -> _Mesh:
+    """One group for all dimensions of a mesh, if there can be one."""
+    if mesh.ndim == 1:
+        groups = [mesh.get_group()]
+    elif mesh.size() == torch.distributed.get_world_size():
+        groups = [torch.distributed.group.WORLD]
+    else:
+        try:
+            groups = [mesh._flatten().get_group()]  # made once
+        except (AttributeError, RuntimeError, ValueError):  # a mesh without names, or PyTorch does otherwise
+            groups = [mesh.get_group(i) for i in range(mesh.ndim)]
+    its = groups[0] if len(groups) == 1 else None
+    ranks = mesh.mesh.flatten().tolist() if its is None else torch.distributed.get_process_group_ranks(its)
+    return _Mesh(tuple(sorted(ranks)), groups, {})
+
+
+def _joined(order: _Order, powers: Tensor, meshes: list[_Mesh], norm_group: NormGroup) -> tuple[Tensor, Tensor]:
+    """The power of all, and of each over its mesh."""
+    group = None if norm_group is None else group_named(group_name(norm_group) or "")
+    members = () if group is None else torch.distributed.get_process_group_ranks(group)
+    # The number of ranks of the group that a mesh gives the same total.
+    alike = math.prod(max(1, len(set(mesh.ranks).intersection(members))) for mesh in meshes)
+    rest = set(range(len(powers))).difference(*(mesh.weights for mesh in meshes))
+    total = order.total(_picked(powers, sorted(rest)))
+    total = order.share(total, alike)  # one of the copies on each mesh, unless each of these ranks has its own
+    for mesh in meshes:  # each carries the total of those before it, of which its ranks have copies
+        rows = sorted(mesh.weights)
+        own = order.share(_picked(powers, rows), _weights([mesh.weights[row] for row in rows], powers))
+        reduced = mesh.over(order, torch.cat([own, order.share(total, 1 / len(mesh.ranks)).reshape(1)]))
+        total = order.join(order.total(reduced[:-1]), reduced[-1])
+        powers = reduced[:-1] if len(rows) == len(powers) else powers.index_copy(0, _rows(rows, powers), reduced[:-1])
+    for mesh in reversed(meshes[:-1]):  # which do not know yet what the later ones found
+        total = mesh.over(order, order.share(total, 1 / len(mesh.ranks)).reshape(1))[0]
+    if group is not None:
+        total = order.over(group, order.share(total, 1 / alike).reshape(1))[0]
+    return total, powers
+
+
+def _picked(powers: Tensor, rows: list[int]) -> Tensor:
+    return powers if len(rows) == len(powers) else powers.index_select(0, _rows(rows, powers))
+
+
+def _rows(rows: list[int], like: Tensor) -> Tensor:
+    return _on_device(rows, "q", torch.int64, like.device)
+
+
+def _weights(weights: list[float], like: Tensor) -> float | Tensor:
+    return weights[0] if len(set(weights)) == 1 else _on_device(weights, "d", torch.float64, like.device).to(like)
+
+
+def _on_device(numbers: Sequence[float], code: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers as a tensor, without waiting for the device."""
+    if device.type != "cuda" or not numbers:
+        return torch.tensor(numbers, dtype=dtype, device=device)
+    return uploaded(struct.pack(f"{len(numbers)}{code}", *numbers), device).view(dtype)
