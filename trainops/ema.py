@@ -100,6 +100,9 @@ class EMA(KeepsState):
         ValueError: an argument is out of range.
     """
 
+    _matched: Matched | None = None
+    _matched_models: tuple[nn.Module, nn.Module] | None = None  # the average's and the model that these are of
+
     def __init__(
         self,
         model: nn.Module | Iterable[Tensor],
@@ -137,8 +140,6 @@ class EMA(KeepsState):
         self.average_buffers = average_buffers
         self.backend = backend
         self.step = 0
-        self._matched: Matched | None = None
-        self._matched_models: tuple[nn.Module, nn.Module] | None = None
         self._remember_weights()
         advice.average_made(self)
 
