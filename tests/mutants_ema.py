@@ -74,7 +74,7 @@ EMA = [
     ),
     *planted(
         "trainops/ema_schedule.py",
-        tests_of("ema_calls", "ema_model", k="decay or half or updates_that or function"),
+        tests_of("ema_schedules", "ema_model", k="decay or half or updates_that or function"),
         {
             "EMA: the first update of several is no copy": (
                 "if step <= copies_until:",
@@ -92,7 +92,6 @@ EMA = [
                 ' for part in key.split(".") if part != "_orig_mod"]',
                 ' for part in key.removeprefix("_orig_mod.").split(".")]',
             ),
-            "EMA: two keys are one": ("    if not is_clear or", "    if"),
             "EMA: versions of modules are lost": (
                 "        result._metadata = renamed(versions)\n",
                 "        pass\n",
@@ -108,16 +107,8 @@ EMA = [
         },
     ),
     *planted(
-        "trainops/wrappers.py",
-        tests_of("ema_calls"),
-        {
-            "wrappers: compiled models are not seen through": ('getattr(inner, "_orig_mod", None) or ', ""),
-            "wrappers: one name": ('("optimizer", "_optimizer", "optim")', '("optimizer",)'),
-        },
-    ),
-    *planted(
         "trainops/optimizer.py",
-        tests_of("ema_calls"),
+        tests_of("ema_attach"),
         {
             "AdamW: a wrapper keeps the average to itself": (
                 "            inner.ema = ema\n            return\n",

@@ -232,8 +232,8 @@ PYTHON = [
         tests_of("ema_model", k="test_decay"),
         {
             "EMA: warm-up is off by one step": (
-                "step - self.update_after_step - 1)",
-                "step - self.update_after_step)",
+                "step - self.update_after_step - 1) / self.warmup",
+                "step - self.update_after_step) / self.warmup",
             ),
         },
     ),
