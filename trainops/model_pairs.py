@@ -1,7 +1,7 @@
 """Every tensor of a model with its average, as both are now: frameworks replace parameters at will."""
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -118,9 +118,18 @@ def check_checkpoint(own: dict[str, Any], loaded: dict[str, Any]) -> None:
     """ValueError where weights that are to be loaded are not those of the average."""
     if own.keys() != loaded.keys():
         absent, unexpected = sorted(own.keys() - loaded.keys()), sorted(loaded.keys() - own.keys())
-        raise ValueError(f"the checkpoint does not fit the model: missing {absent}, unexpected {unexpected}")
+        raise ValueError(
+            f"the checkpoint does not fit the model: missing {listed(absent)}, unexpected {listed(unexpected)}"
+        )
     for name, value in loaded.items():
         if isinstance(own[name], Tensor) and not isinstance(value, Tensor):
             raise ValueError(f"{name} is no tensor but {value!r}")  # noqa: TRY004
         if isinstance(value, Tensor) and value.shape != own[name].shape:
             raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(own[name].shape)}")
+
+
+def listed(keys: Iterable[Any], most: int = 4) -> str:
+    """Some keys, and how many there are beside them."""
+    names = list(keys)
+    rest = len(names) - most
+    return f"[{', '.join(map(repr, names[:most]))}{f', and {rest} more' if rest > 0 else ''}]"
