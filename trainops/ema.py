@@ -1,8 +1,7 @@
 """Exponential moving average of a model's weights."""
 
-import copy
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn
 
@@ -11,10 +10,14 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable, which imports no compiler until it is called
 
 from . import advice
-from .adapters import check
+from .adapters import check, select
+from .background import Later
+from .ema_policy import AveragePolicy, Patterns
 from .ema_schedule import DecaySchedule
-from .ema_update import check_type, update_pairs
-from .model_pairs import Matched, Pair, check_checkpoint, converted, match
+from .ema_update import check_type, replace_all, update_pairs
+from .model_match import match
+from .model_pairs import Matched, Pair
+from .model_slots import Slot, averaged_module, lifted, load_weights, slots, write_into
 
 
 class Update(NamedTuple):
@@ -88,7 +91,10 @@ class EMA(DecaySchedule):
         update_every: int = 1,
         dtype: torch.dtype | None = None,
         device: torch.device | str | int | None = None,
-        average_buffers: bool = True,
+        average_buffers: bool | str | Mapping[str, str] = True,
+        trainable_only: bool = False,
+        include: Patterns | None = None,
+        exclude: Patterns | None = None,
         backend: str | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -106,9 +112,18 @@ class EMA(DecaySchedule):
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating-point type, got {dtype}")
         check(backend)
+        self.policy = AveragePolicy(
+            model,
+            dtype=dtype,
+            device=device,
+            average_buffers=average_buffers,
+            trainable_only=trainable_only,
+            include=include,
+            exclude=exclude,
+        )
         self.model = model
-        self.module = converted(copy.deepcopy(model).eval().requires_grad_(False), device, dtype)
-        self.average_buffers = average_buffers
+        self._pending: Later | None = None  # an update that another thread does
+        self._module = averaged_module(model, self.policy)
         self.backend = backend
         self.step = 0
         self._own_weights: list[tuple[Tensor, Tensor]] | None = None  # the model's, while it has the averaged ones
@@ -145,15 +160,43 @@ class EMA(DecaySchedule):
         self._check_not_swapped("update()")
         self._check_holder(optimizer)
         matched, step = self._match(), self.step + 1
-        return Update(matched, self.decay_at(step) if step % self.update_every == 0 else None)
+        decay = self.decay_at(step) if step % self.update_every == 0 else None
+        if decay is not None:
+            self._check_can_move(matched)
+        return Update(matched, decay)
 
     def finish_update(self, update: "Update", done: Collection[int] = (), skip: Tensor | None = None) -> None:
         """Count the update; move what is not ``done`` (by ``id`` of the model's tensor), unless ``skip`` is true."""
         pairs, decay = update.matched.pairs, update.decay
-        if decay is not None and len(done) < len(pairs):
-            matched = update.matched.without(done) if done else update.matched
-            update_pairs(matched, self._weights(matched.sources), decay, skip, self.backend)
+        if decay is not None:
+            self.synchronize()
+            update.matched.settle(self.policy.shared)
+            replace_all(update.matched.replaced, self.policy, skip)
+            if len(done) < len(pairs):
+                matched = update.matched.without(done) if done else update.matched
+                self._pending = update_pairs(matched, self._weights(matched.sources), decay, skip, self.backend)
         self.step += 1
+
+    @property
+    def module(self) -> nn.Module:
+        """The averaged model. Waits until the last update is done."""
+        self.synchronize()
+        return self._module
+
+    @module.setter
+    def module(self, module: nn.Module) -> None:
+        self.synchronize()
+        self._module = module
+
+    def synchronize(self) -> None:
+        """Wait for the last update, where another thread does it: of an average on the host of a model on a GPU.
+
+        Raises:
+            Exception: what the update raised.
+        """
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.finish()
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
@@ -177,8 +220,13 @@ class EMA(DecaySchedule):
 
     def check_model(self) -> Matched:
         """Look at every tensor of the model anew; ValueError naming the first that its average does not match."""
-        self._matched = match(self.module, self.model, self.average_buffers)
+        self._matched = match(self._module, self.model, self.policy)
         return self._matched
+
+    def check_rest(self, done: Collection[int]) -> None:
+        """Before an optimizer's step: ValueError where an average that the kernel does not move does not fit."""
+        if self._matched is not None and not self._matched.fits_without(done):
+            self.check_model()
 
     @contextmanager
     def swap(self) -> Iterator[None]:
@@ -199,7 +247,7 @@ class EMA(DecaySchedule):
         try:
             with torch.no_grad():
                 for pair in pairs:
-                    pair.source.copy_(pair.average)
+                    write_into(pair.source, pair.average)
             yield
         finally:
             self._own_weights = None
@@ -216,7 +264,7 @@ class EMA(DecaySchedule):
             pairs, changed = before, error
         for pair, weight in zip(pairs, own, strict=True):
             if pair.source.shape == weight.shape:
-                pair.source.copy_(weight)
+                write_into(pair.source, weight)
         if changed is not None:
             raise changed
 
@@ -227,17 +275,23 @@ class EMA(DecaySchedule):
         Raises:
             ValueError: ``model`` has other weights than the average. Nothing has been changed.
         """
-        pairs = match(self.module, model, self.average_buffers).pairs
+        matched = match(self.module, model, self.policy, follows=model is self.model)
         advice.average_used(self)
-        for pair in pairs:
-            pair.source.copy_(pair.average)
+        for pair in matched.pairs:
+            if pair.source is not pair.average:  # which is shared with both models
+                write_into(pair.source, pair.average)
+        for replaced in matched.replaced:
+            for slot in replaced.slots_of_model if replaced.average is not None else ():
+                slot.container[slot.key] = replaced.average.detach().clone()
         if model is self.model:
             advice.model_written(self)
 
     def state_dict(self) -> dict[str, Any]:
         """The averaged weights and ``step``. The settings are constructor arguments and not saved."""
         advice.average_used(self)
-        return {"module": self.module.state_dict(), "step": self.step}
+        module = self.module
+        with lifted(self._shared().values()):
+            return {"module": module.state_dict(), "step": self.step}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -250,10 +304,9 @@ class EMA(DecaySchedule):
             keys = " and ".join(map(repr, sorted(missing)))
             what = f"keys {keys} are" if len(missing) > 1 else f"key {keys} is"
             raise ValueError(f"this is not a state_dict of trainops.EMA: {what} missing")
-        check_checkpoint(self.module.state_dict(), state_dict["module"])
         if not isinstance(state_dict["step"], int):
             raise ValueError(f"step must be a number of updates, got {state_dict['step']!r}")  # noqa: TRY004
-        self.module.load_state_dict(state_dict["module"])
+        load_weights(self.module, state_dict["module"], self._shared())
         self.step = state_dict["step"]
         advice.average_loaded(self)
 
@@ -264,6 +317,7 @@ class EMA(DecaySchedule):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy starts unmatched and without an optimizer.
+        self.synchronize()
         return {**self.__dict__, "_matched": None, "_optimizer": None}
 
     @torch.no_grad()
@@ -289,6 +343,18 @@ class EMA(DecaySchedule):
         if self._matched is None or not self._matched.is_current():
             return self.check_model()
         return self._matched
+
+    def _shared(self) -> dict[str, Slot]:
+        """The places of the averaged module where the model's own parameters are, by name."""
+        own = set(map(id, self.model.parameters()))
+        return {name: slot for name, (slot, x) in slots(self._module).items() if id(x) in own}
+
+    def _check_can_move(self, matched: Matched) -> None:
+        """Raise where the update could not be done."""
+        for device in matched.devices:
+            select(self.backend, device)
+        if matched.waits and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a CUDA graph cannot hold the update of an average on the host: see EMA(device=)")
 
     def _check_not_swapped(self, what: str) -> None:
         if self._own_weights is not None:
