@@ -81,7 +81,9 @@ def copy_of_flags(model, module):
     """The averaged module, whose parameters are marked as those of the model are."""
     twin = nn.ParameterDict()
     for (name, average), p in zip(module.named_parameters(), model.parameters(), strict=True):
-        twin[name.replace(".", "/")] = nn.Parameter(average.detach(), requires_grad=True) if p.requires_grad else average
+        twin[name.replace(".", "/")] = (
+            nn.Parameter(average.detach(), requires_grad=True) if p.requires_grad else average
+        )
     return twin
 
 
@@ -143,9 +145,17 @@ def make_complex(model):
 
 
 REFUSED = {
-    "float_grows": (grow, ValueError, r"x has shape \(5,\), but its average has shape \(2,\)\. Write average_buffers"),
+    "float_grows": (
+        grow,
+        ValueError,
+        r"x has shape \(5,\), but its average has shape \(2,\)\. Write average_buffers",
+    ),
     "to_complex": (make_complex, ValueError, "x is torch.complex64, but its average is torch.float32"),
-    "to_integers": (lambda model: setattr(model, "x", torch.ones(2, dtype=torch.int64)), ValueError, "x is torch.int64"),
+    "to_integers": (
+        lambda model: setattr(model, "x", torch.ones(2, dtype=torch.int64)),
+        ValueError,
+        "x is torch.int64",
+    ),
     "cut_without_gradient": (freeze_and_cut, ValueError, r"weight has shape \(2, 4\)"),
     "sparse_weight": (make_sparse_weight, ValueError, r"weight has shape \(3, 3\)"),
     "another_backend": (

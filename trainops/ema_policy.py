@@ -102,7 +102,7 @@ def _can_be_moved(average: Tensor, source: Tensor) -> bool:
         reference.ema_([average.detach().clone()], [source], 0.5, skip)
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # noqa: BLE001  # whatever a subclass raises where it lacks an operation
+    except Exception:  # whatever a subclass raises where it lacks an operation
         return False
     return True
 

@@ -62,7 +62,9 @@ def averaged_module(model: nn.Module, policy: AveragePolicy) -> nn.Module:
     for names in names_by_id(places).values():
         tensor: Any = places[names[0]][1]
         if is_lazy(tensor):
-            raise ValueError(f"{names[0]} has no shape yet: run a batch through the model before you make its average")
+            raise ValueError(
+                f"{names[0]} has no shape yet: run a batch through the model before you make its average"
+            )
         if isinstance(tensor, nn.Parameter) and policy.is_shared(names, tensor):
             shared[id(tensor)] = tensor
             policy.shared.add(names[0])
@@ -140,7 +142,7 @@ def _rehearse(module: nn.Module, weights: dict[str, Any], spared: set[str]) -> N
         memo: dict[int, Any] = {id(x): _without_memory(x) for _, x in slots(module).values() if x is not None}
         _load(copy.deepcopy(module, memo), weights, spared, assign=True)
         return
-    except Exception:  # noqa: BLE001  # hooks may need memory
+    except Exception:  # hooks may need memory
         twin = _twin(module)
     try:
         if twin is not None:
@@ -158,7 +160,7 @@ def _twin(module: nn.Module) -> nn.Module | None:
         return copy.deepcopy(module)
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # noqa: BLE001
+    except Exception:
         return None
 
 
