@@ -7,7 +7,7 @@ from targets import over
 from torch import nn
 
 import trainops
-from trainops import advice
+from trainops import advice, ema_advice
 
 
 def with_gradients(model):
@@ -116,3 +116,59 @@ def test_an_average_of_inference_tensors_is_made():
     with torch.inference_mode():
         model = nn.Linear(3, 2)
     assert said(lambda: trainops.EMA(model).state_dict()) == []
+
+
+# Averages that move while their models do not.
+
+
+def train(ema, steps, updates, write=lambda p: p.detach().add_(0.1)):
+    """Some updates after each step."""
+    for _ in range(steps):
+        for p in ema.model.parameters():
+            if p.requires_grad:
+                write(p)
+        for _ in range(updates):
+            ema.update()
+
+
+@pytest.mark.parametrize("updates", [2, 8])
+def test_updates_after_every_batch_of_a_step_are_named_once(updates):
+    ema = trainops.EMA(nn.Linear(3, 2))
+    (message,) = said(lambda: train(ema, 300 // updates, updates))
+    assert "in half or more of 100 updates of this average, its model had the weights of the update before" in message
+    assert "call ema.update() once after each optimizer.step()" in message
+    assert said(lambda: train(ema, 300 // updates, updates)) == []
+
+
+def test_updates_without_any_step_are_named():
+    ema = trainops.EMA(nn.Linear(3, 2))
+    train(ema, 200, 1)
+    assert len(said(lambda: train(ema, 1, 3 * ema_advice.UPDATES_LOOKED_AT))) == 1
+
+
+def without_a_version(p):
+    p.data.add_(0.1)
+
+
+def make_partly_unused():
+    """A parameter that no step changes, beside one that every step does."""
+    model = nn.Linear(3, 2)
+    versions = iter(range(10**6))
+
+    def write(p):
+        if p is model.bias:
+            p.detach().add_(next(versions))
+
+    return model, write
+
+
+def test_updates_after_steps_are_left_alone():
+    for write in (without_a_version, lambda p: p.detach().add_(0.1)):
+        ema = trainops.EMA(nn.Linear(3, 2))
+        assert said(lambda ema=ema, write=write: train(ema, 350, 1, write)) == []
+    model, write = make_partly_unused()
+    assert said(lambda: train(trainops.EMA(model), 350, 1, write)) == []
+    assert said(lambda: train(trainops.EMA(nn.Linear(3, 2).requires_grad_(False)), 350, 1)) == []
+    fused = trainops.EMA(with_gradients(nn.Linear(3, 2)))
+    optimizer = trainops.AdamW(fused.model.parameters(), ema=fused)
+    assert said(lambda: [optimizer.step() for _ in range(350)]) == []

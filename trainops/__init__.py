@@ -5,6 +5,7 @@ from .adapters import Backend, backends
 from .clip_grad import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from .drop_path import DropPath, DropPathAdd, drop_path, drop_path_add
 from .ema import EMA
+from .ema_schedule import DiffusersDecay, EMAPytorchDecay
 from .ema_update import ema_update_, get_ema_multi_avg_fn
 from .stochastic_depth import StochasticDepth, stochastic_depth
 
@@ -12,8 +13,10 @@ __all__ = [
     "EMA",
     "AdamW",
     "Backend",
+    "DiffusersDecay",
     "DropPath",
     "DropPathAdd",
+    "EMAPytorchDecay",
     "StochasticDepth",
     "backends",
     "clip_grad_norm_",

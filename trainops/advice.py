@@ -18,7 +18,8 @@ _said: "weakref.WeakKeyDictionary[object, set[str]]" = weakref.WeakKeyDictionary
 _NOT_THE_USERS = ("trainops", "torch", "contextlib")
 
 
-def _advise(about: object, topic: str, message: str) -> None:
+def advise(about: object, topic: str, message: str) -> None:
+    """Warn once of this topic, and of this optimizer or average."""
     topics = _said.setdefault(about, set())
     if topic not in topics:
         topics.add(topic)
@@ -59,7 +60,7 @@ def _warn_of_second_clip(optimizer: Any) -> None:
     _clipped_outside.discard(optimizer)
     if optimizer.max_grad_norm is not None:
         name = type(optimizer).__name__
-        _advise(
+        advise(
             optimizer,
             "second clip",
             f"gradients were clipped by trainops.clip_grad_norm_ and are clipped again inside step(): leave out the "
@@ -105,7 +106,7 @@ def before_step(optimizer: Any) -> None:
         if (schedule := _schedules.get(optimizer)) is None:
             schedule = _schedules[optimizer] = _Schedule()
         if schedule.advances_on_skipped(optimizer):
-            _advise(
+            advise(
                 optimizer,
                 "schedule",
                 "the learning rate's scheduler advanced after a step that was skipped: call `scheduler.step()` only "
@@ -126,7 +127,7 @@ def average_taken(optimizer: Any) -> None:
 def _warn_of_lost_average(optimizer: Any) -> None:
     _without_average.discard(optimizer)
     if optimizer.ema is None:
-        _advise(
+        advise(
             optimizer,
             "lost average",
             "this optimizer's average was given to another optimizer, whose steps alone move it now: give it only to "
@@ -174,7 +175,7 @@ def average_used(ema: Any) -> None:
         cause = "no optimizer has it, and nobody calls `ema.update()`"
     else:
         cause = f"the {type(optimizer).__name__} that has it has taken no step"
-    _advise(
+    advise(
         ema,
         "never moved",
         f"this average was never updated, but its model has been trained: {cause}. Write `AdamW(..., ema=ema)`, or "

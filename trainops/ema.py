@@ -1,23 +1,24 @@
 """Exponential moving average of a model's weights."""
 
-import weakref
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Collection, Iterable, Mapping
+from numbers import Integral
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable, which imports no compiler until it is called
 
-from . import advice
+from . import advice, ema_advice
 from .adapters import check, select
-from .background import Later
 from .ema_policy import AveragePolicy, Patterns
-from .ema_schedule import DecaySchedule
-from .ema_update import check_type, replace_all, update_pairs
+from .ema_schedule import Decay
+from .ema_state import KeepsState
+from .ema_update import check_type, update_pairs
 from .model_match import match
-from .model_pairs import Matched, Pair
-from .model_slots import Slot, averaged_module, lifted, load_weights, slots, write_into
+from .model_pairs import Matched
+from .model_slots import averaged_module
+from .parameter_list import as_model, same_parameters
+from .wrappers import is_same_model
 
 
 class Update(NamedTuple):
@@ -25,6 +26,7 @@ class Update(NamedTuple):
 
     matched: Matched
     decay: float | None  # None: the average does not move
+    step: int  # its number, counted from 1
 
     @property
     def fusable(self) -> dict[int, Tensor]:
@@ -32,7 +34,7 @@ class Update(NamedTuple):
         return {} if self.decay is None else self.matched.fusable
 
 
-class EMA(DecaySchedule):
+class EMA(KeepsState):
     """A copy of ``model`` whose weights follow those of ``model`` slowly.
 
     Equivalent to::
@@ -40,17 +42,38 @@ class EMA(DecaySchedule):
         ema = timm.utils.ModelEmaV3(model, decay, ...)      # ema.update(model, step) after every step
         ema = torch.optim.swa_utils.AveragedModel(
             model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
-        )
+        )                                                   # ema.update_parameters(model)
+        ema = diffusers.training_utils.EMAModel(parameters) # ema.step(parameters), with DiffusersDecay()
 
-    Call :meth:`update` after every optimizer step, or give the object to ``trainops.AdamW(..., ema=ema)`` and the
-    step updates the average in the same pass over memory. One optimizer has an average at a time: giving it to a
-    second one takes it from the first. An average that is swapped in, copied or saved after its model was trained
-    without it gives a warning, once. The decay is that of timm's ``ModelEmaV3`` with a ``step``: the first update
-    copies (see :meth:`decay_at`). Without a ``step``, timm's class has the full decay from its first update on.
+    Call :meth:`update` after every optimizer step, or give the object to ``trainops.AdamW(..., ema=ema)`` (or the
+    optimizer to :meth:`attach`) and the step updates the average in the same pass over memory. One optimizer has an
+    average at a time: giving it to a second one takes it from the first. An average that is swapped in, copied or
+    saved after its model was trained without it gives a warning, once.
+
+    How an average starts. The decay is that of timm's ``ModelEmaV3`` with a ``step``: the first update copies (see
+    :meth:`decay_at`). Without a ``step``, timm's class has the full decay from its first update on.
+
+    ============================================  ==================================================================
+    before the first update                       then
+    ============================================  ==================================================================
+    nothing                                       it *copies*: the first update takes the weights that the model has
+    weights are loaded into the model             it *copies*; until then :meth:`swap`, :meth:`copy_to`, a call and
+                                                  :meth:`state_dict` have the loaded weights, too
+    weights are loaded into ``module``            it *continues* from these with ``decay``; with a decay that depends
+    or by :meth:`load_state_dict`, uncounted      on the step, ``ema.step`` has to be set
+    a state with its count is loaded              it *resumes*: the numbers of an average that was never saved
+    ``ema.step = n``                              the next update has the decay of update ``n + 1``
+    model and optimizer are set back              it *copies*: steps of a learning rate finder are forgotten, if the
+    to where they began                           average has moved with that optimizer alone
+    :meth:`reset`                                 it *copies*
+    ============================================  ==================================================================
 
     Args:
-        model: the model to follow. It is kept and read at every update.
-        decay: how much of the average stays at each update, in [0, 1].
+        model: the model to follow, or parameters. It is kept and read at every update.
+        decay: how much of the average stays at each update, in [0, 1]; default: 0.9999. Or a function of the update's
+            number, counted from 1, that returns it, or None to leave the average as it is, such as
+            :class:`trainops.DiffusersDecay` and :class:`trainops.EMAPytorchDecay`.
+        halflife_steps: in place of ``decay``: after how many steps the influence of a weight has halved.
         warmup: let the decay grow as ``1 - (1 + n / warmup_gamma) ** -warmup_power`` up to ``decay``.
         warmup_gamma: time scale of the warm-up, in updates.
         warmup_power: exponent of the warm-up.
@@ -69,7 +92,8 @@ class EMA(DecaySchedule):
         backend: see :func:`trainops.backends`; by default it follows the device.
 
     Attributes:
-        module: the averaged model, in eval mode, without gradients. Call this one: an ``EMA`` is no module.
+        module: the averaged model, in eval mode, without gradients. ``ema(x)`` calls it; all else that a module has,
+            it has alone: ``ema.module.to(...)``. Of a list of parameters, a ``torch.nn.ParameterList``.
         step: number of updates so far: calls of :meth:`update`, and steps of the optimizer that has the average.
             Skipped steps count, and so do updates that ``update_every`` leaves out.
 
@@ -80,9 +104,10 @@ class EMA(DecaySchedule):
 
     def __init__(
         self,
-        model: nn.Module,
-        decay: float = 0.9999,
+        model: nn.Module | Iterable[Tensor],
+        decay: Decay | None = None,
         *,
+        halflife_steps: float | None = None,
         warmup: bool = False,
         warmup_gamma: float = 1.0,
         warmup_power: float = 2 / 3,
@@ -91,16 +116,16 @@ class EMA(DecaySchedule):
         update_every: int = 1,
         dtype: torch.dtype | None = None,
         device: torch.device | str | int | None = None,
-        average_buffers: bool | str | Mapping[str, str] = True,
+        average_buffers: bool | str | Mapping[Any, str] = True,
         trainable_only: bool = False,
         include: Patterns | None = None,
         exclude: Patterns | None = None,
         backend: str | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        model = as_model(model)
         super().__init__(
             decay,
+            halflife_steps=halflife_steps,
             warmup=warmup,
             warmup_gamma=warmup_gamma,
             warmup_power=warmup_power,
@@ -112,6 +137,7 @@ class EMA(DecaySchedule):
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating-point type, got {dtype}")
         check(backend)
+        self.model = model
         self.policy = AveragePolicy(
             model,
             dtype=dtype,
@@ -121,217 +147,123 @@ class EMA(DecaySchedule):
             include=include,
             exclude=exclude,
         )
-        self.model = model
-        self._pending: Later | None = None  # an update that another thread does
         self._module = averaged_module(model, self.policy)
         self.backend = backend
         self.step = 0
-        self._own_weights: list[tuple[Tensor, Tensor]] | None = None  # the model's, while it has the averaged ones
         self._matched: Matched | None = None
-        self._optimizer: weakref.ref[Any] | None = None
+        self._matched_models: tuple[nn.Module, nn.Module] | None = None
+        self._remember_weights()
         advice.average_made(self)
 
     @_disable_dynamo  # compiled code calls it, by one graph break, and holds none of its numbers
     @torch.no_grad()
-    def update(self, *args: NoReturn, **kwargs: NoReturn) -> None:
-        """Move the average towards the model that the constructor was given. Takes no arguments.
+    def update(self, model: nn.Module | Iterable[Tensor] | None = None, step: int | None = None) -> None:
+        """Move the average towards its model.
+
+        Args:
+            model: the model that the average follows, or a wrapper of it, as timm's and torch's classes want it; or
+                the parameters, as diffusers' does. An average of a list goes on with the parameters that it is given.
+            step: the number of this update, counted from 1, for whom counts them, as timm's ``train.py`` does. The
+                average's own count goes on from it.
 
         Raises:
-            TypeError: there is an argument, such as the model or the step that timm's and torch's classes take.
-            ValueError: the model's weights no longer match the average's. Nothing has been changed.
+            TypeError: an argument is of another type.
+            ValueError: this is another model, or the model's weights no longer match the average's. Nothing has been
+                changed.
             RuntimeError: called inside :meth:`swap`, or an optimizer has the average: its steps update it.
         """
-        if args or kwargs:
-            raise TypeError("update() takes no arguments: the model was given to EMA(model), which counts the steps")
-        update = self.plan_update()
+        if model is not None and model is not self.model:
+            self._check_followed(model)
+        if step is not None:
+            check_type("step", step, Integral, "an integer")
+        update = self.plan_update(step=step)
         try:
             self.finish_update(update)
         except RuntimeError:
             self.check_model()
             raise
+        ema_advice.updated_by_hand(self)
 
-    def plan_update(self, optimizer: torch.optim.Optimizer | None = None) -> "Update":
+    def update_parameters(self, model: nn.Module | Iterable[Tensor]) -> None:
+        """Move the average: :meth:`update`, under the name that torch's ``AveragedModel`` has for it."""
+        self.update(model)
+
+    def plan_update(self, optimizer: torch.optim.Optimizer | None = None, step: int | None = None) -> "Update":
         """Plan the next update, within the step of an ``optimizer`` or alone. Changes nothing.
 
         Raises:
             ValueError: the model's weights no longer match the average's.
-            RuntimeError: called inside :meth:`swap`, or another optimizer has the average.
+            RuntimeError: called inside :meth:`swap`, or another optimizer has the average, or it would copy over
+                weights that were loaded.
         """
-        self._check_not_swapped("update()")
+        self._check_not_swapped("update()" if optimizer is None else "optimizer.step()")
         self._check_holder(optimizer)
-        matched, step = self._match(), self.step + 1
+        self._look_back()
+        matched, step = self._match(), self.step + 1 if step is None else step
         decay = self.decay_at(step) if step % self.update_every == 0 else None
+        if decay == 0.0 and (self._continues or not self._has_moved):
+            decay = self._decay_of_start(step, decay)
         if decay is not None:
             self._check_can_move(matched)
-        return Update(matched, decay)
+        return Update(matched, decay, step)
 
     def finish_update(self, update: "Update", done: Collection[int] = (), skip: Tensor | None = None) -> None:
         """Count the update; move what is not ``done`` (by ``id`` of the model's tensor), unless ``skip`` is true."""
-        pairs, decay = update.matched.pairs, update.decay
+        matched, decay = update.matched, update.decay
         if decay is not None:
             self.synchronize()
-            update.matched.settle(self.policy.shared)
-            replace_all(update.matched.replaced, self.policy, skip)
-            if len(done) < len(pairs):
-                matched = update.matched.without(done) if done else update.matched
-                self._pending = update_pairs(matched, self._weights(matched.sources), decay, skip, self.backend)
-        self.step += 1
+            self._settle(matched, skip)
+            if len(done) < len(matched.pairs):
+                rest = matched.without(done) if done else matched
+                self._pending = update_pairs(rest, self._weights(rest.sources), decay, skip, self.backend)
+            self._has_moved = True
+        self.step = update.step
+        self._remember_step(matched.sources)
 
-    @property
-    def module(self) -> nn.Module:
-        """The averaged model. Waits until the last update is done."""
-        self.synchronize()
-        return self._module
-
-    @module.setter
-    def module(self, module: nn.Module) -> None:
-        self.synchronize()
-        self._module = module
-
-    def synchronize(self) -> None:
-        """Wait for the last update, where another thread does it: of an average on the host of a model on a GPU.
+    def reset(self) -> None:
+        """Begin anew: the average is the model as it is now, and there were no updates, as after timm's ``set``.
 
         Raises:
-            Exception: what the update raised.
+            ValueError: the model's weights no longer match the average's. Nothing has been changed.
+            RuntimeError: called inside :meth:`swap`.
         """
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.finish()
+        self._check_not_swapped("reset()")
+        self.check_model()
+        self._now_has(0)
+        self._be_the_model()
+        advice.average_made(self)
 
     @property
-    def optimizer(self) -> torch.optim.Optimizer | None:
-        """The optimizer whose steps move the average: the last one that it was given to."""
-        return None if self._optimizer is None else self._optimizer()
-
-    def attach_to(self, optimizer: Any) -> None:
-        """Let the steps of an optimizer move the average, and those of no other: ``optimizer.ema = ema``."""
-        if (holder := self.optimizer) is not optimizer:
-            self.detach()
-            self._optimizer = weakref.ref(optimizer)
-            if holder is not None:
-                advice.average_taken(holder)
-
-    def detach(self) -> None:
-        """Take the average from its optimizer, which goes on without: :meth:`update` moves it again."""
-        optimizer: Any = self.optimizer
-        self._optimizer = None
-        if optimizer is not None and optimizer.ema is self:
-            optimizer.ema = None
+    def shadow_params(self) -> list[Tensor]:
+        """The averaged parameters, under the name that diffusers' ``EMAModel`` has for them."""
+        return list(self.module.parameters())
 
     def check_model(self) -> Matched:
         """Look at every tensor of the model anew; ValueError naming the first that its average does not match."""
         self._matched = match(self._module, self.model, self.policy)
+        self._matched_models = (self._module, self.model)
         return self._matched
 
     def check_rest(self, done: Collection[int]) -> None:
-        """Before an optimizer's step: ValueError where an average that the kernel does not move does not fit."""
+        """Before an optimizer's step: ValueError where an average that its kernel does not move does not fit."""
         if self._matched is not None and not self._matched.fits_without(done):
             self.check_model()
-
-    @contextmanager
-    def swap(self) -> Iterator[None]:
-        """Within the ``with`` block, the model has the averaged weights; afterwards its own again, bit for bit.
-
-        The model's tensors stay where they are; their values are exchanged, and what is written into them within the
-        block is lost. Needs memory for one more copy of the model meanwhile. A copy of the model that is made within
-        the block has the averaged weights; a copy or pickle of the ``EMA`` has the model's own, and is not swapped.
-
-        Raises:
-            RuntimeError: already swapped.
-        """
-        self._check_not_swapped("swap()")
-        advice.average_used(self)
-        pairs = self.check_model().pairs
-        saved = [pair.source.detach().clone() for pair in pairs]
-        self._own_weights = [(pair.source, weight) for pair, weight in zip(pairs, saved, strict=True)]
-        try:
-            with torch.no_grad():
-                for pair in pairs:
-                    write_into(pair.source, pair.average)
-            yield
-        finally:
-            self._own_weights = None
-            self._give_back(pairs, saved)
-            advice.model_written(self)
-
-    @torch.no_grad()
-    def _give_back(self, before: list[Pair], own: list[Tensor]) -> None:
-        """Copy the model's own weights into the tensors that it has now. Raises after that if some do not fit."""
-        changed: ValueError | None = None
-        try:
-            pairs = self.check_model().pairs
-        except ValueError as error:
-            pairs, changed = before, error
-        for pair, weight in zip(pairs, own, strict=True):
-            if pair.source.shape == weight.shape:
-                write_into(pair.source, weight)
-        if changed is not None:
-            raise changed
-
-    @torch.no_grad()
-    def copy_to(self, model: nn.Module) -> None:
-        """Copy the averaged weights and buffers into ``model``.
-
-        Raises:
-            ValueError: ``model`` has other weights than the average. Nothing has been changed.
-        """
-        matched = match(self.module, model, self.policy, follows=model is self.model)
-        advice.average_used(self)
-        for pair in matched.pairs:
-            if pair.source is not pair.average:  # which is shared with both models
-                write_into(pair.source, pair.average)
-        for replaced in matched.replaced:
-            for slot in replaced.slots_of_model if replaced.average is not None else ():
-                slot.container[slot.key] = replaced.average.detach().clone()
-        if model is self.model:
-            advice.model_written(self)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The averaged weights and ``step``. The settings are constructor arguments and not saved."""
-        advice.average_used(self)
-        module = self.module
-        with lifted(self._shared().values()):
-            return {"module": module.state_dict(), "step": self.step}
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state that :meth:`state_dict` returned.
-
-        Raises:
-            ValueError: keys are missing or unexpected, or a shape differs. Nothing has been changed.
-        """
-        if missing := {"module", "step"} - state_dict.keys():
-            keys = " and ".join(map(repr, sorted(missing)))
-            what = f"keys {keys} are" if len(missing) > 1 else f"key {keys} is"
-            raise ValueError(f"this is not a state_dict of trainops.EMA: {what} missing")
-        if not isinstance(state_dict["step"], int):
-            raise ValueError(f"step must be a number of updates, got {state_dict['step']!r}")  # noqa: TRY004
-        load_weights(self.module, state_dict["module"], self._shared())
-        self.step = state_dict["step"]
-        advice.average_loaded(self)
 
     def __repr__(self) -> str:
         names = ("decay", "warmup", "update_after_step", "update_every", "step")
         settings = "".join(f", {name}={getattr(self, name)}" for name in names)
         return f"{type(self).__name__}({type(self.model).__name__}{settings})"
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy starts unmatched and without an optimizer.
-        self.synchronize()
-        return {**self.__dict__, "_matched": None, "_optimizer": None}
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the averaged model."""
+        self._be_the_model()
+        return self.module(*args, **kwargs)
 
-    @torch.no_grad()
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # A copy made within swap() starts with the model's own weights.
-        self.__dict__.update(state, _own_weights=None)
-        for copied, weight in state.get("_own_weights") or ():
-            copied.copy_(weight)
-
-    def __copy__(self) -> "EMA":
-        # It shares the model, whose weights are to stay what they are.
-        twin = type(self).__new__(type(self))
-        twin.__dict__.update(self.__getstate__(), _own_weights=None)
-        return twin
+    def __getattr__(self, name: str) -> Any:
+        # Whatever a module would have, under its name.
+        if not name.startswith("_") and hasattr(self.__dict__.get("_module"), name):
+            raise AttributeError(f"an EMA is no module and has no {name!r}: write ema.module.{name}")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def _weights(self, sources: list[Tensor]) -> list[Tensor]:
         """Weights of the model as the optimizer knows them that has the average: in full, if there are masters."""
@@ -340,33 +272,35 @@ class EMA(DecaySchedule):
 
     def _match(self) -> Matched:
         """Pair every tensor of the model with its average, again if one was replaced: frameworks do that at will."""
-        if self._matched is None or not self._matched.is_current():
+        models = self._matched_models
+        if models is None or models[0] is not self._module or models[1] is not self.model:
             return self.check_model()
-        return self._matched
-
-    def _shared(self) -> dict[str, Slot]:
-        """The places of the averaged module where the model's own parameters are, by name."""
-        own = set(map(id, self.model.parameters()))
-        return {name: slot for name, (slot, x) in slots(self._module).items() if id(x) in own}
+        return self._matched if self._matched is not None and self._matched.is_current() else self.check_model()
 
     def _check_can_move(self, matched: Matched) -> None:
-        """Raise where the update could not be done."""
+        """Raise where the averages could not be moved."""
         for device in matched.devices:
             select(self.backend, device)
         if matched.waits and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("a CUDA graph cannot hold the update of an average on the host: see EMA(device=)")
+            raise RuntimeError("a CUDA graph cannot hold the update of an average on the CPU: see EMA(device=)")
 
-    def _check_not_swapped(self, what: str) -> None:
-        if self._own_weights is not None:
-            raise RuntimeError(f"{what} inside `with ema.swap()`: the model holds the averaged weights")
-
-    def _check_holder(self, optimizer: torch.optim.Optimizer | None) -> None:
-        """Raise where an optimizer other than this one has the average: two updates a step are too many."""
-        if self.optimizer in (None, optimizer):
+    def _check_followed(self, model: Any) -> None:
+        """Raise unless this is the model that the average follows, or what it follows from now on."""
+        if isinstance(model, nn.Module):
+            if not is_same_model(model, self.model):
+                raise ValueError(
+                    f"this {type(model).__name__} is not the model that the average follows: make an EMA of it, or "
+                    "set ema.model to it"
+                )
             return
-        if optimizer is None:
-            raise RuntimeError(
-                "the optimizer's step() updates this average already: leave out ema.update(), or take the average "
-                "from it with ema.detach()"
-            )
-        raise RuntimeError("another optimizer has this average: set `optimizer.ema = ema` to take it from that one")
+        if isinstance(model, Integral):
+            raise TypeError(f"model must be a torch.nn.Module, got {model}: write update(step={model})")
+        given = as_model(model)
+        if same_parameters(self.model, given):
+            return
+        self._check_not_swapped("update()")
+        if not isinstance(self.model, nn.ParameterList):
+            message = "these are not the parameters of the model that the average follows, in their order"
+            raise ValueError(message)  # noqa: TRY004
+        match(self._module, given, self.policy, follows=False)
+        self.model = given

@@ -1,7 +1,7 @@
 """What an average holds of a model: which parameters, which buffers, and where."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -67,8 +67,13 @@ class AveragePolicy:
 
     def new(self, source: Tensor) -> Tensor:
         """The average of a tensor of the model that had none until now: a copy."""
+        return self.copy_of(source, self.converted)
+
+    @staticmethod
+    def copy_of(source: Tensor, convert: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+        """A copy that no mode for inference has made, and a parameter without gradient if the source is one."""
         with torch.inference_mode(False):
-            copied = self.converted(source.detach().clone())
+            copied = convert(source.detach().clone())
         return nn.Parameter(copied, requires_grad=False) if isinstance(source, nn.Parameter) else copied
 
     def converted(self, x: Tensor) -> Tensor:

@@ -64,6 +64,8 @@ class LoadsState(torch.optim.Optimizer):
         finally:
             last_hook.remove()
             self._loading = None
+        if (ema := self.__dict__.get("_ema")) is not None:
+            ema.optimizer_loaded(is_fresh=not seen["state"])
 
     def _load_masters(self, state: dict[str, Any], loaded: dict[str, Any]) -> None:
         """Convert loaded masters to this optimizer's kind, from what they were before PyTorch cast them."""

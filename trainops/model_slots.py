@@ -3,7 +3,7 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -138,20 +138,19 @@ def load_weights(module: nn.Module, weights: dict[str, Any], shared: dict[str, S
 
 def _rehearse(module: nn.Module, weights: dict[str, Any], spared: set[str]) -> None:
     """Let a copy of the module load it first: one without memory, and where that fails, one with."""
-    try:
+    with suppress(Exception):  # hooks may need memory
         memo: dict[int, Any] = {id(x): _without_memory(x) for _, x in slots(module).values() if x is not None}
         _load(copy.deepcopy(module, memo), weights, spared, assign=True)
         return
-    except Exception:  # hooks may need memory
-        twin = _twin(module)
+    twin = _twin(module)
     try:
         if twin is not None:
             _load(twin, weights, spared)
-            return
     except ValueError:
         check_checkpoint(module.state_dict(), weights)  # says more shortly what is wrong
         raise
-    check_checkpoint(module.state_dict(), weights)
+    if twin is None:
+        check_checkpoint(module.state_dict(), weights)
 
 
 def _twin(module: nn.Module) -> nn.Module | None:
@@ -176,16 +175,27 @@ def _load(module: nn.Module, weights: dict[str, Any], spared: set[str], assign: 
         raise ValueError(f"the checkpoint does not fit the model: {error}") from error
     absent, more = sorted(missing - spared), sorted(unexpected - spared)
     if absent or more:
-        raise ValueError(f"the checkpoint does not fit the model: missing {absent}, unexpected {more}")
+        raise ValueError(
+            f"the checkpoint does not fit the model: missing {listed(absent)}, unexpected {listed(more)}"
+        )
 
 
 def check_checkpoint(own: dict[str, Any], loaded: dict[str, Any]) -> None:
     """ValueError where weights that are to be loaded have other names or shapes than those that are there."""
     if own.keys() != loaded.keys():
         absent, unexpected = sorted(own.keys() - loaded.keys()), sorted(loaded.keys() - own.keys())
-        raise ValueError(f"the checkpoint does not fit the model: missing {absent}, unexpected {unexpected}")
+        raise ValueError(
+            f"the checkpoint does not fit the model: missing {listed(absent)}, unexpected {listed(unexpected)}"
+        )
     for name, value in loaded.items():
         if isinstance(own[name], Tensor) and not isinstance(value, Tensor):
             raise ValueError(f"{name} is no tensor but {value!r}")  # noqa: TRY004
         if isinstance(own[name], Tensor) and value.shape != own[name].shape:
             raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(own[name].shape)}")
+
+
+def listed(keys: Iterable[Any], most: int = 4) -> str:
+    """Some keys, and how many there are beside them."""
+    names = list(keys)
+    rest = len(names) - most
+    return f"[{', '.join(map(repr, names[:most]))}{f', and {rest} more' if rest > 0 else ''}]"

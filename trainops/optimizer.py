@@ -19,6 +19,7 @@ from .storage import MASTER, StateDtype, check_is_real, check_master, check_mast
 from .tables import have_common_memory
 from .torch_step import KnowsTorchStep
 from .uploads import prepare_capture
+from .wrappers import unwrap
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -109,6 +110,9 @@ class FusedOptimizer(KnowsTorchStep, LoadsState, KeepsMasters):
             limit = setting(max_grad_norm)
             if not isinstance(limit, Tensor) and not limit >= 0.0:
                 raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}")
+        if (inner := unwrap(self)) is not self:  # as below
+            inner.max_grad_norm = max_grad_norm
+            return
         self._max_grad_norm = max_grad_norm
         if max_grad_norm is not None:
             advice.clips_inside(self)
@@ -126,6 +130,9 @@ class FusedOptimizer(KnowsTorchStep, LoadsState, KeepsMasters):
             own = {id(p) for group in self.param_groups for p in group["params"]}
             if own and own.isdisjoint(map(id, ema.model.parameters())):
                 raise ValueError("ema follows a model that has none of these parameters")
+        if (inner := unwrap(self)) is not self:  # Lightning's and Fabric's wrappers imitate their optimizer's class
+            inner.ema = ema
+            return
         before, self._ema = self._ema, ema
         if before is not None and before is not ema and before.optimizer is self:
             before.detach()

@@ -7,7 +7,7 @@
 ``unwrap`` and ``patch`` need no framework.
 """
 
+from ..wrappers import unwrap
 from ._patch import Patch, patch
-from ._unwrap import unwrap
 
 __all__ = ["Patch", "patch", "unwrap"]

@@ -4,25 +4,8 @@ import importlib
 from types import ModuleType
 from typing import Any
 
-import torch
-
 from ..optimizer import FusedOptimizer
-
-
-def unwrap(optimizer: Any) -> Any:
-    """The optimizer inside the wrappers of Accelerate, HF Trainer, Lightning and Fabric.
-
-    A wrapper keeps what it is given to itself: after ``trainer.optimizer.ema = ema`` no step moves the average. Write
-    ``unwrap(trainer.optimizer).ema = ema``.
-
-    Args:
-        optimizer: an optimizer, wrapped or not.
-    """
-    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer) or hasattr(
-        inner, "optimizer"
-    ):
-        optimizer = inner
-    return optimizer
+from ..wrappers import unwrap
 
 
 def fused(optimizer: Any) -> FusedOptimizer | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..ema import EMA
 from ._unwrap import framework, fused
 
 framework("accelerate")
@@ -30,6 +31,17 @@ class _SeesSkippedSteps(AcceleratedOptimizer):
         if super().step_was_skipped:  # the scaler left the step out
             return True
         return self._before is not None and self._after is not None and bool(self._before != self._after)
+
+    @property
+    def ema(self) -> EMA | None:
+        """The average of the optimizer inside: a plain wrapper keeps what it is given to itself."""
+        optimizer: Any = fused(self)
+        return optimizer.ema  # type: ignore[no-any-return]
+
+    @ema.setter
+    def ema(self, ema: EMA | None) -> None:
+        optimizer: Any = fused(self)
+        optimizer.ema = ema
 
     # Hooks, since a scheduler has put the wrapper's step() into the wrapper: one of this class would not be called.
     def _watch(self) -> None:

@@ -1,0 +1,87 @@
+"""What of an average is saved, loaded, copied and pickled."""
+
+from contextlib import suppress
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import advice
+from .ema_checkpoints import read, written
+from .ema_swap import LendsWeights
+from .ema_update import check_type
+from .model_slots import lifted, load_weights
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class KeepsState(LendsWeights):
+    """An average that outlives the process, in a form of its own or of another library."""
+
+    def state_dict(self, *, form: str | None = None) -> dict[str, Any]:
+        """The averaged weights and ``step``. The settings are constructor arguments and not saved.
+
+        Args:
+            form: ``"torch"``, ``"timm"`` or ``"diffusers"``: a state that ``AveragedModel``, ``ModelEmaV3`` or
+                ``EMAModel`` loads. (timm's ``--resume`` reads ``ema.module.state_dict()`` as ``"state_dict_ema"``.)
+
+        Raises:
+            ValueError: ``form`` is none of these.
+        """
+        advice.average_used(self)
+        self._be_the_model()
+        module = self.module
+        with lifted(self._shared().values() if form is None else ()):
+            return written(module.state_dict(), module, self.step, form)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any], *, step: int | None = None) -> None:
+        """Take over a state that :meth:`state_dict` returned, or one of another class.
+
+        These are torch's ``AveragedModel``, timm's ``ModelEmaV3``, diffusers' ``EMAModel`` and ema-pytorch's ``EMA``,
+        of which the settings are ignored, or a model's own ``state_dict``. What DDP (``module.``) and
+        ``torch.compile`` (``_orig_mod.``) put into the keys makes no difference.
+
+        Args:
+            state_dict: the state.
+            step: how many updates there were, for a state that does not say it (timm's, a model's).
+
+        Raises:
+            TypeError: it is no dictionary.
+            ValueError: keys are missing or unexpected, a shape differs, or ``step`` is missing and the decay depends
+                on it. Nothing has been changed.
+        """
+        loaded = read(state_dict, self.module)
+        if step is not None:
+            check_type("step", step, Integral, "an integer")
+        step = loaded.step if step is None else step
+        if step is None and self.step == 0 and self.depends_on_step:
+            raise ValueError(
+                "this state does not say how many updates there were: load_state_dict(state_dict, step=n)"
+            )
+        load_weights(self.module, loaded.weights, self._shared())
+        self._now_has(step)
+        advice.average_loaded(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy starts unmatched and without an optimizer.
+        self.synchronize()
+        state = {**self.__dict__, "_continues": self._was_written(), "_seen": None, "_last_source": None}
+        return {**state, "_matched": None, "_matched_models": None, "_optimizer": None, "_set_back": None}
+
+    @torch.no_grad()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy made within swap() starts with the model's own weights.
+        self.__dict__.update(state, _own_weights=None)
+        for copied, weight in state.get("_own_weights") or ():
+            copied.copy_(weight)
+        with suppress(AttributeError):  # a model that holds its average is not complete yet
+            self._remember_weights()
+
+    def __copy__(self) -> "Self":
+        # It shares the model, whose weights are to stay what they are.
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__getstate__(), _own_weights=None)
+        twin._remember_weights()
+        return twin

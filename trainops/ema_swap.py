@@ -1,0 +1,177 @@
+"""The averaged weights in the model, for an evaluation or for good."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from . import advice
+from .ema_holder import HasOptimizer
+from .model_match import match
+from .model_pairs import Matched, Pair, Replaced, check_pair
+from .model_slots import write_into
+
+
+class LendsWeights(HasOptimizer):
+    """An average whose weights can take the place of the model's own."""
+
+    _own_weights: list[tuple[Tensor, Tensor]] | None = None  # the model's, while it has the averaged ones
+    _stored: list[Tensor] | None = None
+
+    def check_model(self) -> Matched:
+        """Look at every tensor of the model anew; ValueError naming the first that its average does not match."""
+        raise NotImplementedError
+
+    @contextmanager
+    def swap(self) -> Iterator[None]:
+        """Within the ``with`` block, the model has the averaged weights; afterwards its own again, bit for bit.
+
+        The model's tensors stay where they are; their values are exchanged, and what is written into them within the
+        block is lost. Needs memory for one more copy of the model meanwhile. A copy of the model that is made within
+        the block has the averaged weights; a copy or pickle of the ``EMA`` has the model's own, and is not swapped.
+
+        Raises:
+            RuntimeError: already swapped.
+        """
+        self._check_not_swapped("swap()")
+        advice.average_used(self)
+        pairs = self.check_model().pairs
+        self._be_the_model()
+        saved = [pair.source.detach().clone() for pair in pairs]
+        self._own_weights = [(pair.source, weight) for pair, weight in zip(pairs, saved, strict=True)]
+        try:
+            with torch.no_grad():
+                for pair in pairs:
+                    write_into(pair.source, pair.average)
+            yield
+        finally:
+            self._own_weights = None
+            self._give_back(pairs, saved)
+            self._model_written()
+
+    @torch.no_grad()
+    def _give_back(self, before: list[Pair], own: list[Tensor]) -> None:
+        """Copy the model's own weights into the tensors that it has now. Raises after that if some do not fit."""
+        changed: ValueError | None = None
+        try:
+            pairs = self.check_model().pairs
+        except ValueError as error:
+            pairs, changed = before, error
+        for pair, weight in zip(pairs, own, strict=True):
+            if pair.source.shape == weight.shape:
+                write_into(pair.source, weight)
+        if changed is not None:
+            raise changed
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module | Iterable[Tensor] | None = None) -> None:
+        """Copy the averaged weights and buffers into a model, or averaged parameters into parameters.
+
+        Args:
+            model: a model of the same weights, or parameters in the order of ``model.parameters()``, as diffusers'
+                ``EMAModel`` takes them; default: the model that the average follows.
+
+        Raises:
+            ValueError: it has other weights than the average. Nothing has been changed.
+        """
+        model = self.model if model is None else model
+        replaced: list[Replaced] = []
+        if isinstance(model, nn.Module):
+            matched = match(self.module, model, self.policy, follows=model is self.model)
+            pairs = [(average, source) for average, source, _ in matched.pairs if average is not source]
+            replaced = matched.replaced
+        else:
+            pairs = _in_order(list(self.module.parameters()), model)
+        advice.average_used(self)
+        self._be_the_model()
+        for average, target in pairs:
+            write_into(target, average)
+        for x in replaced:
+            for slot in x.slots_of_model if x.average is not None else ():
+                slot.container[slot.key] = self.policy.copy_of(x.average)
+        own = set(map(id, self.model.parameters()))
+        if any(id(target) in own for _, target in pairs):
+            self._model_written()
+
+    @torch.no_grad()
+    def store(self, parameters: nn.Module | Iterable[Tensor] | None = None) -> None:
+        """Keep weights in the host's memory until :meth:`restore`, as diffusers' ``EMAModel`` does.
+
+        ``store()``, ``copy_to()``, an evaluation and ``restore()`` do what :meth:`swap` does, which also works where
+        the evaluation raises.
+
+        Args:
+            parameters: parameters, or a model with its buffers; default: the model that the average follows.
+
+        Raises:
+            RuntimeError: called inside :meth:`swap`, where the model has the averaged weights.
+        """
+        self._check_not_swapped("store()")
+        self._stored = [x.detach().to("cpu", copy=True) for x in self._tensors(parameters)]
+
+    @torch.no_grad()
+    def restore(self, parameters: nn.Module | Iterable[Tensor] | None = None) -> None:
+        """Copy back what :meth:`store` has kept, and forget it.
+
+        Args:
+            parameters: as for :meth:`store`.
+
+        Raises:
+            RuntimeError: there is nothing stored, or called inside :meth:`swap`.
+            ValueError: these are other weights than those that were stored. Nothing has been changed.
+        """
+        self._check_not_swapped("restore()")
+        if self._stored is None:
+            raise RuntimeError("restore() without store(): there are no weights to copy back")
+        pairs = _in_order(self._stored, self._tensors(parameters), "what was stored")
+        for stored, target in pairs:
+            write_into(target, stored)
+        self._stored = None
+        self._model_written()
+
+    def _tensors(self, parameters: nn.Module | Iterable[Tensor] | None) -> list[Tensor]:
+        """The tensors that store() and restore() are about."""
+        parameters = self.model if parameters is None else parameters
+        if isinstance(parameters, nn.Module):
+            return [*parameters.parameters(), *parameters.buffers()]
+        return list(parameters)
+
+    def _model_written(self) -> None:
+        """The average itself has written its model's weights, which is no training, and sets nothing back."""
+        advice.model_written(self)
+        if self._last_source is not None and self._set_back is None:
+            self._last_source = (self._last_source[0], self._last_source[0]._version)
+
+    @torch.no_grad()
+    def _be_the_model(self) -> None:
+        """Before its first update, take over the weights that the model has now, unless others have written some."""
+        self._look_back()
+        if self._has_moved or self._own_weights is not None or self._was_written():
+            return
+        try:
+            matched = self.check_model()
+        except ValueError:  # who uses the average needs no model
+            return
+        self._settle(matched)
+        for pair in matched.pairs:
+            pair.average.copy_(pair.source)
+        self._remember_weights()
+
+    def _check_not_swapped(self, what: str) -> None:
+        if self._own_weights is not None:
+            raise RuntimeError(f"{what} inside `with ema.swap()`: the model holds the averaged weights")
+
+
+def _in_order(own: list[Tensor], others: Iterable[Tensor], what: str = "the average") -> list[tuple[Tensor, Tensor]]:
+    """Each tensor with that at the same place of another list; ValueError where the lists do not fit."""
+    others = list(others)
+    if len(own) != len(others):
+        raise ValueError(f"there are {len(others)} tensors, but {what} has {len(own)}")
+    for i, (mine, other) in enumerate(zip(own, others, strict=True)):
+        if not isinstance(other, Tensor):
+            raise TypeError(f"parameters must be tensors, got {type(other).__name__}")
+        if mine.shape != other.shape:
+            raise ValueError(f"tensor {i} has shape {tuple(other.shape)}, but in {what} {tuple(mine.shape)}")
+        check_pair(f"tensor {i}", mine, other)
+    return list(zip(own, others, strict=True))
