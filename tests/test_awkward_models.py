@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from awkward import KINDS, Extra, Quantised, denser, keep, quantised, sparse, with_buffer, with_frozen
+from awkward import KINDS, Extra, Quantised, denser, quantised, sparse, with_buffer, with_frozen
 from contract import same_bits
 from models import snapshot
 from targets import over
@@ -180,9 +180,6 @@ def test_what_raises_has_changed_nothing(change, error, message, use, monkeypatc
         ema.backend = "foreign"
         refused = RuntimeError("backend 'foreign' does not take tensors on 'cpu'")
         monkeypatch.setattr("trainops.ema.select", lambda backend, device: (_ for _ in ()).throw(refused))
-    for p in model.parameters():
-        if p.grad is None and p.layout is torch.strided:
-            continue
     states = {p: {name: x.clone() for name, x in state.items()} for p, state in optimizer.state.items()}
     before, average, step = [value(p).clone() for p in model.parameters()], snapshot(ema.module), ema.step
     with pytest.raises(error, match=message):
@@ -210,7 +207,7 @@ def test_a_trained_weight_of_which_there_is_no_average(weight):
     optimizer = trainops.AdamW([model.weight, model.bias], lr=0.1, ema=ema)
     set_grads(nn.ParameterList([model.weight, model.bias]))
     before = model.weight.detach().clone()
-    with pytest.raises(ValueError, match="x is .* of which there is no average: exclude it"):
+    with pytest.raises(ValueError, match=r"x is .* of which there is no average: exclude it"):
         optimizer.step()
     assert same_bits(model.weight, before)
     assert not optimizer.state
@@ -330,7 +327,7 @@ def test_a_checkpoint_that_does_not_load_changes_nothing(spoil):
     state["grows"] = torch.ones(7)
     spoil(state)
     before = snapshot(ema.module)
-    with pytest.raises(ValueError, match="does not fit|expected|no tensor"):
+    with pytest.raises(ValueError, match=r"does not fit|expected|no tensor"):
         ema.load_state_dict({"module": state, "step": 3})
     assert ema.step == 0
     assert ema.module.extra == "good"
@@ -375,4 +372,3 @@ def test_a_copy_of_an_average_of_awkward_tensors():
         twin = copy.deepcopy(trainops.EMA(build(), 0.5))
         twin.update()
         assert_follows(twin)
-        keep(twin)

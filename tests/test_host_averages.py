@@ -197,9 +197,9 @@ def test_a_capture_is_refused_before_anything_has_changed(fake, gpu_backend):
     optimizer = trainops.AdamW([model.weights[1]], lr=0.1, capturable=True, ema=ema, backend=gpu_backend)
     model.weights[1].grad = torch.ones_like(model.weights[1])
     graph = torch.cuda.CUDAGraph()
-    with pytest.raises(RuntimeError, match="graph cannot hold the update of an average on the CPU"):
-        with torch.cuda.graph(graph):
-            optimizer.step()
+    refused = pytest.raises(RuntimeError, match="graph cannot hold the update of an average on the CPU")
+    with refused, torch.cuda.graph(graph):
+        optimizer.step()
     assert ema.step == 0
     assert not optimizer.state
 

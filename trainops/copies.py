@@ -61,7 +61,7 @@ class HostCopies:
         found: dict[int, Tensor] = {}
         for places, host, _ in self._flat:
             sizes = [self._forms[i][1].numel() for i in places]
-            for i, x in zip(places, host.split(sizes), strict=True):
+            for i, x in zip(places, torch.split(host, sizes), strict=True):
                 dtype, shape = self._forms[i]
                 found[i] = x.view(dtype).view(shape)
         self._flat.clear()
@@ -84,7 +84,7 @@ _side_streams: dict[torch.device, torch.cuda.Stream] = {}
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     """A device's stream for copies beside what else it does."""
     if device not in _side_streams:
-        _side_streams[device] = torch.cuda.Stream(device)
+        _side_streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     return _side_streams[device]
 
 

@@ -85,10 +85,26 @@ class EMA(KeepsState):
             Given to an optimizer with a ``master``, it follows the weights in full; :meth:`update` alone sees the 16
             bits that the model has.
             ``module`` then takes inputs of that dtype, while :meth:`swap` keeps the model's.
-        device: where the average lives; default: where the model does. For an average of a GPU's model on the CPU,
-            each update waits for the GPU once.
-        average_buffers: average floating-point buffers as well; otherwise they are copied. Other buffers are
-            always copied.
+        device: where the average lives; default: where the model does. An average of a GPU's model on the CPU is
+            copied through pinned memory on a stream of its own, and moved by another thread: no step waits for it,
+            nor for the one before, unless that is still moving. The GPU needs memory for one more copy of the
+            averaged tensors meanwhile; ``update_every`` makes such copies rarer. Read ``module`` anew after an
+            update: that waits (see :meth:`synchronize`). A CUDA graph cannot hold such updates.
+        average_buffers: ``True`` or ``"average"``: floating-point buffers are averaged; ``False`` or ``"copy"``: they
+            are copied; ``"leave"``: they stay what they were. Or a dictionary from names or patterns of buffers to
+            these words, of which the first that fits decides, such as ``{"initialized": "copy"}`` for a flag of 0
+            or 1; other buffers are averaged. Buffers of integers, float8, sparse or quantised ones are copied. A
+            copied buffer may change its shape, and any buffer may come and go.
+        trainable_only: leave out parameters that are frozen (``requires_grad`` is False), as those beside adapters
+            are. One that is unfrozen later is averaged from then on, beginning with the value that it has at that
+            update; one that is frozen later stays averaged.
+        include: names or patterns of the parameters that are averaged; default: all. A pattern is a name, the name of
+            a module, a shell pattern (``"*.lora_?.*"``) or a compiled regular expression, which is searched for.
+            Names are those of ``model.named_parameters()``.
+        exclude: names or patterns of parameters that are left out. What is left out is shared: ``module`` holds the
+            model's own tensors, in their dtype, on their device and with their ``requires_grad``. They take no
+            memory, no update reads them, and :meth:`state_dict` does not have them. Frozen parameters of which there
+            is no average, such as quantised weights, are always shared.
         backend: see :func:`trainops.backends`; by default it follows the device.
 
     Attributes:
@@ -99,7 +115,7 @@ class EMA(KeepsState):
 
     Raises:
         TypeError: an argument is of another type.
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, a pattern fits no name, or a parameter has no shape yet.
     """
 
     def __init__(

@@ -22,6 +22,8 @@ class KeepsState(LendsWeights):
     def state_dict(self, *, form: str | None = None) -> dict[str, Any]:
         """The averaged weights and ``step``. The settings are constructor arguments and not saved.
 
+        Parameters that are shared with the model are left out, unless ``form`` asks for the state of another class.
+
         Args:
             form: ``"torch"``, ``"timm"`` or ``"diffusers"``: a state that ``AveragedModel``, ``ModelEmaV3`` or
                 ``EMAModel`` loads. (timm's ``--resume`` reads ``ema.module.state_dict()`` as ``"state_dict_ema"``.)
@@ -41,7 +43,9 @@ class KeepsState(LendsWeights):
 
         These are torch's ``AveragedModel``, timm's ``ModelEmaV3``, diffusers' ``EMAModel`` and ema-pytorch's ``EMA``,
         of which the settings are ignored, or a model's own ``state_dict``. What DDP (``module.``) and
-        ``torch.compile`` (``_orig_mod.``) put into the keys makes no difference.
+        ``torch.compile`` (``_orig_mod.``) put into the keys makes no difference. The module's own hooks load the
+        weights, extra state and older keys as in the model; parameters that are shared with the model are not
+        written. A copy of the module without memory loads them first, to see that all fits.
 
         Args:
             state_dict: the state.

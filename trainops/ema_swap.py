@@ -87,9 +87,11 @@ class LendsWeights(HasOptimizer):
         self._be_the_model()
         for average, target in pairs:
             write_into(target, average)
-        for x in replaced:
-            for slot in x.slots_of_model if x.average is not None else ():
-                slot.container[slot.key] = self.policy.copy_of(x.average)
+        for _, tensor, _, slots_of_model in replaced:
+            if tensor is not None:
+                copied = self.policy.copy_of(tensor)
+                for slot in slots_of_model:
+                    slot.container[slot.key] = copied
         own = set(map(id, self.model.parameters()))
         if any(id(target) in own for _, target in pairs):
             self._model_written()
