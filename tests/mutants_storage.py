@@ -182,8 +182,8 @@ STORAGE = [
         tests_of("master_state", k="cpu-cpu"),
         {
             "masters: an average that the kernel does not move is of the rounded weight": (
-                "self._weights(matched.sources)",
-                "matched.sources",
+                "self._weights(rest.sources)",
+                "rest.sources",
             )
         },
     ),

@@ -92,6 +92,15 @@ def test_the_first_update_copies(load, move):
     assert not same_tensors(ema.module, ema.model)
 
 
+def test_all_updates_of_the_beginning_copy():
+    ema = make(update_after_step=2)
+    for _ in range(3):
+        by_update(ema)
+        assert same_tensors(ema.module, ema.model)
+    by_update(ema)
+    assert not same_tensors(ema.module, ema.model)
+
+
 def test_an_average_that_has_moved_keeps_its_own_weights():
     ema = make()
     by_update(ema)

@@ -118,6 +118,9 @@ class EMA(KeepsState):
         ValueError: an argument is out of range, a pattern fits no name, or a parameter has no shape yet.
     """
 
+    _matched: Matched | None = None
+    _matched_models: tuple[nn.Module, nn.Module] | None = None  # the average's and the model that these are of
+
     def __init__(
         self,
         model: nn.Module | Iterable[Tensor],
@@ -166,8 +169,6 @@ class EMA(KeepsState):
         self._module = averaged_module(model, self.policy)
         self.backend = backend
         self.step = 0
-        self._matched: Matched | None = None
-        self._matched_models: tuple[nn.Module, nn.Module] | None = None
         self._remember_weights()
         advice.average_made(self)
 

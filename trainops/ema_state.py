@@ -77,7 +77,7 @@ class KeepsState(LendsWeights):
     @torch.no_grad()
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy made within swap() starts with the model's own weights.
-        self.__dict__.update(state, _own_weights=None)
+        self.__dict__.update({"_has_moved": state["step"] > 0, **state}, _own_weights=None)
         for copied, weight in state.get("_own_weights") or ():
             copied.copy_(weight)
         with suppress(AttributeError):  # a model that holds its average is not complete yet

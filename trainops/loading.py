@@ -65,7 +65,7 @@ class LoadsState(torch.optim.Optimizer):
             last_hook.remove()
             self._loading = None
         if (ema := self.__dict__.get("_ema")) is not None:
-            ema.optimizer_loaded(is_fresh=not seen["state"])
+            ema.optimizer_loaded(is_fresh=not any(float(its.get("step", 0)) for its in seen["state"].values()))
 
     def _load_masters(self, state: dict[str, Any], loaded: dict[str, Any]) -> None:
         """Convert loaded masters to this optimizer's kind, from what they were before PyTorch cast them."""
