@@ -9,7 +9,7 @@ EMA = [
         {
             "EMA: another step than the caller's": ("self.step + 1 if step is None else step", "self.step + 1"),
             "EMA: another model is not noticed": (
-                " or models[0] is not self.module or models[1] is not self.model:",
+                " or models[0] is not self._module or models[1] is not self.model:",
                 ":",
             ),
             "EMA: any model is taken": ("if not is_same_model(model, self.model):", "if False:"),
@@ -39,7 +39,7 @@ EMA = [
     *planted(
         "trainops/ema_swap.py",
         tests_of("ema_model", k="swap and reference-cpu"),
-        {"EMA: swapped weights are not given back": ("pair.source.copy_(weight)", "pass")},
+        {"EMA: swapped weights are not given back": ("write_into(pair.source, weight)", "pass")},
     ),
     *planted(
         "trainops/ema_state.py",

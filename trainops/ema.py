@@ -1,7 +1,6 @@
 """Exponential moving average of a model's weights."""
 
-import copy
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -10,11 +9,14 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable, which imports no compiler until it is called
 
 from . import advice, ema_advice
-from .adapters import check
+from .adapters import check, select
+from .ema_policy import AveragePolicy, Patterns
 from .ema_schedule import Decay
 from .ema_state import KeepsState
 from .ema_update import check_type, update_pairs
-from .model_pairs import Matched, converted, match
+from .model_match import match
+from .model_pairs import Matched
+from .model_slots import averaged_module
 from .parameter_list import as_model, same_parameters
 from .wrappers import is_same_model
 
@@ -83,10 +85,26 @@ class EMA(KeepsState):
             Given to an optimizer with a ``master``, it follows the weights in full; :meth:`update` alone sees the 16
             bits that the model has.
             ``module`` then takes inputs of that dtype, while :meth:`swap` keeps the model's.
-        device: where the average lives; default: where the model does. For an average of a GPU's model on the CPU,
-            each update waits for the GPU once.
-        average_buffers: average floating-point buffers as well; otherwise they are copied. Other buffers are
-            always copied.
+        device: where the average lives; default: where the model does. An average of a GPU's model on the CPU is
+            copied through pinned memory on a stream of its own, and moved by another thread: no step waits for it,
+            nor for the one before, unless that is still moving. The GPU needs memory for one more copy of the
+            averaged tensors meanwhile; ``update_every`` makes such copies rarer. Read ``module`` anew after an
+            update: that waits (see :meth:`synchronize`). A CUDA graph cannot hold such updates.
+        average_buffers: ``True`` or ``"average"``: floating-point buffers are averaged; ``False`` or ``"copy"``: they
+            are copied; ``"leave"``: they stay what they were. Or a dictionary from names or patterns of buffers to
+            these words, of which the first that fits decides, such as ``{"initialized": "copy"}`` for a flag of 0
+            or 1; other buffers are averaged. Buffers of integers, float8, sparse or quantised ones are copied. A
+            copied buffer may change its shape, and any buffer may come and go.
+        trainable_only: leave out parameters that are frozen (``requires_grad`` is False), as those beside adapters
+            are. One that is unfrozen later is averaged from then on, beginning with the value that it has at that
+            update; one that is frozen later stays averaged.
+        include: names or patterns of the parameters that are averaged; default: all. A pattern is a name, the name of
+            a module, a shell pattern (``"*.lora_?.*"``) or a compiled regular expression, which is searched for.
+            Names are those of ``model.named_parameters()``.
+        exclude: names or patterns of parameters that are left out. What is left out is shared: ``module`` holds the
+            model's own tensors, in their dtype, on their device and with their ``requires_grad``. They take no
+            memory, no update reads them, and :meth:`state_dict` does not have them. Frozen parameters of which there
+            is no average, such as quantised weights, are always shared.
         backend: see :func:`trainops.backends`; by default it follows the device.
 
     Attributes:
@@ -97,7 +115,7 @@ class EMA(KeepsState):
 
     Raises:
         TypeError: an argument is of another type.
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, a pattern fits no name, or a parameter has no shape yet.
     """
 
     _matched: Matched | None = None
@@ -117,7 +135,10 @@ class EMA(KeepsState):
         update_every: int = 1,
         dtype: torch.dtype | None = None,
         device: torch.device | str | int | None = None,
-        average_buffers: bool = True,
+        average_buffers: bool | str | Mapping[Any, str] = True,
+        trainable_only: bool = False,
+        include: Patterns | None = None,
+        exclude: Patterns | None = None,
         backend: str | None = None,
     ) -> None:
         model = as_model(model)
@@ -136,8 +157,16 @@ class EMA(KeepsState):
             raise ValueError(f"dtype must be a floating-point type, got {dtype}")
         check(backend)
         self.model = model
-        self.module = converted(copy.deepcopy(model).eval().requires_grad_(False), device, dtype)
-        self.average_buffers = average_buffers
+        self.policy = AveragePolicy(
+            model,
+            dtype=dtype,
+            device=device,
+            average_buffers=average_buffers,
+            trainable_only=trainable_only,
+            include=include,
+            exclude=exclude,
+        )
+        self._module = averaged_module(model, self.policy)
         self.backend = backend
         self.step = 0
         self._remember_weights()
@@ -191,15 +220,19 @@ class EMA(KeepsState):
         decay = self.decay_at(step) if step % self.update_every == 0 else None
         if decay == 0.0 and (self._continues or not self._has_moved):
             decay = self._decay_of_start(step, decay)
+        if decay is not None:
+            self._check_can_move(matched)
         return Update(matched, decay, step)
 
     def finish_update(self, update: "Update", done: Collection[int] = (), skip: Tensor | None = None) -> None:
         """Count the update; move what is not ``done`` (by ``id`` of the model's tensor), unless ``skip`` is true."""
         matched, decay = update.matched, update.decay
         if decay is not None:
+            self.synchronize()
+            self._settle(matched, skip)
             if len(done) < len(matched.pairs):
                 rest = matched.without(done) if done else matched
-                update_pairs(rest, self._weights(rest.sources), decay, skip, self.backend)
+                self._pending = update_pairs(rest, self._weights(rest.sources), decay, skip, self.backend)
             self._has_moved = True
         self.step = update.step
         self._remember_step(matched.sources)
@@ -224,9 +257,14 @@ class EMA(KeepsState):
 
     def check_model(self) -> Matched:
         """Look at every tensor of the model anew; ValueError naming the first that its average does not match."""
-        self._matched = match(self.module, self.model, self.average_buffers)
-        self._matched_models = (self.module, self.model)
+        self._matched = match(self._module, self.model, self.policy)
+        self._matched_models = (self._module, self.model)
         return self._matched
+
+    def check_rest(self, done: Collection[int]) -> None:
+        """Before an optimizer's step: ValueError where an average that its kernel does not move does not fit."""
+        if self._matched is not None and not self._matched.fits_without(done):
+            self.check_model()
 
     def __repr__(self) -> str:
         names = ("decay", "warmup", "update_after_step", "update_every", "step")
@@ -240,7 +278,7 @@ class EMA(KeepsState):
 
     def __getattr__(self, name: str) -> Any:
         # Whatever a module would have, under its name.
-        if not name.startswith("_") and hasattr(self.__dict__.get("module"), name):
+        if not name.startswith("_") and hasattr(self.__dict__.get("_module"), name):
             raise AttributeError(f"an EMA is no module and has no {name!r}: write ema.module.{name}")
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -252,9 +290,16 @@ class EMA(KeepsState):
     def _match(self) -> Matched:
         """Pair every tensor of the model with its average, again if one was replaced: frameworks do that at will."""
         models = self._matched_models
-        if models is None or models[0] is not self.module or models[1] is not self.model:
+        if models is None or models[0] is not self._module or models[1] is not self.model:
             return self.check_model()
         return self._matched if self._matched is not None and self._matched.is_current() else self.check_model()
+
+    def _check_can_move(self, matched: Matched) -> None:
+        """Raise where the averages could not be moved."""
+        for device in matched.devices:
+            select(self.backend, device)
+        if matched.waits and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a CUDA graph cannot hold the update of an average on the CPU: see EMA(device=)")
 
     def _check_followed(self, model: Any) -> None:
         """Raise unless this is the model that the average follows, or what it follows from now on."""
@@ -274,5 +319,5 @@ class EMA(KeepsState):
         if not isinstance(self.model, nn.ParameterList):
             message = "these are not the parameters of the model that the average follows, in their order"
             raise ValueError(message)  # noqa: TRY004
-        match(self.module, given, self.average_buffers)
+        match(self._module, given, self.policy, follows=False)
         self.model = given

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .model_pairs import listed
+from .model_slots import listed
 
 FORMS = ("torch", "timm", "diffusers")
 _KNOWN = "torch's AveragedModel, timm's ModelEmaV3, diffusers' EMAModel, ema-pytorch's EMA, or a model"

@@ -5,21 +5,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .ema_schedule import DecaySchedule
+from .ema_module import HasModule
 
 # A weight as the average itself left it: the tensor, its version counter, and where it lies.
 _Seen = tuple["weakref.ref[Tensor]", int, tuple[Any, ...]]
 
 
-class KnowsStart(DecaySchedule):
+class KnowsStart(HasModule):
     """An average that knows whether it has moved yet.
 
     Until its first update, an average is its model, whatever is loaded into that. But weights that are loaded into
     ``module`` are an average already: the first update continues from them, where else it would be a copy.
     """
 
-    model: nn.Module
-    module: nn.Module
     _has_moved = False
     _continues = False  # from weights that others have written, whose updates nobody has counted
     _seen: list[_Seen] | None = None

@@ -10,7 +10,7 @@ from . import advice
 from .ema_checkpoints import read, written
 from .ema_swap import LendsWeights
 from .ema_update import check_type
-from .model_pairs import check_checkpoint
+from .model_slots import lifted, load_weights
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -22,6 +22,8 @@ class KeepsState(LendsWeights):
     def state_dict(self, *, form: str | None = None) -> dict[str, Any]:
         """The averaged weights and ``step``. The settings are constructor arguments and not saved.
 
+        Parameters that are shared with the model are left out, unless ``form`` asks for the state of another class.
+
         Args:
             form: ``"torch"``, ``"timm"`` or ``"diffusers"``: a state that ``AveragedModel``, ``ModelEmaV3`` or
                 ``EMAModel`` loads. (timm's ``--resume`` reads ``ema.module.state_dict()`` as ``"state_dict_ema"``.)
@@ -31,7 +33,9 @@ class KeepsState(LendsWeights):
         """
         advice.average_used(self)
         self._be_the_model()
-        return written(self.module.state_dict(), self.module, self.step, form)
+        module = self.module
+        with lifted(self._shared().values() if form is None else ()):
+            return written(module.state_dict(), module, self.step, form)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any], *, step: int | None = None) -> None:
@@ -39,7 +43,9 @@ class KeepsState(LendsWeights):
 
         These are torch's ``AveragedModel``, timm's ``ModelEmaV3``, diffusers' ``EMAModel`` and ema-pytorch's ``EMA``,
         of which the settings are ignored, or a model's own ``state_dict``. What DDP (``module.``) and
-        ``torch.compile`` (``_orig_mod.``) put into the keys makes no difference.
+        ``torch.compile`` (``_orig_mod.``) put into the keys makes no difference. The module's own hooks load the
+        weights, extra state and older keys as in the model; parameters that are shared with the model are not
+        written. A copy of the module without memory loads them first, to see that all fits.
 
         Args:
             state_dict: the state.
@@ -51,7 +57,6 @@ class KeepsState(LendsWeights):
                 on it. Nothing has been changed.
         """
         loaded = read(state_dict, self.module)
-        check_checkpoint(self.module.state_dict(), loaded.weights)
         if step is not None:
             check_type("step", step, Integral, "an integer")
         step = loaded.step if step is None else step
@@ -59,12 +64,13 @@ class KeepsState(LendsWeights):
             raise ValueError(
                 "this state does not say how many updates there were: load_state_dict(state_dict, step=n)"
             )
-        self.module.load_state_dict(loaded.weights)
+        load_weights(self.module, loaded.weights, self._shared())
         self._now_has(step)
         advice.average_loaded(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy starts unmatched and without an optimizer.
+        self.synchronize()
         state = {**self.__dict__, "_continues": self._was_written(), "_seen": None, "_last_source": None}
         return {**state, "_matched": None, "_matched_models": None, "_optimizer": None, "_set_back": None}
 

@@ -8,13 +8,14 @@ from torch import Tensor, nn
 
 from . import advice
 from .ema_holder import HasOptimizer
-from .model_pairs import Matched, Pair, check_pair, match
+from .model_match import match
+from .model_pairs import Matched, Pair, Replaced, check_pair
+from .model_slots import write_into
 
 
 class LendsWeights(HasOptimizer):
     """An average whose weights can take the place of the model's own."""
 
-    average_buffers: bool
     _own_weights: list[tuple[Tensor, Tensor]] | None = None  # the model's, while it has the averaged ones
     _stored: list[Tensor] | None = None
 
@@ -42,7 +43,7 @@ class LendsWeights(HasOptimizer):
         try:
             with torch.no_grad():
                 for pair in pairs:
-                    pair.source.copy_(pair.average)
+                    write_into(pair.source, pair.average)
             yield
         finally:
             self._own_weights = None
@@ -59,7 +60,7 @@ class LendsWeights(HasOptimizer):
             pairs, changed = before, error
         for pair, weight in zip(pairs, own, strict=True):
             if pair.source.shape == weight.shape:
-                pair.source.copy_(weight)
+                write_into(pair.source, weight)
         if changed is not None:
             raise changed
 
@@ -75,14 +76,22 @@ class LendsWeights(HasOptimizer):
             ValueError: it has other weights than the average. Nothing has been changed.
         """
         model = self.model if model is None else model
+        replaced: list[Replaced] = []
         if isinstance(model, nn.Module):
-            pairs = [(pair.average, pair.source) for pair in match(self.module, model, self.average_buffers).pairs]
+            matched = match(self.module, model, self.policy, follows=model is self.model)
+            pairs = [(average, source) for average, source, _ in matched.pairs if average is not source]
+            replaced = matched.replaced
         else:
             pairs = _in_order(list(self.module.parameters()), model)
         advice.average_used(self)
         self._be_the_model()
         for average, target in pairs:
-            target.copy_(average)
+            write_into(target, average)
+        for _, tensor, _, slots_of_model in replaced:
+            if tensor is not None:
+                copied = self.policy.copy_of(tensor)
+                for slot in slots_of_model:
+                    slot.container[slot.key] = copied
         own = set(map(id, self.model.parameters()))
         if any(id(target) in own for _, target in pairs):
             self._model_written()
@@ -119,7 +128,7 @@ class LendsWeights(HasOptimizer):
             raise RuntimeError("restore() without store(): there are no weights to copy back")
         pairs = _in_order(self._stored, self._tensors(parameters), "what was stored")
         for stored, target in pairs:
-            target.copy_(stored)
+            write_into(target, stored)
         self._stored = None
         self._model_written()
 
@@ -143,10 +152,11 @@ class LendsWeights(HasOptimizer):
         if self._has_moved or self._own_weights is not None or self._was_written():
             return
         try:
-            pairs = self.check_model().pairs
+            matched = self.check_model()
         except ValueError:  # who uses the average needs no model
             return
-        for pair in pairs:
+        self._settle(matched)
+        for pair in matched.pairs:
             pair.average.copy_(pair.source)
         self._remember_weights()
 

@@ -10,9 +10,12 @@ from torch.compiler import is_compiling
 
 from . import reference
 from .adapters import check, select
-from .copies import copy_all, fetch
-from .model_pairs import Pairs, check_pair, kind
+from .background import Later
+from .copies import HostCopies, copy_all, fetch, is_copied_beside
+from .ema_policy import AveragePolicy
+from .model_pairs import Pairs, Replaced, check_pair
 from .plain import all_plain
+from .storage import kind
 from .tables import as_real
 
 
@@ -83,8 +86,11 @@ def get_ema_multi_avg_fn(decay: float = 0.999) -> Callable[[Sequence[Tensor], Se
 
 def update_pairs(
     matched: Pairs, sources: list[Tensor], decay: float, skip: Tensor | None, backend: str | None
-) -> None:
-    """Move averages towards their ``sources``, and copy the others, unless ``skip`` is true."""
+) -> Later | None:
+    """Move averages towards their ``sources``, and copy the others, unless ``skip`` is true.
+
+    Averages on the host of tensors on GPUs are moved later, by a thread of its own.
+    """
     averages = matched.averages
     targets = [pair.average for pair in matched.copied]
     copied = [pair.source for pair in matched.copied]
@@ -93,12 +99,47 @@ def update_pairs(
         wanted, devices = [*sources, *copied], [x.device for x in (*averages, *targets)]
         if skip is not None:
             wanted, devices = [*wanted, skip], [*devices, devices[0]]
+        if is_copied_beside(wanted, devices):
+            copies = HostCopies(wanted)
+
+            @torch.no_grad()
+            def move() -> None:
+                fetched = copies.wait()
+                skipped = None if skip is None else fetched.pop()
+                _move(averages, targets, fetched, decay, skipped, backend)
+
+            return Later(move)
         fetched = fetch(wanted, devices)
         skip = None if skip is None else fetched.pop()
-        sources, copied = fetched[: len(averages)], fetched[len(averages) :]
-    update_averages(averages, sources, decay, skip, backend)
+        _move(averages, targets, fetched, decay, skip, backend)
+        return None
+    _move(averages, targets, [*sources, *copied], decay, skip, backend)
+    return None
+
+
+def _move(
+    averages: list[Tensor],
+    targets: list[Tensor],
+    sources: list[Tensor],
+    decay: float,
+    skip: Tensor | None,
+    backend: str | None,
+) -> None:
+    """Move averages towards the first of ``sources``, and copy the others to ``targets``."""
+    update_averages(averages, sources[: len(averages)], decay, skip, backend)
     if targets:
-        copy_all(targets, copied, skip)
+        copy_all(targets, sources[len(averages) :], skip)
+
+
+@torch.no_grad()
+def replace_all(replaced: Sequence[Replaced], policy: AveragePolicy, skip: Tensor | None) -> None:
+    """Put copies of what cannot be copied in place into their slots. Waits for ``skip``, if it lies on a device."""
+    if not replaced or (skip is not None and skip.item()):
+        return
+    for x in replaced:
+        copied = policy.new(x.source)
+        for slot in x.slots:
+            slot.container[slot.key] = copied
 
 
 def update_averages(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
-from .model_pairs import check_checkpoint
+from .model_slots import check_checkpoint
 from .rows import complete_state
 from .storage import MASTER, wants_master
 

@@ -1,11 +1,13 @@
-"""Every tensor of a model with its average, as both are now: frameworks replace parameters at will."""
+"""Tensors of a model with their averages, and whether both modules still hold the same ones."""
 
 import operator
 from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
+
+from .model_slots import Slot
+from .storage import kind
 
 
 class Pair(NamedTuple):
@@ -14,6 +16,36 @@ class Pair(NamedTuple):
     average: Tensor
     source: Tensor
     averaged: bool  # else it is copied
+
+
+class Replaced(NamedTuple):
+    """A tensor that is copied as a whole, because nothing can be written into it, such as one of a sparse layout."""
+
+    source: Tensor
+    average: Tensor | None
+    slots: list[Slot]  # of the averaged module
+    slots_of_model: list[Slot]
+
+
+class Change(NamedTuple):
+    """What a slot of the averaged module is to hold; with ``gone``, there will be no such slot."""
+
+    slot: Slot
+    tensor: Tensor | None
+    persistent: bool = True  # of a new buffer
+    gone: bool = False
+
+
+class Found:
+    """What there is to pair in two modules."""
+
+    def __init__(self) -> None:
+        self.pairs: list[Pair] = []
+        self.replaced: list[Replaced] = []
+        self.changes: list[Change] = []
+        self.frozen: list[Tensor] = []  # parameters that are shared as long as they are frozen
+        self.begun: set[str] = set()  # names of parameters that will be shared no longer
+        self.unseen: list[Slot] = []  # their tensors do not matter
 
 
 class Pairs:
@@ -33,16 +65,25 @@ class Pairs:
 class Matched(Pairs):
     """All pairs of a model and its average, and everything that both modules held when they were paired."""
 
-    def __init__(self, pairs: list[Pair], module: nn.Module, model: nn.Module) -> None:
-        super().__init__(pairs)
-        self.fusable = {id(pair.source): pair.average for pair in pairs if _is_fusable(pair)}
-        self._others = [pair for pair in pairs if id(pair.source) not in self.fusable]
+    def __init__(self, found: Found, module: nn.Module, model: nn.Module) -> None:
+        super().__init__(found.pairs)
+        self.replaced, self._changes, self._frozen, self._begun = (
+            found.replaced,
+            found.changes,
+            found.frozen,
+            found.begun,
+        )
+        self.fusable = {id(pair.source): pair.average for pair in self.pairs if _is_fusable(pair)}
+        self.devices = list(dict.fromkeys(x.device for x in self.averages))
+        self.waits = any(x.is_cuda and y.device.type == "cpu" for y, x, _ in self.pairs)
+        self._others = [pair for pair in self.pairs if id(pair.source) not in self.fusable]
         modules = [m for root in (module, model) for m in root.modules()]
         self._containers: list[dict[str, Any]] = [x for m in modules for x in (m._parameters, m._buffers, m._modules)]
         self._size = sum(map(len, self._containers))
-        self._owners = [container for container in self._containers for _ in container]
-        self._keys = [key for container in self._containers for key in container]
-        self._values = [value for container in self._containers for value in container.values()]
+        unseen = {(id(slot.container), slot.key) for slot in _unseen(found)}
+        seen = [(x, key) for x in self._containers for key in x if (id(x), key) not in unseen]
+        self._owners, self._keys = [x for x, _ in seen], [key for _, key in seen]
+        self._values = [x[key] for x, key in seen]
 
     def is_current(self) -> bool:
         """Whether both modules still hold the same tensors and modules in the same places, and no others.
@@ -54,82 +95,42 @@ class Matched(Pairs):
             same
             and sum(map(len, self._containers)) == self._size
             and all(pair.average.shape == pair.source.shape for pair in self._others)
+            and not self._changes
+            and not (self._frozen and any(x.requires_grad for x in self._frozen))
         )
+
+    def fits_without(self, done: Collection[int]) -> bool:
+        """Whether the pairs that are not ``done``, by ``id`` of the source, have equal shapes."""
+        return all(average.shape == source.shape for average, source, _ in self.pairs if id(source) not in done)
+
+    def settle(self, shared: set[str]) -> None:
+        """Let the averaged module hold what it was paired for. ``shared``: names of the parameters that it shares."""
+        for slot, tensor, persistent, gone in self._changes:
+            if gone:
+                del slot.container[slot.key]
+                slot.owner._non_persistent_buffers_set.discard(slot.key)
+                continue
+            if slot.key not in slot.container and not persistent:
+                slot.owner._non_persistent_buffers_set.add(slot.key)
+            slot.container[slot.key] = tensor
+        shared -= self._begun
+
+
+def _unseen(found: Found) -> Iterable[Slot]:
+    """Slots whose tensors may change without a need to look at the modules anew."""
+    return [*found.unseen, *(slot for x in found.replaced for slot in x.slots)]
 
 
 def _is_fusable(pair: Pair) -> bool:
-    return isinstance(pair.source, nn.Parameter) and pair.average.device == pair.source.device
+    return pair.averaged and isinstance(pair.source, nn.Parameter) and pair.average.device == pair.source.device
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters and buffers of a module by name, tied ones once."""
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for prefix, submodule in module.named_modules():
-        for owner in (submodule._parameters, submodule._buffers):
-            for key, tensor in owner.items():
-                if tensor is not None and id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    found[f"{prefix}.{key}" if prefix else key] = tensor
-    return found
-
-
-def match(module: nn.Module, model: nn.Module, average_buffers: bool) -> Matched:
-    """Pairs every tensor of ``model`` with that of ``module``; ValueError naming the first that does not match."""
-    averages, sources = _tensors(module), _tensors(model)
-    if averages.keys() != sources.keys():
-        name = min(averages.keys() ^ sources.keys())
-        raise ValueError(f"{name} is in {'the average' if name in averages else 'the model'} alone")
-    pairs = []
-    for name, average in averages.items():
-        source = sources[name]
-        check_pair(name, average, source)
-        averaged = kind(average) != "other" and (average_buffers or isinstance(source, nn.Parameter))
-        pairs.append(Pair(average, source, averaged))
-    return Matched(pairs, module, model)
-
-
-def check_pair(name: str, average: Tensor, tensor: Tensor) -> None:
+def check_pair(name: str, average: Tensor, tensor: Tensor, advice: str = "") -> None:
     """ValueError naming a tensor whose average has another shape, or is of another kind."""
     if average.shape != tensor.shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but its average has shape {tuple(average.shape)}")
+        shapes = f"shape {tuple(tensor.shape)}, but its average has shape {tuple(average.shape)}"
+        raise ValueError(f"{name} has {shapes}{advice}")
+    if (average.device.type == "meta") != (tensor.device.type == "meta"):
+        raise ValueError(f"{name} is on {tensor.device}, but its average on {average.device}")
     if kind(average) != kind(tensor):
-        raise ValueError(f"{name} is {tensor.dtype}, but its average is {average.dtype}")
-
-
-def kind(x: Tensor) -> str:
-    """Whether a tensor can be averaged, and with which others: "complex", "real" or "other"."""
-    return "complex" if x.is_complex() else "real" if x.is_floating_point() else "other"
-
-
-def converted(module: nn.Module, device: torch.device | str | int | None, dtype: torch.dtype | None) -> nn.Module:
-    """The module, moved, its floating-point tensors in a dtype. Tied tensors stay tied."""
-    done: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def convert_once(x: Tensor) -> Tensor:
-        if id(x) not in done:
-            done[id(x)] = (x, x.to(device=device, dtype=dtype if x.is_floating_point() else None))
-        return done[id(x)][1]
-
-    return module._apply(convert_once)  # type: ignore[no-untyped-call, no-any-return]
-
-
-def check_checkpoint(own: dict[str, Any], loaded: dict[str, Any]) -> None:
-    """ValueError where weights that are to be loaded are not those of the average."""
-    if own.keys() != loaded.keys():
-        absent, unexpected = sorted(own.keys() - loaded.keys()), sorted(loaded.keys() - own.keys())
-        raise ValueError(
-            f"the checkpoint does not fit the model: missing {listed(absent)}, unexpected {listed(unexpected)}"
-        )
-    for name, value in loaded.items():
-        if isinstance(own[name], Tensor) and not isinstance(value, Tensor):
-            raise ValueError(f"{name} is no tensor but {value!r}")  # noqa: TRY004
-        if isinstance(value, Tensor) and value.shape != own[name].shape:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(own[name].shape)}")
-
-
-def listed(keys: Iterable[Any], most: int = 4) -> str:
-    """Some keys, and how many there are beside them."""
-    names = list(keys)
-    rest = len(names) - most
-    return f"[{', '.join(map(repr, names[:most]))}{f', and {rest} more' if rest > 0 else ''}]"
+        raise ValueError(f"{name} is {tensor.dtype}, but its average is {average.dtype}{advice}")

@@ -286,6 +286,8 @@ class FusedOptimizer(KnowsTorchStep, HasOwnSettings, TakesJointNorm, LoadsState,
             groups = [Group(self.settings(group), rows) for group, rows in pairs]
             params = table.params
             all_averaged = table.averaged == len(averages)
+            if self.ema is not None and not all_averaged:
+                self.ema.check_rest(averages.keys() & set(map(id, params)))
             if control.measures and self._is_spread():
                 known = self._joint_norm(control)
                 control = known.control
@@ -307,10 +309,14 @@ class FusedOptimizer(KnowsTorchStep, HasOwnSettings, TakesJointNorm, LoadsState,
         known = set(self.state)
         try:
             if self._is_left_to_torch():
+                if self.ema is not None:
+                    self.ema.check_rest(())
                 self._torch_step()
                 return [], StepResult()
             groups = gather(self, averages)
             params = [p for group in groups for p in group.columns["param"]]
+            if self.ema is not None:
+                self.ema.check_rest(averages.keys() & set(map(id, params)))
             count_writes([*params, *averages.values()])
             in_turn = have_common_memory(params)
             if in_turn:  # the average follows when all rows are done

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from .adapters import Group
-from .model_pairs import kind
-from .storage import MASTER, dtypes_of_state, fits, new_master, wants_master
+from .storage import MASTER, dtypes_of_state, fits, kind, new_master, wants_master
 from .tables import aligned
 
 if TYPE_CHECKING:

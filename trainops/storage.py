@@ -105,3 +105,12 @@ def loaded_master(param: Tensor, candidates: Iterable[Any], master: str) -> Tens
         return own
     weight = reference.join(param, own)
     return weight if master == "float32" else reference.remainder(weight, param)
+
+
+# Float8 and narrower are stored, but no arithmetic knows them.
+_REAL = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+
+
+def kind(x: Tensor) -> str:
+    """Whether a tensor can be averaged, and with which others: "complex", "real" or "other"."""
+    return "real" if x.dtype in _REAL else "complex" if x.is_complex() else "other"

@@ -6,7 +6,8 @@ what is wrong. ``faults`` does: two streams use memory in no order; memory is fr
 stream has read it; a graph uses memory that was freed.
 
 What CUDA refuses is a RuntimeError: during a capture, to wait for a device and to allocate pinned memory.
-``synchronizations`` has the reasons for which the host waited for a device. ``backends.py`` lets kernels run.
+``synchronizations`` has the reasons for which the host waited for a device, but for those of threads that work beside
+the others (``beside``). ``backends.py`` lets kernels run.
 """
 
 import bisect
@@ -50,10 +51,11 @@ class FakeCuda:
         with FakeDevices(self):
             yield self
 
-    def in_thread(self, function):
-        """Start a host thread that has the devices, too."""
+    def in_thread(self, function, beside=False):
+        """Start a host thread that has the devices, too. ``beside``: others do not wait for it."""
 
         def work():
+            self.thread.is_beside = beside
             with FakeDevices(self):
                 function()
 
@@ -120,7 +122,8 @@ class FakeCuda:
 
     def synchronize(self, reason="the device", clock=None):
         self.refuse_in_capture(f"to wait for {reason}")
-        self.synchronizations.append(reason)
+        if not getattr(self.thread, "is_beside", False):
+            self.synchronizations.append(reason)
         for known in [stream.clock for stream in self.streams.values()] if clock is None else [clock]:
             self.host |= known
 

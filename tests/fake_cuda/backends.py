@@ -5,19 +5,45 @@ A kernel is taken to write every tensor that its table or its arguments name, an
 
 import functools
 import importlib
+import threading
 from array import array
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 import torch
 from targets import SHIM, TARGETS
 
-from trainops import adapters, core, graphs, plain, uploads
+from trainops import adapters, background, copies, core, graphs, plain, uploads
 from trainops.adapters import _triton, cuda, triton
 from trainops.uploads import Recent
 
 from . import DeviceTensor, FakeCuda
 
 BACKENDS = [name for name in ("cuda", "triton") if SHIM and any(target.backend == name for target in TARGETS)]
+
+
+class Worker:
+    """In place of the thread of ``trainops.background``. Its work is done in turn, and not before ``allowed``."""
+
+    def __init__(self, fake):
+        self.fake, self.allowed, self.last = fake, threading.Event(), None
+        self.allowed.set()
+
+    def submit(self, work):
+        future, before = Future(), self.last
+
+        def do():
+            if before is not None:
+                before.exception()
+            self.allowed.wait()
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self.last = future
+        self.fake.in_thread(do, beside=True)
+        return future
 
 
 class Touched:
@@ -113,6 +139,9 @@ def fake_devices(monkeypatch):
     forget_uploads(fake, monkeypatch)
     monkeypatch.setattr(triton, "refusal", lambda device: "" if device.type == "cuda" else "it takes CUDA tensors")
     monkeypatch.setattr(_triton, "launch", functools.partial(launch_triton, fake, _triton.launch))
+    fake.worker = Worker(fake)
+    monkeypatch.setattr(background, "_worker", lambda: fake.worker)
+    monkeypatch.setattr(copies, "_side_streams", {})
     adapters._select.cache_clear()
     core.reader.configure(api=None, describe=describe, plain_types=tuple(plain_types))
     try:
