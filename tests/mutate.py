@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from mutants import C_PLUS_PLUS
 from mutants_ema import EMA
 from mutants_gpu import TRITON_AND_CUDA
+from mutants_models import MODELS
 from mutants_python import PYTHON
 from mutants_queue import QUEUE
 from mutants_rules import RULES
@@ -28,7 +29,7 @@ from mutants_storage import STORAGE
 from scratch import ROOT, Tree, tracked
 
 OUTCOMES = ROOT / "build" / "mutants.json"
-MUTANTS = [*C_PLUS_PLUS, *RULES, *PYTHON, *EMA, *STORAGE, *TRITON_AND_CUDA, *QUEUE]
+MUTANTS = [*C_PLUS_PLUS, *RULES, *PYTHON, *EMA, *MODELS, *STORAGE, *TRITON_AND_CUDA, *QUEUE]
 NOTICED, UNNOTICED = "noticed", "UNNOTICED"
 SOURCES = {"csrc", "trainops", "triton_kernels", "setup.py"}
 LIMIT = 600  # seconds for the tests of one mutant: a fault may make them hang

@@ -1,0 +1,153 @@
+"""Faults of what an average holds of a model, of models with awkward tensors, and of averages on the host."""
+
+from mutants import planted, tests_of
+
+SNAPSHOT = "flat = torch.cat([_flat(tensors[i]) for i in places])"
+MODELS = [
+    *planted(
+        "trainops/ema_policy.py",
+        tests_of("ema_selection", "awkward_models"),
+        {
+            "policy: frozen parameters are averaged": (
+                "if self.trainable_only and not param.requires_grad:",
+                "if False:",
+            ),
+            "policy: a pattern that fits nothing": (
+                "if not any(_fits(name, pattern) for name in names):",
+                "if False:",
+            ),
+            "policy: the last pattern decides": ("in self._buffers if _fits", "in self._buffers[::-1] if _fits"),
+            "policy: a module's name is no pattern": ('or name.startswith(f"{pattern}.") ', ""),
+            "policy: subclasses are not tried": (
+                "        _answers[key] = _can_be_moved(average, source)",
+                "        return True",
+            ),
+            "policy: copies are made in inference mode": (
+                "        with torch.inference_mode(False):\n            copied",
+                "        if True:\n            copied",
+            ),
+        },
+    ),
+    *planted(
+        "trainops/model_match.py",
+        tests_of("ema_selection", "awkward_models", "ema_model", k="not target and not interpreter"),
+        {
+            "match: shared parameters stay shared": ("if self.policy.is_shared(names, source):", "if True:"),
+            "match: buffers are averaged always": ('if use == "average" and can_average', "if can_average"),
+            "match: buffers that are left are looked at": (
+                "            self.found.unseen += [",
+                "            [",
+            ),
+            "match: new buffers are persistent": (
+                "average, persistent))",
+                "average, True))",
+            ),
+            "match: a buffer that is gone stays": ("gone=name not in self.theirs", "gone=False"),
+            "match: a trained weight without an average is copied": (
+                "        elif source.requires_grad:\n",
+                "        elif False:\n",
+            ),
+            "match: a copied buffer keeps its shape": (
+                "(average.shape, kind(average)) != (source.shape, kind(source))",
+                "False",
+            ),
+        },
+    ),
+    *planted(
+        "trainops/model_pairs.py",
+        tests_of("ema_selection", "awkward_models", "ema_model", k="not target and not interpreter"),
+        {
+            "pairs: shapes are not compared": (
+                "if average.shape != tensor.shape:",
+                "if average.ndim != tensor.ndim:",
+            ),
+            "pairs: unfrozen parameters are not noticed": (
+                " and any(x.requires_grad for x in self._frozen)",
+                " and False",
+            ),
+            "pairs: what the kernel leaves is not looked at": (
+                "return all(average.shape == source.shape for average, source, _ in",
+                "return True or all(average.shape == source.shape for average, source, _ in",
+            ),
+            "pairs: whoever is averaged once is shared again": ("        shared -= self._begun\n", ""),
+        },
+    ),
+    *planted(
+        "trainops/model_slots.py",
+        tests_of("ema_selection", "awkward_models"),
+        {
+            "slots: what a forward pass has computed is copied": ("        if not x.is_leaf:", "        if False:"),
+            "slots: elements that share memory are written": (
+                "torch._debug_has_internal_overlap(target) == 1",
+                "False",
+            ),
+            "slots: buffers of inference mode are written": (" if target.is_inference() else", " if False else"),
+            "slots: a checkpoint writes the model": ("if name not in shared)", "if True)"),
+            "slots: nothing is rehearsed": ("        _rehearse(module, kept, set(shared))\n", ""),
+            "slots: versions of modules are lost": ('getattr(weights, "_metadata", None)', "None"),
+            "slots: a module without memory has the last word": ("    twin = _twin(module)\n", "    twin = None\n"),
+        },
+    ),
+    *planted(
+        "trainops/ema_update.py",
+        tests_of("awkward_models"),
+        {
+            "EMA: a skipped step replaces buffers": ("or (skip is not None and skip.item())", ""),
+        },
+    ),
+    *planted(
+        "trainops/copies.py",
+        tests_of("host_averages"),
+        {
+            "host: the copies do not wait for the device": (
+                "            stream.wait_stream(torch.cuda.current_stream(device))\n",
+                "",
+            ),
+            "host: the thread does not wait for the copies": (
+                "            event.synchronize()\n",
+                "            pass\n",
+            ),
+            "host: a single weight is copied as it changes": (
+                SNAPSHOT,
+                f"{SNAPSHOT} if len(places) > 1 else _flat(tensors[places[0]])",
+            ),
+            "host: the step waits": ('flat.to("cpu", non_blocking=True), flat', 'flat.to("cpu"), flat'),
+            "host: float8 as numbers": ("return x if x.dtype in _NUMBERS else", "return x if x.itemsize > 1 else"),
+        },
+    ),
+    *planted(
+        "trainops/ema_module.py",
+        tests_of("host_averages"),
+        {
+            "host: nobody waits for the thread": ("            pending.finish()\n", "            pass\n"),
+        },
+    ),
+    *planted(
+        "trainops/background.py",
+        tests_of("host_averages"),
+        {
+            "host: a child has no thread": ("    _executor = None\n\n\nif", "    pass\n\n\nif"),
+        },
+    ),
+    *planted(
+        "trainops/ema.py",
+        tests_of("host_averages", "awkward_models"),
+        {
+            "host: an update is captured": ("if matched.waits and", "if False and"),
+            "EMA: backends are asked when the parameters have moved": (
+                "            select(self.backend, device)\n",
+                "            pass\n",
+            ),
+        },
+    ),
+    *planted(
+        "trainops/optimizer.py",
+        tests_of("awkward_models"),
+        {
+            "AdamW: averages that its kernel leaves are not looked at": (
+                "            if self.ema is not None and not all_averaged:\n",
+                "            if False:\n",
+            ),
+        },
+    ),
+]
