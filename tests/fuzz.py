@@ -215,6 +215,7 @@ class World:
             for average, row in zip(self.ema.module.params, case.rows, strict=True):
                 layout = "gaps" if row.grad_layout in ("expanded", "lazy") else row.grad_layout
                 average.data = self.guards.place(average.data, layout)
+            self.ema.reset()  # those are no weights that somebody has loaded
         self.optimizer = self.make_optimizer()
 
     def make_optimizer(self) -> trainops.AdamW:

@@ -353,10 +353,10 @@ def test_max_grad_norm_may_be_changed(target):
 def test_weight_decay_is_decoupled_in_every_group():
     first, second = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
     coupled = {"params": [second], "decoupled_weight_decay": False}
-    with pytest.raises(ValueError, match=r"decoupled_weight_decay=False.*torch\.optim\.Adam"):
+    with pytest.raises(ValueError, match="decoupled_weight_decay=False is Adam"):
         trainops.AdamW([{"params": [first]}, coupled])
     optimizer = trainops.AdamW([first])
-    with pytest.raises(ValueError, match=r"decoupled_weight_decay=False.*torch\.optim\.Adam"):
+    with pytest.raises(ValueError, match="decoupled_weight_decay=False is Adam"):
         optimizer.add_param_group(coupled)
     assert len(optimizer.param_groups) == 1
     optimizer.load_state_dict(torch.optim.Adam([first]).state_dict())  # torch's AdamW decouples what it loads

@@ -96,9 +96,27 @@ def with_rows(residual, branch, layer_scale):
     return [*results, of_branch, of_layer_scale, kernels.drop_path(residual, mask[some], None, None, some)]
 
 
+def after_steps_of_other_rules(dtype, place):
+    """What Adam and SGD make of such tensors in two steps."""
+    results = []
+    for make, options in ((trainops.Adam, {"amsgrad": True}), (trainops.SGD, {"momentum": 0.9, "nesterov": True})):
+        params = [nn.Parameter(place(randn(s, dtype), 0)) for s in SHAPES]
+        for i, p in enumerate(params):
+            p.grad = place(randn(p.shape, dtype), i % 3)
+        before = [p.detach().clone() for p in params]
+        optimizer = make(params, lr=0.1, weight_decay=0.1, max_grad_norm=0.5, backend="cuda", **options)
+        for _ in range(2):
+            optimizer.step()
+        assert_moved([p.detach() for p in params], before)
+        results += [*(p.detach() for p in params), *(x for p in params for x in optimizer.state[p].values())]
+    return results
+
+
 def everything(dtype, place=lambda x, role: x.clone()):
     """What every kernel makes of such tensors."""
     results = after_steps(dtypes=(dtype,) * 3, place=place)
+    torch.manual_seed(2)
+    results += after_steps_of_other_rules(dtype, place)
     torch.manual_seed(1)
     params = [nn.Parameter(place(randn(s, dtype), 1)) for s in SHAPES]
     for i, p in enumerate(params):

@@ -295,22 +295,22 @@ def test_an_average_notices_a_module_that_was_wrapped_and_a_buffer_that_came():
     ema = trainops.EMA(model, 0.5)
     ema.update()
     model.late = torch.ones(2)
-    with pytest.raises(ValueError, match="late is in the model alone"):
-        ema.update()
+    ema.update()
+    assert torch.equal(ema.module.late, model.late)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int64], ids=str)
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_buffer_of_another_shape_raises_before_anything_moves(dtype, fused):
+def test_a_buffer_of_another_shape_raises_before_anything_moves(fused):
+    """One that is averaged. Those that are copied may grow."""
     model = nn.Linear(3, 3)
-    model.register_buffer("counts", torch.ones(2).to(dtype))
+    model.register_buffer("counts", torch.ones(2))
     ema = trainops.EMA(model, 0.5)
     optimizer = trainops.AdamW(model.parameters(), lr=0.1, ema=ema if fused else None)
     for _ in range(2):
         for p in model.parameters():
             p.grad = torch.ones_like(p)
         optimizer.step()
-    model.counts.data = torch.ones(3).to(dtype)
+    model.counts.data = torch.ones(3)
     everything = [*model.state_dict().values(), *ema.module.state_dict().values()]
     before = [x.clone() for x in everything]
     with pytest.raises(ValueError, match=r"counts has shape \(3,\)"):

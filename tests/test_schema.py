@@ -19,6 +19,8 @@ def test_what_the_columns_are():
     adamw = ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"]
     assert {kind: names_of(kind) for kind in core.schemas} == {
         "adamw": [*STEP_COLUMNS, *adamw],
+        "adam": [*STEP_COLUMNS, *adamw],
+        "sgd": [*STEP_COLUMNS, "momentum_buffer"],
         "ema": ["average", "tensor"],
         "reduce": ["tensor"],
         "transform": ["tensor"],
@@ -28,16 +30,19 @@ def test_what_the_columns_are():
         use: {f"{kind} {column.name}" for kind in columns for column in columns[kind] if getattr(column, use)}
         for use in ("written", "optional", "one_per_row", "of_param")
     }
-    written = {f"adamw {name}" for name in ("param", "average", "step", "master", *adamw)}
+    states = {"adamw": adamw, "adam": adamw, "sgd": ["momentum_buffer"]}
+    written = {f"{rule} {x}" for rule in states for x in ("param", "average", "step", "master", *states[rule])}
     written |= {"ema average", "transform tensor"}
+    optional = {f"{rule} {x}" for rule in states for x in ("average", "master", states[rule][-1])}
     assert uses == {
         "written": written,
-        "optional": {"adamw average", "adamw master", "adamw max_exp_avg_sq"},
-        "one_per_row": {"adamw step"},
-        "of_param": {"adamw master"},
+        "optional": optional,
+        "one_per_row": {f"{rule} step" for rule in states},
+        "of_param": {f"{rule} master" for rule in states},
     }
     measured = {kind: names_of(kind)[core.schemas[kind].measured] for kind in core.schemas}
-    assert measured == {"adamw": "grad", "ema": "average", "reduce": "tensor", "transform": "tensor"}
+    of_rules = dict.fromkeys(states, "grad")
+    assert measured == of_rules | {"ema": "average", "reduce": "tensor", "transform": "tensor"}
     assert core.step_columns == {name: place for place, name in enumerate(STEP_COLUMNS)}
     words = {"row": {0: "numel", 1: "first_chunk", 2: "group", 3: "dtypes"}, "chunk": {0: "row", 1: "begin"}}
     words |= {"step": {0: "max_norm", 1: "max_norm_value", 2: "ema_decay"}, "setting": {0: "form", 1: "value"}}
@@ -55,7 +60,11 @@ def test_columns_and_settings_are_found_by_name(kind):
         core.setting(kind, "step_size")
 
 
-OPTIMIZERS = {"adamw": (trainops.AdamW, {"amsgrad": True})}
+OPTIMIZERS = {
+    "adamw": (trainops.AdamW, {"amsgrad": True}),
+    "adam": (trainops.Adam, {"amsgrad": True}),
+    "sgd": (trainops.SGD, {"momentum": 0.9}),
+}
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -9,7 +9,6 @@ Norms of plain CPU tensors are accumulated in float64. Devices without float64 u
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -222,15 +221,37 @@ def penalized(
 def adam_(
     param: Tensor,
     grad: Tensor,
-    *state: Tensor,
-    weight_decay: float | Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    max_exp_avg_sq: Tensor | None = None,
+    *,
+    lr: float | Tensor,
+    beta1: float | Tensor,
+    beta2: float | Tensor,
+    eps: float,
+    weight_decay: float,
     maximize: float = False,
     coefficient: Tensor | float = 1.0,
-    **others: Any,
+    skip: Tensor | None = None,
+    spread: Callable[[Tensor | float], Tensor | float] = as_it_is,
 ) -> None:
     """One step of Adam (arXiv:1412.6980, algorithm 1): AdamW, with an L2 penalty in place of its decay."""
-    grad = penalized(param, grad, coefficient, maximize, weight_decay)
-    adamw_(param, grad, *state, weight_decay=0.0, **others)
+    adamw_(
+        param,
+        penalized(param, grad, coefficient, maximize, weight_decay),
+        exp_avg,
+        exp_avg_sq,
+        step,
+        max_exp_avg_sq,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=0.0,
+        skip=skip,
+        spread=spread,
+    )
 
 
 def sgd_(

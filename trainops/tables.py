@@ -65,7 +65,7 @@ def have_common_memory(params: Sequence[Tensor]) -> bool:
     if len(set(map(id, params))) < len(params):
         return True
     shards = [x for x in map(local, params) if type(x) in PLAIN and x.numel() > 0 and not x.is_meta]
-    begins = map(Tensor.data_ptr, shards)
+    begins = [x.data_ptr() for x in shards]
     spans = sorted((begin, begin + x.itemsize * _extent(x)) for begin, x in zip(begins, shards, strict=True))
     return any(following[0] < span[1] for span, following in pairwise(spans))
 

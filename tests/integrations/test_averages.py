@@ -203,8 +203,8 @@ def accelerates(model, optimizer):
 
 
 def accelerates_that_sees(model, optimizer):
-    integration = pytest.importorskip("trainops.integrations.accelerate")
     accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True)
+    integration = pytest.importorskip("trainops.integrations.accelerate")
     wrapper = accelerator.prepare(model, optimizer)[1]
     integration.see_skipped_steps(accelerator)
     return wrapper
