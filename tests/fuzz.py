@@ -215,7 +215,7 @@ class World:
             for average, row in zip(self.ema.module.params, case.rows, strict=True):
                 layout = "gaps" if row.grad_layout in ("expanded", "lazy") else row.grad_layout
                 average.data = self.guards.place(average.data, layout)
-            self.ema.reset()  # those are no weights that somebody has loaded
+            self.ema.reset()
         self.optimizer = self.make_optimizer()
 
     def make_optimizer(self) -> trainops.AdamW:
@@ -303,6 +303,8 @@ class World:
         theirs = other.tensors()
         for name, x in self.tensors().items():
             x.copy_(theirs[name])
+        if self.ema is not None:
+            self.ema._remember_weights()  # these are no weights that somebody has loaded
 
 
 def randoms(shape: Any, dtype: torch.dtype, generator: torch.Generator, scale: float = 1.0) -> torch.Tensor:

@@ -106,21 +106,23 @@ def norms_over_ranks(
 
 def own_norms(tensors: Sequence[Tensor], norm_type: float, backend: str | None, device: torch.device) -> Tensor:
     """The norm of each tensor of this rank, unrounded, on ``device``."""
-    devices = {x.device for x in tensors}
-    found, rows = [], list[int]()
+    devices = dict.fromkeys(x.device for x in tensors)
+    each: dict[int, Tensor] = {}
     for of_part in devices:
-        its = range(len(tensors)) if len(devices) == 1 else [i for i, x in enumerate(tensors) if x.device == of_part]
-        part = tensors if len(devices) == 1 else [tensors[row] for row in its]
+        rows = range(len(tensors)) if len(devices) == 1 else [i for i, x in enumerate(tensors) if x.device == of_part]
+        part = tensors if len(devices) == 1 else [tensors[row] for row in rows]
         kernels = select(backend, of_part, all_in_memory(part))
         if has_statistic(part, norm_type):
             norms = kernels.reduce(STATISTICS[norm_type], part, unrounded=True)[1]
         else:
             norms = reference.sum_norms(part, norm_type)[1]
-        found.append(norms.to(device))
-        rows += its
-    if not found:
+        if len(devices) == 1:
+            return norms.to(device)
+        norms = norms.to(device)
+        each |= {row: norms[i] for i, row in enumerate(rows)}
+    if not each:
         return torch.zeros(0, dtype=reference.scalar_dtype(device), device=device)
-    return found[0] if len(found) == 1 else torch.cat(found)[torch.tensor(rows).argsort().to(device)]
+    return torch.stack([each[row] for row in range(len(tensors))])  # an index would have to be uploaded
 
 
 def has_statistic(tensors: Sequence[Tensor], norm_type: float) -> bool:
