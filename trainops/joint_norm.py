@@ -58,7 +58,7 @@ class TakesJointNorm(torch.optim.Optimizer):
         measured = [p.grad for p in params] if grads is None else [grads.get(id(p)) for p in params]
         total_norm, norms, dtype = norms_over_ranks(measured, params, 2.0, self._norm_group, self.backend)
         if any(x is None for x in measured):
-            found = [norms[i] for i, x in enumerate(measured) if x is not None]
+            found = [norms.select(0, i) for i, x in enumerate(measured) if x is not None]
             norms = torch.stack(found) if found else norms[:0]
         if control.grad_scale is not None:
             scale = reference.scalar(control.grad_scale, norms.device)

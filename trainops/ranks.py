@@ -119,7 +119,7 @@ def own_norms(tensors: Sequence[Tensor], norm_type: float, backend: str | None, 
         if len(devices) == 1:
             return norms.to(device)
         norms = norms.to(device)
-        each |= {row: norms[i] for i, row in enumerate(rows)}
+        each |= {row: norms.select(0, i) for i, row in enumerate(rows)}
     if not each:
         return torch.zeros(0, dtype=reference.scalar_dtype(device), device=device)
     return torch.stack([each[row] for row in range(len(tensors))])  # an index would have to be uploaded
