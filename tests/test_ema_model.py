@@ -384,6 +384,23 @@ def test_continues_identically_from_a_checkpoint(target, dtype, shadow):
         other.update()
 
 
+def test_loading_writes_into_the_tensors_that_are_there():
+    """Also where they are tied: whoever holds them has the loaded weights."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    ema, other = trainops.EMA(model, 0.9), trainops.EMA(model, 0.9)
+    with torch.no_grad():
+        for p in other.module.parameters():
+            p.add_(1)
+    before = [*ema.module.parameters(), *ema.module.buffers()]
+    ema.load_state_dict(other.state_dict())
+    after = [*ema.module.parameters(), *ema.module.buffers()]
+    assert len(after) == 3
+    assert all(a is b for a, b in zip(after, before, strict=True))
+    assert ema.module[1].weight is ema.module[0].weight
+    assert all(map(torch.equal, after, other.module.parameters()))
+
+
 BAD_STATES = {
     "no_step": (
         lambda state: state.pop("step"),

@@ -169,8 +169,11 @@ def _without_memory(x: Tensor) -> Tensor:
 
 
 def _load(module: nn.Module, weights: dict[str, Any], spared: set[str], assign: bool = False) -> None:
+    loaded: OrderedDict[str, Any] = OrderedDict(weights)
+    # PyTorch writes into them whether tensors are assigned: the next load of the same weights would assign them, too.
+    loaded._metadata = copy.deepcopy(getattr(weights, "_metadata", None))  # type: ignore[attr-defined]
     try:
-        missing, unexpected = map(set, module.load_state_dict(weights, strict=False, assign=assign))
+        missing, unexpected = map(set, module.load_state_dict(loaded, strict=False, assign=assign))
     except RuntimeError as error:
         raise ValueError(f"the checkpoint does not fit the model: {error}") from error
     absent, more = sorted(missing - spared), sorted(unexpected - spared)

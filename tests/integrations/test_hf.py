@@ -173,10 +173,10 @@ def test_the_stock_trainer_cannot_evaluate_with_the_average_and_is_told_so(tmp_p
         train(transformers.Trainer, tmp_path, [hf.EMACallback(0.8)])
 
 
-def test_a_setting_put_on_the_wrapper_does_nothing_and_on_what_is_inside_it_does(tmp_path):
+def test_an_average_put_on_the_wrapper_moves_as_one_put_on_what_is_inside_it(tmp_path):
     trainer = train(hf.Trainer, tmp_path)
     ema = trainops.EMA(trainer.model, 0.5)
-    for target, steps in ((trainer.optimizer, 0), (unwrap(trainer.optimizer), 1)):
+    for steps, target in enumerate((trainer.optimizer, unwrap(trainer.optimizer)), start=1):
         target.ema = ema
         trainer.optimizer.step()
         assert ema.step == steps
