@@ -84,7 +84,10 @@ MODELS = [
             "slots: buffers of inference mode are written": (" if target.is_inference() else", " if False else"),
             "slots: a checkpoint writes the model": ("if name not in shared)", "if True)"),
             "slots: nothing is rehearsed": ("        _rehearse(module, kept, set(shared))\n", ""),
-            "slots: versions of modules are lost": ('getattr(weights, "_metadata", None)', "None"),
+            "slots: versions of modules are lost": (
+                'kept._metadata = getattr(weights, "_metadata", None)',
+                "kept._metadata = None",
+            ),
             "slots: a module without memory has the last word": ("    twin = _twin(module)\n", "    twin = None\n"),
         },
     ),
