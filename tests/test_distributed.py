@@ -1,13 +1,9 @@
 """AdamW over two processes: on the shards of DTensors, and on gradients that are views of DDP's buckets."""
 
-import importlib
-
-import pytest
 import torch
-import torch.multiprocessing as mp
 from contract import same_bits
 from operations import Operations
-from ranks import on_ranks
+from process_groups import forks, on_ranks
 from targets import over_cpu_targets
 from torch import nn
 
@@ -98,10 +94,7 @@ def train_ddp(rank, backend, dtype, set_to_none, gradient_as_bucket_view):
     return results, [param.grad for param in model.parameters()]
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@forks
 @over_cpu_targets
 def test_shards_and_views_of_buckets(target, tmp_path):
-    # Forked processes import nothing again. PyTorch's autograd cannot be forked where there are CUDA devices.
-    importlib.import_module("torch.distributed.tensor")
-    method = "fork" if "fork" in mp.get_all_start_methods() and not torch.cuda.is_available() else "spawn"
-    on_ranks(RANKS, on_each_rank, tmp_path / "store", target.backend, start_method=method)
+    on_ranks(RANKS, tmp_path, on_each_rank, target.backend)

@@ -6,7 +6,7 @@ import importlib
 import pytest
 import torch
 from contract import same_bits
-from ranks import on_ranks
+from process_groups import forks, on_ranks
 from targets import thorough
 from torch import nn
 
@@ -73,11 +73,12 @@ def check(model, optimizer, steps, backend):
         assert same_bits(weights[name].full_tensor(), x), name
 
 
+@forks
 @thorough(lambda master, backend: (master, backend) != ("split", "cpu"))
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("master", ["split", "float32"])
 def test_shards_are_those_of_float32_and_are_saved_and_loaded(tmp_path, master, backend):
     if not trainops.backends()[backend].available:
         pytest.skip(f"no backend {backend}")
-    for i, (ranks, saves) in enumerate([(2, True), (2, False), (1, False)]):
-        on_ranks(ranks, on_each_rank, tmp_path / f"store-{i}", ranks, saves, str(tmp_path / "saved"), master, backend)
+    for ranks, saves in [(2, True), (2, False), (1, False)]:
+        on_ranks(ranks, tmp_path, on_each_rank, ranks, saves, str(tmp_path / "saved"), master, backend)

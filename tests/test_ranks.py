@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 from contract import same_bits
-from process_groups import assert_same_on_all_ranks, distributed, on_ranks
+from process_groups import assert_same_on_all_ranks, distributed, forks, on_ranks
 from targets import CPU_TARGETS, over_cpu_targets, thorough
 
 import trainops
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+pytestmark = forks
 RANKS = 4
 SHAPES = {"rows": (5, 3), "both": (9, 6), "copies": (4, 3), "tp": (7, 4), "plain": (3, 5), "none": (2,)}
 OPTIONS = {"lr": 0.1, "max_grad_norm": 0.5, "skip_nonfinite": True}

@@ -7,12 +7,12 @@ import warnings
 import pytest
 import torch
 from contract import same_bits
-from process_groups import assert_same_on_all_ranks, distributed, on_ranks
+from process_groups import assert_same_on_all_ranks, distributed, forks, on_ranks
 from torch import nn
 
 import trainops
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+pytestmark = forks
 RANKS, STEPS, SAVED = 2, 4, 2
 OPTIONS = {"lr": 0.05, "max_grad_norm": 0.1, "skip_nonfinite": True}
 
