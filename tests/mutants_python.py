@@ -550,12 +550,12 @@ PYTHON = [
         tests_of("ranks", "total_norm"),
         {
             "joint norm: a given norm is not unscaled": (
-                "        norm = norm / reference.scalar(control.grad_scale, device)\n",
-                "        pass\n",
+                "norm = _unscaled(reference.scalar(given.reshape(()), device), control)",
+                "norm = reference.scalar(given.reshape(()), device)",
             ),
             "joint norm: found_inf of this rank alone": (
-                "control.skip_nonfinite or control.found_inf is not None  # which",
-                "control.skip_nonfinite  # which",
+                "control.skip_nonfinite or control.found_inf is not None",
+                "control.skip_nonfinite",
             ),
             "joint norm: gradients that are missing have norms": (
                 "if any(x is None for x in measured):",

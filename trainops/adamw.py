@@ -152,9 +152,8 @@ class AdamW(WithMoments, _TorchAdamW):
         """Add a group of parameters, as in torch.
 
         Raises:
-            ValueError: the group asks for ``decoupled_weight_decay=False``, which is
-                :class:`trainops.Adam`, or
-                has a setting that all groups share.
+            ValueError: the group asks for ``decoupled_weight_decay=False``, which is :class:`trainops.Adam`, or has a
+                setting that all groups share.
         """
         if isinstance(param_group, dict) and not param_group.get("decoupled_weight_decay", True):
             raise ValueError("decoupled_weight_decay=False is Adam: AdamW's decay is decoupled")

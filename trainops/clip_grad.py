@@ -26,7 +26,7 @@ from torch.nn.utils import get_total_norm as torch_get_total_norm
 from . import advice, reference
 from .adapters import Kernels, check, select
 from .plain import all_plain
-from .ranks import STATISTICS, NormGroup, group_name, has_statistic, is_spread, norms_over_ranks
+from .ranks import NormGroup, group_name, is_spread, norms_by, norms_over_ranks
 from .tables import local, replicated, summed
 
 Tensors = Tensor | Iterable[Tensor]
@@ -129,7 +129,7 @@ def get_total_norm(
         return total_norm
     if not _all_dense(tensors):
         return torch_get_total_norm(tensors, norm_type, error_if_nonfinite)
-    totals = [_norm(kernels, part, norm_type) for kernels, part in _by_device(tensors, backend)]
+    totals = [norms_by(kernels, part, norm_type)[0] for kernels, part in _by_device(tensors, backend)]
     total_norm = totals[0] if len(totals) == 1 else reference.grad_norms(totals, norm_type)[0]
     _check_finite(total_norm, norm_type, error_if_nonfinite)
     return total_norm
@@ -214,13 +214,6 @@ def _over_ranks(
     placed = [p if x is None else x for x, p in zip(whole, placed, strict=True)]
     found = norms_over_ranks(whole, placed, norm_type, group_name(norm_group), backend)
     return found.total_norm.to(found.dtype)
-
-
-def _norm(kernels: Kernels, tensors: list[Tensor], norm_type: float) -> Tensor:
-    """For other norm orders we call PyTorch."""
-    if not has_statistic(tensors, norm_type):
-        return reference.grad_norms(tensors, norm_type)[0]
-    return kernels.reduce(STATISTICS[norm_type], tensors)[0]
 
 
 def _check_finite(total_norm: Tensor, norm_type: float, error_if_nonfinite: bool) -> None:

@@ -60,20 +60,26 @@ class TakesJointNorm(torch.optim.Optimizer):
         if any(x is None for x in measured):
             found = [norms.select(0, i) for i, x in enumerate(measured) if x is not None]
             norms = torch.stack(found) if found else norms[:0]
-        if control.grad_scale is not None:
-            scale = reference.scalar(control.grad_scale, norms.device)
-            total_norm, norms = total_norm / scale, norms / scale
-        # What a rank's GradScaler has found in its own shards, all ranks see in the norm.
-        skip_nonfinite = control.skip_nonfinite or control.found_inf is not None
-        control = replace(control, total_norm=total_norm, skip_nonfinite=skip_nonfinite)
-        return JointNorm(control, total_norm.to(dtype), norms.to(dtype))
+        total_norm, norms = _unscaled(total_norm, control), _unscaled(norms, control)
+        return JointNorm(_knowing(control, total_norm), total_norm.to(dtype), norms.to(dtype))
 
 
 def known_norm(control: StepControl, total_norm: float | Tensor, device: torch.device) -> JointNorm:
     """A norm that the caller has measured, of gradients that are still scaled."""
     given = replicated(total_norm.detach()) if isinstance(total_norm, Tensor) else torch.tensor(float(total_norm))
-    norm = reference.scalar(given.reshape(()), device)
-    if control.grad_scale is not None:
-        norm = norm / reference.scalar(control.grad_scale, device)
-    skip_nonfinite = control.skip_nonfinite or control.found_inf is not None  # which may be another optimizer's
-    return JointNorm(replace(control, total_norm=norm, skip_nonfinite=skip_nonfinite), norm.to(given.dtype), None)
+    norm = _unscaled(reference.scalar(given.reshape(()), device), control)
+    return JointNorm(_knowing(control, norm), norm.to(given.dtype), None)
+
+
+def _unscaled(norms: Tensor, control: StepControl) -> Tensor:
+    """Norms of gradients without a GradScaler's scale."""
+    return norms if control.grad_scale is None else norms / reference.scalar(control.grad_scale, norms.device)
+
+
+def _knowing(control: StepControl, total_norm: Tensor) -> StepControl:
+    """The control of a step that knows its norm.
+
+    What a GradScaler has found in a rank's own shards, or in another optimizer's gradients, all see in the norm.
+    """
+    skip_nonfinite = control.skip_nonfinite or control.found_inf is not None
+    return replace(control, total_norm=total_norm, skip_nonfinite=skip_nonfinite)

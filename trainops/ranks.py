@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .adapters import select
+from .adapters import Kernels, select
 from .plain import PLAIN, all_in_memory
 from .tables import local
 from .uploads import uploaded
@@ -111,23 +111,25 @@ def own_norms(tensors: Sequence[Tensor], norm_type: float, backend: str | None, 
     for of_part in devices:
         rows = range(len(tensors)) if len(devices) == 1 else [i for i, x in enumerate(tensors) if x.device == of_part]
         part = tensors if len(devices) == 1 else [tensors[row] for row in rows]
-        kernels = select(backend, of_part, all_in_memory(part))
-        if has_statistic(part, norm_type):
-            norms = kernels.reduce(STATISTICS[norm_type], part, unrounded=True)[1]
-        else:
-            norms = reference.sum_norms(part, norm_type)[1]
+        norms = norms_by(select(backend, of_part, all_in_memory(part)), part, norm_type, unrounded=True)[1].to(device)
         if len(devices) == 1:
-            return norms.to(device)
-        norms = norms.to(device)
+            return norms
         each |= {row: norms.select(0, i) for i, row in enumerate(rows)}
     if not each:
         return torch.zeros(0, dtype=reference.scalar_dtype(device), device=device)
     return torch.stack([each[row] for row in range(len(tensors))])  # an index would have to be uploaded
 
 
-def has_statistic(tensors: Sequence[Tensor], norm_type: float) -> bool:
-    """Whether kernels have such a norm. Of complex tensors, only the 2-norm equals that of their parts."""
-    return norm_type in STATISTICS and (norm_type == 2.0 or not any(x.is_complex() for x in tensors))
+def norms_by(
+    kernels: Kernels, tensors: Sequence[Tensor], norm_type: float, unrounded: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The norm of all tensors of one device, and of each, by kernels or, for orders that they lack, by PyTorch.
+
+    Of complex tensors, only the 2-norm equals that of their parts.
+    """
+    if norm_type in STATISTICS and (norm_type == 2.0 or not any(x.is_complex() for x in tensors)):
+        return kernels.reduce(STATISTICS[norm_type], tensors, unrounded)
+    return (reference.sum_norms if unrounded else reference.grad_norms)(tensors, norm_type)
 
 
 class _Order:
