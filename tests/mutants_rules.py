@@ -13,12 +13,18 @@ RULES = [
         {
             "Adam: the penalty is a decay, too": ("without_decay.weight_decay = 0.0;", ""),
             "Adam: the penalty is scaled with the gradient": (
-                "s.penalty != T(0) ? g + s.penalty * param : g",
-                "s.penalty != T(0) ? g + s.coefficient * s.penalty * param : g",
+                "penalized(s.coefficient * grad, s.penalty, param)",
+                "penalized(s.coefficient * grad, s.coefficient * s.penalty, param)",
             ),
-            "Adam: no penalty is a product with 0": (
-                "s.penalty != T(0) ? g + s.penalty * param : g",
-                "g + s.penalty * param",
+        },
+    ),
+    *planted(
+        "csrc/math/rule.h",
+        OF_CPU,
+        {
+            "L2 penalty: none is a product with 0": (
+                "penalty != T(0) ? grad + penalty * param : grad",
+                "grad + penalty * param",
             ),
         },
     ),
@@ -35,10 +41,6 @@ RULES = [
             "SGD: nesterov without the gradient": ("? g + s.look_ahead * b : b", "? s.look_ahead * b : b"),
             "SGD: always nesterov": ("s.nesterov != 0.0 ? s.momentum : 0.0", "s.momentum"),
             "SGD: the buffer is not stored": ("state[kMomentumBuffer] = b;", ""),
-            "SGD: no penalty is a product with 0": (
-                "s.penalty != T(0) ? g + s.penalty * param : g",
-                "g + s.penalty * param",
-            ),
         },
     ),
     *planted(
@@ -49,11 +51,17 @@ RULES = [
                 "    tl.store(out + 0, 1.0)  # what AdamW's decay leaves\n",
                 "",
             ),
-            "Triton: Adam: no penalty is a product with 0": (
+            "Triton: Adam: gradients are not scaled": ("penalized(coefficient * grad,", "penalized(grad,"),
+        },
+    ),
+    *planted(
+        "triton_kernels/_common.py",
+        OF_TRITON,
+        {
+            "Triton: L2 penalty: none is a product with 0": (
                 "tl.where(penalty != 0.0, grad + penalty * param, grad)",
                 "grad + penalty * param",
             ),
-            "Triton: Adam: gradients are not scaled": ("grad = coefficient * grad", "grad = grad"),
         },
     ),
     *planted(

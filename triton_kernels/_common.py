@@ -63,3 +63,9 @@ def divide(x, y):
         return x / y
     else:
         return tl.div_rn(x, y)
+
+
+@triton.jit
+def penalized(grad, penalty, param):
+    """The gradient of a loss with an L2 penalty. Without one, the parameter is not looked at: it may be infinite."""
+    return tl.where(penalty != 0.0, grad + penalty * param, grad)

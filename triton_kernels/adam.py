@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from . import adamw
+from ._common import penalized
 from .adamw import WEIGHT_DECAY
 from .control import setting
 
@@ -41,9 +42,7 @@ def load_scalars(scalars, coefficient, WIDE: tl.constexpr):
 def new_state(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, scalars):
     """The state after a step, as that of AdamW."""
     adamws, coefficient, penalty = scalars
-    grad = coefficient * grad
-    # Without a penalty, a parameter that is infinite does not make its moments NaN.
-    grad = tl.where(penalty != 0.0, grad + penalty * param, grad)
+    grad = penalized(coefficient * grad, penalty, param)
     return adamw.new_state(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, adamws)
 
 

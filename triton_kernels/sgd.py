@@ -13,6 +13,7 @@ import triton.language as tl
 
 from trainops import core
 
+from ._common import penalized
 from .control import setting
 
 LR, MOMENTUM, DAMPENING, WEIGHT_DECAY, NESTEROV, MAXIMIZE = (
@@ -46,9 +47,7 @@ def load_scalars(scalars, coefficient, WIDE: tl.constexpr):
 def new_state(param, grad, momentum_buffer, direction, _, scalars):
     """The momentum after a step, if there is one, and the direction for :func:`new_param`, which is no column."""
     coefficient, penalty, keep, take, look_ahead, _ = scalars
-    grad = coefficient * grad
-    # Without a penalty, the parameter is not looked at: it may be infinite.
-    grad = tl.where(penalty != 0.0, grad + penalty * param, grad)
+    grad = penalized(coefficient * grad, penalty, param)
     direction = grad
     if momentum_buffer is not None:
         momentum_buffer = keep * momentum_buffer + take * grad

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "adamw.h"
+#include "rule.h"
 
 namespace trainops {
 
@@ -37,9 +38,7 @@ struct Adam : AdamW {
 
     template <typename T>
     TRAINOPS_HOST_DEVICE void operator()(T& param, T grad, T* state, const Scalars<T>& s) const {
-      const T g = s.coefficient * grad;
-      // Without a penalty, a parameter that is infinite does not make its moments NaN.
-      AdamWs::take(param, s.penalty != T(0) ? g + s.penalty * param : g, state, s);
+      AdamWs::take(param, penalized(s.coefficient * grad, s.penalty, param), state, s);
     }
   };
 };

@@ -22,6 +22,12 @@ TRAINOPS_HOST_DEVICE typename Rule::template Scalars<T> rounded(const typename R
   return result;
 }
 
+// The gradient of a loss with an L2 penalty. Without one, the parameter is not looked at: it may be infinite.
+template <typename T>
+TRAINOPS_HOST_DEVICE T penalized(T grad, T penalty, T param) {
+  return penalty != T(0) ? grad + penalty * param : grad;
+}
+
 // The length of an array of so many: arrays are not empty, and a formula may have no state.
 template <int count>
 constexpr int kLength = count > 0 ? count : 1;

@@ -11,6 +11,7 @@
 
 #include "../core/schema.h"
 #include "host_device.h"
+#include "rule.h"
 
 namespace trainops {
 
@@ -61,9 +62,7 @@ struct SGD {
 
     template <typename T>
     TRAINOPS_HOST_DEVICE void operator()(T& param, T grad, T* state, const Scalars<T>& s) const {
-      T g = s.coefficient * grad;
-      // Without a penalty, the parameter is not looked at: it may be infinite.
-      g = s.penalty != T(0) ? g + s.penalty * param : g;
+      const T g = penalized(s.coefficient * grad, s.penalty, param);
       T direction = g;
       if constexpr (has_momentum) {
         const T b = s.keep * state[kMomentumBuffer] + s.take * g;
