@@ -90,3 +90,9 @@ def test_sparse_gradients_are_refused():
     param.grad = torch.ones(3, 2).to_sparse()
     with pytest.raises(RuntimeError, match="sparse"):
         trainops.SGD([param], lr=0.1).lost_updates()
+
+
+def test_what_the_rule_leaves_is_not_lost():
+    param = torch.nn.Parameter(torch.ones(4).bfloat16())
+    param.grad = torch.tensor([0.0, 0.0, 1e-4, 1.0]).bfloat16()
+    assert trainops.SGD([param], lr=0.1).lost_updates().tolist() == [0.25]
