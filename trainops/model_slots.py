@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .ema_policy import AveragePolicy, is_dense
+from .ema_shards import check_not_flattened, fsdp_modules, placed_as, reshard, shell_of
 from .plain import all_plain
 
 
@@ -53,9 +54,13 @@ def names_by_id(places: Slots) -> dict[int, list[str]]:
 def averaged_module(model: nn.Module, policy: AveragePolicy) -> nn.Module:
     """A copy of a model for its average: in eval mode, without gradients. It shares what is left out.
 
+    FSDP2 lets no module be copied: of such a model, it holds the tensors alone.
+
     Raises:
-        ValueError: a parameter of the model has no shape yet.
+        ValueError: a parameter of the model has no shape yet, or FSDP1 has flattened it.
     """
+    check_not_flattened(model)
+    reshard(model)
     places = slots(model)
     shared: dict[int, Any] = {}
     memo: dict[int, Any] = {}
@@ -74,9 +79,27 @@ def averaged_module(model: nn.Module, policy: AveragePolicy) -> nn.Module:
         if not x.is_leaf:  # computed in a forward pass, as weights under the old weight_norm and pruning are
             memo[id(x)] = x.detach().clone()
     with torch.inference_mode(False):
-        module = copy.deepcopy(model, memo | shared)
+        if fsdp_modules(model):
+            kept = (x for _, x in places.values() if x is not None)
+            module = shell_of(model, {id(x): shared[id(x)] if id(x) in shared else policy.copy_of(x) for x in kept})
+        else:
+            module = copy.deepcopy(model, memo | shared)
     with lifted(slot for slot, x in slots(module).values() if id(x) in shared):
         return _moved(module.eval().requires_grad_(False), policy)
+
+
+def given_module(module: Any, model: nn.Module, policy: AveragePolicy) -> nn.Module:
+    """A module that the user has made for the average.
+
+    Raises:
+        TypeError: it is no module.
+        ValueError: it is the model itself.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    if not set(map(id, module.parameters())).isdisjoint(map(id, model.parameters())):
+        raise ValueError("module has parameters of the model itself: give a module of its own")
+    return _moved(module.eval().requires_grad_(False), policy)
 
 
 def _is_copied_as_it_lies(x: Tensor) -> bool:
@@ -129,11 +152,20 @@ def load_weights(module: nn.Module, weights: dict[str, Any], shared: dict[str, S
     Raises:
         ValueError: it does not fit. Nothing has been changed.
     """
-    kept: OrderedDict[str, Any] = OrderedDict((name, x) for name, x in weights.items() if name not in shared)
+    own = slots(module)
+    kept: OrderedDict[str, Any] = OrderedDict(
+        (name, _as_in(own.get(name), x)) for name, x in weights.items() if name not in shared
+    )
     kept._metadata = getattr(weights, "_metadata", None)  # type: ignore[attr-defined]  # versions of modules
     with lifted(shared.values()):
         _rehearse(module, kept, set(shared))
         _load(module, kept, set(shared))
+
+
+def _as_in(place: tuple[Slot, Tensor | None] | None, x: Any) -> Any:
+    """What is loaded into a place: of a whole tensor, where that has shards, those of this rank."""
+    is_pair = place is not None and place[1] is not None and isinstance(x, Tensor)
+    return placed_as(x, place[1]) if is_pair else x
 
 
 def _rehearse(module: nn.Module, weights: dict[str, Any], spared: set[str]) -> None:

@@ -1,0 +1,180 @@
+"""Averages of models that FSDP2, tensor parallelism and DDP have spread over ranks, beside one process."""
+
+import importlib
+
+import pytest
+import torch
+from contract import same_bits
+from process_groups import forks, on_ranks
+from sharded_models import (
+    DECAY,
+    OPTIONS,
+    RANKS,
+    Network,
+    batch,
+    communication,
+    memory,
+    on_one_process,
+    sharded,
+    train,
+)
+
+import trainops
+from trainops import ema_update
+from trainops.ema_shards import layout
+
+pytestmark = forks
+STEPS = 4
+
+
+def on_meta():
+    with torch.device("meta"):
+        return Network()
+
+
+def made_before(mesh):
+    model = Network().begin()
+    ema = trainops.EMA(model, DECAY)
+    return sharded(model, mesh), ema
+
+
+def made_after(mesh):
+    model = sharded(Network().begin(), mesh)
+    return model, trainops.EMA(model, DECAY)
+
+
+def made_on_meta(mesh):
+    model = on_meta()
+    ema = trainops.EMA(model, DECAY)
+    return sharded(model, mesh).to_empty(device="cpu").begin(), ema
+
+
+def made_of_shards_on_meta(mesh):
+    model = sharded(on_meta(), mesh)
+    ema = trainops.EMA(model, DECAY)
+    return model.to_empty(device="cpu").begin(), ema
+
+
+def made_after_meta(mesh):
+    model = sharded(on_meta(), mesh).to_empty(device="cpu").begin()
+    return model, trainops.EMA(model, DECAY)
+
+
+def with_module(mesh):
+    model, fresh = (sharded(Network().begin(), mesh) for _ in range(2))
+    return model, trainops.EMA(model, DECAY, module=fresh)
+
+
+def both_sharded(mesh):
+    model = Network().begin()
+    ema = trainops.EMA(model, DECAY)
+    sharded(ema.module, mesh)
+    return sharded(model, mesh), ema
+
+
+ALONE = (made_before, made_after, made_on_meta, made_of_shards_on_meta, made_after_meta)
+CALLABLE = (with_module, both_sharded)
+
+
+def check_average(way, mesh, rank, true):
+    """It lies as the model does, has the bits of kernels on this rank's memory, and the numbers of one process."""
+    model, ema = way(mesh)
+    optimizer = trainops.AdamW(model.parameters(), ema=ema, **OPTIONS)
+    expected = []
+
+    def follow():
+        weights = list(map(memory, model.parameters()))
+        if expected:
+            trainops.ema_update_(expected, weights, DECAY)
+        expected.extend(weights[len(expected) :])
+
+    train(model, optimizer, range(STEPS), rank, RANKS, follow)
+    averages = list(ema.module.parameters())
+    assert [*map(layout, averages)] == [*map(layout, model.parameters())]
+    assert [x is None for x in map(layout, averages)].count(True) == 1
+    assert not any(memory(x).numel() for x in averages[-1:]) or rank == 0
+    assert all(map(same_bits, map(memory, averages), expected))
+    check_export(ema, rank, true)
+    return model, ema, optimizer
+
+
+def check_export(ema, rank, true):
+    found = ema.full_state_dict()
+    expected = true.state_dict()["module"] if rank == 0 else {}
+    assert list(found) == list(expected)
+    for name, x in found.items():
+        assert layout(x) is None
+        torch.testing.assert_close(x, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def check_silence(model, ema, optimizer, rank):
+    """An average asks no other rank for anything, and is moved in the step's launch."""
+    moved = []
+
+    def spy(averages, *args, update=ema_update.update_averages):
+        moved.extend(averages)
+        return update(averages, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ema_update, "update_averages", spy)
+        with_norm = communication(optimizer.step)
+        assert [x.shape for x in moved] == [(5,)]  # a buffer
+    assert len(with_norm) == 1, with_norm  # that of the norm: they are seen
+    optimizer.max_grad_norm, optimizer.skip_nonfinite = None, False
+    assert communication(optimizer.step) == []
+    ema.detach()
+    before = list(map(memory, ema.module.parameters()))
+    assert communication(ema.update) == []
+    assert not all(map(same_bits, before, map(memory, ema.module.parameters())))
+
+
+def check_no_forward(ema):
+    for call in (ema, ema.module):
+        with pytest.raises(RuntimeError, match=r"`with ema\.swap\(\):`, or .*: EMA\(model, module=\.\.\.\)"):
+            call(batch(0))
+
+
+def check_forward(model, ema, optimizer, rank, true):
+    """A module that FSDP gathers is called with what the average has then."""
+    for step in range(STEPS, STEPS + 2):
+        for it in (ema, true[1]):
+            it.module.eval()
+        with torch.no_grad():
+            torch.testing.assert_close(ema(batch(9)), true[1](batch(9)))
+        train(model, optimizer, [step], rank, RANKS)
+        train(true[0], true[2], [step])
+
+
+def check_moved_before(mesh, rank):
+    """An average that has moved before it is sharded keeps its values, bit for bit, and sends nothing for it."""
+    model, ema, *_ = on_one_process(range(2))
+    expected = ema.state_dict()["module"]
+    expected = {name: x.clone() for name, x in expected.items()}
+    ema.detach()
+    sharded(model, mesh)
+    assert communication(ema.state_dict) == []
+    assert layout(ema.module.head.weight) == layout(model.head.weight) is not None
+    found = ema.full_state_dict()
+    assert all(same_bits(found[name], x) for name, x in expected.items()) if rank == 0 else not found
+    # Whole weights come back as shards.
+    other, of_other = made_after(mesh)
+    of_other.load_state_dict({"module": expected, "step": 2})
+    assert all(map(same_bits, map(memory, of_other.module.parameters()), map(memory, ema.module.parameters())))
+    assert of_other.step == 2
+    assert layout(other.head.weight) == layout(of_other.module.head.weight)
+
+
+def check_all(rank):
+    mesh = importlib.import_module("torch.distributed.device_mesh").init_device_mesh("cpu", (RANKS,))
+    for way in ALONE:
+        made = check_average(way, mesh, rank, on_one_process(range(STEPS))[1])
+        check_no_forward(made[1])
+    check_silence(*made, rank)
+    for way in CALLABLE:
+        true = on_one_process(range(STEPS))
+        check_forward(*check_average(way, mesh, rank, true[1]), rank, true)
+    check_moved_before(mesh, rank)
+
+
+def test_averages_of_shards(tmp_path):
+    on_ranks(RANKS, tmp_path, check_all)
