@@ -16,9 +16,9 @@ OPTIONS = {"lr": 0.05, "max_grad_norm": 0.1, "skip_nonfinite": True}
 class Network(nn.Module):
     """Of 13, 5 and 1 rows: uneven shards, and an empty one. FSDP leaves ``gain`` alone."""
 
-    def __init__(self):
+    def __init__(self, width=13):
         super().__init__()
-        self.inner = nn.Sequential(nn.Linear(7, 13), nn.Tanh(), nn.Linear(13, 5))
+        self.inner = nn.Sequential(nn.Linear(7, width), nn.Tanh(), nn.Linear(width, 5), nn.Tanh())
         self.head = nn.Linear(5, 1)
         self.gain = nn.Parameter(torch.empty(5))
         self.register_buffer("mean", torch.empty(5))
@@ -55,6 +55,13 @@ def memory(x):
     return (x.to_local() if hasattr(x, "to_local") else x).detach().clone()
 
 
+def mesh_of(*sizes):
+    names = ("outer", "inner")[-len(sizes) :]
+    return importlib.import_module("torch.distributed.device_mesh").init_device_mesh(
+        "cpu", sizes, mesh_dim_names=names
+    )
+
+
 def sharded(model, mesh):
     fully_shard = importlib.import_module("torch.distributed.fsdp").fully_shard
     fully_shard(model.inner, mesh=mesh)
@@ -66,27 +73,33 @@ def batch(step, rank=0, ranks=1):
 
 
 def train(model, optimizer, steps, rank=0, ranks=1, after_step=lambda: None):
-    """The losses, over all ranks. What is not sharded has gradients that nobody joins."""
+    """The losses over all ranks. Of what FSDP leaves alone, nobody joins the gradients."""
     losses = []
     for step in steps:
         optimizer.zero_grad()
-        loss = model(batch(step, rank, ranks)).square().mean() / ranks
+        loss = model(batch(step, rank, ranks)).square().mean()
         loss.backward()
-        joined = [loss.detach(), *((model.gain.grad,) if ranks > 1 else ())]
-        model.gain.grad /= ranks
-        for x in joined if ranks > 1 else ():
-            distributed.all_reduce(x)
+        losses.append(mean(loss.detach(), ranks))
+        if hasattr(model, "gain"):
+            mean(model.gain.grad, ranks)
         optimizer.step()
         after_step()
-        losses.append(joined[0])
     return losses
 
 
-def on_one_process(steps, **options):
+def mean(x, ranks):
+    """Over all ranks, in place, if there are several that differ."""
+    if ranks > 1:
+        distributed.all_reduce(x)
+        x /= distributed.get_world_size()
+    return x
+
+
+def on_one_process(steps, **sizes):
     """Model, average, optimizer, losses."""
-    model = Network().begin()
+    model = Network(**sizes).begin()
     ema = trainops.EMA(model, DECAY)
-    optimizer = trainops.AdamW(model.parameters(), ema=ema, **OPTIONS, **options)
+    optimizer = trainops.AdamW(model.parameters(), ema=ema, **OPTIONS)
     return model, ema, optimizer, train(model, optimizer, steps)
 
 

@@ -1,7 +1,5 @@
 """Averages of models that FSDP2, tensor parallelism and DDP have spread over ranks, beside one process."""
 
-import importlib
-
 import pytest
 import torch
 from contract import same_bits
@@ -14,6 +12,7 @@ from sharded_models import (
     batch,
     communication,
     memory,
+    mesh_of,
     on_one_process,
     sharded,
     train,
@@ -165,7 +164,7 @@ def check_moved_before(mesh, rank):
 
 
 def check_all(rank):
-    mesh = importlib.import_module("torch.distributed.device_mesh").init_device_mesh("cpu", (RANKS,))
+    mesh = mesh_of(RANKS)
     for way in ALONE:
         made = check_average(way, mesh, rank, on_one_process(range(STEPS))[1])
         check_no_forward(made[1])

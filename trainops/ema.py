@@ -17,7 +17,7 @@ from .ema_state import KeepsState
 from .ema_update import check_type, update_pairs
 from .model_match import match
 from .model_pairs import Matched
-from .model_slots import averaged_module, given_module
+from .model_slots import averaged_module
 from .parameter_list import as_model, same_parameters
 from .tables import local
 from .wrappers import is_same_model
@@ -174,9 +174,7 @@ class EMA(KeepsState):
             include=include,
             exclude=exclude,
         )
-        if module is not None and (trainable_only or include is not None or exclude is not None):
-            raise ValueError("module has weights of its own: it shares none, as trainable_only, include, exclude want")
-        self._module = averaged_module(model, self.policy) if module is None else given_module(module, model, self.policy)
+        self._module = averaged_module(model, self.policy, module)
         self.backend = backend
         self.step = 0
         self._remember_weights()

@@ -1,7 +1,7 @@
 """Averages of sharded models: each rank holds and moves the averages of its own shards, and sends nothing.
 
-A DTensor's average is a DTensor that is placed alike. FSDP2's modules hold their shards or, for a forward pass, copies
-that were gathered: an average pairs with the shards. Reading them frees such copies (``reshard()``), as
+A DTensor's average is a DTensor that is placed alike. FSDP2's modules hold their shards or, for a forward pass, what
+was gathered of them. Averages pair with the shards. To find these, what was gathered is freed (``reshard()``), as
 ``model.state_dict()`` does, so that the next forward pass gathers what the shards hold then.
 """
 
@@ -51,18 +51,20 @@ def check_not_flattened(model: nn.Module) -> None:
 
 
 def reshard(*models: nn.Module) -> None:
-    """Let FSDP2's modules hold their shards, and free what was gathered of them for a forward pass."""
-    for module in fsdp_modules(*models):
-        if _is_gathering(module):
-            module.unshard()  # waits: what it has begun to gather would be used later
+    """Let FSDP2's modules hold their shards, and free what was gathered of them for a forward pass.
+
+    Raises:
+        ValueError: a forward or backward pass is under way, and needs it. Nothing has been changed.
+    """
+    modules = fsdp_modules(*models)
+    states = [module._get_fsdp_state() for module in modules]  # PyTorch has no public words for what is under way
+    if any(getattr(getattr(state, "_training_state", None), "name", "IDLE") != "IDLE" for state in states):
+        raise ValueError("FSDP is inside a forward or backward pass of this model: it cannot put its shards back")
+    for module, state in zip(modules, states, strict=True):
+        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        if any(getattr(group, "_all_gather_result", None) is not None for group in groups):
+            module.unshard()  # waits: what unshard(async_op=True) has begun to gather would be used later
         module.reshard()
-
-
-def _is_gathering(module: Any) -> bool:
-    """Whether an ``unshard(async_op=True)`` is under way. PyTorch has no public word for it."""
-    state = module._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-    return any(getattr(group, "_all_gather_result", None) is not None for group in groups)
 
 
 def listed(parameters: Iterable[Tensor], model: nn.Module) -> list[Tensor]:
@@ -93,7 +95,7 @@ def _has_shards(model: nn.Module) -> bool:
 
 
 def placed_as(x: Tensor, source: Tensor) -> Tensor:
-    """``x`` itself, or where only ``source`` is a DTensor, this rank's shards of ``x``, which has it whole: a copy."""
+    """``x`` itself; but where only ``source`` is a DTensor, a copy of this rank's shard of ``x``, which is whole."""
     target = layout(source)
     if target is None or layout(x) is not None or x.shape != source.shape:
         return x

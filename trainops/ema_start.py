@@ -36,8 +36,7 @@ class KnowsStart(HasModule):
             self._seen, _weights_of(self.module, self.model), strict=False
         ):
             x = now()
-            is_same = before() is x and (place == new_place or layout(x) is None)  # a DTensor may move and stay itself
-            if is_same:
+            if before() is x and (place == new_place or layout(x) is None):  # a DTensor moves and stays itself
                 self._continues |= version != new_version
             else:  # by `load_state_dict(assign=True)`; sharding and moves leave another kind of tensor
                 self._continues |= place == new_place

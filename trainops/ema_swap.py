@@ -90,6 +90,7 @@ class LendsWeights(HasOptimizer):
         """
         model = self.model if model is None else model
         check_reachable(self.model)
+        model = model if isinstance(model, nn.Module) else listed(model, self.model)
         self._follow_shards()
         replaced: list[Replaced] = []
         if isinstance(model, nn.Module):
@@ -98,7 +99,7 @@ class LendsWeights(HasOptimizer):
             pairs = [(average, source) for average, source, _ in matched.pairs if average is not source]
             replaced = matched.replaced
         else:
-            pairs = _in_order(list(self.module.parameters()), listed(model, self.model))
+            pairs = _in_order(list(self.module.parameters()), model)
         advice.average_used(self)
         self._be_the_model()
         for average, target in pairs:

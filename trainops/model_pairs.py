@@ -63,13 +63,15 @@ class Pairs:
 
     @property
     def averages(self) -> list[Tensor]:
-        """This rank's memory of the averages. (FSDP may give a DTensor other memory.)"""
+        """This rank's memory of the averages, asked anew: FSDP may give a DTensor other memory."""
         return [*map(local, self._averages)] if self._are_shards else self._averages
 
     @property
     def copied(self) -> list[Pair]:
         """What is copied, as this rank's memory."""
-        return [Pair(local(x), local(y), is_averaged) for x, y, is_averaged in self._copied] if self._are_shards else self._copied
+        if not self._are_shards:
+            return self._copied
+        return [Pair(local(average), local(source), False) for average, source, _ in self._copied]
 
     def without(self, done: Collection[int]) -> "Pairs":
         """The pairs whose source is not ``done``, by ``id``."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .ema_policy import AveragePolicy, is_dense
-from .ema_shards import check_not_flattened, fsdp_modules, placed_as, reshard, shell_of
+from .ema_shards import check_not_flattened, fsdp_modules, layout, placed_as, reshard, shell_of
 from .plain import all_plain
 
 
@@ -51,14 +51,18 @@ def names_by_id(places: Slots) -> dict[int, list[str]]:
     return found
 
 
-def averaged_module(model: nn.Module, policy: AveragePolicy) -> nn.Module:
+def averaged_module(model: nn.Module, policy: AveragePolicy, given: Any = None) -> nn.Module:
     """A copy of a model for its average: in eval mode, without gradients. It shares what is left out.
 
-    FSDP2 lets no module be copied: of such a model, it holds the tensors alone.
+    FSDP2 lets no module be copied: of such a model, it holds the tensors alone. ``given``: a module to take instead.
 
     Raises:
-        ValueError: a parameter of the model has no shape yet, or FSDP1 has flattened it.
+        TypeError: what was given is no module.
+        ValueError: a parameter of the model has no shape yet, FSDP1 has flattened it, or the module that was given
+            shares some, or was to share some.
     """
+    if given is not None:
+        return _moved(_checked(given, model, policy).eval().requires_grad_(False), policy)
     check_not_flattened(model)
     reshard(model)
     places = slots(model)
@@ -74,7 +78,7 @@ def averaged_module(model: nn.Module, policy: AveragePolicy) -> nn.Module:
             shared[id(tensor)] = tensor
             policy.shared.add(names[0])
         elif not _is_copied_as_it_lies(tensor):
-            memo[id(tensor)] = tensor.detach().clone()
+            memo[id(tensor)] = policy.copy_of(tensor)
     for x in (x for owner in model.modules() for x in vars(owner).values() if isinstance(x, Tensor)):
         if not x.is_leaf:  # computed in a forward pass, as weights under the old weight_norm and pruning are
             memo[id(x)] = x.detach().clone()
@@ -88,24 +92,21 @@ def averaged_module(model: nn.Module, policy: AveragePolicy) -> nn.Module:
         return _moved(module.eval().requires_grad_(False), policy)
 
 
-def given_module(module: Any, model: nn.Module, policy: AveragePolicy) -> nn.Module:
-    """A module that the user has made for the average.
-
-    Raises:
-        TypeError: it is no module.
-        ValueError: it is the model itself.
-    """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-    if not set(map(id, module.parameters())).isdisjoint(map(id, model.parameters())):
-        raise ValueError("module has parameters of the model itself: give a module of its own")
-    return _moved(module.eval().requires_grad_(False), policy)
+def _checked(given: Any, model: nn.Module, policy: AveragePolicy) -> nn.Module:
+    """A module that the user has made for the average."""
+    if not isinstance(given, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(given).__name__}")
+    if not set(map(id, given.parameters())).isdisjoint(map(id, model.parameters())):
+        raise ValueError("module has parameters of the model itself: give it parameters of its own")
+    if policy.trainable_only or policy.include is not None or policy.exclude:
+        raise ValueError("trainable_only, include and exclude share parameters with the model: `module` shares none")
+    return given
 
 
 def _is_copied_as_it_lies(x: Tensor) -> bool:
     """Whether ``copy.deepcopy`` can copy a tensor, and the copy can be written in place."""
     if not all_plain([x]):
-        return True
+        return layout(x) is None  # of a DTensor that has a gradient, PyTorch fails to copy that
     return x.is_leaf and is_dense(x) and torch._debug_has_internal_overlap(x) != 1
 
 
@@ -152,7 +153,7 @@ def load_weights(module: nn.Module, weights: dict[str, Any], shared: dict[str, S
     Raises:
         ValueError: it does not fit. Nothing has been changed.
     """
-    own = slots(module)
+    own = {name: x for name, (_, x) in slots(module).items()}
     kept: OrderedDict[str, Any] = OrderedDict(
         (name, _as_in(own.get(name), x)) for name, x in weights.items() if name not in shared
     )
@@ -162,10 +163,9 @@ def load_weights(module: nn.Module, weights: dict[str, Any], shared: dict[str, S
         _load(module, kept, set(shared))
 
 
-def _as_in(place: tuple[Slot, Tensor | None] | None, x: Any) -> Any:
-    """What is loaded into a place: of a whole tensor, where that has shards, those of this rank."""
-    is_pair = place is not None and place[1] is not None and isinstance(x, Tensor)
-    return placed_as(x, place[1]) if is_pair else x
+def _as_in(own: Tensor | None, x: Any) -> Any:
+    """What is loaded into a tensor: where that has a shard, of a whole tensor that of this rank."""
+    return x if own is None or not isinstance(x, Tensor) else placed_as(x, own)
 
 
 def _rehearse(module: nn.Module, weights: dict[str, Any], spared: set[str]) -> None:
