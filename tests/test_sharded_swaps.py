@@ -131,6 +131,17 @@ def check_errors(model, ema):
     assert all(map(same_bits, held(model), bits))
 
 
+def check_attach(mesh):
+    """An average finds its parameters also where all of them are gathered."""
+    model = importlib.import_module("torch.distributed.fsdp").fully_shard(torch.nn.Linear(7, 3), mesh=mesh)
+    optimizer, ema = trainops.AdamW(model.parameters()), trainops.EMA(model, DECAY)
+    gather(model)
+    optimizer.ema = ema
+    model(batch(0)).sum().backward()
+    optimizer.step()
+    assert ema.step == 1
+
+
 def state_of(model, ema, optimizer):
     of_state = importlib.import_module("torch.distributed.checkpoint.state_dict")
     optimizer.init_state()
@@ -163,6 +174,7 @@ def check_all(rank, folder):
     losses = train(model, optimizer, range(SAVED), rank, RANKS)
     check_swaps(model, ema, rank)
     check_copies(model, ema)
+    check_attach(mesh)
     check_errors(model, ema)
     save((model, ema, optimizer), folder)
     gather(model)

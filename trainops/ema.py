@@ -15,7 +15,7 @@ from .ema_schedule import Decay
 from .ema_shards import reshard
 from .ema_state import KeepsState
 from .ema_update import check_type, update_pairs
-from .model_match import match
+from .model_match import given_module, match
 from .model_pairs import Matched
 from .model_slots import averaged_module
 from .parameter_list import as_model, same_parameters
@@ -174,12 +174,14 @@ class EMA(KeepsState):
             include=include,
             exclude=exclude,
         )
-        self._module = averaged_module(model, self.policy, module)
+        if module is None:
+            self._module = averaged_module(model, self.policy)
+        else:
+            self._module = given_module(module, model, self.policy)
         self.backend = backend
         self.step = 0
         self._remember_weights()
         if module is not None:
-            self.check_model()
             self._be_the_model()
         advice.average_made(self)
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .ema_shards import layout
 from .model_slots import listed
 from .tables import replicated
 
@@ -44,10 +45,11 @@ def gathered(module: nn.Module) -> dict[str, Any]:
     keeps = not is_spread or torch.distributed.get_rank() == 0
     found: dict[str, Any] = {}
     for key, x in module.state_dict().items():
-        whole = replicated(x) if isinstance(x, Tensor) else x
+        if isinstance(x, Tensor) and (placed := layout(x)) is not None:
+            x = replicated(x.to(placed[0].device_type))  # shards on the host come from the mesh's devices
         if keeps:
             name = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
-            found[name] = whole.detach().to("cpu", copy=True) if isinstance(whole, Tensor) else whole
+            found[name] = x.detach().to("cpu", copy=True) if isinstance(x, Tensor) else x
     return found
 
 

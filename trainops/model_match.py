@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from .ema_policy import AveragePolicy, can_average, is_dense
-from .ema_shards import fsdp_modules, layout, placed_as
+from .ema_shards import fsdp_modules, layout, placed_as, reshard
 from .model_pairs import Change, Found, Matched, Pair, Replaced, check_pair
-from .model_slots import Slot, names_by_id, slots
+from .model_slots import Slot, moved, names_by_id, slots
 from .plain import all_plain
 from .storage import kind
 
@@ -27,6 +27,24 @@ def match(module: nn.Module, model: nn.Module, policy: AveragePolicy, follows: b
         ValueError: a tensor does not match. The message names it.
     """
     return Matched(_Matcher(module, model, policy, follows).found, module, model)
+
+
+def given_module(module: Any, model: nn.Module, policy: AveragePolicy) -> nn.Module:
+    """A module that the user has made for the average, in eval mode, without gradients.
+
+    Raises:
+        TypeError: it is no module.
+        ValueError: it does not match, or shares parameters with the model, or is asked to. Nothing has been changed.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    if not set(map(id, module.parameters())).isdisjoint(map(id, model.parameters())):
+        raise ValueError("module has parameters of the model itself: give it parameters of its own")
+    if policy.trainable_only or policy.include is not None or policy.exclude:
+        raise ValueError("trainable_only, include and exclude share parameters with the model: `module` shares none")
+    reshard(module, model)
+    match(module, model, policy)
+    return moved(module.eval().requires_grad_(False), policy)
 
 
 class _Matcher:

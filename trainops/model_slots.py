@@ -51,18 +51,14 @@ def names_by_id(places: Slots) -> dict[int, list[str]]:
     return found
 
 
-def averaged_module(model: nn.Module, policy: AveragePolicy, given: Any = None) -> nn.Module:
+def averaged_module(model: nn.Module, policy: AveragePolicy) -> nn.Module:
     """A copy of a model for its average: in eval mode, without gradients. It shares what is left out.
 
-    FSDP2 lets no module be copied: of such a model, it holds the tensors alone. ``given``: a module to take instead.
+    FSDP2 lets no module be copied: of such a model, it holds the tensors alone.
 
     Raises:
-        TypeError: what was given is no module.
-        ValueError: a parameter of the model has no shape yet, FSDP1 has flattened it, or the module that was given
-            shares some, or was to share some.
+        ValueError: a parameter of the model has no shape yet, or FSDP1 has flattened it.
     """
-    if given is not None:
-        return _moved(_checked(given, model, policy).eval().requires_grad_(False), policy)
     check_not_flattened(model)
     reshard(model)
     places = slots(model)
@@ -89,18 +85,7 @@ def averaged_module(model: nn.Module, policy: AveragePolicy, given: Any = None) 
         else:
             module = copy.deepcopy(model, memo | shared)
     with lifted(slot for slot, x in slots(module).values() if id(x) in shared):
-        return _moved(module.eval().requires_grad_(False), policy)
-
-
-def _checked(given: Any, model: nn.Module, policy: AveragePolicy) -> nn.Module:
-    """A module that the user has made for the average."""
-    if not isinstance(given, nn.Module):
-        raise TypeError(f"module must be a torch.nn.Module, got {type(given).__name__}")
-    if not set(map(id, given.parameters())).isdisjoint(map(id, model.parameters())):
-        raise ValueError("module has parameters of the model itself: give it parameters of its own")
-    if policy.trainable_only or policy.include is not None or policy.exclude:
-        raise ValueError("trainable_only, include and exclude share parameters with the model: `module` shares none")
-    return given
+        return moved(module.eval().requires_grad_(False), policy)
 
 
 def _is_copied_as_it_lies(x: Tensor) -> bool:
@@ -110,7 +95,7 @@ def _is_copied_as_it_lies(x: Tensor) -> bool:
     return x.is_leaf and is_dense(x) and torch._debug_has_internal_overlap(x) != 1
 
 
-def _moved(module: nn.Module, policy: AveragePolicy) -> nn.Module:
+def moved(module: nn.Module, policy: AveragePolicy) -> nn.Module:
     """The module with its tensors where the average lives. Tied tensors stay tied."""
     done: dict[int, tuple[Tensor, Tensor]] = {}
 
