@@ -23,6 +23,7 @@ class Network(nn.Module):
         self.gain = nn.Parameter(torch.empty(5))
         self.register_buffer("mean", torch.empty(5))
         self.register_buffer("batches", torch.empty((), dtype=torch.int64))
+        self.register_buffer("zero", torch.empty(()), persistent=False)
 
     @torch.no_grad()
     def begin(self):
@@ -31,13 +32,14 @@ class Network(nn.Module):
             p.copy_(placed(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) / 2, p))
         self.mean.zero_()
         self.batches.zero_()
+        self.zero.zero_()
         return self
 
     def forward(self, x):
         if self.training:
             self.batches.add_(1)
             self.mean.add_(1.0 / self.batches)
-        return self.head(self.inner(x) * self.gain + self.mean)
+        return self.head(self.inner(x) * self.gain + self.mean) + self.zero
 
 
 def placed(whole, like):

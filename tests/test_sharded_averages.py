@@ -1,5 +1,7 @@
 """Averages of models that FSDP2, tensor parallelism and DDP have spread over ranks, beside one process."""
 
+import importlib
+
 import pytest
 import torch
 from contract import same_bits
@@ -14,6 +16,7 @@ from sharded_models import (
     memory,
     mesh_of,
     on_one_process,
+    placed,
     sharded,
     train,
 )
@@ -116,32 +119,35 @@ def check_export(ema, rank, true):
     found = ema.full_state_dict()
     expected = true.state_dict()["module"] if rank == 0 else {}
     assert list(found) == list(expected)
+    assert not found or found["gain"].data_ptr() != ema.module.gain.data_ptr()
     for name, x in found.items():
         assert layout(x) is None
         torch.testing.assert_close(x, expected[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
 def check_silence(model, ema, optimizer, rank):
-    """An average asks no other rank for anything, and is moved in the step's launch."""
+    """An average asks no other rank for anything, and is moved in the step's launch, or by one kernel for all."""
     moved = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ema, "check_model", pytest.fail)  # FSDP brings back the tensors that it takes away
         train(model, optimizer, range(2), rank, RANKS)
 
-    def spy(averages, *args, update=ema_update.update_averages):
-        moved.extend(averages)
-        return update(averages, *args)
+    def spy(averages, sources, *args, update=ema_update.update_averages):
+        assert {type(x) for x in (*averages, *sources)} <= {torch.Tensor, torch.nn.Parameter}
+        moved.append(len(averages))
+        return update(averages, sources, *args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ema_update, "update_averages", spy)
         with_norm = communication(optimizer.step)
-        assert [x.shape for x in moved] == [(5,)]  # a buffer
-    assert len(with_norm) == 1, with_norm  # that of the norm: they are seen
-    optimizer.max_grad_norm, optimizer.skip_nonfinite = None, False
-    assert communication(optimizer.step) == []
-    ema.detach()
-    before = list(map(memory, ema.module.parameters()))
-    assert communication(ema.update) == []
+        assert moved == [2]  # buffers
+        assert len(with_norm) == 1, with_norm  # that of the norm: they are seen
+        optimizer.max_grad_norm, optimizer.skip_nonfinite = None, False
+        assert communication(optimizer.step) == []
+        ema.detach()
+        before = list(map(memory, ema.module.parameters()))
+        assert communication(ema.update) == []
+        assert moved == [2, 2, 2 + len(before)]
     assert not all(map(same_bits, before, map(memory, ema.module.parameters())))
 
 
@@ -165,20 +171,49 @@ def check_forward(model, ema, optimizer, rank, true):
 def check_moved_before(mesh, rank):
     """An average that has moved before it is sharded keeps its values, bit for bit, and sends nothing for it."""
     model, ema, *_ = on_one_process(range(2))
-    expected = ema.state_dict()["module"]
-    expected = {name: x.clone() for name, x in expected.items()}
+    expected = {name: x.clone() for name, x in ema.state_dict()["module"].items()}
     ema.detach()
     sharded(model, mesh)
     assert communication(ema.state_dict) == []
     assert layout(ema.module.head.weight) == layout(model.head.weight) is not None
+    shards = [p.to_local() for p in ema.module.parameters() if layout(p) is not None]
+    assert all(x.untyped_storage().nbytes() == x.nbytes for x in shards)  # nothing holds the whole
     found = ema.full_state_dict()
     assert all(same_bits(found[name], x) for name, x in expected.items()) if rank == 0 else not found
     # Whole weights come back as shards.
-    other, of_other = made_after(mesh)
-    of_other.load_state_dict({"module": expected, "step": 2})
-    assert all(map(same_bits, map(memory, of_other.module.parameters()), map(memory, ema.module.parameters())))
-    assert of_other.step == 2
-    assert layout(other.head.weight) == layout(of_other.module.head.weight)
+    _, other = made_after(mesh)
+    other.load_state_dict({"module": expected, "step": 2})
+    assert all(map(same_bits, map(memory, other.module.parameters()), map(memory, ema.module.parameters())))
+    assert other.step == 2
+
+
+def check_loaded_before(mesh):
+    """Weights that are loaded into an average, before it is sharded or after, are what it continues from."""
+    for loads_first in (True, False):
+        model = Network().begin()
+        ema = trainops.EMA(model, DECAY)
+        loaded = {name: x + 1.0 for name, x in model.state_dict().items()}
+        if loads_first:
+            ema.module.load_state_dict(loaded)
+        sharded(model, mesh)
+        own = ema.state_dict()["module"]
+        if not loads_first:
+            ema.module.load_state_dict({name: placed(x, own[name]) for name, x in loaded.items()})
+        before = memory(ema.module.head.weight)
+        ema.update()
+        torch.testing.assert_close(memory(ema.module.head.weight), before - (1 - DECAY))
+
+
+def check_errors(mesh):
+    fsdp = importlib.import_module("torch.distributed.fsdp")
+    model, other = sharded(Network().begin(), mesh), Network().begin()
+    fsdp.fully_shard(other.head, mesh=mesh)
+    with pytest.raises(ValueError, match="gain is on cpu, but its average on meta"):
+        trainops.EMA(model, module=sharded(on_meta(), mesh))
+    with pytest.raises(ValueError, match=r"inner\.0\.weight is placed as .*, but its average is not sharded"):
+        trainops.EMA(model, module=other)
+    with pytest.raises(ValueError, match=r"FSDP1.*torch\.distributed\.fsdp\.fully_shard"):
+        trainops.EMA(fsdp.FullyShardedDataParallel(torch.nn.Linear(4, 4), device_id=torch.device("cpu")))
 
 
 def check_all(rank):
@@ -191,6 +226,8 @@ def check_all(rank):
         true = on_one_process(range(STEPS))
         check_forward(*check_average(way, mesh, rank, true[1]), rank, true)
     check_moved_before(mesh, rank)
+    check_loaded_before(mesh)
+    check_errors(mesh)
 
 
 def test_averages_of_shards(tmp_path):

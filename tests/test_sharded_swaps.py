@@ -98,6 +98,10 @@ def check_copies(model, ema):
         ema.restore(model.parameters())
         torch.testing.assert_close(output(model), own)
     assert all(map(same_bits, held(model), bits))
+    other = sharded(Network().begin(), model.head.weight.device_mesh)
+    gather(other)
+    ema.copy_to(other)
+    torch.testing.assert_close(output(other), averaged)
 
 
 def check_errors(model, ema):
