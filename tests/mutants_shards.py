@@ -29,7 +29,6 @@ SHARDS = [
         "trainops/ema_shards.py",
         AVERAGES,
         {
-            "shards: a shard keeps the whole tensor": (".to(x.device).clone()", ".to(x.device)"),
             "shards: a module of shards can be called": (
                 "        module.register_forward_pre_hook(refuse)\n",
                 "        pass\n",
@@ -59,11 +58,17 @@ SHARDS = [
         "trainops/model_pairs.py",
         AVERAGES,
         {
-            "shards: kernels get DTensors": (
-                "[*map(local, self._averages)] if self._are_shards else self._averages",
-                "self._averages",
-            ),
             "shards: placements are not compared": ("    if layout(average) != layout(tensor):", "    if False:"),
+        },
+    ),
+    *planted(
+        "trainops/ema_update.py",
+        AVERAGES,
+        {
+            "shards: averages are left to PyTorch": (
+                "    averages, sources = all_local(matched.averages), all_local(sources)\n",
+                "    averages = matched.averages\n",
+            )
         },
     ),
     *planted(

@@ -19,7 +19,6 @@ from .model_match import given_module, match
 from .model_pairs import Matched
 from .model_slots import averaged_module
 from .parameter_list import as_model, same_parameters
-from .tables import local
 from .wrappers import is_same_model
 
 
@@ -305,9 +304,7 @@ class EMA(KeepsState):
     def _weights(self, sources: list[Tensor]) -> list[Tensor]:
         """Weights of the model as the optimizer knows them that has the average: in full, if there are masters."""
         optimizer: Any = self.optimizer
-        if optimizer is not None and optimizer.master is not None:
-            sources = [*map(optimizer.float32_weight, sources)]
-        return [*map(local, sources)]
+        return sources if optimizer is None or optimizer.master is None else [*map(optimizer.float32_weight, sources)]
 
     def _match(self) -> Matched:
         """Pair every tensor of the model with its average, again if one was replaced: frameworks do that at will."""

@@ -95,7 +95,7 @@ def _has_shards(model: nn.Module) -> bool:
 
 
 def placed_as(x: Tensor, source: Tensor) -> Tensor:
-    """``x`` itself; but where only ``source`` is a DTensor, a copy of this rank's shard of ``x``, which is whole."""
+    """``x`` itself; but where only ``source`` is a DTensor, this rank's shard of ``x``, which is whole."""
     target = layout(source)
     if target is None or layout(x) is not None or x.shape != source.shape:
         return x
@@ -103,7 +103,7 @@ def placed_as(x: Tensor, source: Tensor) -> Tensor:
     mesh, placements = target
     with torch.no_grad(), torch.inference_mode(False):
         whole = tensors.DTensor.from_local(x.detach(), mesh, [tensors.Replicate()] * mesh.ndim, run_check=False)
-        shard: Tensor = whole.redistribute(placements=placements).to(x.device).clone()
+        shard: Tensor = whole.redistribute(placements=placements).to(x.device)
     return nn.Parameter(shard, requires_grad=False) if isinstance(x, nn.Parameter) else shard
 
 

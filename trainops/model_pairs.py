@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from .ema_shards import described_layout, layout, refuse_forward
 from .model_slots import Slot
 from .storage import kind
-from .tables import local
 
 
 class Pair(NamedTuple):
@@ -56,22 +55,9 @@ class Pairs:
 
     def __init__(self, pairs: list[Pair]) -> None:
         self.pairs = pairs
+        self.averages = [pair.average for pair in pairs if pair.averaged]
         self.sources = [pair.source for pair in pairs if pair.averaged]
-        self._averages = [pair.average for pair in pairs if pair.averaged]
-        self._copied = [pair for pair in pairs if not pair.averaged]
-        self._are_shards = any(layout(x) is not None for pair in pairs for x in pair[:2])
-
-    @property
-    def averages(self) -> list[Tensor]:
-        """This rank's memory of the averages, asked anew: FSDP may give a DTensor other memory."""
-        return [*map(local, self._averages)] if self._are_shards else self._averages
-
-    @property
-    def copied(self) -> list[Pair]:
-        """What is copied, as this rank's memory."""
-        if not self._are_shards:
-            return self._copied
-        return [Pair(local(average), local(source), False) for average, source, _ in self._copied]
+        self.copied = [pair for pair in pairs if not pair.averaged]
 
     def without(self, done: Collection[int]) -> "Pairs":
         """The pairs whose source is not ``done``, by ``id``."""
@@ -86,7 +72,7 @@ class Matched(Pairs):
         self.replaced, self.placed = found.replaced, found.placed
         self._changes, self._frozen, self._begun = found.changes, found.frozen, found.begun
         self.fusable = {id(pair.source): pair.average for pair in self.pairs if _is_fusable(pair)}
-        self.devices = list(dict.fromkeys(x.device for x in self._averages))
+        self.devices = list(dict.fromkeys(x.device for x in self.averages))
         self.waits = any(x.is_cuda and y.device.type == "cpu" for y, x, _ in self.pairs)
         self._others = [pair for pair in self.pairs if id(pair.source) not in self.fusable]
         modules = [m for root in (module, model) for m in root.modules()]
