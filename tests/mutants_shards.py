@@ -124,7 +124,7 @@ SHARDS = [
     ),
     *planted(
         "trainops/model_slots.py",
-        tests_of("parallel_averages"),
+        SWAPS,
         {
             "shards: DTensors with gradients are copied by PyTorch": (
                 "return layout(x) is None  # of a DTensor",

@@ -132,6 +132,14 @@ def check_errors(model, ema):
     with model.inner.register_forward_pre_hook(inside):
         torch.testing.assert_close(output(model), own)
     assert seen
+    with (  # in the middle of a pass of FSDP, which has to be told, as ever
+        model.inner.register_forward_pre_hook(lambda *_: 1 / 0),
+        pytest.raises(ZeroDivisionError),
+        ema.swap(),
+    ):
+        output(model)
+    model.train()
+    model.reset_iter_state()
     assert all(map(same_bits, held(model), bits))
 
 

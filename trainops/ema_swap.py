@@ -58,12 +58,14 @@ class LendsWeights(HasOptimizer):
             yield
         finally:
             self._own_weights = None
-            self._give_back(pairs, saved)
+            changed = self._give_back(pairs, saved)
             self._model_written()
+        if changed is not None:  # and the block has raised nothing, which would say more
+            raise changed
 
     @torch.no_grad()
-    def _give_back(self, before: list[Pair], own: list[Tensor]) -> None:
-        """Copy the model's own weights into the tensors that it has now. Raises after that if some do not fit."""
+    def _give_back(self, before: list[Pair], own: list[Tensor]) -> ValueError | None:
+        """Copy the model's own weights into the tensors that it has now. Returns an error if some do not fit."""
         changed: ValueError | None = None
         try:
             pairs = self.check_model().pairs
@@ -72,8 +74,7 @@ class LendsWeights(HasOptimizer):
         for pair, weight in zip(pairs, own, strict=True):
             if pair.source.shape == weight.shape:
                 write_into(pair.source, weight)
-        if changed is not None:
-            raise changed
+        return changed
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module | Iterable[Tensor] | None = None) -> None:
