@@ -48,7 +48,7 @@ MODELS = [
                 "        elif False:\n",
             ),
             "match: a copied buffer keeps its shape": (
-                "(average.shape, kind(average)) != (source.shape, kind(source))",
+                "_form(average) != _form(source)",
                 "False",
             ),
         },
@@ -82,7 +82,10 @@ MODELS = [
                 "False",
             ),
             "slots: buffers of inference mode are written": (" if target.is_inference() else", " if False else"),
-            "slots: a checkpoint writes the model": ("if name not in shared)", "if True)"),
+            "slots: a checkpoint writes the model": (
+                "for name, x in weights.items() if name not in shared",
+                "for name, x in weights.items()",
+            ),
             "slots: nothing is rehearsed": ("        _rehearse(module, kept, set(shared))\n", ""),
             "slots: versions of modules are lost": (
                 'kept._metadata = getattr(weights, "_metadata", None)',

@@ -10,6 +10,7 @@ from torch import Tensor
 from . import advice
 from .adapters import StepControl, check
 from .ema import EMA
+from .ema_shards import reshard
 from .lost_updates import share_of_lost_updates
 from .own_settings import OWN_SETTINGS, HasOwnSettings
 from .ranks import NormGroup
@@ -121,6 +122,7 @@ class FusedOptimizer(HasOwnSettings, TakesFusedSteps):
             if not isinstance(ema, EMA):
                 raise TypeError(f"ema must be a trainops.EMA, got {type(ema).__name__}")
             own = {id(p) for group in self.param_groups for p in group["params"]}
+            reshard(ema.model)
             if own and own.isdisjoint(map(id, ema.model.parameters())):
                 raise ValueError("ema follows a model that has none of these parameters")
         if (inner := unwrap(self)) is not self:  # Lightning's and Fabric's wrappers imitate their optimizer's class
