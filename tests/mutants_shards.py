@@ -48,8 +48,8 @@ SHARDS = [
         AVERAGES,
         {
             "shards: an average stays on meta": (
-                "        was_meta = average.is_meta",
-                "        was_meta = False and average.is_meta",
+                "        is_filled = average.is_meta",
+                "        is_filled = False and average.is_meta",
             ),
             "shards: FSDP's parameters are replaced": ("follows and not fsdp_modules(module)", "follows"),
         },

@@ -2,10 +2,22 @@
 
 import importlib
 
+import pytest
 import torch
 from contract import same_bits
 from process_groups import assert_same_on_all_ranks, forks, on_ranks
-from sharded_models import DECAY, OPTIONS, Network, batch, memory, mesh_of, on_one_process, sharded, train
+from sharded_models import (
+    DECAY,
+    OPTIONS,
+    Network,
+    batch,
+    communication,
+    memory,
+    mesh_of,
+    on_one_process,
+    sharded,
+    train,
+)
 from targets import thorough
 from torch import nn
 
@@ -69,9 +81,49 @@ def check_tensor_parallel(mesh):
         assert all(map(same_bits, map(memory, model.parameters()), bits))
 
 
+def check_left_out(mesh, rank):
+    """What is left out is the model's own shard, whether the average was made before or after."""
+
+    def made(is_made_before=True, spread=lambda model: model):
+        model = Network(**EVEN).begin()
+        model.inner[0].requires_grad_(False)
+        options = {"trainable_only": True, "exclude": "head"}
+        ema = trainops.EMA(model, DECAY, **options) if is_made_before else None
+        spread(model)
+        return model, ema or trainops.EMA(model, DECAY, **options)
+
+    def trained(model, ema, *ranks):
+        train(model, trainops.AdamW(model.parameters(), ema=ema, **OPTIONS), range(STEPS), *ranks)
+        with torch.no_grad():
+            model(batch(9))  # FSDP's root stays gathered
+        return ema.state_dict()["module"].keys(), ema.full_state_dict()
+
+    names, expected = trained(*made())
+    for is_made_before in (True, False):
+        model, ema = made(is_made_before, lambda model: sharded(model, mesh))
+        its_names, found = trained(model, ema, rank, 2)
+        assert names == its_names
+        assert names.isdisjoint({"inner.0.weight", "head.weight"})
+        assert ema.module.head.weight is model.head.weight
+        torch.testing.assert_close(found, expected)
+
+
+def check_lists(mesh):
+    """Of lists of DTensors, kernels get this rank's memory; what is placed otherwise is refused."""
+    weights = list(sharded(Network().begin(), mesh).parameters())
+    averages = [torch.zeros_like(p).detach() for p in weights]
+    assert communication(lambda: trainops.ema_update_(averages, weights, 0.75)) == []
+    for average, p in zip(averages, weights, strict=True):
+        torch.testing.assert_close(memory(average), 0.25 * memory(p))
+    with pytest.raises(ValueError, match=r"tensor 1 is placed as .*, but its average is not sharded"):
+        trainops.ema_update_([averages[0], torch.zeros(13, 7)], weights[:2], 0.75)
+
+
 def check_two(rank):
     check_ddp(rank, 2)
     check_tensor_parallel(mesh_of(2))
+    check_left_out(mesh_of(2), rank)
+    check_lists(mesh_of(2))
 
 
 def check_four(rank):

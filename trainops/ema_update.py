@@ -34,14 +34,14 @@ def ema_update_(
 
     Args:
         ema_tensors: the averages.
-        tensors: what is averaged, of the same shapes and on the same devices.
+        tensors: what is averaged, of the same shapes and on the same devices; DTensors with the same placements.
         decay: how much of the average stays, in [0, 1].
         backend: see :func:`trainops.backends`; by default it follows the device.
 
     Raises:
         TypeError: ``decay`` is no number.
-        ValueError: ``decay`` is out of range, or two tensors differ in shape or device, or are not floating-point.
-            Nothing has been changed.
+        ValueError: ``decay`` is out of range, or two tensors differ in shape, device or placement, or are not
+            floating-point. Nothing has been changed.
     """
     check(backend)
     check_unit_interval("decay", decay)
@@ -54,7 +54,7 @@ def ema_update_(
             raise ValueError(f"tensor {i} is {tensor.dtype}; averages are of floating-point numbers")
         if average.device != tensor.device:
             raise ValueError(f"tensor {i} is on {tensor.device}, but its average on {average.device}")
-    update_averages(averages, tensors, decay, None, backend)
+    update_averages(all_local(averages), all_local(tensors), decay, None, backend)
 
 
 def get_ema_multi_avg_fn(decay: float = 0.999) -> Callable[[Sequence[Tensor], Sequence[Tensor], Any], None]:

@@ -123,8 +123,9 @@ class _Matcher:
         """The average as its source lies by now: on this rank's shards; with memory, after initialisation on meta."""
         if not self.may_place or (type(average) is type(source) and average.is_meta == source.is_meta):
             return average
-        was_meta = average.is_meta and not source.is_meta and self.policy.device in (None, source.device)
-        placed = self.policy.new(source) if was_meta else placed_as(average, source)
+        stays_meta = self.policy.device is not None and self.policy.device.type == "meta"
+        is_filled = average.is_meta and not source.is_meta and not stays_meta
+        placed = self.policy.new(source) if is_filled else placed_as(average, source)
         if placed is not average:
             self.found.placed += [Change(self.own[name][0], placed) for name in names if name in self.own]
         return placed
