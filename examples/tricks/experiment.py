@@ -9,6 +9,7 @@ import argparse
 import inspect
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from math import comb
 from pathlib import Path
 from typing import NamedTuple
@@ -85,7 +86,7 @@ def spread(values: Sequence[float], form: str = ".1f") -> str:
 def network(*sizes: int, activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
     """Linear layers with an activation between each two."""
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+    for inputs, outputs in pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), activation()]
     return nn.Sequential(*layers[:-1])
 
@@ -97,7 +98,7 @@ def split(x: Tensor, y: Tensor, test_size: float | int, seed: int) -> list[Tenso
 
 
 def digits(train: int, seed: int) -> list[Tensor]:
-    """scikit-learn's 1797 images of 8 x 8 pixels, in rows of 64: ``train`` of them and their labels, then the others."""
+    """scikit-learn's 1797 images of 8 x 8 pixels, as rows, and labels: ``train`` of them, then the others."""
     data = load_digits()
     x, y = torch.tensor(data.data, dtype=torch.float32) / 8 - 1, torch.tensor(data.target)
     return split(x, y, len(x) - train, seed)
@@ -142,18 +143,23 @@ def panels(count: int, height: float = 3.8, width: float = 4.8) -> tuple[Figure,
 
 def label_lines(axes: Axes, gap: float = 0.07) -> None:
     """Names of the lines at their right ends, in their colours, moved apart where they would overlap."""
-    axes.figure.draw_without_rendering()
+    axes.get_ylim()  # fits the limits to the lines, which is put off until somebody asks
     to_axes = axes.transData + axes.transAxes.inverted()
     lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
-    places = {line: float(to_axes.transform(line.get_xydata()[-1])[1]) for line in lines}
+    places = {line: min(1.0, max(0.0, float(to_axes.transform(line.get_xydata()[-1])[1]))) for line in lines}
     lines.sort(key=places.get)
     for _ in range(100):
-        for low, high in zip(lines, lines[1:], strict=False):
+        for low, high in pairwise(lines):
             overlap = max(0.0, places[low] + gap - places[high])
             places[low], places[high] = places[low] - overlap / 2, places[high] + overlap / 2
     for line in lines:
         text, y = line.get_label(), places[line]
         axes.text(1.02, y, text, transform=axes.transAxes, va="center", fontsize=9, color=line.get_color())
+
+
+def title_of(text: str) -> str:
+    """The first line of a module's text."""
+    return text.strip().partition("\n")[0].removesuffix(".")
 
 
 def perform(run: Callable[..., Report], picture: Path, **options: int) -> Report:
@@ -168,7 +174,7 @@ def perform(run: Callable[..., Report], picture: Path, **options: int) -> Report
 
 def main(run: Callable[..., Report], text: str) -> None:
     """The command line of an experiment. The exit status is 1 where a claim does not hold."""
-    parser = argparse.ArgumentParser(description=text.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=title_of(text))
     settings = {name: parameter.default for name, parameter in inspect.signature(run).parameters.items()}
     for name, default in settings.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
@@ -179,7 +185,7 @@ def main(run: Callable[..., Report], text: str) -> None:
         if value < 1:
             parser.error(f"--{name} must be at least 1")
     report = perform(run, picture, **options)
-    table = Table(*report.header, title=text.partition("\n")[0])
+    table = Table(*report.header, title=title_of(text))
     for row in report.rows:
         table.add_row(*row)
     Console().print(table)

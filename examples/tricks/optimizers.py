@@ -1,19 +1,35 @@
-"""SGD, momentum and Adam on one network
+"""SGD, momentum and Adam on one network.
 
     python examples/tricks/optimizers.py [--seeds 5] [--steps 300]
 
-A 64-64-10 network learns the digits, in batches of 64. All with the learning rate 0.01, Adam is far ahead of momentum,
-and that of plain SGD, as the article shows. But this compares the lengths of steps as much as optimizers: with momentum
-0.9, steps are in the long run ten times as long, so that momentum at 0.01 does what SGD does at 0.1. Adam's steps have
-the length of the rate, whatever the gradient. On the right, each gets the rates that it needs (the best one is marked).
-Of Adam's lead over SGD little is left, and none over momentum that is larger than the noise of the seeds.
+A 64-64-10 network learns the digits, in batches of 64. All with the learning rate 0.01, Adam is far ahead of
+momentum, and that of plain SGD, as the article shows. But this compares the lengths of steps as much as optimizers:
+with momentum 0.9, steps are in the long run ten times as long, so that momentum at 0.01 does what SGD does at 0.1.
+Adam's steps have the length of the rate, whatever the gradient. On the right, each gets the rates that it needs (the
+best one is marked). Of Adam's lead over SGD little is left, and none over momentum that is larger than the noise of
+the seeds.
 """
 
 import statistics
 from itertools import product
 
 import torch
-from experiment import BLUE, GREEN, ORANGE, Claim, Report, batches, digits, label_lines, above, main, network, panels, spread, train
+from experiment import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    Claim,
+    Report,
+    above,
+    batches,
+    digits,
+    label_lines,
+    main,
+    network,
+    panels,
+    spread,
+    train,
+)
 
 import trainops
 
@@ -38,7 +54,8 @@ def fit(way: str, lr: float, steps: int, seed: int) -> list[float]:
 def run(seeds: int = 5, steps: int = 300) -> Report:
     """Train with every rate."""
     curves = {
-        (way, lr): [fit(way, lr, steps, seed) for seed in range(seeds)] for way, lr in product(WAYS, {*RATES, SAME})
+        (way, lr): [fit(way, lr, steps, seed) for seed in range(seeds)]
+        for way, lr in product(WAYS, {*RATES, SAME, 10 * SAME})
     }
     last = {key: [curve[-1] for curve in its] for key, its in curves.items()}
     medians = {key: statistics.median(losses) for key, losses in last.items()}
@@ -66,13 +83,16 @@ def run(seeds: int = 5, steps: int = 300) -> Report:
     sgd, momentum, adam = WAYS
     lead, lead_at_best = ratios((sgd, SAME), (adam, SAME)), ratios((sgd, best[sgd]), (adam, best[adam]))
     shrinks = [a / b for a, b in zip(lead, lead_at_best, strict=True)]
-    like = ratios((sgd, 0.1), (momentum, SAME))
+    like = ratios((sgd, 10 * SAME), (momentum, SAME))
     claims = [
         above("at 0.01, the loss of SGD over that of momentum", ratios((sgd, SAME), (momentum, SAME)), 2),
         above("at 0.01, the loss of momentum over that of Adam", ratios((momentum, SAME), (adam, SAME)), 2),
-        above("at 0.01, the loss of SGD over that of Adam", lead, 5),
-        above("with the best rates, the same is a fraction: that ratio over this", shrinks, 5),
-        Claim(f"SGD at 0.1 ends where momentum at 0.01 does: ratio {spread(like, '.2f')}", 0.8 < min(like) <= max(like) < 1.25),
+        above("at 0.01, the loss of SGD over that of Adam", lead, 4),
+        above("this ratio at 0.01 over the same with the best rates", shrinks, 2),
+        Claim(
+            f"SGD at 0.1 ends where momentum at 0.01 does: ratio {spread(like, '.2f')}",
+            0.8 < min(like) <= max(like) < 1.25,
+        ),
     ]
     return Report(("optimizer", "loss at 0.01", "its best rate", "loss there"), rows, figure, claims)
 

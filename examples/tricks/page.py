@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from experiment import OUTPUT, Report, perform
+from experiment import OUTPUT, Report, perform, title_of
 from rich.progress import track
 
 import trainops
@@ -31,7 +31,11 @@ EXPERIMENTS = (
     "valleys",
     "optimizers",
     "clipping",
+    "accumulation",
     "weight_decay",
+    "regularisers",
+    "drop_path",
+    "averaging",
 )
 
 STYLE = """
@@ -40,7 +44,7 @@ body { margin: 0 auto; max-width: 1240px; padding: 0 16px 48px; color: #1f2933; 
 h1 { margin-bottom: 0; } h2 { margin: 56px 0 8px; font-size: 1.3em; }
 p { max-width: 46em; } a { color: #1d5f8a; } nav li { margin: 2px 0; }
 .found { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 24px; align-items: start; }
-img { width: 100%; height: auto; }
+img { width: 100%; min-width: 600px; height: auto; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.85em; font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 10px 5px 0; text-align: left; vertical-align: top; border-bottom: 1px solid #e4e7eb; }
@@ -69,7 +73,8 @@ def make(name: str, output: Path) -> Made:
     module = importlib.import_module(name)
     picture = output / f"{name}.png"
     report = perform(module.run, picture)
-    title, usage, *text = module.__doc__.strip().split("\n\n")
+    _, usage, *text = module.__doc__.strip().split("\n\n")
+    title = title_of(module.__doc__)
     seconds = f"{usage.strip()} took {time.perf_counter() - began:.0f} s"
     failed = [claim.text for claim in report.claims if not claim.holds]
     return Made(name, title, section(name, title, text, report, picture.name, seconds), failed)
@@ -79,7 +84,8 @@ def section(name: str, title: str, text: Sequence[str], report: Report, picture:
     """The picture beside the table, and below them the claims."""
 
     def cells(row: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row) + "</tr>"
+        lines = (escape(cell).replace(" (", '<br><span class="small">(') for cell in row)
+        return "<tr>" + "".join(f"<{tag}>{line}</{tag}>" for line in lines) + "</tr>"
 
     paragraphs = "".join(f"<p>{with_code(paragraph)}</p>" for paragraph in text)
     table = cells(report.header, "th") + "".join(cells(row, "td") for row in report.rows)
@@ -88,7 +94,10 @@ def section(name: str, title: str, text: Sequence[str], report: Report, picture:
         for claim, holds in report.claims
     )
     return f"""<section id="{name}"><h2>{escape(title)}</h2>{paragraphs}
-<div class="found"><img src="{picture}" alt="{escape(title)}"><div class="scroll"><table>{table}</table></div></div>
+<div class="found">
+<div class="scroll"><img src="{picture}" alt="{escape(title)}"></div>
+<div class="scroll"><table>{table}</table></div>
+</div>
 <ul class="claims">{claims}</ul><p class="small"><code>{escape(seconds)}</code></p></section>"""
 
 
@@ -105,9 +114,9 @@ def page(made: Sequence[Made]) -> str:
     return f"""<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>What each trick does</title>
 <style>{STYLE}</style><h1>What each trick does</h1>
-<p>Small experiments on data that scikit-learn makes or ships. Tables have the median of the seeds, then the lowest and
-the highest one. A claim about seeds holds where a sign test is significant at 5%: five of five seeds have to agree, or
-nine of ten.</p><p class="small">{versions}</p><nav><ul>{links}</ul></nav>
+<p>Small experiments on data that scikit-learn makes or ships. Tables have the median of the seeds, then the lowest
+and the highest one. A claim about seeds holds where a sign test is significant at 5%: five of five seeds have to
+agree, or nine of ten.</p><p class="small">{versions}</p><nav><ul>{links}</ul></nav>
 {"".join(one.section for one in made)}</html>
 """
 
@@ -116,7 +125,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the experiments and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=OUTPUT)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="experiments at a time; default: all cores")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="experiments at a time; default: all cores"
+    )
     parser.add_argument("--only", default=",".join(EXPERIMENTS), help="names, separated by commas; default: all")
     options = parser.parse_args(arguments)
     names = options.only.split(",")
@@ -126,7 +137,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--jobs must be at least 1")
     options.output.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(options.jobs) as pool:
-        made = list(track(pool.map(make, names, repeat(options.output)), "experimenting", len(names)))
+        run = map if options.jobs == 1 else pool.map
+        made = list(track(run(make, names, repeat(options.output)), "experimenting", len(names)))
     path = options.output / "index.html"
     path.write_text(page(made), encoding="utf-8")
     for one in made:

@@ -1,12 +1,13 @@
-"""Vanishing gradients: sigmoid against ReLU, 30 layers deep
+"""Vanishing gradients: sigmoid against ReLU, 30 layers deep.
 
     python examples/tricks/vanishing_gradients.py [--seeds 10] [--depth 30]
 
 On the left, the article's network: one unit in each layer, every weight 1. A sigmoid's derivative is at most 1/4, and
-here, where the units settle at 0.659, it is 0.225: each layer takes three quarters of the gradient. ReLU passes it on.
+here, where the units settle at 0.659, it is 0.225: each layer takes three quarters of the gradient. ReLU passes it
+on.
 
-That network cannot learn, and its ReLU is the identity. On the right, a network that could: 64 units in each layer, on
-the digits. The sigmoids lose the gradient there, too, whatever the initialisation. ReLU alone does not save it:
+That network cannot learn, and its ReLU is the identity. On the right, a network that could: 64 units in each layer,
+on the digits. The sigmoids lose the gradient there, too, whatever the initialisation. ReLU alone does not save it:
 PyTorch's own initialisation loses more than half of it in each layer. He's, which was made for ReLU, keeps it.
 """
 
@@ -95,15 +96,21 @@ def run(seeds: int = 10, depth: int = 30) -> Report:
         Claim("one unit: it is exactly 1 in every layer with ReLU", set(chains["ReLU"]) == {1.0}),
         larger(
             "64 units, PyTorch's initialisation: powers of ten that sigmoid loses more than ReLU from end to end",
-            lost["sigmoid, PyTorch's"], lost["ReLU, PyTorch's"], by=depth / 10,
+            lost["sigmoid, PyTorch's"],
+            lost["ReLU, PyTorch's"],
+            by=depth / 10,
         ),
         larger(
             "64 units: powers of ten that sigmoid loses more than ReLU, each with the initialisation made for it",
-            lost["sigmoid, Xavier"], lost["ReLU, He"], by=depth / 10,
+            lost["sigmoid, Xavier"],
+            lost["ReLU, He"],
+            by=depth / 10,
         ),
         larger(
             "64 units, ReLU: powers of ten that PyTorch's initialisation loses more than He's",
-            lost["ReLU, PyTorch's"], lost["ReLU, He"], by=depth / 10,
+            lost["ReLU, PyTorch's"],
+            lost["ReLU, He"],
+            by=depth / 10,
         ),
     ]
     return Report(("network", "gradient of the first layer", "of the last layer"), rows, figure, claims)
