@@ -22,7 +22,7 @@ SHORT = {
     "vanishing_gradients": {"seeds": 5, "depth": 20},
     "initialisation": {"seeds": 5, "steps": 2},
     "learning_rate": {"seeds": 5, "steps": 245},
-    "valleys": {"steps": 450},
+    "valleys": {"steps": 450, "RATES": (0.01, 0.0178, 0.0316, 0.1, 0.1778)},
     "optimizers": {"seeds": 5, "steps": 100, "RATES": (0.01, 1.0)},
     "clipping": {"seeds": 5, "steps": 20},
     "accumulation": {"seeds": 5, "steps": 5},

@@ -9,6 +9,7 @@ import argparse
 import inspect
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from itertools import pairwise
 from math import comb
 from pathlib import Path
@@ -97,9 +98,12 @@ def split(x: Tensor, y: Tensor, test_size: float | int, seed: int) -> list[Tenso
     return [x, y, test_x, test_y]
 
 
+read_digits = cache(load_digits)  # from its file
+
+
 def digits(train: int, seed: int) -> list[Tensor]:
     """scikit-learn's 1797 images of 8 x 8 pixels, as rows, and labels: ``train`` of them, then the others."""
-    data = load_digits()
+    data = read_digits()
     x, y = torch.tensor(data.data, dtype=torch.float32) / 8 - 1, torch.tensor(data.target)
     return split(x, y, len(x) - train, seed)
 

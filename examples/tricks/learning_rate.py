@@ -6,7 +6,7 @@ A line y = a x + b is fitted to 100 points by gradient descent on the mean squar
 loss has curvature c, each step multiplies the error by 1 - lr * c. The inputs are scaled so that c is 19 for the
 slope a and 2 for the intercept b.
 
-The article's claim holds for the slope: at 0.001 it is slow, at 0.1 it jumps to the other side at each step (factor
+The usual picture holds for the slope: at 0.001 it is slow, at 0.1 it jumps to the other side at each step (factor
 -0.9), at 0.01 it comes straight and fast (0.81). Beyond 2 / 19 = 0.105 it diverges. It does not hold for the
 intercept, whose curvature is small: that comes ten times as fast at 0.1, and so the loss is down to 1% sooner there
 than at 0.01. One rate for all directions is a compromise. This is why momentum, Adam and normalised inputs help.

@@ -3,11 +3,11 @@
     python examples/tricks/optimizers.py [--seeds 5] [--steps 300]
 
 A 64-64-10 network learns the digits, in batches of 64. All with the learning rate 0.01, Adam is far ahead of
-momentum, and that of plain SGD, as the article shows. But this compares the lengths of steps as much as optimizers:
-with momentum 0.9, steps are in the long run ten times as long, so that momentum at 0.01 does what SGD does at 0.1.
-Adam's steps have the length of the rate, whatever the gradient. On the right, each gets the rates that it needs (the
-best one is marked). Of Adam's lead over SGD little is left, and none over momentum that is larger than the noise of
-the seeds.
+momentum, and that of plain SGD, as is often shown. But this compares the lengths of steps as much as optimizers: with
+momentum 0.9, steps are in the long run ten times as long, so that momentum at 0.01 does what SGD does at 0.1. Adam's
+steps have the length of the rate, whatever the gradient. On the right, each gets the rates that it needs (the best
+one is marked). Of Adam's lead over SGD little is left, and none over momentum that is larger than the noise of the
+seeds.
 """
 
 import statistics

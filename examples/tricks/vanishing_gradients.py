@@ -2,9 +2,9 @@
 
     python examples/tricks/vanishing_gradients.py [--seeds 10] [--depth 30]
 
-On the left, the article's network: one unit in each layer, every weight 1. A sigmoid's derivative is at most 1/4, and
-here, where the units settle at 0.659, it is 0.225: each layer takes three quarters of the gradient. ReLU passes it
-on.
+On the left, the textbook's network: one unit in each layer, every weight 1. A sigmoid's derivative is at most 1/4,
+and here, where the units settle at 0.659, it is 0.225: each layer takes three quarters of the gradient. ReLU passes
+it on.
 
 That network cannot learn, and its ReLU is the identity. On the right, a network that could: 64 units in each layer,
 on the digits. The sigmoids lose the gradient there, too, whatever the initialisation. ReLU alone does not save it:

@@ -4,9 +4,10 @@
 
 A 20-100-1 network learns 800 samples of `make_classification` by heart, and is tested with 200 others. Each epoch is
 one step of Adam at 0.01, with the penalty of `trainops.Adam(..., weight_decay=0.04)`: 0.04 * weight is added to the
-gradient. The article saw 100% in training and 81.5% in the test become 88.0% and 87.5%. Ten data sets bear that out,
-with a smaller gain: the test gains about 4 points in the median. What the penalty does most is to close the gap
-between the two, and to keep the network from being sure of what it gets wrong: the test loss is a third.
+gradient. An article that shows this saw 100% in training and 81.5% in the test become 88.0% and 87.5%. Ten data sets
+bear that out, with a smaller gain: the test gains about 4 points in the median. What the penalty does most is to
+close the gap between the two, and to keep the network from being sure of what it gets wrong: the test loss is a
+third.
 """
 
 from itertools import repeat
