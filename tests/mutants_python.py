@@ -44,6 +44,7 @@ PYTHON = [
         {
             "foreach: the coefficient is left out": ("    if isinstance(coefficient, Tensor):\n", "    if False:\n"),
             "foreach: infinite averages": (" and all_finite(tensors):", ":"),
+            "foreach: averages of a chunk stay": ("        if averages is not None:\n", "        if False:\n"),
             "foreach: step counts advance in a skipped step": (
                 "else ~skip.to(device)",
                 "else ~skip.to(device) | skip",
@@ -57,14 +58,7 @@ PYTHON = [
         tests_of("foreach"),
         {
             "foreach: chunks without a limit": ("if i > begin and size + numel > limit:", "if False:"),
-            "foreach: products in another's place": (
-                "zip(rows, stack(tensors, rows).mul_(factor)",
-                "zip(rows[::-1], stack(tensors, rows).mul_(factor)",
-            ),
-            "foreach: infinities in a stack": (
-                "[stack(tensors, rows).sum() for rows in found.stacked] + ",
-                "",
-            ),
+            "foreach: infinities in small tensors": ("    if small:", "    if False:"),
             "foreach: shared memory is collected": (" or have_common_memory(every)", ""),
             "foreach: a row's number for another": ("in zip(rows, self._sizes", "in zip(rows[::-1], self._sizes"),
         },
@@ -162,7 +156,7 @@ PYTHON = [
         },
     ),
     *planted(
-        "trainops/optimizer.py",
+        "trainops/step.py",
         tests_of("adamw", "adamw_drop_in", "ema_fused", "reference", k="cpu-cpu or reference-cpu or not target"),
         {
             "AdamW: state of new parameters is kept when a step raises": (
@@ -185,7 +179,7 @@ PYTHON = [
         },
     ),
     *planted(
-        "trainops/optimizer.py",
+        "trainops/step.py",
         tests_of("interference"),
         {
             "AdamW: rows of a parameter that is there twice": ("in_memory and not in_turn", "in_memory"),
@@ -193,8 +187,12 @@ PYTHON = [
                 "            if in_turn:",
                 "            if False:",
             ),
-            "EMA: a copy of an optimizer gives up its average": (" and before.optimizer is self", ""),
         },
+    ),
+    *planted(
+        "trainops/optimizer.py",
+        tests_of("interference"),
+        {"EMA: a copy of an optimizer gives up its average": (" and before.optimizer is self", "")},
     ),
     *planted(
         "trainops/loading.py",
@@ -459,7 +457,7 @@ PYTHON = [
         },
     ),
     *planted(
-        "trainops/optimizer.py",
+        "trainops/step.py",
         tests_of("host_side"),
         {
             "host side: a wait for the largest norm": (
@@ -533,7 +531,6 @@ PYTHON = [
                 "in reversed(meshes[:-1]):",
                 "in reversed(meshes[:0]):",
             ),
-            "ranks: a NaN is lost among the largest": ("both[1] != 0", "both[1] > 1"),
             "ranks: stages are not joined": (
                 "    if group is not None:\n        total",
                 "    if False:\n        total",
@@ -542,6 +539,13 @@ PYTHON = [
                 "order.share(total, 1 / alike)",
                 "order.share(total, 1)",
             ),
+        },
+    ),
+    *planted(
+        "trainops/norm_order.py",
+        tests_of("ranks"),
+        {
+            "ranks: a NaN is lost among the largest": ("both[1] != 0", "both[1] > 1"),
             "ranks: no elements are zeros for all orders": ("        if self.p < 0:", "        if self.p < -9:"),
         },
     ),

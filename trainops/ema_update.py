@@ -16,7 +16,7 @@ from .ema_policy import AveragePolicy
 from .model_pairs import Pairs, Replaced, check_pair
 from .plain import all_plain
 from .storage import kind
-from .tables import as_real
+from .tables import all_local, as_real
 
 
 @torch.no_grad()
@@ -91,9 +91,9 @@ def update_pairs(
 
     Averages on the host of tensors on GPUs are moved later, by a thread of its own.
     """
-    averages = matched.averages
-    targets = [pair.average for pair in matched.copied]
-    copied = [pair.source for pair in matched.copied]
+    averages, sources = all_local(matched.averages), all_local(sources)
+    targets = all_local([pair.average for pair in matched.copied])
+    copied = all_local([pair.source for pair in matched.copied])
     is_elsewhere = any(target.device != source.device for target, source in zip(targets, copied, strict=True))
     if is_elsewhere or (averages and averages[0].device != sources[0].device):
         wanted, devices = [*sources, *copied], [x.device for x in (*averages, *targets)]

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from .ema_shards import described_layout, layout, refuse_forward
 from .model_slots import Slot
 from .storage import kind
 
@@ -43,6 +44,7 @@ class Found:
         self.pairs: list[Pair] = []
         self.replaced: list[Replaced] = []
         self.changes: list[Change] = []
+        self.placed: list[Change] = []  # averages as they lie now: as shards, or with memory
         self.frozen: list[Tensor] = []  # parameters that are shared as long as they are frozen
         self.begun: set[str] = set()  # names of parameters that will be shared no longer
         self.unseen: list[Slot] = []  # their tensors do not matter
@@ -67,12 +69,8 @@ class Matched(Pairs):
 
     def __init__(self, found: Found, module: nn.Module, model: nn.Module) -> None:
         super().__init__(found.pairs)
-        self.replaced, self._changes, self._frozen, self._begun = (
-            found.replaced,
-            found.changes,
-            found.frozen,
-            found.begun,
-        )
+        self.replaced, self.placed = found.replaced, found.placed
+        self._changes, self._frozen, self._begun = found.changes, found.frozen, found.begun
         self.fusable = {id(pair.source): pair.average for pair in self.pairs if _is_fusable(pair)}
         self.devices = list(dict.fromkeys(x.device for x in self.averages))
         self.waits = any(x.is_cuda and y.device.type == "cpu" for y, x, _ in self.pairs)
@@ -103,6 +101,13 @@ class Matched(Pairs):
         """Whether the pairs that are not ``done``, by ``id`` of the source, have equal shapes."""
         return all(average.shape == source.shape for average, source, _ in self.pairs if id(source) not in done)
 
+    def place(self) -> None:
+        """Let the averaged module hold averages that lie as the tensors of the model do. Then match anew."""
+        for slot, tensor, *_ in self.placed:
+            old, slot.container[slot.key] = slot.container[slot.key], tensor
+            if tensor is not None and old is not None and layout(tensor) is not None and layout(old) is None:
+                refuse_forward(slot.owner)
+
     def settle(self, shared: set[str]) -> None:
         """Let the averaged module hold what it was paired for. ``shared``: names of the parameters that it shares."""
         for slot, tensor, persistent, gone in self._changes:
@@ -132,5 +137,7 @@ def check_pair(name: str, average: Tensor, tensor: Tensor, advice: str = "") -> 
         raise ValueError(f"{name} has {shapes}{advice}")
     if (average.device.type == "meta") != (tensor.device.type == "meta"):
         raise ValueError(f"{name} is on {tensor.device}, but its average on {average.device}")
+    if layout(average) != layout(tensor):
+        raise ValueError(f"{name} is {described_layout(tensor)}, but its average is {described_layout(average)}")
     if kind(average) != kind(tensor):
         raise ValueError(f"{name} is {tensor.dtype}, but its average is {average.dtype}{advice}")

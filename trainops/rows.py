@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,10 +13,10 @@ from .storage import MASTER, dtypes_of_state, fits, kind, new_master, wants_mast
 from .tables import aligned
 
 if TYPE_CHECKING:
-    from .optimizer import FusedOptimizer
+    from .step import TakesFusedSteps
 
 
-def gather(optimizer: "FusedOptimizer", averages: dict[int, Tensor]) -> list[Group]:
+def gather(optimizer: "TakesFusedSteps", averages: dict[int, Tensor]) -> list[Group]:
     """The groups of a step, whatever tensors they hold. State is made where there is none yet.
 
     ``averages`` are by the ``id`` of their parameter.
@@ -54,7 +55,7 @@ def gather(optimizer: "FusedOptimizer", averages: dict[int, Tensor]) -> list[Gro
 
 
 def complete_state(
-    state: dict[str, Tensor], param: Tensor, names: tuple[str, ...], optimizer: "FusedOptimizer"
+    state: dict[str, Tensor], param: Tensor, names: tuple[str, ...], optimizer: "TakesFusedSteps"
 ) -> None:
     """Give a parameter the state that it has before its first step, or the master that it lacks."""
     missing: dict[str, Tensor] = {}
@@ -73,6 +74,9 @@ def check_state(param: Tensor, state: dict[str, Any] | None, names: Sequence[str
         return
     if missing := [name for name in ("step", *names) if name not in state]:
         raise ValueError(f"the state of a parameter of shape {tuple(param.shape)} has no {', '.join(missing)}")
+    step = state["step"]
+    if step.numel() != 1 if isinstance(step, Tensor) else not isinstance(step, Real):
+        raise ValueError(f"the state's step must be a number or a one-element tensor, got {step!r:.60}")
     for name in (*names, *(key for key in (MASTER,) if isinstance(state.get(key), Tensor))):
         if state[name].shape != param.shape:
             raise ValueError(

@@ -31,7 +31,6 @@ from ._foreach_rows import (
     collect,
     flat_alike,
     kinds,
-    multiplied,
     on_host,
     shares_memory,
 )
@@ -177,12 +176,11 @@ def update(
     for group in groups:
         parts = [group.columns] if collected is not None else _parts(rule, group, coefficient, skip, ema_decay)
         for part in parts:
-            if "average" in part:
-                part = dict(part)
+            if "averaged" in part:
                 averaged["average"] += part.pop("average")
-                averaged["param"] += part.pop("averaged", part["param"])
+                averaged["param"] += part.pop("averaged")
             for types, columns in kinds(part):
-                _step(rule, columns, types, group.settings, coefficient, skip)
+                _step(rule, columns, types, group.settings, coefficient, skip, ema_decay)
     for types, columns in kinds(averaged):
         _move(columns["average"], columns["param"], types, ema_decay, skip)
     return decision.result
@@ -222,8 +220,9 @@ def _step(
     settings: Mapping[str, float | Tensor],
     coefficient: Tensor | float,
     skip: Tensor | None,
+    ema_decay: float,
 ) -> None:
-    """A step of rows whose columns have the same types."""
+    """A step of rows whose columns have the same types. An average moves while its chunk is in the cache."""
     types_of = dict(zip(columns, types, strict=True))
     step_type = types_of.pop("step")
     device, dtype = columns["param"][0].device, types_of["param"]
@@ -244,10 +243,13 @@ def _step(
     else:  # every piece of a row needs the count before the step
         columns = {**columns, "step": list(torch.stack(steps).unbind())}
     for chunk in chunks(columns, chunk_numel(device)):
+        averages = chunk.pop("average", None)
         if is_fused:
             _fused_adamw(chunk, settings, coefficient)
         else:
             _composed(rule, chunk, settings, coefficient, skip)
+        if averages is not None:
+            _move(averages, chunk["param"], (types_of["average"], dtype), ema_decay, skip)
     if not is_fused:
         taken = torch.ones((), device=device) if skip is None else ~skip.to(device)
         torch._foreach_add_(steps, taken.to(step_type))
@@ -257,7 +259,7 @@ def _fused_adamw(chunk: Columns, settings: Mapping[str, Any], coefficient: Tenso
     """PyTorch's fused step. It would write gradients that it scales, so it is given copies that are scaled."""
     grads = chunk["grad"]
     if isinstance(coefficient, Tensor):
-        grads = multiplied(grads, coefficient.to(grads[0].dtype))
+        grads = list(torch._foreach_mul(grads, coefficient.to(grads[0].dtype)))
     lr = settings["lr"]
     torch._fused_adamw_(
         chunk["param"],
