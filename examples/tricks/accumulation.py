@@ -82,9 +82,9 @@ def run(seeds: int = 10, steps: int = 50) -> Report:
     found = {way: [compare(way, steps, seed) for seed in range(seeds)] for way in WAYS}
     figure, (axes,) = panels(1, width=7.2)
     for way, its in found.items():
-        axes.plot(range(1, steps + 1), torch.tensor(its).median(dim=0).values, color=WAYS[way][-1], label=way)
+        axes.plot(range(1, steps + 1), torch.tensor(its).quantile(0.5, dim=0), color=WAYS[way][-1], label=way)
     axes.set(title="Distance from training with whole batches", xlabel="step", yscale="log")
-    axes.set(ylabel="relative to the way that the weights have gone")
+    axes.set(ylabel="distance / distance from the start")
     axes.legend(fontsize=9, loc="center right")
     rows = [(way, *(spread([one[step] for one in its], ".1e") for step in (0, -1))) for way, its in found.items()]
     equal, counted, means, norm = ([value for one in its for value in one] for its in found.values())
