@@ -1,4 +1,4 @@
-// One element or pack of an average, for ema.cu and for a fused step of any rule. The formula is in math/ema.h.
+// One element, pack or chunk of an average, for ema.cu and for a fused step of any rule. The formula is in math/ema.h.
 #pragma once
 
 #include "../math/ema.h"
@@ -37,5 +37,63 @@ __device__ Raw ema_pack(const Raw& average, DType average_dtype, const Raw& para
   for (int j = 0; j < kPack<T>; ++j) moved[j] = ema_element(moved[j], towards[j], weight);
   return pack(moved, average_dtype);
 }
+
+template <typename T>
+__device__ void move_chunk_in(const Cell& average, const Cell& tensor, const Chunk& chunk, double decay) {
+  VectorRange<T> range(chunk.begin, chunk.end, kThreads);
+  range.add(average);
+  range.add(tensor);
+  range.close();
+  const auto weight = weight_of_loop<T>(decay);
+  for (int64_t tile = range.begin; tile < range.body; tile += kThreads * kPack<T>) {
+    const LaneOffset offset(range, tile, threadIdx.x);
+    const Raw of_average = fetch<T>(average, offset), of_tensor = fetch<T>(tensor, offset);
+    put<T>(average, offset, ema_pack<T>(of_average, average.dtype, of_tensor, tensor.dtype, weight));
+  }
+  for (int64_t i = range.body + threadIdx.x; i < range.end; i += kThreads) {
+    ema_one(average, {tensor, {}}, i, decay);
+  }
+}
+
+__device__ inline void move_chunk(const Cell& average, const Cell& tensor, const Chunk& chunk, double decay) {
+  if (average.dtype == DType::float64) return move_chunk_in<double>(average, tensor, chunk, decay);
+  move_chunk_in<float>(average, tensor, chunk, decay);
+}
+
+// Copies a chunk of bytes.
+__device__ inline void copy_chunk(const Cell& copy, const Cell& tensor, const Chunk& chunk) {
+  static_assert(kChunkNumel == 16 * kThreads, "each thread copies 16 bytes");
+  char* const to = static_cast<char*>(copy.address);
+  const char* const from = static_cast<const char*>(tensor.address);
+  const int64_t begin = chunk.begin + 16 * threadIdx.x, end = begin + 16 < chunk.end ? begin + 16 : chunk.end;
+  if (end - begin == 16 && is_multiple(to, 16) && is_multiple(from, 16)) {
+    return store_16(to + begin, load_16(from + begin));
+  }
+  for (int64_t i = begin; i < end; ++i) to[i] = from[i];
+}
+
+// The decays of a step's averages, in shared memory.
+struct Decays {
+  double decay[kMaxAverages];
+  float weight[kMaxAverages], complement[kMaxAverages];
+
+  // Called by the first threads, before a barrier.
+  __device__ void set(int i, double value) {
+    const EMAWeight<float> rounded(value);
+    decay[i] = value;
+    weight[i] = rounded.weight;
+    complement[i] = rounded.complement;
+  }
+
+  // As loops in float32 need it: without arithmetic in float64.
+  template <typename T>
+  __device__ EMAWeight<T> of_loop(int i) const {
+    if constexpr (sizeof(T) == 8) {
+      return EMAWeight<T>(decay[i]);
+    } else {
+      return EMAWeight<T>(weight[i], complement[i]);
+    }
+  }
+};
 
 }  // namespace trainops::cuda
