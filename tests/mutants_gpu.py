@@ -600,7 +600,7 @@ TRITON_AND_CUDA = [
         },
     ),
     *planted(
-        "csrc/cuda/packs.cuh",
+        "csrc/cuda/lanes.cuh",
         tests_of("cuda", "adamw_types", "ends", k="cuda"),
         {
             "cuda: halves of a 16-bit pack far apart": (

@@ -144,7 +144,7 @@ MODELS = [
         },
     ),
     *planted(
-        "trainops/optimizer.py",
+        "trainops/step.py",
         tests_of("awkward_models"),
         {
             "AdamW: averages that its kernel leaves are not looked at": (

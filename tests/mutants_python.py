@@ -162,7 +162,7 @@ PYTHON = [
         },
     ),
     *planted(
-        "trainops/optimizer.py",
+        "trainops/step.py",
         tests_of("adamw", "adamw_drop_in", "ema_fused", "reference", k="cpu-cpu or reference-cpu or not target"),
         {
             "AdamW: state of new parameters is kept when a step raises": (
@@ -185,7 +185,7 @@ PYTHON = [
         },
     ),
     *planted(
-        "trainops/optimizer.py",
+        "trainops/step.py",
         tests_of("interference"),
         {
             "AdamW: rows of a parameter that is there twice": ("in_memory and not in_turn", "in_memory"),
@@ -193,8 +193,12 @@ PYTHON = [
                 "            if in_turn:",
                 "            if False:",
             ),
-            "EMA: a copy of an optimizer gives up its average": (" and before.optimizer is self", ""),
         },
+    ),
+    *planted(
+        "trainops/optimizer.py",
+        tests_of("interference"),
+        {"EMA: a copy of an optimizer gives up its average": (" and before.optimizer is self", "")},
     ),
     *planted(
         "trainops/loading.py",
@@ -459,7 +463,7 @@ PYTHON = [
         },
     ),
     *planted(
-        "trainops/optimizer.py",
+        "trainops/step.py",
         tests_of("host_side"),
         {
             "host side: a wait for the largest norm": (
@@ -533,7 +537,6 @@ PYTHON = [
                 "in reversed(meshes[:-1]):",
                 "in reversed(meshes[:0]):",
             ),
-            "ranks: a NaN is lost among the largest": ("both[1] != 0", "both[1] > 1"),
             "ranks: stages are not joined": (
                 "    if group is not None:\n        total",
                 "    if False:\n        total",
@@ -542,6 +545,13 @@ PYTHON = [
                 "order.share(total, 1 / alike)",
                 "order.share(total, 1)",
             ),
+        },
+    ),
+    *planted(
+        "trainops/norm_order.py",
+        tests_of("ranks"),
+        {
+            "ranks: a NaN is lost among the largest": ("both[1] != 0", "both[1] > 1"),
             "ranks: no elements are zeros for all orders": ("        if self.p < 0:", "        if self.p < -9:"),
         },
     ),

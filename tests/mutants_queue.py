@@ -85,7 +85,7 @@ QUEUE = [
         },
     ),
     *planted(
-        "csrc/cuda/packs.cuh",
+        "csrc/cuda/lanes.cuh",
         tests_of("cuda", "ptx_cuda", k="test_unaligned or bits_of_the_shim or an_unaligned_tensor"),
         {
             "cuda width: addresses at multiples of 8 are read at once": (

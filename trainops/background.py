@@ -1,12 +1,11 @@
 """Work that a thread of its own does beside training."""
 
 import os
-import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 _executor: ThreadPoolExecutor | None = None
-_unfinished: "weakref.WeakSet[Later]" = weakref.WeakSet()
+_unfinished: set[Future[None]] = set()  # also what nobody will wait for
 
 
 class Later:
@@ -14,11 +13,11 @@ class Later:
 
     def __init__(self, work: Callable[[], None]) -> None:
         self._future = _worker().submit(work)
-        _unfinished.add(self)
+        _unfinished.add(self._future)
+        self._future.add_done_callback(_unfinished.discard)
 
     def finish(self) -> None:
         """Wait until it is done. Raises what it raised."""
-        _unfinished.discard(self)
         self._future.result()
 
 
@@ -31,8 +30,8 @@ def _worker() -> ThreadPoolExecutor:
 
 def _before_fork() -> None:
     """A child has no thread that would go on with it."""
-    for later in list(_unfinished):
-        later._future.exception()
+    for future in list(_unfinished):
+        future.exception()
 
 
 def _after_fork_in_child() -> None:

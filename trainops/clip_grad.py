@@ -25,8 +25,9 @@ from torch.nn.utils import get_total_norm as torch_get_total_norm
 
 from . import advice, reference
 from .adapters import Kernels, check, select
+from .norm_order import norms_by
 from .plain import all_plain
-from .ranks import NormGroup, group_name, is_spread, norms_by, norms_over_ranks
+from .ranks import NormGroup, group_name, is_spread, norms_over_ranks
 from .tables import local, replicated, summed
 
 Tensors = Tensor | Iterable[Tensor]

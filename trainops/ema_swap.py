@@ -36,6 +36,7 @@ class LendsWeights(HasOptimizer):
         """
         self._check_not_swapped("swap()")
         advice.average_used(self)
+        self.synchronize()
         pairs = self.check_model().pairs
         self._be_the_model()
         saved = [pair.source.detach().clone() for pair in pairs]

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .adapters import Kernels, select
+from .adapters import select
+from .norm_order import NormOrder, norms_by
 from .plain import PLAIN, all_in_memory
 from .tables import local
 from .uploads import uploaded
 
 NormGroup = Any  # a torch.distributed.ProcessGroup, or the name of one
-STATISTICS = {1.0: "l1_norm", 2.0: "l2_norm", math.inf: "inf_norm"}
 
 
 def is_spread(tensors: Iterable[Tensor], norm_group: NormGroup) -> bool:
@@ -97,7 +97,7 @@ def norms_over_ranks(
     """
     device = next((x.device for x in measured if x is not None), placed[0].device if placed else torch.device("cpu"))
     own = [torch.empty(0, device=p.device) if x is None else local(x) for x, p in zip(measured, placed, strict=True)]
-    order = _Order(norm_type)
+    order = NormOrder(norm_type)
     powers = order.powers(own_norms(own, norm_type, backend, device), own)
     total, powers = _joined(order, powers, _meshes(placed), norm_group)
     is_double = not {torch.float64, torch.complex128}.isdisjoint(x.dtype for x in own)
@@ -120,68 +120,6 @@ def own_norms(tensors: Sequence[Tensor], norm_type: float, backend: str | None, 
     return torch.stack([each[row] for row in range(len(tensors))])  # an index would have to be uploaded
 
 
-def norms_by(
-    kernels: Kernels, tensors: Sequence[Tensor], norm_type: float, unrounded: bool = False
-) -> tuple[Tensor, Tensor]:
-    """The norm of all tensors of one device, and of each, by kernels or, for orders that they lack, by PyTorch.
-
-    Of complex tensors, only the 2-norm equals that of their parts.
-    """
-    if norm_type in STATISTICS and (norm_type == 2.0 or not any(x.is_complex() for x in tensors)):
-        return kernels.reduce(STATISTICS[norm_type], tensors, unrounded)
-    return (reference.sum_norms if unrounded else reference.grad_norms)(tensors, norm_type)
-
-
-class _Order:
-    """How norms of an order are joined: sums of powers, or the largest; for order 0, sums of counts."""
-
-    def __init__(self, p: float) -> None:
-        self.p, self.is_largest = p, math.isinf(p)
-
-    def powers(self, norms: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-        if self.is_largest:
-            powers = norms if self.p > 0 else -norms
-        else:
-            powers = norms if self.p in (0.0, 1.0) else norms.square() if self.p == 2.0 else norms**self.p
-        if self.p < 0:  # of the order, no elements are as many infinite ones
-            empty = torch.tensor([x.numel() == 0 for x in tensors], device=norms.device)
-            powers = torch.where(empty, -math.inf if self.is_largest else 0.0, powers)
-        return powers
-
-    def norm(self, powers: Tensor) -> Tensor:
-        if self.is_largest:
-            return powers if self.p > 0 else -powers
-        return powers if self.p in (0.0, 1.0) else powers.sqrt() if self.p == 2.0 else powers ** (1 / self.p)
-
-    def total(self, powers: Tensor) -> Tensor:
-        """Of several tensors. As in PyTorch, the norm of order 0 counts the tensors whose own is not 0."""
-        if self.is_largest:
-            start = 0.0 if self.p > 0 else -math.inf
-            return torch.cat([powers, powers.new_full((1,), start)]).amax()
-        return powers.sum() if self.p else (powers != 0).sum(dtype=powers.dtype)
-
-    def join(self, a: Tensor, b: Tensor) -> Tensor:
-        return torch.maximum(a, b) if self.is_largest else a + b
-
-    def share(self, power: Tensor, weight: float | Tensor) -> Tensor:
-        return power if self.is_largest else power * weight
-
-    def over(self, group: Any, powers: Tensor) -> Tensor:
-        """All-reduced. A NaN of any rank stays, also where the largest is sought."""
-        device = powers.device
-        supported = [x.type for x in getattr(group, "_device_types", ())]
-        if supported and device.type not in supported:  # parameters that FSDP keeps on the CPU
-            powers = powers.to(supported[0])
-        if not self.is_largest:
-            powers = powers.clone()
-            torch.distributed.all_reduce(powers, group=group)
-            return powers.to(device)
-        is_nan = powers.isnan()
-        both = torch.stack([powers.masked_fill(is_nan, math.inf), is_nan.to(powers.dtype)])
-        torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX, group)
-        return both[0].masked_fill(both[1] != 0, math.nan).to(device)
-
-
 @dataclass
 class _Mesh:
     """The ranks of a mesh, the groups to reduce over one after the other, and tensors with their weights."""
@@ -190,7 +128,7 @@ class _Mesh:
     groups: list[Any]
     weights: dict[int, float]  # by row: 1 / copies
 
-    def over(self, order: _Order, powers: Tensor) -> Tensor:
+    def over(self, order: NormOrder, powers: Tensor) -> Tensor:
         for group in self.groups:
             powers = order.over(group, powers)
         return powers
@@ -243,7 +181,7 @@ def _ranks_of(mesh: Any) -> _Mesh:
     return _Mesh(tuple(sorted(ranks)), groups, {})
 
 
-def _joined(order: _Order, powers: Tensor, meshes: list[_Mesh], norm_group: NormGroup) -> tuple[Tensor, Tensor]:
+def _joined(order: NormOrder, powers: Tensor, meshes: list[_Mesh], norm_group: NormGroup) -> tuple[Tensor, Tensor]:
     """The power of all, and of each over its mesh."""
     group = None if norm_group is None else group_named(group_name(norm_group) or "")
     members = () if group is None else torch.distributed.get_process_group_ranks(group)

@@ -12,10 +12,10 @@ from .storage import MASTER, dtypes_of_state, fits, kind, new_master, wants_mast
 from .tables import aligned
 
 if TYPE_CHECKING:
-    from .optimizer import FusedOptimizer
+    from .step import TakesFusedSteps
 
 
-def gather(optimizer: "FusedOptimizer", averages: dict[int, Tensor]) -> list[Group]:
+def gather(optimizer: "TakesFusedSteps", averages: dict[int, Tensor]) -> list[Group]:
     """The groups of a step, whatever tensors they hold. State is made where there is none yet.
 
     ``averages`` are by the ``id`` of their parameter.
@@ -54,7 +54,7 @@ def gather(optimizer: "FusedOptimizer", averages: dict[int, Tensor]) -> list[Gro
 
 
 def complete_state(
-    state: dict[str, Tensor], param: Tensor, names: tuple[str, ...], optimizer: "FusedOptimizer"
+    state: dict[str, Tensor], param: Tensor, names: tuple[str, ...], optimizer: "TakesFusedSteps"
 ) -> None:
     """Give a parameter the state that it has before its first step, or the master that it lacks."""
     missing: dict[str, Tensor] = {}

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .optimizer import FusedOptimizer, Params, setting
+from .optimizer import FusedOptimizer, Params
+from .step import setting
 
 _TorchSGD = torch.optim.SGD  # the name may stand for another class later: `integrations.patch()`
 

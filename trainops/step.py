@@ -1,0 +1,211 @@
+"""What a step of a fused optimizer does: measure, unscale, clip, skip, apply the rule, average."""
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from . import advice
+from .adapters import Group, StepControl, StepResult, select
+from .ema import EMA
+from .joint_norm import JointNorm, TakesJointNorm, known_norm
+from .loading import LoadsState
+from .masters import KeepsMasters
+from .plain import all_in_memory
+from .rows import by_device, gather
+from .storage import MASTER
+from .tables import count_writes, have_common_memory
+from .torch_step import KnowsTorchStep
+
+
+class TakesFusedSteps(KnowsTorchStep, TakesJointNorm, LoadsState, KeepsMasters):
+    """An optimizer whose step also unscales, clips, skips and averages.
+
+    A subclass names its ``rule`` (``csrc/math/<rule>.h``, ``trainops.reference.<rule>_``), the state and the settings
+    that a group of parameters has for it.
+    """
+
+    rule: ClassVar[str]
+    max_grad_norm: float | Tensor | None
+    skip_nonfinite: bool
+    ema: EMA | None
+    grad_norm: Tensor | None
+    grad_norms: Tensor | None
+    skipped_steps: Tensor
+
+    def settings(self, group: dict[str, Any]) -> dict[str, float | Tensor]:
+        """The settings of the rule for a group, by name."""
+        raise NotImplementedError
+
+    def adopt_state(self, state: dict[str, Any], names: tuple[str, ...]) -> bool:
+        """Whether a parameter's state is there. If not, it is made anew."""
+        return bool(state)
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None, *, total_norm: float | Tensor | None = None
+    ) -> float | None:
+        """Unscale, clip, update and average: see the class.
+
+        Args:
+            closure: reevaluates the model and returns the loss, which is then returned from here.
+            total_norm: the norm to clip by, and to skip by, in place of that of this optimizer's gradients: that of
+                all gradients of a model that several optimizers share, for example, as
+                :func:`trainops.get_total_norm` returns it, one number. It is that of the gradients as they are, which
+                may be scaled by a GradScaler. ``grad_norms`` is then None.
+
+        Raises:
+            RuntimeError: a gradient is sparse, or another optimizer updates the same ``ema``.
+            ValueError: the model no longer matches its ``ema``; or ``total_norm`` has more than one number, comes
+                with a closure, which computes other gradients, or is of no use without ``max_grad_norm`` and
+                ``skip_nonfinite``.
+        """
+        if total_norm is not None:
+            self._check_total_norm(total_norm, closure)
+        if self.defaults["differentiable"]:
+            return self._torch_step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        advice.before_step(self)
+        update = None if self.ema is None else self.ema.plan_update(self)
+        averages = {} if update is None else update.fusable
+        decay = 0.0 if update is None or update.decay is None else update.decay
+        averaged, result = self._update(averages, decay, total_norm)
+        if self.ema is not None and update is not None:
+            self.ema.finish_update(update, averaged, result.skipped)
+        self._unscale_as_fused()
+        return loss
+
+    def _check_total_norm(self, total_norm: float | Tensor, closure: Callable[[], float] | None) -> None:
+        if isinstance(total_norm, Tensor) and total_norm.numel() != 1:
+            raise ValueError(f"total_norm must be one number, got a tensor of shape {tuple(total_norm.shape)}")
+        if closure is not None:
+            raise ValueError("total_norm is not that of the gradients that a closure computes: give one of the two")
+        if not self._measures:
+            raise ValueError("total_norm is of no use without max_grad_norm or skip_nonfinite")
+
+    def _update(
+        self, averages: dict[int, Tensor], ema_decay: float, total_norm: float | Tensor | None
+    ) -> tuple[Collection[int], StepResult]:
+        """Measure, clip, apply the rule, move fused averages.
+
+        Returns the ids of the parameters whose averages were moved, and the step's result.
+        """
+        device = self._device()
+        if self.skipped_steps.device != device:  # the model was moved
+            self.skipped_steps = self.skipped_steps.to(device)
+        control = StepControl(
+            None if self.max_grad_norm is None else setting(self.max_grad_norm),
+            self.skip_nonfinite,
+            self._from_scaler("grad_scale"),
+            self._from_scaler("found_inf"),
+            skipped_steps=self.skipped_steps,
+        )
+        known = None if total_norm is None else known_norm(control, total_norm, device)
+        control = control if known is None else known.control
+        kernels = select(self.backend, device)
+        masters = () if self.master is None else (MASTER,)
+        states = [(*self.state_names(group), *masters) for group in self.param_groups]
+        table = kernels.collect(self.rule, self.param_groups, self.state, averages, states)
+        if table is not None:
+            pairs = zip(self.param_groups, table.group_rows, strict=True)
+            groups = [Group(self.settings(group), rows) for group, rows in pairs]
+            params = table.params
+            all_averaged = table.averaged == len(averages)
+            if self.ema is not None and not all_averaged:
+                self.ema.check_rest(averages.keys() & set(map(id, params)))
+            if control.measures and self._is_spread():
+                known = self._joint_norm(control)
+                control = known.control
+            count_writes([*params, *averages.values()])
+            result = kernels.update(self.rule, groups, control, ema_decay, table)
+        else:
+            params, result = self._update_any(averages, control, ema_decay)
+            all_averaged = False
+        if known is not None:
+            result = known.result(result)
+        if self._measures:
+            self.grad_norm, self.grad_norms = result.total_norm, result.norms
+        return averages.keys() if all_averaged else averages.keys() & set(map(id, params)), result
+
+    def _update_any(
+        self, averages: dict[int, Tensor], control: StepControl, ema_decay: float
+    ) -> tuple[list[Tensor], StepResult]:
+        """The slow path: missing state, several devices, subclasses, other layouts, no gradients at all."""
+        known = set(self.state)
+        try:
+            if self._is_left_to_torch():
+                if self.ema is not None:
+                    self.ema.check_rest(())
+                self._torch_step()
+                return [], StepResult()
+            groups = gather(self, averages)
+            params = [p for group in groups for p in group.columns["param"]]
+            if self.ema is not None:
+                self.ema.check_rest(averages.keys() & set(map(id, params)))
+            count_writes([*params, *averages.values()])
+            in_turn = have_common_memory(params)
+            if in_turn:  # the average follows when all rows are done
+                for group in groups:
+                    group.columns["average"] = [None] * group.rows
+            return [] if in_turn else params, self._update_groups(groups, control, ema_decay, in_turn)
+        except BaseException as error:
+            for param in self.state.keys() - known:
+                del self.state[param]
+            if self.ema is not None and isinstance(error, Exception):
+                self.ema.check_model()
+            raise
+
+    def _update_groups(
+        self, groups: list[Group], control: StepControl, ema_decay: float, in_turn: bool
+    ) -> StepResult:
+        """``in_turn``: rows share memory, and so come one after the other, as in the reference alone."""
+        parts = by_device(groups)
+        joint: JointNorm | None = None
+        if control.measures and (len(parts) > 1 or self._is_spread()):
+            grads = [pair for g in groups for pair in zip(g.columns["param"], g.columns["grad"], strict=True)]
+            joint = self._joint_norm(control, {id(param): grad for param, grad in grads})
+            control = joint.control
+        result = self._empty_step(control) if not groups else StepResult()
+        for device, part in parts.items():
+            columns = [column for group in part for column in group.columns.values()]
+            in_memory = all_in_memory(x for column in columns for x in column if x is not None)
+            kernels = select(self.backend, device, in_memory and not in_turn)
+            result = kernels.update(self.rule, part, control, ema_decay)
+            control = replace(control, skipped_steps=None)  # counted
+        return result if joint is None else joint.result(result)
+
+    def _empty_step(self, control: StepControl) -> StepResult:
+        """The norm of no gradients is 0, as in torch; a step that a GradScaler wants skipped counts all the same.
+
+        So does one that is skipped because of the gradients of other ranks.
+        """
+        device = self._device()
+        skipped = None if control.found_inf is None else control.found_inf.to(device) != 0
+        if control.skip_nonfinite and control.total_norm is not None:
+            non_finite = ~torch.isfinite(control.total_norm.to(device))
+            skipped = non_finite if skipped is None else non_finite | skipped
+        if skipped is not None:
+            self.skipped_steps.add_(skipped)
+        total_norm, norms = (torch.zeros(shape, dtype=torch.float32, device=device) for shape in ((), 0))
+        return StepResult(total_norm, norms, skipped)
+
+    def _from_scaler(self, name: str) -> Tensor | None:
+        """A GradScaler's attribute as a 0-dim tensor. Its found_inf is a number if there are no gradients."""
+        value = getattr(self, name, None)
+        if value is None:
+            return None
+        return (value if isinstance(value, Tensor) else torch.tensor(float(value), device="cpu")).reshape(())
+
+    def _device(self) -> torch.device:
+        """The device of the first parameter; a group may be empty."""
+        return next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
+
+
+def setting(x: float | Tensor) -> float | Tensor:
+    """A setting as a number, or on its device as a 0-dim tensor: there, reading it would wait for the device."""
+    return x.reshape(()) if isinstance(x, Tensor) and x.device.type != "cpu" else float(x)
