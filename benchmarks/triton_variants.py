@@ -99,7 +99,7 @@ def variants() -> Iterator[Variant]:
             "ema",
             f"{average} of {tensor}",
             {**TABLE, "decay": "*i64", "skip": "*i1"},
-            {"WORDS": words_of("ema"), **types},
+            {"WORDS": words_of("ema"), "AVERAGE": 0, "TENSOR": 1, **types},
             (average, tensor),
             (average,),
         )

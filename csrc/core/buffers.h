@@ -7,7 +7,7 @@
 
 namespace trainops {
 
-// `buffers`: for each average a list of (buffer, average, whether it moves). Returns for each the ids of the buffers
+// `buffers`: for each average a list of (average, buffer, whether it moves). Returns for each the ids of the buffers
 // that kernels cannot take, or not in this launch: those that share memory with a parameter.
 inline pybind11::list add_buffers(TableBuilder& builder, const pybind11::list& buffers) {
   namespace py = pybind11;
@@ -16,9 +16,9 @@ inline pybind11::list add_buffers(TableBuilder& builder, const pybind11::list& b
   for (size_t i = 0; i < buffers.size(); ++i) {
     py::list ids;
     for (const auto pair : buffers[i].cast<py::list>()) {
-      const auto [buffer, average, moves] = pair.cast<std::tuple<py::object, py::object, bool>>();
+      const auto [average, buffer, moves] = pair.cast<std::tuple<py::object, py::object, bool>>();
       const auto shared = [&](const void* address, int64_t bytes) { return params.touch(address, bytes); };
-      if (!builder.add_buffer(static_cast<int>(i), buffer.ptr(), average.ptr(), moves, shared)) {
+      if (!builder.add_buffer(i, buffer.ptr(), average.ptr(), moves, shared)) {
         ids.append(py::reinterpret_steal<py::object>(PyLong_FromVoidPtr(buffer.ptr())));
       }
     }

@@ -66,13 +66,13 @@ void ema(const PythonTable& table, double decay) {
 std::tuple<double, bool> update(const PythonTable& table, const std::vector<std::vector<double>>& settings,
                                 std::optional<double> max_norm, bool skip_nonfinite, double grad_scale,
                                 bool found_inf, std::optional<double> total_norm,
-                                const std::vector<double>& ema_decays, uintptr_t norms_out) {
+                                std::vector<double> ema_decays, uintptr_t norms_out) {
   if (settings.size() != table.group_rows().size()) throw py::value_error("there is another number of groups");
   for (const auto& group : settings) {
     if (group.size() != table.schema().settings.size())
       throw py::value_error("a group has another number of settings");
   }
-  if (ema_decays.size() < table.schema().averages) throw py::value_error("an average has no decay");
+  ema_decays.resize(kMaxAverages);
   py::gil_scoped_release release;
   const cpu::Chunks chunks(table.table());
   double norm = total_norm.value_or(std::nan(""));
