@@ -214,7 +214,7 @@ def test_irregular_rows_are_staged_and_written_back():
 def collected(optimizer, averages=None, **changes):
     names = [optimizer.state_names(group) for group in optimizer.param_groups]
     arguments = {"param_groups": optimizer.param_groups, "state": optimizer.state} | changes
-    return core.collect("adamw", averages=averages or {}, states=names, device_type="cpu", **arguments)
+    return core.collect("adamw", averages=averages or [], buffers=[], states=names, device_type="cpu", **arguments)
 
 
 @pytest.fixture
@@ -241,13 +241,13 @@ def test_collected_rows_are_those_of_lists(stepped):
         group_rows = [sum(row == 0 for row in rows), 0, sum(row > 0 for row in rows)]
         of_rows = {name: [column[row] for row in rows] for name, column in columns.items()}
         expected = check_words("adamw", of_rows, group_rows)
-        table = collected(optimizer, averages)
+        table = collected(optimizer, [averages])
         words = table.words(chunk_numel=CHUNK, by_kind=True)
         for name in ("rows", "chunks", "layout", "sections"):
             assert getattr(words, name) == getattr(expected, name)
         assert (table.rows, table.group_rows, table.irregular) == (count, group_rows, [])
         assert all(x is params[row] for x, row in zip(table.params, rows, strict=True))
-        assert table.averaged == sum(id(params[row]) in averages for row in rows)
+        assert table.averaged == [sum(id(params[row]) in averages for row in rows)]
         for row in skipped:
             params[row].grad = columns["grad"][row]
 
@@ -281,4 +281,4 @@ def test_rows_of_a_step_that_are_not_collected(stepped, change):
         optimizer.param_groups[2]["params"] = tuple(optimizer.param_groups[2]["params"])
     else:
         averages[id(p)] = torch.ones(3, dtype=FLOAT64)
-    assert collected(optimizer, averages) is None
+    assert collected(optimizer, [averages]) is None

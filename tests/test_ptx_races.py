@@ -82,6 +82,7 @@ def stage(cuda, kind, tensors):
         rows=rows.data_ptr(),
         chunks=chunks.data_ptr(),
         chunk_count=words.chunk_count,
+        all_chunks=words.all_chunks,
         stream=0,
     )
     return staged, rows.view(len(tensors), -1)

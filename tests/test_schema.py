@@ -45,7 +45,8 @@ def test_what_the_columns_are():
     assert measured == of_rules | {"ema": "average", "reduce": "tensor", "transform": "tensor"}
     assert core.step_columns == {name: place for place, name in enumerate(STEP_COLUMNS)}
     words = {"row": {0: "numel", 1: "first_chunk", 2: "group", 3: "dtypes"}, "chunk": {0: "row", 1: "begin"}}
-    words |= {"step": {0: "max_norm", 1: "max_norm_value", 2: "ema_decay"}, "setting": {0: "form", 1: "value"}}
+    decays = {i: name for i, name in enumerate(("ema_decay", "ema_decay2", "ema_decay3", "ema_decay4"), start=2)}
+    words |= {"step": {0: "max_norm", 1: "max_norm_value", **decays}, "setting": {0: "form", 1: "value"}}
     words |= {"form": {0: "double", 1: "float_address", 2: "double_address"}}
     assert {kind: {place: name for name, place in core.words(kind).items()} for kind in words} == words
 

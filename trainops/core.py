@@ -20,6 +20,12 @@ _DTYPE_CODES = {  # as DLPack names them: (code, bits)
     torch.float16: (2, 16),
     torch.bfloat16: (4, 16),
     torch.int16: (0, 16),
+    # These are copied.
+    torch.int8: (0, 8),
+    torch.int32: (0, 32),
+    torch.int64: (0, 64),
+    torch.uint8: (1, 8),
+    torch.bool: (6, 8),
 }
 _DEVICE_CODES = {"cpu": 1, "cuda": 2}
 

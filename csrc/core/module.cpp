@@ -145,6 +145,7 @@ PYBIND11_MODULE(_core, m) {
       .def_readonly("left", &PythonTable::left)
       .def_property_readonly("kind", [](const PythonTable& self) { return self.schema().name; })
       .def_property_readonly("group_rows", &PythonTable::group_rows)
+      .def_property_readonly("averages", [](const PythonTable& self) { return self.schema().averages; })
       .def_property_readonly("rows", &PythonTable::rows)
       .def_property("has_float64", &PythonTable::has_float64, &PythonTable::set_has_float64)
       .def_property_readonly("device_index", &PythonTable::device_index)

@@ -10,7 +10,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (skip != nullptr && *skip) return;
   ChunkQueue queue(table, table.chunk_count, &counters->chunks);
   for (Chunk chunk; queue.next(chunk);) {
-    move_chunk(chunk.row.cell(kEMAAverage), chunk.row.cell(kEMATensor), chunk, decay);
+    move_chunk(chunk.row.cell(kEMAAverage), {chunk.row.cell(kEMATensor), {}}, chunk, decay);
   }
 }
 

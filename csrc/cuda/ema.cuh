@@ -38,26 +38,36 @@ __device__ Raw ema_pack(const Raw& average, DType average_dtype, const Raw& para
   return pack(moved, average_dtype);
 }
 
+// Moves a chunk of the average towards weights, which may have a master.
 template <typename T>
-__device__ void move_chunk_in(const Cell& average, const Cell& tensor, const Chunk& chunk, double decay) {
+__device__ void move_chunk_in(const Cell& average, const Weight& weight, const Chunk& chunk, double decay) {
   VectorRange<T> range(chunk.begin, chunk.end, kThreads);
   range.add(average);
-  range.add(tensor);
+  range.add(weight.param);
+  range.add(weight.master);
   range.close();
-  const auto weight = weight_of_loop<T>(decay);
+  const auto weight_of_average = weight_of_loop<T>(decay);
   for (int64_t tile = range.begin; tile < range.body; tile += kThreads * kPack<T>) {
     const LaneOffset offset(range, tile, threadIdx.x);
-    const Raw of_average = fetch<T>(average, offset), of_tensor = fetch<T>(tensor, offset);
-    put<T>(average, offset, ema_pack<T>(of_average, average.dtype, of_tensor, tensor.dtype, weight));
+    const Raw before = fetch<T>(average, offset);
+    Raw followed = fetch<T>(weight.param, offset);
+    DType dtype = weight.param.dtype;
+    if constexpr (sizeof(T) == 4) {
+      if (weight.has_master()) {
+        T values[kPack<T>];
+        unpack(followed, fetch<T>(weight.master, offset), weight, values);
+        dtype = DType::float32;
+        followed = pack(values, dtype);
+      }
+    }
+    put<T>(average, offset, ema_pack<T>(before, average.dtype, followed, dtype, weight_of_average));
   }
-  for (int64_t i = range.body + threadIdx.x; i < range.end; i += kThreads) {
-    ema_one(average, {tensor, {}}, i, decay);
-  }
+  for (int64_t i = range.body + threadIdx.x; i < range.end; i += kThreads) ema_one(average, weight, i, decay);
 }
 
-__device__ inline void move_chunk(const Cell& average, const Cell& tensor, const Chunk& chunk, double decay) {
-  if (average.dtype == DType::float64) return move_chunk_in<double>(average, tensor, chunk, decay);
-  move_chunk_in<float>(average, tensor, chunk, decay);
+__device__ inline void move_chunk(const Cell& average, const Weight& weight, const Chunk& chunk, double decay) {
+  if (average.dtype == DType::float64) return move_chunk_in<double>(average, weight, chunk, decay);
+  move_chunk_in<float>(average, weight, chunk, decay);
 }
 
 // Copies a chunk of bytes.
@@ -71,29 +81,5 @@ __device__ inline void copy_chunk(const Cell& copy, const Cell& tensor, const Ch
   }
   for (int64_t i = begin; i < end; ++i) to[i] = from[i];
 }
-
-// The decays of a step's averages, in shared memory.
-struct Decays {
-  double decay[kMaxAverages];
-  float weight[kMaxAverages], complement[kMaxAverages];
-
-  // Called by the first threads, before a barrier.
-  __device__ void set(int i, double value) {
-    const EMAWeight<float> rounded(value);
-    decay[i] = value;
-    weight[i] = rounded.weight;
-    complement[i] = rounded.complement;
-  }
-
-  // As loops in float32 need it: without arithmetic in float64.
-  template <typename T>
-  __device__ EMAWeight<T> of_loop(int i) const {
-    if constexpr (sizeof(T) == 8) {
-      return EMAWeight<T>(decay[i]);
-    } else {
-      return EMAWeight<T>(weight[i], complement[i]);
-    }
-  }
-};
 
 }  // namespace trainops::cuda

@@ -1,6 +1,7 @@
-// A step of any rule (math/adamw.h) with clipping, unscaling, skipping and the averages (math/ema.h), in one launch:
-// every column is read and, where it is written, written once. With AdamW in float32, that is 28 bytes per element, 8
-// more with AMSGrad and 8 more with each average. Arithmetic in float32, or float64 for float64 parameters.
+// A step of any rule (math/adamw.h) with clipping, unscaling, skipping and averages (math/ema.h), in one launch: every
+// column is read and, where it is written, written once. With AdamW in float32, that is 28 bytes per element, 8 more
+// with AMSGrad and 8 more with each average. (Those beyond the first read the weights of a chunk again, from a cache.)
+// Arithmetic in float32, or float64 for float64 parameters.
 #include "../core/rules.h"
 #include "control.cuh"
 #include "ema.cuh"
@@ -8,7 +9,7 @@
 namespace trainops::cuda {
 namespace {
 
-// A row's cells by column. Those of the step count and of the average stay empty.
+// A row's cells by column. The cell of the step count stays empty.
 template <typename Rule>
 struct Cells {
   static constexpr int count = kState + Rule::kStates;
@@ -17,7 +18,7 @@ struct Cells {
   __device__ explicit Cells(const Row& row) {
 #pragma unroll
     for (int column = 0; column < count; ++column) {
-      if (column != kStep && column != kAverage) at[column] = row.cell(column);
+      if (column != kStep) at[column] = row.cell(column);
     }
   }
 
@@ -32,26 +33,9 @@ struct Cells {
   }
 };
 
-// The averages that rows may have, in a loop: of each the cell is read anew from the row.
-template <typename Rule>
-struct Averages {
-  int count;
-  const Decays& decays;
-
-  // Calls function(cell, i) for each average of a row.
-  template <typename Function>
-  __device__ void for_each(const Row& row, Function function) const {
-#pragma unroll 1
-    for (int i = 0; i < count; ++i) {
-      const Cell average = row.cell(column_of_average<Rule>(i));
-      if (average.address != nullptr) function(average, i);
-    }
-  }
-};
-
 template <typename Rule, typename T>
-__device__ void update_pack(const Row& row, const Cells<Rule>& cells, const LaneOffset& offset,
-                            const typename Rule::template Scalars<T>& scalars, const Averages<Rule>& averages) {
+__device__ void update_pack(const Cells<Rule>& cells, const LaneOffset& offset,
+                            const typename Rule::template Scalars<T>& scalars, const EMAWeight<T>& ema_weight) {
   constexpr int count = Cells<Rule>::count;
   Raw raw[count];
 #pragma unroll
@@ -81,7 +65,10 @@ __device__ void update_pack(const Row& row, const Cells<Rule>& cells, const Lane
       put<T>(cells.at[kState + i], offset, pack(state[i], cells.at[kState + i].dtype));
     }
   });
-  // The averages follow the weight as it is stored: rounded, or in full where there is a master.
+  // Only now, when most registers are free again: all columns at once would spill some. That the reads do not all
+  // overlap costs nothing: with two blocks, a multiprocessor of an H100 still has over 100 KB on their way.
+  raw[kAverage] = fetch<T>(cells.at[kAverage], offset);
+  // The average follows the weight as it is stored: rounded, or in full where there is a master.
   Raw followed = pack_param<T>(param, weight);
   DType followed_dtype = weight.param.dtype;
   put<T>(weight.param, offset, followed);
@@ -92,18 +79,14 @@ __device__ void update_pack(const Row& row, const Cells<Rule>& cells, const Lane
       followed = pack(param, followed_dtype);
     }
   }
-  // Read only now, when most registers are free again: all columns at once would spill some. That the reads do not all
-  // overlap costs nothing: with two blocks, a multiprocessor of an H100 still has over 100 KB on their way.
-  averages.for_each(row, [&](const Cell& average, int i) {
-    const Raw before = fetch<T>(average, offset);
-    const auto weight_of_average = averages.decays.template of_loop<T>(i);
-    put<T>(average, offset, ema_pack<T>(before, average.dtype, followed, followed_dtype, weight_of_average));
-  });
+  const Cell& average = cells.at[kAverage];
+  if (average.address == nullptr) return;
+  put<T>(average, offset, ema_pack<T>(raw[kAverage], average.dtype, followed, followed_dtype, ema_weight));
 }
 
 template <typename Rule, typename T>
-__device__ void update_one(const Row& row, const Cells<Rule>& cells, int64_t i,
-                           const typename Rule::template Scalars<T>& scalars, const Averages<Rule>& averages) {
+__device__ void update_one(const Cells<Rule>& cells, int64_t i, const typename Rule::template Scalars<T>& scalars,
+                           double ema_decay) {
   const Weight weight = cells.weight();
   T param = load<T>(weight, i);
   const T grad = load<T>(cells.at[kGrad], i);
@@ -117,41 +100,50 @@ __device__ void update_one(const Row& row, const Cells<Rule>& cells, int64_t i,
     for (int k = 0; k < states; ++k) store(cells.at[kState + k], i, state[k]);
   });
   store(weight, i, param);
-  averages.for_each(row, [&](const Cell& average, int k) { ema_one(average, weight, i, averages.decays.decay[k]); });
+  if (cells.at[kAverage].address != nullptr) ema_one(cells.at[kAverage], weight, i, ema_decay);
 }
 
 template <typename Rule, typename T>
 __device__ void update_chunk(const Chunk& chunk, const typename Rule::template Scalars<double>& wide,
-                             const Averages<Rule>& averages) {
+                             double ema_decay) {
   const auto scalars = rounded<Rule, T>(wide);
   const Cells<Rule> cells(chunk.row);
   VectorRange<T> range(chunk.begin, chunk.end, kThreads);
 #pragma unroll
   for (int column = 0; column < Cells<Rule>::count; ++column) {
-    if (column != kStep && column != kAverage) range.add(cells.at[column]);
+    if (column != kStep) range.add(cells.at[column]);
   }
-  averages.for_each(chunk.row, [&](const Cell& average, int) { range.add(average); });
   range.close();
+  const auto ema_weight = weight_of_loop<T>(ema_decay);
   for (int64_t tile = range.begin; tile < range.body; tile += kThreads * kPack<T>) {
-    update_pack<Rule, T>(chunk.row, cells, LaneOffset(range, tile, threadIdx.x), scalars, averages);
+    update_pack<Rule, T>(cells, LaneOffset(range, tile, threadIdx.x), scalars, ema_weight);
   }
   for (int64_t i = range.body + threadIdx.x; i < range.end; i += kThreads) {
-    update_one<Rule, T>(chunk.row, cells, i, scalars, averages);
+    update_one<Rule, T>(cells, i, scalars, ema_decay);
   }
-}
-
-// A chunk of a buffer.
-template <typename Rule>
-__device__ void follow_chunk(const Chunk& chunk, const Averages<Rule>& averages) {
-  const Cell buffer = chunk.row.cell(kParam);
-  averages.for_each(chunk.row, [&](const Cell& average, int i) {
-    if (buffer.dtype == DType::byte) return copy_chunk(average, buffer, chunk);
-    move_chunk(average, buffer, chunk, averages.decays.decay[i]);
-  });
 }
 
 // A gradient without elements has a type.
 __device__ inline bool is_buffer(const Row& row) { return row.cell(kGrad).dtype == DType::none; }
+
+// Moves the averages of a chunk from the first on, or copies what they follow. Other threads may have written that.
+template <typename Rule>
+__device__ void move_averages(const Chunk& chunk, int first, const UpdateArgs& args, const int64_t* words) {
+  const int count = averages_in<Rule>(args.table.row_words - kAddresses);
+  if (first >= count) return;
+  __syncthreads();
+  const Weight weight{chunk.row.cell(kParam), chunk.row.cell(kMaster)};
+#pragma unroll 1
+  for (int i = first; i < count; ++i) {
+    const Cell average = chunk.row.cell(column_of_average<Rule>(i));
+    if (average.address == nullptr) continue;
+    if (weight.param.dtype == DType::byte) {
+      copy_chunk(average, weight.param, chunk);
+    } else {
+      move_chunk(average, weight, chunk, real(words[kEMADecay + i]));
+    }
+  }
+}
 
 // The scalars of a row, and what they depend on.
 template <typename Rule>
@@ -164,18 +156,16 @@ struct RowScalars {
 template <typename Rule>
 __global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_constant__ UpdateArgs args) {
   __shared__ RowScalars<Rule> of_slots[2];
-  __shared__ Decays decays;
   const int64_t* const words = args.words == nullptr ? args.inline_words : args.words;
   const Decision decision = decide_step(args, words);
-  if (threadIdx.x < kMaxAverages) decays.set(threadIdx.x, real(words[kEMADecay + threadIdx.x]));
-  const Averages<Rule> averages{averages_in<Rule>(args.table.row_words - kAddresses), decays};
+  const double ema_decay = real(words[kEMADecay]);
   bool is_prepared = false;
   // One thread evaluates two powers and a root while the others work. Rows of a group nearly always share their step
   // count, and with it these. Where they do not, it does so for every row that the block meets: with AdamW some 500
   // instructions, 170 of them in float64 (sm_90), which only chunks of little work do not hide.
   const auto prepare = [&](const Row& row, int slot) {
     __syncwarp();
-    if (threadIdx.x % kWarp != 0 || is_buffer(row)) return;  // once there are buffers, nothing else is drawn
+    if (threadIdx.x % kWarp != 0 || is_buffer(row)) return;  // after one, all that are drawn are buffers
     const int64_t group = row.words[kGroup];
     const double step = *static_cast<const float*>(row.address(kStep)) + 1.0f;
     const RowScalars<Rule>& last = of_slots[slot ^ 1];
@@ -191,13 +181,13 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_consta
   ChunkQueue queue(args.table, chunks, &args.counters->chunks, true, prepare);
   for (Chunk chunk; queue.next(chunk);) {
     const auto& scalars = of_slots[chunk.slot].scalars;
-    if (is_buffer(chunk.row)) {
-      follow_chunk<Rule>(chunk, averages);
-    } else if (chunk.row.cell(kParam).dtype == DType::float64) {
-      update_chunk<Rule, double>(chunk, scalars, averages);
-    } else {
-      update_chunk<Rule, float>(chunk, scalars, averages);
+    const bool is_updated = !is_buffer(chunk.row);
+    if (is_updated && chunk.row.cell(kParam).dtype == DType::float64) {
+      update_chunk<Rule, double>(chunk, scalars, ema_decay);
+    } else if (is_updated) {
+      update_chunk<Rule, float>(chunk, scalars, ema_decay);
     }
+    move_averages<Rule>(chunk, is_updated, args, words);
   }
   finish_step(args, decision.skips);
 }
