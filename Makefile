@@ -48,9 +48,10 @@ test-integrations: $(INTEGRATIONS)/.requirements
 	$(MAKE) test-integrations PYTHON=$(INTEGRATIONS)/bin/python
 endif
 
-# Plants faults, one at a time, and shows which ones no test notices: an hour. `make mutants ONLY=cpu,ema` has some.
+# Plants faults, one at a time, and shows which ones no test notices: hours, and it goes on where it was stopped.
+# `make mutants ONLY=cpu,ema` has some, `make mutants NEW=1` those that were never planted.
 mutants: $(SETUP)
-	$(RUN) tests/mutate.py $(if $(ONLY),--only $(ONLY))
+	$(RUN) tests/mutate.py $(if $(ONLY),--only $(ONLY)) $(if $(NEW),--new)
 
 # The lines that the tests run, in Python and in C++. `make coverage ALL=1`: those of `make test-all`.
 coverage: $(SETUP)

@@ -130,6 +130,17 @@ MODELS = [
         tests_of("host_averages"),
         {
             "host: a child has no thread": ("    _executor = None\n\n\nif", "    pass\n\n\nif"),
+            "host: a fork waits for nothing": ("        _unfinished.add(self._future)\n", ""),
+        },
+    ),
+    *planted(
+        "trainops/ema_swap.py",
+        tests_of("host_averages"),
+        {
+            "host: a swap does not wait": (
+                "        self.synchronize()\n        pairs = self.check_model",
+                "        pairs = self.check_model",
+            ),
         },
     ),
     *planted(

@@ -44,6 +44,7 @@ PYTHON = [
         {
             "foreach: the coefficient is left out": ("    if isinstance(coefficient, Tensor):\n", "    if False:\n"),
             "foreach: infinite averages": (" and all_finite(tensors):", ":"),
+            "foreach: averages of a chunk stay": ("        if averages is not None:\n", "        if False:\n"),
             "foreach: step counts advance in a skipped step": (
                 "else ~skip.to(device)",
                 "else ~skip.to(device) | skip",
@@ -57,14 +58,7 @@ PYTHON = [
         tests_of("foreach"),
         {
             "foreach: chunks without a limit": ("if i > begin and size + numel > limit:", "if False:"),
-            "foreach: products in another's place": (
-                "zip(rows, stack(tensors, rows).mul_(factor)",
-                "zip(rows[::-1], stack(tensors, rows).mul_(factor)",
-            ),
-            "foreach: infinities in a stack": (
-                "[stack(tensors, rows).sum() for rows in found.stacked] + ",
-                "",
-            ),
+            "foreach: infinities in small tensors": ("    if small:", "    if False:"),
             "foreach: shared memory is collected": (" or have_common_memory(every)", ""),
             "foreach: a row's number for another": ("in zip(rows, self._sizes", "in zip(rows[::-1], self._sizes"),
         },

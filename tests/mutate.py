@@ -2,10 +2,11 @@
 
     python tests/mutate.py                     all of them; goes on where it was stopped
     python tests/mutate.py --only cpu,ema      those whose name or file has one of these words
+    python tests/mutate.py --new               those that ``tests/MUTANTS.md`` has no outcome of
     python tests/mutate.py --again             also those whose outcome is known
 
-An outcome counts for the source and the tests that it was found with; with others, the mutant is planted again. When
-every mutant has been tried, the table of the last outcomes goes to ``tests/MUTANTS.md``.
+An outcome counts for the source and the tests that it was found with; with others, the mutant is planted again. The
+last outcome of each is a row of ``tests/MUTANTS.md``.
 """
 
 import argparse
@@ -29,6 +30,8 @@ from mutants_storage import STORAGE
 from scratch import ROOT, Tree, tracked
 
 OUTCOMES = ROOT / "build" / "mutants.json"
+TABLE = ROOT / "tests" / "MUTANTS.md"
+NEW = "not planted yet"
 MUTANTS = [*C_PLUS_PLUS, *RULES, *PYTHON, *EMA, *MODELS, *STORAGE, *TRITON_AND_CUDA, *QUEUE]
 NOTICED, UNNOTICED = "noticed", "UNNOTICED"
 SOURCES = {"csrc", "trainops", "triton_kernels", "setup.py"}
@@ -95,8 +98,14 @@ def test(tree, selections):
     return tree.run("-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *selections, limit=LIMIT)
 
 
+def rows():
+    """What the table says of each mutant, by its name."""
+    return dict(re.findall(r"^\| (.+?) \| `.+?` \| (.+) \|$", TABLE.read_text(), re.MULTILINE))
+
+
 def write_table(known):
-    """The mutants with their last outcomes, in Markdown."""
+    """The mutants with their last outcomes, in Markdown: those that are known, others as the table has them."""
+    before = rows()
     lines = [
         "# Mutants",
         "",
@@ -106,11 +115,11 @@ def write_table(known):
         "| --- | --- | --- |",
     ]
     for mutant in MUTANTS:
-        _, outcome, by = known.get(mutant.name, ("", "", ""))
+        _, outcome, by = known.get(mutant.name, ("", before.get(mutant.name, NEW), ""))
         shown = f"`{by.removeprefix('tests/')}`" if outcome == NOTICED else outcome
         shown = f"no fault: {mutant.no_fault}" if mutant.no_fault else shown
         lines.append(f"| {mutant.name} | `{mutant.file}` | {shown} |")
-    (ROOT / "tests" / "MUTANTS.md").write_text("\n".join(lines) + "\n")
+    TABLE.write_text("\n".join(lines) + "\n")
 
 
 def main():
@@ -118,11 +127,15 @@ def main():
     parser.add_argument("--only", help="words of names or files, separated by commas")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at a time")
     parser.add_argument("--again", action="store_true", help="also those whose outcome is known")
+    parser.add_argument("--new", action="store_true", help="those without an outcome in the table")
     arguments = parser.parse_args()
     words = arguments.only.split(",") if arguments.only else [""]
     chosen = [m for m in MUTANTS if not m.no_fault and any(word in f"{m.name} {m.file}" for word in words)]
+    if arguments.new:
+        table = rows()
+        chosen = [m for m in chosen if table.get(m.name, NEW) == NEW]
     if not chosen:
-        raise SystemExit(f"no mutant has {arguments.only!r} in its name or file")
+        raise SystemExit("no mutant is new" if arguments.new else f"no mutant has {arguments.only!r} in name or file")
 
     # By the name of the mutant: what the outcome was found with, the outcome, and what noticed it.
     known = json.loads(OUTCOMES.read_text()) if OUTCOMES.exists() else {}
@@ -141,8 +154,8 @@ def main():
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    if all(mutant.name in known or mutant.no_fault for mutant in MUTANTS):
-        write_table(known)
+        finally:
+            write_table(known)
     survivors = [mutant for mutant in chosen if known[mutant.name][1] == UNNOTICED]
     print("survivors:" if survivors else "no survivors")
     for mutant in survivors:

@@ -198,15 +198,6 @@ def test_norms_of_tensors_that_share_shapes(dtype):
     torch.testing.assert_close(norms, true, rtol=1e-12 if dtype == F64 else 1e-6, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
-def test_products_of_tensors_that_share_shapes(dtype):
-    tensors = [torch.randn(shape, dtype=dtype) for shape in SHARED]
-    before, factor = copies(tensors), torch.tensor(0.3, dtype=dtype)
-    products = _foreach_rows.multiplied(tensors, factor)
-    assert all_same(tensors, before)
-    assert all_same(products, [x * factor for x in tensors])
-
-
 @pytest.mark.parametrize("value", [INF, -INF, NAN])
 def test_what_is_not_finite_is_found(value):
     for i, shape in enumerate(SHARED):

@@ -66,15 +66,14 @@ def have_common_memory(params: Sequence[Tensor]) -> bool:
         return True
     shards = [x for x in map(local, params) if type(x) in PLAIN and x.numel() > 0 and not x.is_meta]
     begins = [x.data_ptr() for x in shards]
-    spans = sorted((begin, begin + x.itemsize * _extent(x)) for begin, x in zip(begins, shards, strict=True))
-    return any(following[0] < span[1] for span, following in pairwise(spans))
+    sizes = [x.nbytes if x.is_contiguous() else _extent(x) for x in shards]
+    spans = sorted(zip(begins, sizes, strict=True))
+    return any(begin + size > following for (begin, size), (following, _) in pairwise(spans))
 
 
 def _extent(x: Tensor) -> int:
-    """How many elements lie between the first and the last one. ``x`` has elements."""
-    if x.is_contiguous():
-        return x.numel()
-    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    """How many bytes lie from the first element to the last one. ``x`` has elements."""
+    return x.itemsize * (1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)))
 
 
 @contextmanager

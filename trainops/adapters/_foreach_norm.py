@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..reference import scalar_dtype, vector_norm, wide
 from ..tables import as_real
-from ._foreach_rows import alike, flat, on_host, stack
+from ._foreach_rows import LARGE, flat, on_host
 
 # On a CPU, PyTorch's float32 norm of a long tensor is off (by 6e-4 at 2**24 elements), and its float64 norm takes
 # three times as long. So a long tensor is taken as rows, whose norms are joined in float64. A row of equal elements
@@ -19,6 +20,9 @@ LONG = 1024
 
 # Squares of a smaller norm's elements may vanish in float32.
 SMALLEST = 2.0**-30
+
+# Of fewer small tensors that share a shape, a stack does not pay.
+FEW = 4
 
 
 def sum_norms(tensors: Sequence[Tensor], norm_type: float = 2.0) -> tuple[Tensor, Tensor]:
@@ -100,3 +104,35 @@ def _joined(parts: Sequence[Tensor]) -> list[float]:
 def _numbers(tensors: Sequence[Tensor]) -> list[float]:
     found: list[float] = torch.stack(list(tensors)).tolist() if tensors else []
     return found
+
+
+class Alike(NamedTuple):
+    """The indices of small tensors that share their shape and type, together, and those of all others.
+
+    One operation on a stack of alike tensors costs less than a call for each of them, and so does the copy.
+    """
+
+    stacked: list[list[int]]
+    single: list[int]
+
+
+def alike(tensors: Sequence[Tensor]) -> Alike:
+    """Find out which are."""
+    by_shape: dict[tuple[torch.dtype, torch.Size], list[int]] = {}
+    for i, kind in enumerate([(x.dtype, x.shape) for x in tensors]):
+        if kind in by_shape:
+            by_shape[kind].append(i)
+        else:
+            by_shape[kind] = [i]
+    found = Alike([], [])
+    for (_, shape), rows in by_shape.items():
+        if len(rows) < FEW or shape.numel() >= LARGE:
+            found.single.extend(rows)
+        else:
+            found.stacked.append(rows)
+    return found
+
+
+def stack(tensors: Sequence[Tensor], rows: list[int]) -> Tensor:
+    """Copies of some that are alike, one behind the other in memory."""
+    return torch.stack([tensors[i] for i in rows])

@@ -17,10 +17,8 @@ from .interface import AVERAGES
 
 WIDE = (torch.float32, torch.float64)  # what is stored as it is computed
 
-# On tensors of at least so many elements, an operation takes longer than its call; of fewer than so many that share a
-# shape, a stack does not pay.
-STACKED = 4096
-FEW = 4
+# On tensors of at least so many elements, an operation takes longer than its call.
+LARGE = 4096
 
 Columns = dict[str, list[Tensor]]  # by name, one tensor per row
 
@@ -97,51 +95,6 @@ def _pieces(row: dict[str, Tensor], limit: int) -> Iterator[Columns]:
     for pieces in zip(*(torch.split(x, limit) for x in views), strict=True):
         own = iter(pieces)
         yield {name: [x if name == "step" else next(own)] for name, x in row.items()}
-
-
-class Alike(NamedTuple):
-    """The indices of small tensors that share their shape and type, together, and those of all others.
-
-    One operation on a stack of alike tensors costs less than a call for each of them, and so does the copy.
-    """
-
-    stacked: list[list[int]]
-    single: list[int]
-
-
-def alike(tensors: Sequence[Tensor]) -> Alike:
-    """Find out which are."""
-    by_shape: dict[tuple[torch.dtype, torch.Size], list[int]] = {}
-    for i, kind in enumerate([(x.dtype, x.shape) for x in tensors]):
-        if kind in by_shape:
-            by_shape[kind].append(i)
-        else:
-            by_shape[kind] = [i]
-    found = Alike([], [])
-    for (_, shape), rows in by_shape.items():
-        if len(rows) < FEW or shape.numel() >= STACKED:
-            found.single.extend(rows)
-        else:
-            found.stacked.append(rows)
-    return found
-
-
-def stack(tensors: Sequence[Tensor], rows: list[int]) -> Tensor:
-    """Copies of some that are alike, one behind the other in memory."""
-    return torch.stack([tensors[i] for i in rows])
-
-
-def multiplied(tensors: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
-    """Products, in new memory."""
-    result = list(tensors)
-    found = alike(tensors)
-    for rows in found.stacked:
-        for i, x in zip(rows, stack(tensors, rows).mul_(factor).unbind(), strict=True):
-            result[i] = x
-    if found.single:
-        for i, x in zip(found.single, torch._foreach_mul([tensors[i] for i in found.single], factor), strict=True):
-            result[i] = x
-    return result
 
 
 class Gathered:
@@ -228,7 +181,7 @@ def collect(
 def _regular(columns: Columns, like: Tensor) -> bool:
     if not columns["param"]:
         return True
-    shapes = [p.shape for p in columns["param"]]
+    sizes = list(map(Tensor.numel, columns["param"]))
     for name, column in columns.items():
         if not PLAIN.issuperset(map(type, column)) or {x.device for x in column} != {like.device}:
             return False
@@ -236,7 +189,9 @@ def _regular(columns: Columns, like: Tensor) -> bool:
             if {(x.dtype, x.ndim) for x in column} != {(torch.float32, 0)}:
                 return False
             continue
-        if {x.dtype for x in column} != {like.dtype} or like.dtype not in WIDE or [x.shape for x in column] != shapes:
+        if {x.dtype for x in column} != {like.dtype} or like.dtype not in WIDE:
+            return False
+        if list(map(Tensor.numel, column)) != sizes:  # of tensors in one piece: their shape does not matter
             return False
         if {x.layout for x in column} != {torch.strided} or not all(map(Tensor.is_contiguous, column)):
             return False
@@ -265,6 +220,8 @@ def shares_memory(x: Tensor) -> bool:
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no element is infinite or NaN. Also false where sums overflow. It reads the tensors once."""
-    found = alike(tensors)
-    sums = [stack(tensors, rows).sum() for rows in found.stacked] + [tensors[i].sum() for i in found.single]
-    return math.isfinite(torch.stack(sums).sum().item())
+    sums = [x.sum() for x in tensors if x.numel() >= LARGE]
+    small = [x for x in tensors if x.numel() < LARGE]
+    if small:  # one copy costs less than a sum of each
+        sums.append(torch._utils._flatten_dense_tensors(small).sum())  # type: ignore[no-untyped-call]
+    return math.isfinite(sum(x.item() for x in sums))

@@ -31,7 +31,6 @@ from ._foreach_rows import (
     collect,
     flat_alike,
     kinds,
-    multiplied,
     on_host,
     shares_memory,
 )
@@ -176,14 +175,15 @@ def update(
     averaged: list[Columns] = [{"average": [], "param": []} for _ in ema_decays]
     for group in groups:
         parts = [group.columns] if collected is not None else _parts(rule, group, coefficient, skip, ema_decays)
-        for part in map(dict, parts):
-            weights = part.pop("averaged", part["param"])
-            for name, its in zip(AVERAGES, averaged, strict=False):
-                if name in part:
-                    its["average"] += part.pop(name)
-                    its["param"] += weights
+        for part in parts:
+            if "averaged" in part:
+                weights = part.pop("averaged")
+                for name, its in zip(AVERAGES, averaged, strict=False):
+                    if name in part:
+                        its["average"] += part.pop(name)
+                        its["param"] += weights
             for types, columns in kinds(part):
-                _step(rule, columns, types, group.settings, coefficient, skip)
+                _step(rule, columns, types, group.settings, coefficient, skip, ema_decays)
     for decay, its in zip(ema_decays, averaged, strict=True):
         for types, columns in kinds(its):
             _move(columns["average"], columns["param"], types, decay, skip)
@@ -224,8 +224,9 @@ def _step(
     settings: Mapping[str, float | Tensor],
     coefficient: Tensor | float,
     skip: Tensor | None,
+    ema_decays: Sequence[float],
 ) -> None:
-    """A step of rows whose columns have the same types."""
+    """A step of rows whose columns have the same types. Averages move while their chunk is in the cache."""
     types_of = dict(zip(columns, types, strict=True))
     step_type = types_of.pop("step")
     device, dtype = columns["param"][0].device, types_of["param"]
@@ -246,10 +247,14 @@ def _step(
     else:  # every piece of a row needs the count before the step
         columns = {**columns, "step": list(torch.stack(steps).unbind())}
     for chunk in chunks(columns, chunk_numel(device)):
+        averages = [chunk.pop(name, None) for name in AVERAGES]
         if is_fused:
             _fused_adamw(chunk, settings, coefficient)
         else:
             _composed(rule, chunk, settings, coefficient, skip)
+        for name, its, decay in zip(AVERAGES, averages, ema_decays, strict=False):
+            if its is not None:
+                _move(its, chunk["param"], (types_of[name], dtype), decay, skip)
     if not is_fused:
         taken = torch.ones((), device=device) if skip is None else ~skip.to(device)
         torch._foreach_add_(steps, taken.to(step_type))
@@ -259,7 +264,7 @@ def _fused_adamw(chunk: Columns, settings: Mapping[str, Any], coefficient: Tenso
     """PyTorch's fused step. It would write gradients that it scales, so it is given copies that are scaled."""
     grads = chunk["grad"]
     if isinstance(coefficient, Tensor):
-        grads = multiplied(grads, coefficient.to(grads[0].dtype))
+        grads = list(torch._foreach_mul(grads, coefficient.to(grads[0].dtype)))
     lr = settings["lr"]
     torch._fused_adamw_(
         chunk["param"],
