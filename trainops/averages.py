@@ -22,8 +22,8 @@ def as_averages(ema: Any) -> tuple[EMA, ...]:
     if ema is None or isinstance(ema, EMA):
         return () if ema is None else (ema,)
     averages = tuple(ema) if isinstance(ema, (list, tuple)) else (ema,)
-    if (wrong := next((x for x in averages if not isinstance(x, EMA)), None)) is not None:
-        raise TypeError(f"ema must be a trainops.EMA or a list of them, got {type(wrong).__name__}")
+    if wrong := [type(x).__name__ for x in averages if not isinstance(x, EMA)]:
+        raise TypeError(f"ema must be a trainops.EMA or a list of them, got {wrong[0]}")
     if len(set(map(id, averages))) < len(averages):
         raise ValueError("ema has an average twice")
     return averages

@@ -58,7 +58,7 @@ class DeviceWords {
     }
     add_rows(0, table.rows());
     chunk_count_ = all_chunks_;
-    add_rows(table.rows(), table.all_rows());
+    if (table.all_rows() > table.rows()) add_rows(table.rows(), table.all_rows());
   }
 
   int64_t chunk_count() const { return chunk_count_; }

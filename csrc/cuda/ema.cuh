@@ -38,6 +38,29 @@ __device__ Raw ema_pack(const Raw& average, DType average_dtype, const Raw& para
   return pack(moved, average_dtype);
 }
 
+// The decay of an average in shared memory. A loop reads it there when it has registers left.
+struct SharedDecay {
+  double decay;
+  float weight, complement;
+
+  // Called by one thread, before a barrier.
+  __device__ void set(double value) {
+    const EMAWeight<float> rounded(value);
+    decay = value;
+    weight = rounded.weight;
+    complement = rounded.complement;
+  }
+
+  template <typename T>
+  __device__ EMAWeight<T> of_loop() const {
+    if constexpr (sizeof(T) == 8) {
+      return EMAWeight<T>(decay);
+    } else {
+      return EMAWeight<T>(weight, complement);
+    }
+  }
+};
+
 // Moves a chunk of the average towards weights, which may have a master.
 template <typename T>
 __device__ void move_chunk_in(const Cell& average, const Weight& weight, const Chunk& chunk, double decay) {
