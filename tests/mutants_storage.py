@@ -28,6 +28,25 @@ STORAGE = [
         {"float16: signalling NaNs stay": ("magnitude > 0x7c00u ? 0x00400000u : 0u", "0u")},
     ),
     *planted(
+        "trainops/lost_updates.py",
+        tests_of("lost_updates"),
+        {
+            "lost updates: those that the rule does not make": ("(moved != before) & ", ""),
+            "lost updates: of the parameter where there is a master": (
+                "param.detach() if master is None else reference.join(param.detach(), master)",
+                "param.detach()",
+            ),
+            "lost updates: nothing is clipped": (
+                "coefficient=coefficient.to(moved.device)",
+                "coefficient=1.0",
+            ),
+            "lost updates: in the parameter's own arithmetic": (
+                "return x.to(reference.scalar_dtype(x.device), copy=True)",
+                "return reference.wide(x).clone()",
+            ),
+        },
+    ),
+    *planted(
         "trainops/storage.py",
         STATE_DTYPE,
         {"state_dtype: the first of a pair for both": ("others if i else first", "first")},
@@ -121,7 +140,7 @@ STORAGE = [
     *planted(
         "csrc/core/tensor.h",
         CPU_MASTERS,
-        {"masters: int16 in any column": ("out.cell.dtype != DType::int16 || may_be_remainder", "true")},
+        {"masters: int16 in any column": ("*dtype != DType::int16 || may_be_remainder", "true")},
     ),
     *planted(
         "csrc/cuda/weights.cuh",

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -12,16 +13,18 @@ from targets import INTERPRETER, SHIM, TARGETS, thorough
 import trainops
 from trainops import __main__, verify
 from trainops.adapters import cpu
-from trainops.verify import CHECKS, DTYPES
+from trainops.optimizer import FusedOptimizer
+from trainops.verify import DTYPES, checks_of
 from trainops.verify.compare import Compared, Place, problem_with, rounded
+from trainops.verify.step import MASTERS
 
 CPU = torch.device("cpu")
+OPS = [(op, dtype) for dtype in DTYPES for op in checks_of(Place("cpu", CPU, dtype))]
 
 
 @thorough(lambda target, dtype, **_: target in INTERPRETER and dtype in (torch.float64, torch.float16))
 @pytest.mark.parametrize("target", TARGETS, ids="-".join)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("op", CHECKS)
+@pytest.mark.parametrize(("op", "dtype"), OPS, ids=str)
 def test_every_op_passes(target, dtype, op):
     found = verify.run(op, Place(target.backend, torch.device(target.device), dtype))
     assert found.problem == ""
@@ -44,7 +47,7 @@ def with_result(change):
     return lambda right, args, named: change(right(*args, **named))
 
 
-STEPS = {"AdamW and average", "clipping and skipping in the step"}
+STEPS = {"AdamW and average", "clipping and skipping in the step", "Adam and SGD"}
 FAULTS = {
     "eps": ("update", with_argument(settings=lambda all_: [[*s[:3], s[3] * 1.01, *s[4:]] for s in all_]), STEPS),
     "beta2": ("update", with_argument(settings=lambda all_: [[*s[:2], s[2] - 1e-4, *s[3:]] for s in all_]), STEPS),
@@ -68,7 +71,30 @@ def test_what_is_wrong_is_noticed(monkeypatch, name, change, ops, dtype):
     wrong(monkeypatch, name, change)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        assert {op for op in CHECKS if verify.run(op, Place("cpu", CPU, dtype)).problem} == ops
+        place = Place("cpu", CPU, dtype)
+        assert {op for op in checks_of(place) if verify.run(op, place).problem} == ops
+
+
+@pytest.mark.parametrize("dtype", MASTERS, ids=str)
+def test_a_master_that_stays_is_noticed(monkeypatch, dtype):
+    masters = []
+    init_state = FusedOptimizer.init_state
+
+    def noted(optimizer):
+        init_state(optimizer)
+        masters.extend(own["master"] for own in optimizer.state.values())
+
+    def keep(right, args, named):
+        before = [x.clone() for x in masters]
+        result = right(*args, **named)
+        for x, old in zip(masters, before, strict=True):
+            x.copy_(old)
+        return result
+
+    monkeypatch.setattr(FusedOptimizer, "init_state", noted)
+    wrong(monkeypatch, "update", keep)
+    found = verify.run("a step with masters", Place("cpu", CPU, dtype))
+    assert found.problem.startswith("weight ")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -123,8 +149,11 @@ def test_each_backend_here_has_its_rows(monkeypatch, capsys):
     assert verify.verify("cpu")
     rows = [line.split(" on cpu: ") for line in capsys.readouterr().out.splitlines() if " on cpu: " in line]
     here = [name for name, found in trainops.backends().items() if found.available and (name != "cuda" or SHIM)]
-    assert [name for name, _ in rows] == [name for name in here for _ in CHECKS]
-    assert all(rest.split()[-4:] == ["0.50"] * 4 for _, rest in rows)
+    assert [name for name, _ in rows] == [name for name in here for _ in dict(OPS)]
+    assert Counter(cell for _, rest in rows for cell in rest.split()[-4:]) == {
+        "0.50": len(here) * len(OPS),
+        "-": len(here) * (4 * len(dict(OPS)) - len(OPS)),
+    }
 
 
 def test_a_device_without_float64(monkeypatch, capsys):

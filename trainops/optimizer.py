@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from . import advice
-from .adapters import check
+from .adapters import StepControl, check
 from .averages import as_averages
 from .ema import EMA
+from .lost_updates import share_of_lost_updates
 from .own_settings import OWN_SETTINGS, HasOwnSettings
 from .ranks import NormGroup
+from .reference import clip_coefficient
 from .rows import complete_state
 from .step import TakesFusedSteps, setting
 from .storage import StateDtype, check_is_real, check_master, check_masters, check_state_dtype, wants_master
@@ -176,6 +178,31 @@ class FusedOptimizer(HasOwnSettings, TakesFusedSteps):
                 complete_state(made[param], param, self.state_names(group), self)
         for param, its in made.items():
             self.state[param].update(its)
+
+    @torch.no_grad()
+    def lost_updates(self) -> Tensor:
+        """How much of the next step rounding would lose: call it before ``step()``, now and then, to see a stall.
+
+        An update is lost where the rule moves a weight by less than half of its last place, so that it stays what it
+        was. Of bfloat16 weights without a ``master`` that is most of them, near the end of training. It takes no step
+        and changes nothing. The rule runs in float64 by PyTorch's operations, on copies of one parameter at a time,
+        which takes longer than a step. With a GradScaler, call it after ``scaler.unscale_``.
+
+        Returns:
+            The share of each parameter's elements whose update is lost, between 0 and 1; 1-D float32, one number for
+            each parameter that has a gradient, in group order, on the device of the first parameter. Of a DTensor it
+            is that of this rank's shard; with ``max_grad_norm``, all ranks must call it.
+
+        Raises:
+            RuntimeError: a gradient is sparse.
+        """
+        coefficient: Tensor | float = 1.0
+        if self.max_grad_norm is not None:
+            norm = self._joint_norm(StepControl()).control.total_norm
+            coefficient = 1.0 if norm is None else clip_coefficient(norm, setting(self.max_grad_norm))
+        device = self._device()
+        shares = [x.to(device) for x in share_of_lost_updates(self, coefficient)]
+        return torch.stack(shares) if shares else torch.zeros(0, device=device)
 
     def prepare_capture(self) -> None:
         """Make ready for captures of ``step()`` in CUDA graphs. Without effect for parameters on a CPU.

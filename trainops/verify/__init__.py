@@ -15,7 +15,7 @@ from .. import __version__
 from ..adapters import NAMES, backends, check, select
 from ..reference import scalar_dtype
 from .capture import CAPTURES, is_captured
-from .checks import CHECKS, Check
+from .checks import CHECKS, Check, serves
 from .compare import Place, problem_with
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -32,7 +32,8 @@ class Finding(NamedTuple):
 
 def checks_of(place: Place) -> dict[str, Check]:
     """What a backend is held to on a device, by name."""
-    return CHECKS | (CAPTURES if is_captured(place) else {})
+    every = CHECKS | (CAPTURES if is_captured(place) else {})
+    return {op: check for op, check in every.items() if serves(op, place)}
 
 
 def run(op: str, place: Place) -> Finding:
@@ -106,8 +107,9 @@ def verify(device: str | None = None, backend: str | None = None, show: Callable
     show(f"{'':52} {' '.join(f'{title:>9}' for title in titles)}")
     findings: list[Finding] = []
     for name, at in dict.fromkeys((place.backend, place.device) for place in chosen):
-        for op in checks_of(Place(name, at, DTYPES[0])):
-            row = {x.dtype: run(op, x) for x in chosen if (x.backend, x.device) == (name, at)}
+        here = [x for x in chosen if (x.backend, x.device) == (name, at)]
+        for op in dict.fromkeys(op for x in here for op in checks_of(x)):
+            row = {x.dtype: run(op, x) for x in here if op in checks_of(x)}
             findings += row.values()
             cells = " ".join(f"{cell_of(row.get(dtype)):>9}" for dtype in DTYPES)
             show(f"{f'{name} on {at}: {op}':52} {cells}")

@@ -9,7 +9,7 @@ from .. import reference
 from ..clip_grad import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from ..ema import EMA
 from .compare import Compared, Place, double, layouts, randn, rounded, tensors
-from .step import DECAY, clipped_step, grad_of, step
+from .step import DECAY, MASTERS, clipped_step, grad_of, other_rules, step, step_with_masters
 
 SAMPLES: tuple[tuple[int, ...], ...] = ((4, 1), (5, 7), (3, 33, 31), (2, 3, 5, 7), (6, 257, 64))  # for DropPath
 
@@ -80,6 +80,13 @@ CHECKS: dict[str, Check] = {
     "norms and clipping": norms,
     "AdamW and average": step,
     "clipping and skipping in the step": clipped_step,
+    "Adam and SGD": other_rules,
+    "a step with masters": step_with_masters,
     "EMA.update": ema,
     "DropPath": drop_path,
 }
+
+
+def serves(op: str, place: Place) -> bool:
+    """Whether an op is there for numbers of that type: masters are for 16 bits."""
+    return op != "a step with masters" or place.dtype in MASTERS

@@ -6,11 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adam import Adam
 from ..adamw import AdamW
 from ..ema import EMA
+from ..reference import write_weight
+from ..sgd import SGD
+from ..storage import MASTER
 from .compare import Compared, Place, double, rounded, tensors
 
 DECAY = 0.9
+MASTERS = {torch.bfloat16: "split", torch.float16: "float32"}  # which kind serves which type
+
+Optimizer = AdamW | Adam | SGD
 
 
 def grad_of(param: Tensor) -> Tensor:
@@ -23,33 +30,48 @@ def grad_of(param: Tensor) -> Tensor:
 class Step:
     """An optimizer in the middle of training, and the specification's twin of it."""
 
-    def __init__(self, place: Place, generator: torch.Generator, **options: Any) -> None:
-        moments = ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if options.get("amsgrad") else []))
+    def __init__(
+        self, place: Place, generator: torch.Generator, cls: type[Optimizer] = AdamW, **options: Any
+    ) -> None:
+        master = options.pop("master", None)
+        made = cls([torch.empty(1)], lr=0.01, **options)
+        moments = made.state_names(made.param_groups[0])
         columns = {name: tensors(place, generator) for name in ("param", "grad", *moments)}
         for name in moments[1:]:
             for x in columns[name].values():
                 x.abs_()
-        self.place, self.names = place, list(columns["param"])
+        self.place, self.names, self.cls = place, list(columns["param"]), cls
         ours = {name: list(column.values()) for name, column in columns.items()}
         exact = {name: list(map(double, column)) for name, column in ours.items()}
-        self.before = list(map(double, ours["param"]))
-        self.ours = self._optimizer(**ours, backend=place.backend, options=options)
+        self.ours = self._optimizer(**ours, backend=place.backend, options={**options, "master": master})
+        if master:
+            exact["param"] = [double(self._refined(param)) for param in params_of(self.ours)]
+        self.before = list(map(double, averages_of(self.ours)))
         self.exact = self._optimizer(**exact, backend="reference", options=options)
 
     def _optimizer(
         self, param: list[Tensor], grad: list[Tensor], backend: str, options: dict[str, Any], **moments: list[Tensor]
-    ) -> AdamW:
+    ) -> Optimizer:
         model = nn.Module()
         model.weights = nn.ParameterList(param)
-        ema = EMA(model, DECAY, update_after_step=-2, backend=backend)  # moves from the first step on
+        dtype = torch.float32 if options.get("master") else None
+        ema = EMA(model, DECAY, dtype=dtype, update_after_step=-2, backend=backend)  # moves from the first step on
         for average in ema.module.parameters():
             average.mul_(0.5)
-        optimizer = AdamW(model.parameters(), lr=0.01, ema=ema, backend=backend, **options)
+        optimizer = self.cls(model.parameters(), lr=0.01, ema=ema, backend=backend, **options)
+        if options.get("master"):
+            optimizer.init_state()
         for i, weight in enumerate(model.weights):
             weight.grad = grad[i]
             own = {name: column[i] for name, column in moments.items()}
-            optimizer.state[weight] = {"step": torch.tensor(3.0, device=weight.device), **own}
+            optimizer.state[weight] |= {"step": torch.tensor(3.0, device=weight.device), **own}
         return optimizer
+
+    def _refined(self, param: Tensor) -> Tensor:
+        """The float32 weight of a parameter from now on: a quarter of its last place further from 0, at most."""
+        weight = param.detach().float() * (1 + torch.finfo(param.dtype).eps / 8)
+        write_weight(param, self.ours.state[param][MASTER], weight)
+        return weight
 
     def scale(self, grad_scale: float, found_inf: float) -> None:
         """What a GradScaler sets."""
@@ -61,11 +83,15 @@ class Step:
         """Every tensor of ours by name, and the specification's."""
         pairs = zip(self.names, params_of(self.ours), params_of(self.exact), averages_of(self.ours), strict=True)
         for (name, ours, exact, average), before in zip(pairs, self.before, strict=True):
-            yield f"parameter {name}", ours, exact
+            weight = self.ours.float32_weight(ours)
+            yield f"weight {name}", weight, exact
+            if weight is not ours:
+                yield f"parameter {name}", ours, double(weight)
             for key, value in self.ours.state[ours].items():
-                yield f"{key} {name}", value, self.exact.state[exact][key].double()
-            start = (before * 0.5).to(average.dtype).double()  # the average follows the weight as it is stored
-            yield f"average {name}", average, start + (1 - DECAY) * (double(ours) - start)
+                if key != MASTER:
+                    yield f"{key} {name}", value, self.exact.state[exact][key].double()
+            # The average follows the weight as it is stored.
+            yield f"average {name}", average, before + (1 - DECAY) * (double(weight) - before)
 
     def taken(self) -> Iterator[Compared]:
         """After one step of both."""
@@ -85,12 +111,12 @@ class Step:
         yield Compared("skipped_steps", self.ours.skipped_steps, torch.tensor(1), None)
 
 
-def params_of(optimizer: AdamW) -> list[Tensor]:
+def params_of(optimizer: Optimizer) -> list[Tensor]:
     """Those of all groups."""
     return [param for group in optimizer.param_groups for param in group["params"]]
 
 
-def averages_of(optimizer: AdamW) -> list[Tensor]:
+def averages_of(optimizer: Optimizer) -> list[Tensor]:
     """What the optimizer's average holds."""
     if optimizer.ema is None:
         raise RuntimeError("the average is gone")
@@ -101,6 +127,23 @@ def step(place: Place, generator: torch.Generator) -> Iterator[Compared]:
     """``AdamW.step`` with an average."""
     yield from Step(place, generator, weight_decay=0.1).taken()
     yield from Step(place, generator, amsgrad=True, maximize=True, betas=(0.5, 0.9), eps=1e-3).taken()
+
+
+def other_rules(place: Place, generator: torch.Generator) -> Iterator[Compared]:
+    """``Adam.step`` with an L2 penalty, and ``SGD.step`` with and without momentum."""
+    yield from Step(place, generator, Adam, weight_decay=0.1, amsgrad=True, eps=1e-3).taken()
+    yield from Step(place, generator, SGD, weight_decay=0.1, maximize=True).taken()
+    yield from Step(place, generator, SGD, weight_decay=0.1, momentum=0.9, nesterov=True).taken()
+
+
+def step_with_masters(place: Place, generator: torch.Generator) -> Iterator[Compared]:
+    """Steps of 16-bit parameters whose weights are float32."""
+    master = MASTERS[place.dtype]
+    yield from Step(place, generator, weight_decay=0.1, max_grad_norm=10.0, eps=1e-3, master=master).taken()
+    yield from Step(place, generator, SGD, momentum=0.9, dampening=0.5, master=master).taken()
+    bad = Step(place, generator, skip_nonfinite=True, master=master)
+    grad_of(params_of(bad.ours)[-1])[-1] = float("nan")
+    yield from bad.skipped()
 
 
 def clipped_step(place: Place, generator: torch.Generator) -> Iterator[Compared]:

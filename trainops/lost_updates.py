@@ -1,0 +1,50 @@
+"""Updates that rounding loses: where a step would leave a weight as it is, although the rule moves it."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .rows import complete_state
+from .storage import MASTER
+from .tables import aligned, as_real, local
+
+if TYPE_CHECKING:
+    from .step import TakesFusedSteps
+
+
+def share_of_lost_updates(optimizer: "TakesFusedSteps", coefficient: Tensor | float) -> list[Tensor]:
+    """For each parameter that has a gradient, the share of its elements whose update would be lost.
+
+    The rule runs in float64 on copies of one parameter at a time. ``coefficient`` is a factor of the gradients.
+    """
+    formula = getattr(reference, f"{optimizer.rule}_")
+    found = []
+    for group in optimizer.param_groups:
+        names, settings = optimizer.state_names(group), optimizer.settings(group)
+        for param in (p for p in group["params"] if p.grad is not None):
+            if param.grad.layout is not torch.strided:
+                raise RuntimeError("there are no lost updates of sparse gradients")
+            state: dict[str, Any] = dict(optimizer.state.get(param, {}))
+            complete_state(state, param, names, optimizer)
+            master = state.get(MASTER)
+            weight = param.detach() if master is None else reference.join(param.detach(), master)
+            before, moved = as_real(local(weight)), _copy(weight)
+            formula(
+                moved,
+                _copy(aligned(param.grad, param)),
+                **{name: _copy(state[name]) for name in names},
+                step=local(state["step"]).clone().reshape(()).to(moved.device),
+                **settings,
+                coefficient=coefficient.to(moved.device) if isinstance(coefficient, Tensor) else coefficient,
+            )
+            lost = (moved != before) & (moved.to(before.dtype) == before)
+            found.append(lost.sum(dtype=torch.float32) / max(1, lost.numel()))
+    return found
+
+
+def _copy(x: Tensor) -> Tensor:
+    """Real numbers in the widest type that their device has. Of a DTensor, this rank's shard."""
+    x = as_real(local(x.detach()))
+    return x.to(reference.scalar_dtype(x.device), copy=True)
