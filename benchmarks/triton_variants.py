@@ -100,7 +100,7 @@ def variants() -> Iterator[Variant]:
             "ema",
             f"{average} of {tensor}",
             {**TABLE, "decay": "*i64", "skip": "*i1"},
-            {"WORDS": words_of("ema"), "AVERAGE": 0, "TENSOR": 1, **types},
+            {"WORDS": words_of("ema"), "DECAY": 0, "AVERAGE": 0, "TENSOR": 1, **types},
             (tensor,) if tensor == "uint8" else (average, tensor),
             (average,),
         )

@@ -52,7 +52,7 @@ AVERAGES = [
     *planted(
         "trainops/adapters/triton.py",
         TRITON,
-        {"averages: triton: buffers have the first one's decay": ('["ema_decay"] + place :]', '["ema_decay"] :]')},
+        {"averages: triton: buffers have the first one's decay": ('["ema_decay"] + place,', '["ema_decay"],')},
     ),
     *planted(
         "trainops/adapters/foreach.py",

@@ -70,7 +70,7 @@ def check_words(kind, columns, group_rows=(), chunk_numel=CHUNK):
         assert by_kind or chunks == [chunk for _, chunk in sorted(queue, key=lambda chunk: -chunk[0])]
         assert len(chunks) == words.chunk_count == sum(counts)
         of_layout = [x for row, first in zip(rows, positions, strict=True) for x in (row[0].numel(), first)]
-        assert array("q", words.layout).tolist() == [chunk_numel, by_kind, len(rows), *of_layout]
+        assert array("q", words.layout).tolist() == [chunk_numel, by_kind, *of_layout]
         kinds = list(dict.fromkeys(dtypes)) if by_kind else [()]  # in the order of their first rows
         assert [section[0] for section in words.sections] == kinds
         end = 0

@@ -58,6 +58,7 @@ def ema(
     first_chunk,
     decay,
     skip,
+    DECAY: tl.constexpr,
     AVERAGE: tl.constexpr,
     TENSOR: tl.constexpr,
     AVERAGE_TYPE: tl.constexpr,
@@ -67,9 +68,9 @@ def ema(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``AVERAGE`` and ``TENSOR`` are columns; ``decay`` points to a word; a true ``skip`` leaves the averages alone.
+    """``AVERAGE`` and ``TENSOR`` are columns. ``decay`` points to words, of which one counts (``DECAY``).
 
-    Bytes (uint8) are copied.
+    A true ``skip`` leaves the averages alone. Bytes (uint8) are copied.
     """
     if skip is not None:
         if tl.load(skip) != 0:
@@ -79,7 +80,7 @@ def ema(
     end = tl.minimum(begin + CHUNK, tl.load(words + NUMEL))
     average_address, tensor_address = tl.load(words + ADDRESSES + AVERAGE), tl.load(words + ADDRESSES + TENSOR)
     body = end_of_body(begin, end, average_address | tensor_address, BLOCK)
-    decay_value = real(tl.load(decay))
+    decay_value = real(tl.load(decay + DECAY))
     for MASKED in tl.static_range(2):
         for offset in range(body if MASKED else begin, end if MASKED else body, BLOCK):
             if TENSOR_TYPE == tl.uint8:

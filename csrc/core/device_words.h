@@ -71,7 +71,7 @@ class DeviceWords {
     words.reserve(2 * table_.all_rows() + 3);
     words.push_back(chunk_numel_);
     words.push_back(by_kind_);
-    words.push_back(table_.rows());
+    if (table_.all_rows() > table_.rows()) words.push_back(table_.rows());
     for (int64_t row = 0; row < table_.all_rows(); ++row) {
       words.push_back(table_.numel(row));
       words.push_back(positions_[row]);

@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_consta
       update_chunk<Rule, float>(chunk, scalars, ema_decays[0]);
     }
     const int averages = averages_in<Rule>(args.table.row_words - kAddresses);
-    if (is_updated && averages == 1) continue;
+    if (averages == 1 && args.table.all_chunks == args.table.chunk_count) continue;
     __syncthreads();  // other threads may have written the weights
     move_averages<Rule>(queue.current(), averages, ema_decays);
   }

@@ -117,6 +117,7 @@ def _ema(table: Any, decay: float, skip: Tensor | None) -> None:
             None if skip is None else skip.to(device),
             types={"AVERAGE_TYPE": "average", "TENSOR_TYPE": "tensor"},
             wide={"WIDE": ("AVERAGE_TYPE", "TENSOR_TYPE")},
+            DECAY=0,
             AVERAGE=_triton.kernels().ema.AVERAGE,
             TENSOR=_triton.kernels().ema.TENSOR,
         )
@@ -201,11 +202,12 @@ def _follow_buffers(staged: _triton.Staged, settings: Tensor, skip: Tensor | Non
         place, name = next((i, x) for i, x in enumerate(AVERAGES) if section.kind[staged.columns[x]] is not None)
         staged.over_chunks(
             _triton.kernels().ema.ema,
-            settings[core.words("step")["ema_decay"] + place :],
+            settings,
             skip,
             types={"AVERAGE_TYPE": name, "TENSOR_TYPE": "param"},
             wide={"WIDE": ("AVERAGE_TYPE", "TENSOR_TYPE")},
             sections=[section],
+            DECAY=core.words("step")["ema_decay"] + place,
             AVERAGE=staged.columns[name],
             TENSOR=staged.columns["param"],
         )
