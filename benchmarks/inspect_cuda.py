@@ -27,8 +27,8 @@ from . import inspect_loops
 from .inspect_cache import key_of, remembered
 
 # 16-byte reads and writes that each streaming kernel needs: for each tensor, one for every half of a pack of float32
-# and, in kernels that serve both, one for a pack of float64. A step's further averages read the average, the parameter
-# and, of float32, the master; copies of buffers, 16 bytes.
+# and, in kernels that serve both, one for a pack of float64. A step reads for further averages the average, the
+# parameter and, of float32, the master; and for copies of buffers 16 bytes.
 FURTHER_READS, FURTHER_WRITES = 3 * 2 + 2 + 1, 2 + 1 + 1
 LEAST = {
     "reduce_kernel": (2 + 1, 0),
@@ -43,8 +43,8 @@ LEAST = {
     "backward_kernel<float, true>": (3 * 2, 2),
     "backward_kernel<double, true>": (3, 1),
 }
-# Loops around these that may compute in float64: of kernels for all types, that of float64 tensors, and in a step that
-# of further averages of these. (A sum looks at a chunk of others a second time in float64, but at single elements.)
+# Loops around these that may compute in float64: of kernels for all types, that of float64 tensors, and in a step
+# that of their further averages. (A sum looks at a chunk of others a second time in float64, but at single elements.)
 FLOAT64_LOOPS = {"<float": 0, "<double": None, "update_kernel": 2}
 TEMPLATE_ARGUMENTS = {"f": "float", "d": "double", "Lb0E": "false", "Lb1E": "true"}
 

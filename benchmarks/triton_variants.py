@@ -134,7 +134,9 @@ def rule_variants(rule: str) -> Iterator[Variant]:
             yield update_variant(rule, param, "bfloat16", optional[:used], "float32", master)
             yield update_variant(rule, param, "bfloat16", optional[:used], "float32", master, (param, "float32"))
     for param in DTYPES:
-        yield update_variant(rule, param, param, [], param, further=("float32",) if param == "float32" else (param,) * 3)
+        yield update_variant(
+            rule, param, param, [], param, further=("float32",) if param == "float32" else (param,) * 3
+        )
 
 
 def state_of(rule: str) -> list[Any]:

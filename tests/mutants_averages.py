@@ -11,7 +11,10 @@ AVERAGES = [
         {
             "averages: cpu: all have the first one's decay": ("size, ema_decays[i]);", "size, ema_decays[0]);"),
             "averages: cpu: buffers stay": ("table.rows(), table.all_rows())", "table.rows(), table.rows())"),
-            "averages: cpu: the last byte of a buffer": ("+ piece.begin, piece.size);", "+ piece.begin, piece.size - 1);"),
+            "averages: cpu: the last byte of a buffer": (
+                "+ piece.begin, piece.size);",
+                "+ piece.begin, piece.size - 1);",
+            ),
         },
     ),
     *planted(

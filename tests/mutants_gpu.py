@@ -326,7 +326,10 @@ TRITON_AND_CUDA = [
                 "unpack(raw[kState + i], cells.at[kState + i].dtype, state[i]);",
                 "unpack(raw[kState + i], cells.at[kState].dtype, state[i]);",
             ),
-            "cuda: float64 in float32": ("if (is_updated && chunk.row.cell(kParam).dtype == DType::float64)", "if (false)"),
+            "cuda: float64 in float32": (
+                "if (is_updated && chunk.row.cell(kParam).dtype == DType::float64)",
+                "if (false)",
+            ),
         },
     ),
     *planted(

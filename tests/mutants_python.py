@@ -213,7 +213,10 @@ PYTHON = [
                 "if (value == nullptr && PyErr_Occurred()) throw pybind11::error_already_set();",
                 "PyErr_Clear();",
             ),
-            "collect: a parameter that is there twice": ("return !ParamSpans(builder_.table).overlap();", "return true;"),
+            "collect: a parameter that is there twice": (
+                "return !ParamSpans(builder_.table).overlap();",
+                "return true;",
+            ),
         },
     ),
     *planted(

@@ -176,7 +176,16 @@ def test_the_words_of_settings():
     words = array("q", core.step_settings("adamw", 2.5, [0.75, 0.5], groups)).tolist()
     numbers_of_first = (0.1, 0.9, 1.0, 1e-8, 0.0, 1.0)
     second = [1, lr.data_ptr(), 2, beta1.data_ptr(), *(x for y in (0.99, 1e-3, -0.0, 0.0) for x in (0, bits(y)))]
-    assert words == [0, bits(2.5), bits(0.75), bits(0.5), 0, 0, *(x for y in numbers_of_first for x in (0, bits(y))), *second]
+    assert words == [
+        0,
+        bits(2.5),
+        bits(0.75),
+        bits(0.5),
+        0,
+        0,
+        *(x for y in numbers_of_first for x in (0, bits(y))),
+        *second,
+    ]
     assert array("q", core.step_settings("adamw", None, [1.0], [])).tolist() == [0, 0, bits(1.0), 0, 0, 0]
     assert array("q", core.step_settings("adamw", lr, [], [])).tolist() == [1, lr.data_ptr(), 0, 0, 0, 0]
     with pytest.raises(KeyError, match="lr"):

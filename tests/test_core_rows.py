@@ -275,7 +275,10 @@ def test_buffers_come_behind_all_other_rows(stepped):
         expected = [(12, *long, "average", 0), (8, *short, "average2", 5), (48, *long, "average2", 5)]
         for row, (numel, average, buffer, name, code) in zip(rows[3:], expected, strict=True):
             cells = dict(zip(names, row[len(WORDS) :], strict=True))
-            assert {key: x for key, x in cells.items() if x} == {"param": core.address(buffer), name: core.address(average)}
+            assert {key: x for key, x in cells.items() if x} == {
+                "param": core.address(buffer),
+                name: core.address(average),
+            }
             codes = [code if key in ("param", name) else DTYPES.index(None) for key in names]
             assert row[0] == numel
             assert row[3] == sum(x << 4 * place for place, x in enumerate(codes))
@@ -284,9 +287,10 @@ def test_buffers_come_behind_all_other_rows(stepped):
         if by_kind:
             kinds = [(section[0][0], *section[1:]) for section in words.sections[-2:]]
             assert kinds == [("float32", 3, 2), ("uint8", 5, 7)]
-    assert table.words(chunk_numel=CHUNK, by_kind=False).layout != collected(optimizer).words(
-        chunk_numel=CHUNK, by_kind=False
-    ).layout
+    assert (
+        table.words(chunk_numel=CHUNK, by_kind=False).layout
+        != collected(optimizer).words(chunk_numel=CHUNK, by_kind=False).layout
+    )
 
 
 def test_state_that_a_group_does_not_use_is_left_out(stepped):

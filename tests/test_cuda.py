@@ -195,7 +195,9 @@ def test_equal_words_alone_are_taken_for_those_of_another_table():
 
 def test_addresses_are_refused_without_their_names():
     table = core.table("reduce", {"tensor": [torch.ones(4, device=DEVICE)]}, DEVICE)
-    rows, chunks, chunk_count, all_chunks, _ = words = stage(table, torch.device(DEVICE), cuda._cuda.CHUNK_NUMEL, by_kind=False)
+    rows, chunks, chunk_count, all_chunks, _ = words = stage(
+        table, torch.device(DEVICE), cuda._cuda.CHUNK_NUMEL, by_kind=False
+    )
     arguments = {"words": words, "rows": rows.data_ptr(), "chunks": chunks.data_ptr()}
     arguments |= {"chunk_count": chunk_count, "all_chunks": all_chunks, "stream": 0}
     with pytest.raises(TypeError):

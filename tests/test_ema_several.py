@@ -273,7 +273,7 @@ def test_copies_and_states_have_each(copied):
         assert theirs.optimizer is twin
     for ema, state in zip(reversed(emas), reversed(states), strict=True):
         ema.load_state_dict(state)
-        assert same_tensors(ema.module, {name: x for name, x in state["module"].items()})
+        assert same_tensors(ema.module, dict(state["module"]))
         assert ema.step == 3
 
 
@@ -287,7 +287,7 @@ def test_each_is_swapped_alone():
     for ema in emas:
         with ema.swap():
             assert same_tensors(model, ema.module)
-            with pytest.raises(RuntimeError, match="inside `with ema.swap"):
+            with pytest.raises(RuntimeError, match=r"inside `with ema\.swap"):
                 optimizer.step()
         assert same_tensors(model, before)
     assert [ema.step for ema in emas] == [3, 3]
@@ -303,7 +303,7 @@ def test_what_raises_has_moved_none():
     optimizer.step()
     before = [*map(snapshot, (model, *(ema.module for ema in emas)))]
     emas[1].module.conv.weight.data = torch.zeros(2)
-    with pytest.raises(ValueError, match="conv.weight has shape"):
+    with pytest.raises(ValueError, match=r"conv\.weight has shape"):
         optimizer.step()
     assert same_tensors(model, before[0])
     assert same_tensors(emas[0].module, before[1])
@@ -325,5 +325,3 @@ def test_a_finder_sets_all_back():
     optimizer.step()
     assert [ema.step for ema in emas] == [1, 1]
     assert all(same_tensors(ema.module, model) for ema in emas)
-
-

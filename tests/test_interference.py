@@ -370,6 +370,8 @@ def test_a_step_refuses_tables_of_other_kinds_and_other_groups(kind, groups):
 
 @pytest.mark.skipif(cuda._cuda is None, reason="the CUDA extension is not built")
 def test_staged_tables_have_a_kind():
-    staged = cuda._cuda.StagedTable(of_kind("reduce"), words=None, rows=0, chunks=0, chunk_count=0, all_chunks=0, stream=0)
+    staged = cuda._cuda.StagedTable(
+        of_kind("reduce"), words=None, rows=0, chunks=0, chunk_count=0, all_chunks=0, stream=0
+    )
     with pytest.raises(ValueError, match="a table of kind reduce is none of ema"):
         cuda._cuda.ema(staged, decay=0.5, skip=0, counters=0)

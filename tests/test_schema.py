@@ -46,7 +46,7 @@ def test_what_the_columns_are():
     assert measured == of_rules | {"ema": "average", "reduce": "tensor", "transform": "tensor"}
     assert core.step_columns == {name: place for place, name in enumerate(STEP_COLUMNS)}
     words = {"row": {0: "numel", 1: "first_chunk", 2: "group", 3: "dtypes"}, "chunk": {0: "row", 1: "begin"}}
-    decays = {i: name for i, name in enumerate(("ema_decay", "ema_decay2", "ema_decay3", "ema_decay4"), start=2)}
+    decays = dict(enumerate(("ema_decay", "ema_decay2", "ema_decay3", "ema_decay4"), start=2))
     words |= {"step": {0: "max_norm", 1: "max_norm_value", **decays}, "setting": {0: "form", 1: "value"}}
     words |= {"form": {0: "double", 1: "float_address", 2: "double_address"}}
     assert [column.name for column in core.further_averages] == list(AVERAGES[1:])

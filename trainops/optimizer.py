@@ -114,7 +114,7 @@ class FusedOptimizer(HasOwnSettings, TakesFusedSteps):
 
     @property
     def ema(self) -> Any:
-        """The average that steps update, a tuple of them if there are several, or None; may be changed between them."""
+        """The average that steps update, or a tuple of several, or None; may be changed between steps."""
         return self._averages[0] if len(self._averages) == 1 else self._averages or None
 
     @ema.setter

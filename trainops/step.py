@@ -32,7 +32,7 @@ class TakesFusedSteps(KnowsTorchStep, TakesJointNorm, LoadsState, KeepsMasters):
     rule: ClassVar[str]
     max_grad_norm: float | Tensor | None
     skip_nonfinite: bool
-    averages: tuple[EMA, ...]
+    _averages: tuple[EMA, ...]
     grad_norm: Tensor | None
     grad_norms: Tensor | None
     skipped_steps: Tensor
@@ -73,7 +73,7 @@ class TakesFusedSteps(KnowsTorchStep, TakesJointNorm, LoadsState, KeepsMasters):
             with torch.enable_grad():
                 loss = closure()
         advice.before_step(self)
-        averages = StepAverages(self, self.averages)
+        averages = StepAverages(self, self._averages)
         averaged, result = self._update(averages, total_norm)
         averages.finish(averaged, result.skipped)
         self._unscale_as_fused()
@@ -128,9 +128,7 @@ class TakesFusedSteps(KnowsTorchStep, TakesJointNorm, LoadsState, KeepsMasters):
             self.grad_norm, self.grad_norms = result.total_norm, result.norms
         return averaged, result
 
-    def _update_any(
-        self, averages: StepAverages, control: StepControl
-    ) -> tuple[list[Collection[int]], StepResult]:
+    def _update_any(self, averages: StepAverages, control: StepControl) -> tuple[list[Collection[int]], StepResult]:
         """The slow path: missing state, several devices, subclasses, other layouts, no gradients at all."""
         known = set(self.state)
         try:

@@ -101,7 +101,7 @@ def follow(
     BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Move one block of an average, of which there may be none (``DTYPE`` is None), towards a weight as it is stored."""
+    """Move one block of an average, if there is one (``DTYPE``), towards a weight as it is stored."""
     if DTYPE is not None:
         if DTYPE == tl.float64 or PARAM_TYPE == tl.float64:
             move(address, offset, end, weight.to(tl.float64), decay, DTYPE, tl.float64, BLOCK, MASKED)

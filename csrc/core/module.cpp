@@ -136,8 +136,7 @@ PYBIND11_MODULE(_core, m) {
       .def(py::init<const TensorReader&, const std::string&, const py::list&, const py::dict&, const py::list&,
                     const py::list&, const py::list&, const std::string&>(),
            py::arg("reader"), py::arg("rule"), py::kw_only(), py::arg("param_groups"), py::arg("state"),
-           py::arg("averages"), py::arg("buffers"), py::arg("states"), py::arg("device_type"),
-           py::keep_alive<1, 2>())
+           py::arg("averages"), py::arg("buffers"), py::arg("states"), py::arg("device_type"), py::keep_alive<1, 2>())
       .def_readonly("irregular", &PythonTable::irregular)
       .def_readonly("regular", &PythonTable::regular)
       .def_readonly("params", &PythonTable::params)

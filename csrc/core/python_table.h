@@ -81,7 +81,8 @@ class PythonTable {
  private:
   static size_t averages_in(const pybind11::dict& columns) {
     const auto& further = further_averages();
-    return 1 + std::count_if(further.begin(), further.end(), [&](const Column& x) { return columns.contains(x.name); });
+    return 1 +
+           std::count_if(further.begin(), further.end(), [&](const Column& x) { return columns.contains(x.name); });
   }
 
   std::vector<PyObject*> lists_of(const pybind11::dict& columns) const {

@@ -41,7 +41,7 @@ enum StepColumn : int { TRAINOPS_STEP_COLUMNS(TRAINOPS_ENUMERATOR) kState };
 // A step moves up to so many averages. Columns of the further ones come behind the rule's state, in tables that have
 // some. In the row of a buffer, which has no gradient, `param` is the buffer, and an average moves or, as bytes, is a
 // copy.
-#define TRAINOPS_FURTHER_AVERAGES(column)                                                    \
+#define TRAINOPS_FURTHER_AVERAGES(column)                                                                 \
   column(kAverage2, "average2", kWritten | kOptional) column(kAverage3, "average3", kWritten | kOptional) \
       column(kAverage4, "average4", kWritten | kOptional)
 enum FurtherAverage : int { TRAINOPS_FURTHER_AVERAGES(TRAINOPS_ENUMERATOR) kFurtherAverages };
@@ -73,7 +73,7 @@ enum ChunkWord : int { TRAINOPS_CHUNK_WORDS(TRAINOPS_ENUMERATOR) kChunkWords };
 
 // A step's settings on a device are these words, then those of each setting of each group. The form of a setting says
 // what its value is: a double, or the address of a float or of a double on the device. The largest norm is a setting.
-#define TRAINOPS_STEP_WORDS(word) \
+#define TRAINOPS_STEP_WORDS(word)                                                               \
   word(kMaxNorm, "max_norm") word(kMaxNormValue, "max_norm_value") word(kEMADecay, "ema_decay") \
       word(kEMADecay2, "ema_decay2") word(kEMADecay3, "ema_decay3") word(kEMADecay4, "ema_decay4")
 #define TRAINOPS_SETTING_WORDS(word) word(kForm, "form") word(kValue, "value")

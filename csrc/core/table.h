@@ -18,8 +18,8 @@ namespace trainops {
   macro(float32, float, __VA_ARGS__) macro(float64, double, __VA_ARGS__) macro(bfloat16, BFloat16, __VA_ARGS__) \
       macro(float16, Float16, __VA_ARGS__)
 
-// No numbers that loops take are int16, a remainder (storage.h), which belongs to the parameter beside it, and byte, of
-// a tensor of any type that is copied.
+// No numbers that loops take are int16, a remainder (storage.h), which belongs to the parameter beside it, and byte,
+// of a tensor of any type that is copied.
 #define TRAINOPS_DTYPE(name, ...) name,
 enum class DType : uint8_t { TRAINOPS_DTYPES(TRAINOPS_DTYPE) int16, byte, none };
 #undef TRAINOPS_DTYPE

@@ -65,8 +65,8 @@ void ema(const PythonTable& table, double decay) {
 // Returns the norm (of the unscaled gradients, NaN if it is not needed) and whether the step was skipped.
 std::tuple<double, bool> update(const PythonTable& table, const std::vector<std::vector<double>>& settings,
                                 std::optional<double> max_norm, bool skip_nonfinite, double grad_scale,
-                                bool found_inf, std::optional<double> total_norm,
-                                std::vector<double> ema_decays, uintptr_t norms_out) {
+                                bool found_inf, std::optional<double> total_norm, std::vector<double> ema_decays,
+                                uintptr_t norms_out) {
   if (settings.size() != table.group_rows().size()) throw py::value_error("there is another number of groups");
   for (const auto& group : settings) {
     if (group.size() != table.schema().settings.size())

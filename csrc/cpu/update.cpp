@@ -160,7 +160,8 @@ void follow_piece(const Row<Rule>& row, const Piece& piece, const std::vector<do
   }
   for (int i = 0; i < row.averages; ++i) {
     auto* const copy = static_cast<char*>(row.average[i].address);
-    if (copy != nullptr) std::memcpy(copy + piece.begin, static_cast<char*>(buffer.address) + piece.begin, piece.size);
+    if (copy != nullptr)
+      std::memcpy(copy + piece.begin, static_cast<char*>(buffer.address) + piece.begin, piece.size);
   }
 }
 
@@ -196,7 +197,8 @@ void update_table(const Table& table, const Chunks& chunks, const GroupSettings&
 
 void update(const std::string& rule, const Table& table, const Chunks& chunks, const GroupSettings& groups,
             double grad_coefficient, const std::vector<double>& ema_decays) {
-  with_rule(rule, [&](auto its) { update_table<decltype(its)>(table, chunks, groups, grad_coefficient, ema_decays); });
+  with_rule(rule,
+            [&](auto its) { update_table<decltype(its)>(table, chunks, groups, grad_coefficient, ema_decays); });
 }
 
 }  // namespace trainops::cpu

@@ -113,7 +113,8 @@ class ChunkQueue {
     return true;
   }
 
-  // The chunk that next() has found last. To read it again, behind a barrier, costs less than to keep it in registers.
+  // The chunk that next() has found last. To read it again, behind a barrier, costs less than to keep it in
+  // registers.
   __device__ Chunk current() const { return chunk_in(slot_ ^ 1); }
 
  private:

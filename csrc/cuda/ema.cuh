@@ -1,4 +1,5 @@
-// One element, pack or chunk of an average, for ema.cu and for a fused step of any rule. The formula is in math/ema.h.
+// One element, pack or chunk of an average, for ema.cu and for a fused step of any rule. The formula is in
+// math/ema.h.
 #pragma once
 
 #include "../math/ema.h"

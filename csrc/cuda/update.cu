@@ -1,7 +1,7 @@
-// A step of any rule (math/adamw.h) with clipping, unscaling, skipping and averages (math/ema.h), in one launch: every
-// column is read and, where it is written, written once. With AdamW in float32, that is 28 bytes per element, 8 more
-// with AMSGrad and 8 more with each average. (Those beyond the first read the weights of a chunk again, from a cache.)
-// Arithmetic in float32, or float64 for float64 parameters.
+// A step of any rule (math/adamw.h) with clipping, unscaling, skipping and averages (math/ema.h), in one launch:
+// every column is read and, where it is written, written once. With AdamW in float32, that is 28 bytes per element, 8
+// more with AMSGrad and 8 more with each average. (Those beyond the first read the weights of a chunk again, from a
+// cache.) Arithmetic in float32, or float64 for float64 parameters.
 #include "../core/rules.h"
 #include "control.cuh"
 #include "ema.cuh"
