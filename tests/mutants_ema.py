@@ -13,7 +13,7 @@ EMA = [
                 ":",
             ),
             "EMA: any model is taken": ("if not is_same_model(model, self.model):", "if False:"),
-            "EMA: it has never moved": ("            self._has_moved = True\n", ""),
+            "EMA: it has never moved": ("self._has_moved, self._seen = True, None", "pass"),
             "EMA: loaded weights are copied over": (
                 "if decay == 0.0 and (self._continues or not",
                 "if (False and not",
@@ -58,7 +58,10 @@ EMA = [
         tests_of("ema_start"),
         {
             "EMA: written weights are not noticed": ("version != new_version", "False"),
-            "EMA: replaced weights are not noticed": ("place == new_place", "False"),
+            "EMA: replaced weights are not noticed": (
+                "(before is not now or version != new_version)",
+                "version != new_version",
+            ),
         },
     ),
     *planted(
@@ -89,7 +92,7 @@ EMA = [
         tests_of("ema_checkpoints"),
         {
             "EMA: a compiled block": (
-                ' for part in key.split(".") if part != "_orig_mod"]',
+                ' for part in key.split(".") if part not in _WRAPPERS]',
                 ' for part in key.removeprefix("_orig_mod.").split(".")]',
             ),
             "EMA: versions of modules are lost": (

@@ -48,7 +48,7 @@ MODELS = [
                 "        elif False:\n",
             ),
             "match: a copied buffer keeps its shape": (
-                "(average.shape, kind(average)) != (source.shape, kind(source))",
+                "_form(average) != _form(source)",
                 "False",
             ),
         },
@@ -66,8 +66,8 @@ MODELS = [
                 " and False",
             ),
             "pairs: what the kernel leaves is not looked at": (
-                "return all(average.shape == source.shape for average, source, _ in",
-                "return True or all(average.shape == source.shape for average, source, _ in",
+                "return all(_fits(pair) for pair in",
+                "return True or all(_fits(pair) for pair in",
             ),
             "pairs: whoever is averaged once is shared again": ("        shared -= self._begun\n", ""),
         },
@@ -82,7 +82,10 @@ MODELS = [
                 "False",
             ),
             "slots: buffers of inference mode are written": (" if target.is_inference() else", " if False else"),
-            "slots: a checkpoint writes the model": ("if name not in shared)", "if True)"),
+            "slots: a checkpoint writes the model": (
+                "for name, x in weights.items() if name not in shared",
+                "for name, x in weights.items()",
+            ),
             "slots: nothing is rehearsed": ("        _rehearse(module, kept, set(shared))\n", ""),
             "slots: versions of modules are lost": (
                 'kept._metadata = getattr(weights, "_metadata", None)',

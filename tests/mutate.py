@@ -27,13 +27,14 @@ from mutants_models import MODELS
 from mutants_python import PYTHON
 from mutants_queue import QUEUE
 from mutants_rules import RULES
+from mutants_shards import SHARDS
 from mutants_storage import STORAGE
 from scratch import ROOT, Tree, tracked
 
 OUTCOMES = ROOT / "build" / "mutants.json"
 TABLE = ROOT / "tests" / "MUTANTS.md"
 NEW = "not planted yet"
-MUTANTS = [*C_PLUS_PLUS, *RULES, *PYTHON, *EMA, *AVERAGES, *MODELS, *STORAGE, *TRITON_AND_CUDA, *QUEUE]
+MUTANTS = [*C_PLUS_PLUS, *RULES, *PYTHON, *EMA, *AVERAGES, *MODELS, *SHARDS, *STORAGE, *TRITON_AND_CUDA, *QUEUE]
 NOTICED, UNNOTICED = "noticed", "UNNOTICED"
 SOURCES = {"csrc", "trainops", "triton_kernels", "setup.py"}
 LIMIT = 600  # seconds for the tests of one mutant: a fault may make them hang

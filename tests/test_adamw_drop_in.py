@@ -99,6 +99,22 @@ def test_state_dicts_go_both_ways_mid_run(target, dtype, options):
     assert legs[1].state_dict()["state"][0].keys() == straight.state_dict()["state"][0].keys()
 
 
+@pytest.mark.parametrize("step", [torch.zeros(2), "3", None], ids=repr)
+@pytest.mark.parametrize("has_ema", [False, True])
+def test_a_step_count_that_is_none_is_not_loaded(step, has_ema):
+    model = make_model(((3,),), torch.float32, "cpu")
+    ema = trainops.EMA(model) if has_ema else None
+    optimizer = trainops.AdamW(model.parameters(), ema=ema)
+    run(optimizer, model.params, make_grads(((3,),), torch.float32, "cpu", 1))
+    bad = copy.deepcopy(optimizer.state_dict())
+    run(optimizer, model.params, make_grads(((3,),), torch.float32, "cpu", 1))
+    bad["state"][0]["step"] = step
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="step must be a number"):
+        optimizer.load_state_dict(bad)
+    assert str(optimizer.state_dict()) == str(before)
+
+
 def test_loaded_state_keeps_the_dtype_that_the_optimizer_has_it_in(target):
     """Torch makes bfloat16 of float32 moments, once they are loaded for a bfloat16 parameter."""
     p = torch.nn.Parameter(torch.randn(33, device=target.device).bfloat16())

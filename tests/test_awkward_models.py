@@ -224,10 +224,20 @@ def test_a_model_without_shapes():
     trainops.EMA(model).update()
 
 
-def test_an_average_that_was_made_on_meta():
+@pytest.mark.parametrize("use", [trainops.EMA.update, trainops.EMA.state_dict, trainops.EMA.copy_to])
+def test_an_average_that_was_made_on_meta_gets_memory_with_its_model(use):
     model = nn.Linear(4, 3, device="meta")
-    ema = trainops.EMA(model, 0.5)
+    ema = trainops.EMA(model, 0.5, dtype=torch.float64)
     model.to_empty(device="cpu")
+    model.reset_parameters()
+    use(ema)
+    assert all(torch.equal(x, p.double()) for x, p in zip(ema.module.parameters(), model.parameters(), strict=True))
+    assert not any(x.requires_grad for x in ema.module.parameters())
+
+
+def test_an_average_that_is_to_stay_on_meta():
+    model = nn.Linear(4, 3)
+    ema = trainops.EMA(model, 0.5, device="meta")
     with pytest.raises(ValueError, match="weight is on cpu, but its average on meta"):
         ema.update()
 

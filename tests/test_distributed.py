@@ -19,7 +19,8 @@ def full_grads():
 
 
 def train(param, grads, **options):
-    optimizer = trainops.AdamW([param], lr=0.1, **options)
+    ema = trainops.EMA([param], 0.5, backend=options["backend"])
+    optimizer = trainops.AdamW([param], lr=0.1, ema=ema, **options)
     for grad in grads:
         param.grad = grad
         optimizer.step()
@@ -33,14 +34,16 @@ def on_each_rank(rank, backend):
 
 
 def check_shards(backend):
-    """The weights and the norm are those of the unsharded step."""
+    """The weights, the norm and the average are those of the unsharded step."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (RANKS,))
     options = {"max_grad_norm": 0.5, "skip_nonfinite": True, "backend": backend}
     true, true_optimizer = train(torch.nn.Parameter(torch.ones(5, 3)), full_grads(), **options)
+    true_average = true_optimizer.ema.module[0]
     assert ((true - 1).abs() > 0.01).all()
+    assert ((true - true_average).abs() > 0.01).any()
 
     shares = {  # how the gradient is spread, and each rank's part of it; the parameter's own placement
         "sharded": (Shard(0), lambda grad: distribute_tensor(grad, mesh, [Shard(0)])),
@@ -52,13 +55,15 @@ def check_shards(backend):
         result, optimizer = train(param, [spread(grad) for grad in full_grads()], **options)
         seen_param = torch.nn.Parameter(distribute_tensor(torch.ones(5, 3), mesh, [placement]))
         with Operations() as seen:
-            seen_result, _ = train(seen_param, [spread(grad) for grad in full_grads()], **options)
+            seen_result, seen_optimizer = train(seen_param, [spread(grad) for grad in full_grads()], **options)
         assert "lerp" in seen.names
         torch.testing.assert_close(seen_result.full_tensor(), true)
         torch.testing.assert_close(result.full_tensor(), true, msg=lambda text, name=name: f"{name}: {text}")
         torch.testing.assert_close(optimizer.grad_norm, true_optimizer.grad_norm)
         exp_avg = optimizer.state[param]["exp_avg"].full_tensor()
         torch.testing.assert_close(exp_avg, next(iter(true_optimizer.state.values()))["exp_avg"])
+        for its in (optimizer, seen_optimizer):
+            torch.testing.assert_close(its.ema.module[0].full_tensor(), true_average.detach())
 
 
 def check_bucket_views(rank, backend, dtype, set_to_none):

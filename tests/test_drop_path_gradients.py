@@ -29,6 +29,12 @@ from targets import REFERENCE, interpreted, thorough
 
 import trainops
 
+BATCHED = {
+    "drop_path": lambda x, scale: trainops.drop_path(x.sin(), 0.4, True),
+    "drop_path_add": lambda x, scale: trainops.drop_path_add(x, x.sin(), 0.4, True, layer_scale=scale),
+    "stochastic_depth": lambda x, scale: trainops.stochastic_depth(x, torch.sin, 0.4, True),
+}
+
 pytestmark = pytest.mark.usefixtures("kernels_for_small_tensors")
 
 # Samples of one position and of many, channels that are no power of two, more than a program takes, one and none.
@@ -303,3 +309,18 @@ def test_a_wrong_gradient_is_noticed_where_shapes_broadcast(residual_shape, bran
 @pytest.mark.parametrize("scale_shape", [(7,), (1, 5, 1, 1)], ids=str)
 def test_a_dropped_sample_that_has_an_effect_on_gradients_is_noticed(dtype, scale_shape):
     notices("layer_scale", "leaking", check_same_gradients, *operands(dtype, "cpu", scale_shape))
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (16, 100, 100)], ids=str)
+@pytest.mark.parametrize("function", BATCHED.values(), ids=BATCHED.keys())
+def test_several_gradients_at_once(function, shape):
+    """As ``jacobian(vectorize=True)`` and ``hessian`` ask for them: in one backward pass, by PyTorch's vmap."""
+    x, scale = torch.randn(shape, requires_grad=True), torch.randn(shape[-1:], requires_grad=True)
+    y = function(x, scale)
+    grads = torch.randn(3, *shape)
+    found = torch.autograd.grad(y.sum(), [x, scale], retain_graph=True, allow_unused=True)
+    inputs = [z for z, grad in zip((x, scale), found, strict=True) if grad is not None]
+    at_once = torch.autograd.grad(y, inputs, grads, retain_graph=True, is_grads_batched=True)
+    for i, grad in enumerate(grads):
+        for got, one in zip(at_once, torch.autograd.grad(y, inputs, grad, retain_graph=True), strict=True):
+            torch.testing.assert_close(got[i], one)

@@ -26,6 +26,8 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
         ("train_low_precision", ["--steps", "0"], "--steps, --seeds and --jobs must be at least 1"),
         ("train_low_precision", ["--seeds", "0"], "--steps, --seeds and --jobs must be at least 1"),
         ("train_low_precision", ["--jobs", "-1"], "--steps, --seeds and --jobs must be at least 1"),
+        ("train_fsdp2", ["--steps", "0"], "--steps must be at least 1"),
+        ("train_fsdp2", [], "start it by torchrun --nproc-per-node 2 examples/train_fsdp2.py"),
         ("train_bf16", ["--steps", "0"], "--steps must be at least 1"),
         ("train_bf16", ["--device", "meta"], "--device meta: "),
     ],

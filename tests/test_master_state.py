@@ -279,6 +279,19 @@ def test_weights_that_would_lose_bits_are_refused():
     assert all(same_bits(x, before[name]) for name, x in model.state_dict().items())
 
 
+@pytest.mark.parametrize("master", ["split", "float32"])
+def test_a_model_that_goes_on_in_float32(master):
+    """It has no masters any more, as soon as its weights are loaded."""
+    model, optimizer = train(*made(master))
+    state_dict = optimizer.float32_state_dict(model)
+    model.float()
+    assert all(map(same_bits, map(optimizer.float32_weight, model.params), model.params))
+    optimizer.load_float32_state_dict(model, state_dict)
+    assert all(map(same_bits, optimizer.float32_state_dict(model).values(), state_dict.values()))
+    train(model, optimizer, 1)
+    assert not any("master" in optimizer.state[p] for p in model.params)
+
+
 # Parameters that others write
 
 

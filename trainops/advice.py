@@ -142,15 +142,14 @@ def _warn_of_lost_average(optimizer: Any) -> None:
 # initialising and broadcasting write a few times.
 WRITES_OF_TRAINING = 20
 
-# The weights of models that were not trained when an average was made, with their version counters.
-_Weights = list[tuple["weakref.ref[Tensor]", int]]
-_untrained: "weakref.WeakKeyDictionary[Any, _Weights]" = weakref.WeakKeyDictionary()
+# The version counters of weights, by their ``id``, when an average was made and its model was not trained. (A weak
+# reference to a DTensor would keep modules from moving it to another device or out of meta.)
+_untrained: "weakref.WeakKeyDictionary[Any, dict[int, int]]" = weakref.WeakKeyDictionary()
 
 
 def average_made(ema: Any) -> None:
     """An average equals its model."""
-    parameters = (p for p in ema.model.parameters() if not p.is_inference())
-    _untrained[ema] = [(weakref.ref(p), p._version) for p in parameters]
+    _untrained[ema] = _versions(ema)
 
 
 def average_loaded(ema: Any) -> None:
@@ -168,8 +167,8 @@ def average_used(ema: Any) -> None:
     """An average is evaluated or saved: if its model has been trained, the average should have been updated."""
     if ema.step > 0:
         return
-    weights = ((ref(), version) for ref, version in _untrained.get(ema, ()))
-    if all(p is None or p._version - version < WRITES_OF_TRAINING for p, version in weights):
+    before = _untrained.get(ema)
+    if not before or all(now - before.get(key, now) < WRITES_OF_TRAINING for key, now in _versions(ema).items()):
         return
     if (optimizer := ema.optimizer) is None:
         cause = "no optimizer has it, and nobody calls `ema.update()`"
@@ -181,6 +180,10 @@ def average_used(ema: Any) -> None:
         f"this average was never updated, but its model has been trained: {cause}. Write `AdamW(..., ema=ema)`, or "
         "`optimizer.ema = ema` on the optimizer itself: a framework's wrapper would keep the attribute to itself",
     )
+
+
+def _versions(ema: Any) -> dict[int, int]:
+    return {id(p): p._version for p in ema.model.parameters() if not p.is_inference()}
 
 
 # Stochastic depth that drops nothing. Once for the process.

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from . import reference
 from .adapters import Kernels, select
@@ -49,7 +50,7 @@ class _DropPath(torch.autograd.Function):
         _, needs_branch, _, needs_residual, needs_layer_scale, _ = ctx.needs_input_grad
         of_branch = of_residual = of_layer_scale = None
         if needs_branch or needs_layer_scale:
-            kernels = differentiable(ctx.kernels)
+            kernels = differentiable(ctx.kernels, grad)
             of_branch, of_layer_scale = kernels.drop_path_backward(grad, branch, mask, layer_scale, *chosen)
             of_branch = _reduce(of_branch, ctx.branch) if needs_branch else None
         if needs_residual:
@@ -67,9 +68,10 @@ def _reduce(grad: Tensor, unlike: tuple[torch.Size, torch.dtype] | None) -> Tens
     return grad if unlike is None else grad.sum_to_size(unlike[0]).to(unlike[1])
 
 
-def differentiable(kernels: Kernels) -> Kernels:
-    """The kernels for a derivative. If it may be differentiated again, those of the reference."""
-    return reference_kernels if torch.is_grad_enabled() or is_transformed() else kernels
+def differentiable(kernels: Kernels, grad: Tensor) -> Kernels:
+    """The kernels for a derivative. If it may be differentiated again, or for several at once, the reference's."""
+    is_plain = not (torch.is_grad_enabled() or is_transformed() or is_legacy_batchedtensor(grad))
+    return kernels if is_plain else reference_kernels
 
 
 def apply(

@@ -12,12 +12,14 @@ from . import advice, ema_advice
 from .adapters import check, select
 from .ema_policy import AveragePolicy, Patterns
 from .ema_schedule import Decay
+from .ema_shards import reshard
 from .ema_state import KeepsState
-from .ema_update import check_type, update_pairs
-from .model_match import match
+from .ema_update import check_step, check_type, update_pairs
+from .model_match import given_module, match
 from .model_pairs import Matched
 from .model_slots import averaged_module
 from .parameter_list import as_model, same_parameters
+from .storage import kind
 from .wrappers import is_same_model
 
 
@@ -100,17 +102,22 @@ class EMA(KeepsState):
             model's own tensors, in their dtype, on their device and with their ``requires_grad``. They take no
             memory, no update reads them, and :meth:`state_dict` does not have them. Frozen parameters of which there
             is no average, such as quantised weights, are always shared.
+        module: a module of the user's own for the average, of the model's structure, and sharded as the model is. It
+            gets the model's weights. Default: a copy of the model, but of FSDP2's modules, which cannot be copied,
+            the tensors alone: such a ``module`` has no forward pass, and :meth:`swap` evaluates it.
         backend: see :func:`trainops.backends`; by default it follows the device.
 
     Attributes:
         module: the averaged model, in eval mode, without gradients. ``ema(x)`` calls it; all else that a module has,
-            it has alone: ``ema.module.to(...)``. Of a list of parameters, a ``torch.nn.ParameterList``.
+            it has alone: ``ema.module.to(...)``. Of a list of parameters, a ``torch.nn.ParameterList``. Of DTensors
+            it has this rank's shards, whether the model was sharded before or after (:mod:`trainops.ema_shards`).
         step: number of updates so far: calls of :meth:`update`, and steps of the optimizer that has the average.
             Skipped steps count, and so do updates that ``update_every`` leaves out.
 
     Raises:
         TypeError: an argument is of another type.
-        ValueError: an argument is out of range, a pattern fits no name, or a parameter has no shape yet.
+        ValueError: an argument is out of range, a pattern fits no name, a parameter has no shape yet, or ``module``
+            does not match.
     """
 
     _matched: Matched | None = None
@@ -134,6 +141,7 @@ class EMA(KeepsState):
         trainable_only: bool = False,
         include: Patterns | None = None,
         exclude: Patterns | None = None,
+        module: nn.Module | None = None,
         backend: str | None = None,
     ) -> None:
         model = as_model(model)
@@ -148,8 +156,8 @@ class EMA(KeepsState):
             update_every=update_every,
         )
         check_type("dtype", dtype, (torch.dtype, type(None)), "a torch.dtype")
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"dtype must be a floating-point type, got {dtype}")
+        if dtype is not None and kind(torch.empty(0, dtype=dtype)) != "real":
+            raise ValueError(f"dtype must be a floating-point type of 16 bits or more, got {dtype}")
         check(backend)
         self.model = model
         self.policy = AveragePolicy(
@@ -161,10 +169,15 @@ class EMA(KeepsState):
             include=include,
             exclude=exclude,
         )
-        self._module = averaged_module(model, self.policy)
+        if module is None:
+            self._module = averaged_module(model, self.policy)
+        else:
+            self._module = given_module(module, model, self.policy)
         self.backend = backend
         self.step = 0
         self._remember_weights()
+        if module is not None:
+            self._be_the_model()
         advice.average_made(self)
 
     @_disable_dynamo  # compiled code calls it, by one graph break, and holds none of its numbers
@@ -187,7 +200,7 @@ class EMA(KeepsState):
         if model is not None and model is not self.model:
             self._check_followed(model)
         if step is not None:
-            check_type("step", step, Integral, "an integer")
+            check_step(step)
         update = self.plan_update(step=step)
         try:
             self.finish_update(update)
@@ -211,6 +224,8 @@ class EMA(KeepsState):
         self._check_not_swapped("update()" if optimizer is None else "optimizer.step()")
         self._check_holder(optimizer)
         self._look_back()
+        if optimizer is not None:
+            self._remember_beginning()
         matched, step = self._match(), self.step + 1 if step is None else step
         decay = self.decay_at(step) if step % self.update_every == 0 else None
         if decay == 0.0 and (self._continues or not self._has_moved):
@@ -228,7 +243,7 @@ class EMA(KeepsState):
             if len(done) < len(matched.pairs):
                 rest = matched.without(done) if done else matched
                 self._pending = update_pairs(rest, self._weights(rest.sources), decay, skip, self.backend)
-            self._has_moved = True
+            self._has_moved, self._seen = True, None
         self.step = update.step
         self._remember_step(matched.sources)
 
@@ -252,7 +267,14 @@ class EMA(KeepsState):
 
     def check_model(self) -> Matched:
         """Look at every tensor of the model anew; ValueError naming the first that its average does not match."""
+        reshard(self.model, self._module)
         self._matched = match(self._module, self.model, self.policy)
+        if self._matched.placed:
+            self.synchronize()
+            self._was_written()  # looks at the tensors that go
+            self._matched.place()
+            self._remember_weights()
+            self._matched = match(self._module, self.model, self.policy)
         self._matched_models = (self._module, self.model)
         return self._matched
 

@@ -7,9 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .ema_shards import layout
 from .model_slots import listed
+from .tables import replicated
+from .wrappers import innermost
 
 FORMS = ("torch", "timm", "diffusers")
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # of torch.compile and checkpoint_wrapper, in names
 _KNOWN = "torch's AveragedModel, timm's ModelEmaV3, diffusers' EMAModel, ema-pytorch's EMA, or a model"
 
 
@@ -32,6 +36,21 @@ def written(weights: dict[str, Any], module: nn.Module, step: int, form: str | N
     if form == "torch":
         state["n_averaged"] = torch.tensor(step, device="cpu")
     return state
+
+
+def gathered(module: nn.Module) -> dict[str, Any]:
+    """The state of a module on rank 0, in whole tensors on the host; nothing on other ranks, which take part."""
+    module = innermost(module)
+    is_spread = torch.distributed.is_available() and torch.distributed.is_initialized()
+    keeps = not is_spread or torch.distributed.get_rank() == 0
+    found: dict[str, Any] = {}
+    for key, x in module.state_dict().items():
+        if isinstance(x, Tensor) and (placed := layout(x)) is not None:
+            x = replicated(x.to(placed[0].device_type))  # shards on the host come from the mesh's devices
+        if keeps:
+            name = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+            found[name] = x.detach().to("cpu", copy=True) if isinstance(x, Tensor) else x
+    return found
 
 
 def read(state_dict: Any, module: nn.Module) -> Loaded:
@@ -115,8 +134,8 @@ def _as_in(own: dict[str, Any], weights: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(key: str) -> str:
-    """A key without what wrappers put into it: ``_orig_mod`` anywhere, ``module`` in front."""
-    parts = [part for part in key.split(".") if part != "_orig_mod"]
+    """A key without what wrappers put into it: their own names anywhere, ``module`` in front."""
+    parts = [part for part in key.split(".") if part not in _WRAPPERS]
     while parts and parts[0] == "module":
         parts = parts[1:]
     return ".".join(parts)

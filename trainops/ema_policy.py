@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
-from .plain import all_plain
+from .plain import all_in_memory, all_plain
 from .storage import kind
+from .tables import local
 
 Patterns = str | re.Pattern[str] | Iterable[str | re.Pattern[str]]
 
@@ -86,7 +87,7 @@ class AveragePolicy:
 
 def can_average(average: Tensor, source: Tensor) -> bool:
     """Whether an average of this type can follow a tensor. A subclass is tried, on copies, once for each dtype."""
-    if all_plain((average, source)):
+    if all_in_memory((average, source)):
         return is_dense(average) and is_dense(source) and kind(average) == kind(source) != "other"
     key = type(average), type(source), average.dtype, source.dtype, average.device.type == source.device.type
     if key not in _answers:
@@ -95,7 +96,8 @@ def can_average(average: Tensor, source: Tensor) -> bool:
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether a tensor is memory with strides, and nothing else: it can be written in place."""
+    """Whether a tensor, or its shard, is memory with strides, and nothing else: it can be written in place."""
+    x = local(x) if all_in_memory([x]) else x
     return all_plain([x]) and x.layout is torch.strided and not (x.is_nested or x.is_quantized)
 
 

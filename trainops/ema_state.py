@@ -1,15 +1,14 @@
 """What of an average is saved, loaded, copied and pickled."""
 
 from contextlib import suppress
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import advice
-from .ema_checkpoints import read, written
+from .ema_checkpoints import gathered, read, written
 from .ema_swap import LendsWeights
-from .ema_update import check_type
+from .ema_update import check_step
 from .model_slots import lifted, load_weights
 
 if TYPE_CHECKING:
@@ -37,6 +36,25 @@ class KeepsState(LendsWeights):
         with lifted(self._shared().values() if form is None else ()):
             return written(module.state_dict(), module, self.step, form)
 
+    def full_state_dict(self) -> dict[str, Any]:
+        """The averaged weights whole, in the host's memory of rank 0, for a model that is not sharded.
+
+        Equivalent to::
+
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            get_model_state_dict(averaged_model, options=options)
+
+        of ``torch.distributed.checkpoint.state_dict``. It gathers one tensor after the other, so that all ranks have
+        to call it. Parameters that are shared with the model are there, too.
+
+        Returns:
+            Copies by name, without what ``torch.compile``, DDP and checkpointing put into names. On ranks other than
+            0, nothing.
+        """
+        advice.average_used(self)
+        self._be_the_model()
+        return gathered(self.module)
+
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any], *, step: int | None = None) -> None:
         """Take over a state that :meth:`state_dict` returned, or one of another class.
@@ -45,7 +63,8 @@ class KeepsState(LendsWeights):
         of which the settings are ignored, or a model's own ``state_dict``. What DDP (``module.``) and
         ``torch.compile`` (``_orig_mod.``) put into the keys makes no difference. The module's own hooks load the
         weights, extra state and older keys as in the model; parameters that are shared with the model are not
-        written. A copy of the module without memory loads them first, to see that all fits.
+        written. A copy of the module without memory loads them first, to see that all fits. An average of shards
+        takes its own of whole tensors.
 
         Args:
             state_dict: the state.
@@ -56,9 +75,10 @@ class KeepsState(LendsWeights):
             ValueError: keys are missing or unexpected, a shape differs, or ``step`` is missing and the decay depends
                 on it. Nothing has been changed.
         """
+        self._follow_shards()
         loaded = read(state_dict, self.module)
         if step is not None:
-            check_type("step", step, Integral, "an integer")
+            check_step(step)
         step = loaded.step if step is None else step
         if step is None and self.step == 0 and self.depends_on_step:
             raise ValueError(
@@ -72,12 +92,19 @@ class KeepsState(LendsWeights):
         # A copy starts unmatched and without an optimizer.
         self.synchronize()
         state = {**self.__dict__, "_continues": self._was_written(), "_seen": None, "_last_source": None}
-        return {**state, "_matched": None, "_matched_models": None, "_optimizer": None, "_set_back": None}
+        return {
+            **state,
+            "_matched": None,
+            "_matched_models": None,
+            "_optimizer": None,
+            "_set_back": None,
+            "_beginning": None,
+        }
 
     @torch.no_grad()
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy made within swap() starts with the model's own weights.
-        self.__dict__.update({"_has_moved": state["step"] > 0, **state}, _own_weights=None)
+        self.__dict__.update({"_has_moved": state["_step"] > 0, **state}, _own_weights=None)
         for copied, weight in state.get("_own_weights") or ():
             copied.copy_(weight)
         with suppress(AttributeError):  # a model that holds its average is not complete yet

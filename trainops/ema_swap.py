@@ -1,16 +1,19 @@
 """The averaged weights in the model, for an evaluation or for good."""
 
+import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
 
 from . import advice
 from .ema_holder import HasOptimizer
+from .ema_shards import check_reachable, listed, reshard
 from .model_match import match
 from .model_pairs import Matched, Pair, Replaced, check_pair
 from .model_slots import write_into
+from .wrappers import innermost, is_same_model
 
 
 class LendsWeights(HasOptimizer):
@@ -23,6 +26,10 @@ class LendsWeights(HasOptimizer):
         """Look at every tensor of the model anew; ValueError naming the first that its average does not match."""
         raise NotImplementedError
 
+    def _match(self) -> Matched:
+        """Pair every tensor of the model with its average, again if one was replaced."""
+        raise NotImplementedError
+
     @contextmanager
     def swap(self) -> Iterator[None]:
         """Within the ``with`` block, the model has the averaged weights; afterwards its own again, bit for bit.
@@ -31,10 +38,14 @@ class LendsWeights(HasOptimizer):
         block is lost. Needs memory for one more copy of the model meanwhile. A copy of the model that is made within
         the block has the averaged weights; a copy or pickle of the ``EMA`` has the model's own, and is not swapped.
 
+        Of a model of FSDP2, the shards are exchanged, and what is gathered of them is freed, before and afterwards:
+        every forward pass gathers the weights that the model has then.
+
         Raises:
-            RuntimeError: already swapped.
+            RuntimeError: already swapped, or the average follows a list of DTensors, of which FSDP may hold copies.
         """
         self._check_not_swapped("swap()")
+        check_reachable(self.model)
         advice.average_used(self)
         self.synchronize()
         pairs = self.check_model().pairs
@@ -48,12 +59,14 @@ class LendsWeights(HasOptimizer):
             yield
         finally:
             self._own_weights = None
-            self._give_back(pairs, saved)
+            changed = self._give_back(pairs, saved)
             self._model_written()
+        if changed is not None:  # and the block has raised nothing, which would say more
+            raise changed
 
     @torch.no_grad()
-    def _give_back(self, before: list[Pair], own: list[Tensor]) -> None:
-        """Copy the model's own weights into the tensors that it has now. Raises after that if some do not fit."""
+    def _give_back(self, before: list[Pair], own: list[Tensor]) -> ValueError | None:
+        """Copy the model's own weights into the tensors that it has now. Returns an error if some do not fit."""
         changed: ValueError | None = None
         try:
             pairs = self.check_model().pairs
@@ -62,8 +75,7 @@ class LendsWeights(HasOptimizer):
         for pair, weight in zip(pairs, own, strict=True):
             if pair.source.shape == weight.shape:
                 write_into(pair.source, weight)
-        if changed is not None:
-            raise changed
+        return changed
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module | Iterable[Tensor] | None = None) -> None:
@@ -74,12 +86,20 @@ class LendsWeights(HasOptimizer):
                 ``EMAModel`` takes them; default: the model that the average follows.
 
         Raises:
-            ValueError: it has other weights than the average. Nothing has been changed.
+            ValueError: it has other weights than the average, or is sharded otherwise (see
+                :meth:`full_state_dict`). Nothing has been changed.
+            RuntimeError: the parameters are copies that FSDP has gathered.
         """
         model = self.model if model is None else model
+        check_reachable(self.model)
+        model = model if isinstance(model, nn.Module) else listed(model, self.model)
+        self._follow_shards()
         replaced: list[Replaced] = []
         if isinstance(model, nn.Module):
-            matched = match(self.module, model, self.policy, follows=model is self.model)
+            reshard(model)
+            follows = is_same_model(model, self.model)
+            module, model = (innermost(self.module), innermost(model)) if not follows else (self.module, self.model)
+            matched = match(module, model, self.policy, follows=follows)
             pairs = [(average, source) for average, source, _ in matched.pairs if average is not source]
             replaced = matched.replaced
         else:
@@ -111,6 +131,7 @@ class LendsWeights(HasOptimizer):
             RuntimeError: called inside :meth:`swap`, where the model has the averaged weights.
         """
         self._check_not_swapped("store()")
+        check_reachable(self.model)
         self._stored = [x.detach().to("cpu", copy=True) for x in self._tensors(parameters)]
 
     @torch.no_grad()
@@ -137,8 +158,9 @@ class LendsWeights(HasOptimizer):
         """The tensors that store() and restore() are about."""
         parameters = self.model if parameters is None else parameters
         if isinstance(parameters, nn.Module):
+            reshard(parameters)
             return [*parameters.parameters(), *parameters.buffers()]
-        return list(parameters)
+        return listed(parameters, self.model)
 
     def _model_written(self) -> None:
         """The average itself has written its model's weights, which is no training, and sets nothing back."""
@@ -150,6 +172,7 @@ class LendsWeights(HasOptimizer):
     def _be_the_model(self) -> None:
         """Before its first update, take over the weights that the model has now, unless others have written some."""
         self._look_back()
+        self._follow_shards()
         if self._has_moved or self._own_weights is not None or self._was_written():
             return
         try:
@@ -160,6 +183,12 @@ class LendsWeights(HasOptimizer):
         for pair in matched.pairs:
             pair.average.copy_(pair.source)
         self._remember_weights()
+
+    def _follow_shards(self) -> None:
+        """Let the average lie as its model does by now. Who uses the average needs no model."""
+        if "torch.distributed.tensor" in sys.modules:
+            with suppress(ValueError):
+                self._match()
 
     def _check_not_swapped(self, what: str) -> None:
         if self._own_weights is not None:

@@ -1,8 +1,8 @@
 """Exponential moving averages of lists of tensors."""
 
 from collections.abc import Callable, Iterable, Sequence
-from numbers import Real
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from .ema_policy import AveragePolicy
 from .model_pairs import Pairs, Replaced, check_pair
 from .plain import all_plain
 from .storage import kind
-from .tables import as_real
+from .tables import all_local, as_real
 
 
 @torch.no_grad()
@@ -34,14 +34,14 @@ def ema_update_(
 
     Args:
         ema_tensors: the averages.
-        tensors: what is averaged, of the same shapes and on the same devices.
+        tensors: what is averaged, of the same shapes and on the same devices; DTensors with the same placements.
         decay: how much of the average stays, in [0, 1].
         backend: see :func:`trainops.backends`; by default it follows the device.
 
     Raises:
         TypeError: ``decay`` is no number.
-        ValueError: ``decay`` is out of range, or two tensors differ in shape or device, or are not floating-point.
-            Nothing has been changed.
+        ValueError: ``decay`` is out of range, or two tensors differ in shape, device or placement, or are not
+            floating-point. Nothing has been changed.
     """
     check(backend)
     check_unit_interval("decay", decay)
@@ -54,7 +54,7 @@ def ema_update_(
             raise ValueError(f"tensor {i} is {tensor.dtype}; averages are of floating-point numbers")
         if average.device != tensor.device:
             raise ValueError(f"tensor {i} is on {tensor.device}, but its average on {average.device}")
-    update_averages(averages, tensors, decay, None, backend)
+    update_averages(all_local(averages), all_local(tensors), decay, None, backend)
 
 
 def get_ema_multi_avg_fn(decay: float = 0.999) -> Callable[[Sequence[Tensor], Sequence[Tensor], Any], None]:
@@ -91,9 +91,9 @@ def update_pairs(
 
     Averages on the host of tensors on GPUs are moved later, by a thread of its own.
     """
-    averages = matched.averages
-    targets = [pair.average for pair in matched.copied]
-    copied = [pair.source for pair in matched.copied]
+    averages, sources = all_local(matched.averages), all_local(sources)
+    targets = all_local([pair.average for pair in matched.copied])
+    copied = all_local([pair.source for pair in matched.copied])
     is_elsewhere = any(target.device != source.device for target, source in zip(targets, copied, strict=True))
     if is_elsewhere or (averages and averages[0].device != sources[0].device):
         wanted, devices = [*sources, *copied], [x.device for x in (*averages, *targets)]
@@ -177,6 +177,13 @@ def check_type(name: str, value: object, kinds: type | tuple[type, ...], what: s
     """TypeError where an argument is of another type."""
     if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
         raise TypeError(f"{name} must be {what}, got {value!r:.60}")
+
+
+def check_step(step: object) -> None:
+    """Raise where a number of updates is none."""
+    check_type("step", step, Integral, "an integer")
+    if not cast(int, step) >= 0:
+        raise ValueError(f"step must not be negative, got {step}")
 
 
 def check_unit_interval(name: str, value: float) -> None:

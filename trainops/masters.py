@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from . import reference
 from .model_slots import check_checkpoint
 from .rows import complete_state
-from .storage import MASTER, wants_master
+from .storage import MASTER, fits, wants_master
 
 
 class KeepsMasters(torch.optim.Optimizer):
@@ -20,7 +20,9 @@ class KeepsMasters(torch.optim.Optimizer):
     def float32_weight(self, param: Tensor) -> Tensor:
         """The weight of a parameter: in full, as a new tensor, if it has a master; else the parameter itself."""
         master = (self.state.get(param) or {}).get(MASTER)
-        return param if self.master is None or master is None else reference.join(param.detach(), master)
+        if self.master is None or not isinstance(master, Tensor) or not fits(param, master):
+            return param  # a master that does not fit is of a parameter that was cast since
+        return reference.join(param.detach(), master)
 
     @torch.no_grad()
     def float32_state_dict(self, model: nn.Module) -> dict[str, Any]:
@@ -62,7 +64,9 @@ class KeepsMasters(torch.optim.Optimizer):
         model.load_state_dict(state_dict)
         optimizer: Any = self
         for name, param in held.items():
-            if wants_master(param, self.master):
+            if not wants_master(param, self.master):
+                self.state.get(param, {}).pop(MASTER, None)
+            else:
                 state = self.state[param]
                 complete_state(state, param, optimizer.state_names(groups[param]), optimizer)
                 reference.write_weight(param, state[MASTER], state_dict[name].to(param.device, torch.float32))

@@ -1,11 +1,14 @@
 """Pairs the tensors of a model with those of its average, by name, and says what the average has to take over."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from .ema_policy import AveragePolicy, can_average, is_dense
+from .ema_shards import fsdp_modules, layout, placed_as, reshard
 from .model_pairs import Change, Found, Matched, Pair, Replaced, check_pair
-from .model_slots import Slot, names_by_id, slots
+from .model_slots import Slot, moved, names_by_id, slots
 from .plain import all_plain
 from .storage import kind
 
@@ -26,12 +29,31 @@ def match(module: nn.Module, model: nn.Module, policy: AveragePolicy, follows: b
     return Matched(_Matcher(module, model, policy, follows).found, module, model)
 
 
+def given_module(module: Any, model: nn.Module, policy: AveragePolicy) -> nn.Module:
+    """A module that the user has made for the average, in eval mode, without gradients.
+
+    Raises:
+        TypeError: it is no module.
+        ValueError: it does not match, or shares parameters with the model, or is asked to. Nothing has been changed.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    if not set(map(id, module.parameters())).isdisjoint(map(id, model.parameters())):
+        raise ValueError("module has parameters of the model itself: give it parameters of its own")
+    if policy.trainable_only or policy.include is not None or policy.exclude:
+        raise ValueError("trainable_only, include and exclude share parameters with the model: `module` shares none")
+    reshard(module, model)
+    match(module, model, policy)
+    return moved(module.eval().requires_grad_(False), policy)
+
+
 class _Matcher:
     def __init__(self, module: nn.Module, model: nn.Module, policy: AveragePolicy, follows: bool) -> None:
         self.module, self.policy, self.follows, self.found = module, policy, follows, Found()
         self.own, self.theirs = slots(module), slots(model)
         first = {names[0] for names in names_by_id(self.own).values()}  # tied tensors come once
         self.averages = {name: self.own[name][1] for name in first}
+        self.may_place = follows and not fsdp_modules(module)  # those keep their parameters themselves
         self.by_source: dict[int, Tensor] = {}  # averages by ``id`` of their source
         self.settled: set[str] = set()
         for names in names_by_id(self.theirs).values():
@@ -55,6 +77,7 @@ class _Matcher:
         elif average is None:
             raise ValueError(f"{name} is in the model alone")
         else:
+            average = self._placed(names, average, source)
             check_pair(name, average, source)
         if can_average(source if average is None else average, source):
             self._pair(names, average, source, averaged=True)
@@ -72,6 +95,8 @@ class _Matcher:
             return
         if average is None and not self.follows:
             raise ValueError(f"{name} is in the model alone")
+        if average is not None:
+            average = self._placed(names, average, source)
         if average is not None and is_dense(average) and is_dense(source):
             if use == "average" and not (kind(average) == kind(source) == "other"):
                 check_pair(name, average, source, f'. Write average_buffers={{"{name}": "copy"}} if it may change')
@@ -85,7 +110,7 @@ class _Matcher:
     def _copy(self, names: list[str], average: Tensor | None, source: Tensor) -> None:
         """Let the source be copied: into its average, where that can be."""
         if is_dense(source) and (average is None or is_dense(average)):
-            if average is not None and (average.shape, kind(average)) != (source.shape, kind(source)):
+            if average is not None and _form(average) != _form(source):
                 average = None
             self._pair(names, average, source, averaged=False)
             return
@@ -93,6 +118,17 @@ class _Matcher:
         places = [self._slot(x) for x in names]
         self.found.replaced.append(Replaced(source, average, places, [self.theirs[x][0] for x in names]))
         self.settled.update(names)
+
+    def _placed(self, names: list[str], average: Tensor, source: Tensor) -> Tensor:
+        """The average as its source lies by now: on this rank's shards; with memory, after initialisation on meta."""
+        if not self.may_place or (type(average) is type(source) and average.is_meta == source.is_meta):
+            return average
+        stays_meta = self.policy.device is not None and self.policy.device.type == "meta"
+        is_filled = average.is_meta and not source.is_meta and not stays_meta
+        placed = self.policy.new(source) if is_filled else placed_as(average, source)
+        if placed is not average:
+            self.found.placed += [Change(self.own[name][0], placed) for name in names if name in self.own]
+        return placed
 
     def _pair(self, names: list[str], average: Tensor | None, source: Tensor, averaged: bool) -> None:
         """Pair a source with its average, which is made if there is none."""
@@ -103,6 +139,9 @@ class _Matcher:
                 persistent = kind == "_parameters" or key not in owner._non_persistent_buffers_set
                 self.found.changes.append(Change(self._slot(name), average, persistent))
             self.settled.update(names)
+            averaged = False  # it begins as a copy
+        elif self.follows:
+            _check_writable(names[0], average)
         self.settled.add(names[0])
         self.by_source[id(source)] = average
         self.found.pairs.append(Pair(average, source, averaged))
@@ -146,6 +185,18 @@ class _Matcher:
         except Exception as error:
             what = f"{name} is {_described(source)}, which can be neither averaged nor copied"
             raise ValueError(f'{what}: write average_buffers={{"{name}": "leave"}}') from error
+
+
+def _check_writable(name: str, average: Tensor) -> None:
+    """ValueError where an average was replaced by a tensor that no update can write in place."""
+    if average.is_inference():
+        raise ValueError(f"the average of {name} was made in inference mode: load it outside of that")
+    if is_dense(average) and torch._debug_has_internal_overlap(average) == 1:
+        raise ValueError(f"elements of the average of {name} share memory, as those of an expanded tensor do")
+
+
+def _form(x: Tensor) -> tuple[Any, ...]:
+    return x.shape, kind(x), layout(x)
 
 
 def _described(x: Tensor) -> str:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from .ema_shards import described_layout, layout, refuse_forward
 from .model_slots import Slot
 from .plain import all_plain
 from .storage import kind
@@ -44,6 +45,7 @@ class Found:
         self.pairs: list[Pair] = []
         self.replaced: list[Replaced] = []
         self.changes: list[Change] = []
+        self.placed: list[Change] = []  # averages as they lie now: as shards, or with memory
         self.frozen: list[Tensor] = []  # parameters that are shared as long as they are frozen
         self.begun: set[str] = set()  # names of parameters that will be shared no longer
         self.unseen: list[Slot] = []  # their tensors do not matter
@@ -68,12 +70,8 @@ class Matched(Pairs):
 
     def __init__(self, found: Found, module: nn.Module, model: nn.Module) -> None:
         super().__init__(found.pairs)
-        self.replaced, self._changes, self._frozen, self._begun = (
-            found.replaced,
-            found.changes,
-            found.frozen,
-            found.begun,
-        )
+        self.replaced, self.placed = found.replaced, found.placed
+        self._changes, self._frozen, self._begun = found.changes, found.frozen, found.begun
         on_device = [pair for pair in self.pairs if pair.average.device == pair.source.device]
         # What a step's kernels can move: parameters with a gradient, by ``id``, and buffers.
         of_params = [pair for pair in on_device if isinstance(pair.source, nn.Parameter)]
@@ -96,23 +94,33 @@ class Matched(Pairs):
     def is_current(self) -> bool:
         """Whether both modules still hold the same tensors and modules in the same places, and no others.
 
-        Kernels compare the shapes of what an optimizer can update; those of the other pairs are compared here.
+        Kernels look at what an optimizer can update; the other pairs are looked at here.
         """
         same = all(map(operator.is_, map(dict.get, self._owners, self._keys), self._values))
         return (
             same
             and sum(map(len, self._containers)) == self._size
-            and all(pair.average.shape == pair.source.shape for pair in self._others)
+            and all(map(_fits, self._others))
             and not self._changes
             and not (self._frozen and any(x.requires_grad for x in self._frozen))
         )
 
     def fits_without(self, done: Collection[int]) -> bool:
-        """Whether the pairs that are not ``done``, by ``id`` of the source, have equal shapes."""
-        return all(average.shape == source.shape for average, source, _ in self.pairs if id(source) not in done)
+        """Whether the pairs that are not ``done``, by ``id`` of the source, are still such that they can be moved."""
+        return all(_fits(pair) for pair in self.pairs if id(pair.source) not in done)
 
-    def settle(self, shared: set[str]) -> None:
-        """Let the averaged module hold what it was paired for. ``shared``: names of the parameters that it shares."""
+    def place(self) -> None:
+        """Let the averaged module hold averages that lie as the tensors of the model do. Then match anew."""
+        for slot, tensor, *_ in self.placed:
+            old, slot.container[slot.key] = slot.container[slot.key], tensor
+            if tensor is not None and old is not None and layout(tensor) is not None and layout(old) is None:
+                refuse_forward(slot.owner)
+
+    def settle(self, shared: set[str]) -> bool:
+        """Let the averaged module hold what it was paired for; whether that is anything new.
+
+        ``shared``: names of the parameters that it shares.
+        """
         for slot, tensor, persistent, gone in self._changes:
             if gone:
                 del slot.container[slot.key]
@@ -122,6 +130,7 @@ class Matched(Pairs):
                 slot.owner._non_persistent_buffers_set.add(slot.key)
             slot.container[slot.key] = tensor
         shared -= self._begun
+        return bool(self._changes)
 
 
 def _unseen(found: Found) -> Iterable[Slot]:
@@ -137,6 +146,11 @@ def _is_memory(pair: Pair) -> bool:
     return kind(average) == kind(source) == "real" if averaged else average.dtype == source.dtype
 
 
+def _fits(pair: Pair) -> bool:
+    average, source, averaged = pair
+    return average.shape == source.shape and (not averaged or kind(average) == kind(source) != "other")
+
+
 def check_pair(name: str, average: Tensor, tensor: Tensor, advice: str = "") -> None:
     """ValueError naming a tensor whose average has another shape, or is of another kind."""
     if average.shape != tensor.shape:
@@ -144,5 +158,7 @@ def check_pair(name: str, average: Tensor, tensor: Tensor, advice: str = "") -> 
         raise ValueError(f"{name} has {shapes}{advice}")
     if (average.device.type == "meta") != (tensor.device.type == "meta"):
         raise ValueError(f"{name} is on {tensor.device}, but its average on {average.device}")
+    if layout(average) != layout(tensor):
+        raise ValueError(f"{name} is {described_layout(tensor)}, but its average is {described_layout(average)}")
     if kind(average) != kind(tensor):
         raise ValueError(f"{name} is {tensor.dtype}, but its average is {average.dtype}{advice}")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .ema_policy import AveragePolicy, is_dense
+from .ema_shards import check_not_flattened, fsdp_modules, layout, placed_as, reshard, shell_of
 from .plain import all_plain
 
 
@@ -53,9 +54,13 @@ def names_by_id(places: Slots) -> dict[int, list[str]]:
 def averaged_module(model: nn.Module, policy: AveragePolicy) -> nn.Module:
     """A copy of a model for its average: in eval mode, without gradients. It shares what is left out.
 
+    FSDP2 lets no module be copied: of such a model, it holds the tensors alone.
+
     Raises:
-        ValueError: a parameter of the model has no shape yet.
+        ValueError: a parameter of the model has no shape yet, or FSDP1 has flattened it.
     """
+    check_not_flattened(model)
+    reshard(model)
     places = slots(model)
     shared: dict[int, Any] = {}
     memo: dict[int, Any] = {}
@@ -69,24 +74,30 @@ def averaged_module(model: nn.Module, policy: AveragePolicy) -> nn.Module:
             shared[id(tensor)] = tensor
             policy.shared.add(names[0])
         elif not _is_copied_as_it_lies(tensor):
-            memo[id(tensor)] = tensor.detach().clone()
+            memo[id(tensor)] = policy.copy_of(tensor)
     for x in (x for owner in model.modules() for x in vars(owner).values() if isinstance(x, Tensor)):
         if not x.is_leaf:  # computed in a forward pass, as weights under the old weight_norm and pruning are
             memo[id(x)] = x.detach().clone()
     with torch.inference_mode(False):
-        module = copy.deepcopy(model, memo | shared)
+        if fsdp_modules(model):
+            kept = (x for _, x in places.values() if x is not None)
+            module = shell_of(model, {id(x): shared[id(x)] if id(x) in shared else policy.copy_of(x) for x in kept})
+        else:
+            module = copy.deepcopy(model, memo | shared)
     with lifted(slot for slot, x in slots(module).values() if id(x) in shared):
-        return _moved(module.eval().requires_grad_(False), policy)
+        moved(module.eval().requires_grad_(False), policy)
+    renew_views(module)
+    return module
 
 
 def _is_copied_as_it_lies(x: Tensor) -> bool:
     """Whether ``copy.deepcopy`` can copy a tensor, and the copy can be written in place."""
     if not all_plain([x]):
-        return True
+        return layout(x) is None  # of a DTensor that has a gradient, PyTorch fails to copy that
     return x.is_leaf and is_dense(x) and torch._debug_has_internal_overlap(x) != 1
 
 
-def _moved(module: nn.Module, policy: AveragePolicy) -> nn.Module:
+def moved(module: nn.Module, policy: AveragePolicy) -> nn.Module:
     """The module with its tensors where the average lives. Tied tensors stay tied."""
     done: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -96,6 +107,13 @@ def _moved(module: nn.Module, policy: AveragePolicy) -> nn.Module:
         return done[id(x)][1]
 
     return module._apply(convert_once)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def renew_views(module: nn.Module) -> None:
+    """Let modules that list their parameters, as LSTM and GRU do, list those that they have now."""
+    for owner in module.modules():
+        if isinstance(owner, nn.RNNBase):
+            owner._flat_weights = [getattr(owner, name, None) for name in owner._flat_weights_names]
 
 
 @contextmanager
@@ -129,11 +147,19 @@ def load_weights(module: nn.Module, weights: dict[str, Any], shared: dict[str, S
     Raises:
         ValueError: it does not fit. Nothing has been changed.
     """
-    kept: OrderedDict[str, Any] = OrderedDict((name, x) for name, x in weights.items() if name not in shared)
+    own = {name: x for name, (_, x) in slots(module).items()}
+    kept: OrderedDict[str, Any] = OrderedDict(
+        (name, _as_in(own.get(name), x)) for name, x in weights.items() if name not in shared
+    )
     kept._metadata = getattr(weights, "_metadata", None)  # type: ignore[attr-defined]  # versions of modules
     with lifted(shared.values()):
         _rehearse(module, kept, set(shared))
         _load(module, kept, set(shared))
+
+
+def _as_in(own: Tensor | None, x: Any) -> Any:
+    """What is loaded into a tensor: where that has a shard, of a whole tensor that of this rank."""
+    return x if own is None or not isinstance(x, Tensor) else placed_as(x, own)
 
 
 def _rehearse(module: nn.Module, weights: dict[str, Any], spared: set[str]) -> None:

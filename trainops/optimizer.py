@@ -11,12 +11,13 @@ from . import advice
 from .adapters import StepControl, check
 from .averages import as_averages
 from .ema import EMA
+from .ema_shards import reshard
 from .lost_updates import share_of_lost_updates
 from .own_settings import OWN_SETTINGS, HasOwnSettings
 from .ranks import NormGroup
 from .reference import clip_coefficient
 from .rows import complete_state
-from .step import TakesFusedSteps, setting
+from .step import TakesFusedSteps, checked_norm, setting
 from .storage import StateDtype, check_is_real, check_master, check_masters, check_state_dtype, wants_master
 from .uploads import prepare_capture
 from .wrappers import unwrap
@@ -75,6 +76,8 @@ class FusedOptimizer(HasOwnSettings, TakesFusedSteps):
         own |= {"master": master, "state_dtype": state_dtype, "norm_group": norm_group}
         if options.get("differentiable") and any(x is not None for x in own.values()):
             raise ValueError(f"differentiable=True runs PyTorch's own step, without {', '.join(own)}")
+        if not isinstance(skip_nonfinite, bool):
+            raise TypeError(f"skip_nonfinite must be True or False, got {skip_nonfinite!r:.60}")
         check(backend)
         check_master(master)
         check_state_dtype(state_dtype)
@@ -102,9 +105,7 @@ class FusedOptimizer(HasOwnSettings, TakesFusedSteps):
             is_number = isinstance(max_grad_norm, Real) and not isinstance(max_grad_norm, bool)
             if not is_number and not (isinstance(max_grad_norm, Tensor) and max_grad_norm.numel() == 1):
                 raise TypeError(f"max_grad_norm must be a number or None, got {max_grad_norm!r:.60}")
-            limit = setting(max_grad_norm)
-            if not isinstance(limit, Tensor) and not limit >= 0.0:
-                raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}")
+            checked_norm(max_grad_norm)
         if (inner := unwrap(self)) is not self:  # as below
             inner.max_grad_norm = max_grad_norm
             return
@@ -122,6 +123,7 @@ class FusedOptimizer(HasOwnSettings, TakesFusedSteps):
         averages = as_averages(ema)
         own = {id(p) for group in self.param_groups for p in group["params"]}
         for average in averages:
+            reshard(average.model)
             if own and own.isdisjoint(map(id, average.model.parameters())):
                 raise ValueError("ema follows a model that has none of these parameters")
         if (inner := unwrap(self)) is not self:  # Lightning's and Fabric's wrappers imitate their optimizer's class

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,6 +76,9 @@ def check_state(param: Tensor, state: dict[str, Any] | None, names: Sequence[str
         return
     if missing := [name for name in ("step", *names) if name not in state]:
         raise ValueError(f"the state of a parameter of shape {tuple(param.shape)} has no {', '.join(missing)}")
+    step = state["step"]
+    if step.numel() != 1 if isinstance(step, Tensor) else not isinstance(step, Real):
+        raise ValueError(f"the state's step must be a number or a one-element tensor, got {step!r:.60}")
     for name in (*names, *(key for key in (MASTER,) if isinstance(state.get(key), Tensor))):
         if state[name].shape != param.shape:
             raise ValueError(

@@ -218,7 +218,7 @@ class _Take(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_samples: Tensor, of_residual: Tensor) -> tuple[Tensor | None, ...]:
         keep, rows = ctx.saved_tensors
-        kernels = differentiable(ctx.kernels)
+        kernels = differentiable(ctx.kernels, of_samples)
         return None, kernels.drop_path(of_samples, keep, of_residual, None, rows), None, None
 
 

@@ -8,7 +8,7 @@ import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from . import core
 from .plain import PLAIN, all_plain
 
+OptionalTensor = TypeVar("OptionalTensor", Tensor, Tensor | None)
 Columns = Mapping[str, Sequence[Tensor | None]]
 
 
@@ -26,6 +27,13 @@ def local(x: Tensor) -> Tensor:
     if type(shard := getattr(x, "_local_tensor", None)) in PLAIN:  # to_local() makes a view of it
         return cast(Tensor, shard)
     return x.to_local() if hasattr(x, "to_local") else x
+
+
+def all_local(column: Sequence[OptionalTensor]) -> list[OptionalTensor]:
+    """This rank's memory of tensors, some of which may be None."""
+    if all_plain(x for x in column if x is not None):
+        return list(column)
+    return [x if x is None else local(x) for x in column]
 
 
 def aligned(x: Tensor, param: Tensor) -> Tensor:
@@ -84,7 +92,7 @@ def staged_table(kind: str, columns: Columns, device_type: str, group_rows: Sequ
     into the strides of the row's first tensor where they have others. What the kernel writes into such copies
     is copied back at the end.
     """
-    columns = {name: _all_local(column) for name, column in columns.items()}
+    columns = {name: all_local(column) for name, column in columns.items()}
     table = core.table(kind, columns, device_type, group_rows)
     if not table.irregular:
         yield table
@@ -99,12 +107,6 @@ def staged_table(kind: str, columns: Columns, device_type: str, group_rows: Sequ
     yield table
     for original, regular in reversed(copies):
         original.copy_(regular)
-
-
-def _all_local(column: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    if all_plain(x for x in column if x is not None):
-        return column
-    return [None if x is None else local(x) for x in column]
 
 
 def _stage_row(
