@@ -7,7 +7,7 @@ A 64-64-10 network learns 300 digits, of which a fifth got a random label, with 
 `trainops.EMA` (decay 0.98: about the last 50 steps), given to the optimizer, follows them and is better nearly all
 the time, and steadier.
 
-A rate that falls to 0 settles the weights as well, and ends at least as good as the average: who knows when training
+A rate that falls to 0 settles the weights as well, and ends about as good as the average: who knows when training
 will stop needs no average for this. An average is good at every step.
 """
 

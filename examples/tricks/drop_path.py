@@ -5,16 +5,28 @@
 Four residual blocks learn 300 digits, of which 30% got a random label, and are tested with the 1497 others. Each
 block leaves out its branch for some samples, with `trainops.DropPathAdd(rate)`.
 
-The usual rates, 0.1 to 0.4, do nothing here that is larger than the noise of the seeds: four blocks of so small a
-network learn the wrong labels all the same. Only rates that keep the network from learning them help the test, and
-these are far above what large models use. DropPath is for depth and long training. In a small network, dropout does
-more (see there).
+The more is left out, the less of the wrong labels is learned by heart, and the better is the test. The rate 0.9 is
+better than none with every seed. But it is far above the 0.1 to 0.4 that large models use, and no claim is made for
+those: in so small a network, what they bring is about as much as seeds differ.
 """
 
 import statistics
 
 import torch
-from experiment import BLUE, ORANGE, Report, accuracy, batches, digits, larger, main, panels, spread, train
+from experiment import (
+    BLUE,
+    ORANGE,
+    Report,
+    accuracy,
+    batches,
+    digits,
+    label_lines,
+    larger,
+    main,
+    panels,
+    spread,
+    train,
+)
 from torch import Tensor, nn
 
 import trainops
@@ -51,12 +63,12 @@ def run(seeds: int = 5, steps: int = 200) -> Report:
     """Train at each rate."""
     found = {rate: list(zip(*(fit(rate, steps, seed) for seed in range(seeds)), strict=True)) for rate in RATES}
     figure, (axes,) = panels(1, width=7.2)
-    for part, (label, colour) in enumerate((("training, wrong labels among them", ORANGE), ("test", BLUE))):
+    for part, (label, colour) in enumerate((("training", ORANGE), ("test", BLUE))):
         axes.plot(RATES, [statistics.median(found[rate][part]) for rate in RATES], color=colour, label=label)
         for rate in RATES:
             axes.plot([rate] * seeds, found[rate][part], "o", color=colour, alpha=0.4, markersize=4)
     axes.set(title="Each seed, and the medians", xlabel="rate of every block", ylabel="accuracy, %")
-    axes.legend(fontsize=9, loc="lower left")
+    label_lines(axes)
     training, test = ({rate: found[rate][part] for rate in RATES} for part in (0, 1))
     rows = [(f"{rate:g}", spread(training[rate]), spread(test[rate])) for rate in RATES]
     points = {"by": 1, "unit": " points"}
