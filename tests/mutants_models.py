@@ -66,8 +66,8 @@ MODELS = [
                 " and False",
             ),
             "pairs: what the kernel leaves is not looked at": (
-                "return all(average.shape == source.shape for average, source, _ in",
-                "return True or all(average.shape == source.shape for average, source, _ in",
+                "return all(_fits(pair) for pair in",
+                "return True or all(_fits(pair) for pair in",
             ),
             "pairs: whoever is averaged once is shared again": ("        shared -= self._begun\n", ""),
         },

@@ -93,11 +93,7 @@ SHARDS = [
         "trainops/ema_start.py",
         AVERAGES,
         {
-            "shards: weak references keep DTensors where they are": (
-                "return weakref.ref(p) if layout(p) is None else lambda: p",
-                "return weakref.ref(p)",
-            ),
-            "shards: a DTensor that moved was written": ("place == new_place or layout(x) is None", "True"),
+            "shards: a DTensor that moved was written": ("form == new_form and ", ""),
         },
     ),
     *planted(
@@ -116,8 +112,8 @@ SHARDS = [
         SWAPS,
         {
             "shards: another model keeps what it has gathered": (
-                "            reshard(model)\n            matched",
-                "            matched",
+                "            reshard(model)\n            follows",
+                "            follows",
             ),
             "shards: what is gathered is stored": ("            reshard(parameters)\n", ""),
         },

@@ -119,7 +119,7 @@ BAD_ARGUMENTS = {
     "warmup_gamma": ({"warmup_gamma": 0.0}, "warmup_gamma must be positive, got 0.0"),
     "warmup_gamma_nan": ({"warmup_gamma": NAN}, "warmup_gamma must be positive, got nan"),
     "update_every": ({"update_every": 0}, "update_every must be at least 1, got 0"),
-    "dtype": ({"dtype": torch.int64}, "dtype must be a floating-point type, got torch.int64"),
+    "dtype": ({"dtype": torch.int64}, "dtype must be a floating-point type of 16 bits or more, got torch.int64"),
 }
 
 

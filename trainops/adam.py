@@ -23,11 +23,13 @@ class WithMoments(FusedOptimizer):
 
     def settings(self, group: dict[str, Any]) -> dict[str, float | Tensor]:
         """The settings of a group, by the rule's names."""
-        lr, (beta1, beta2) = group["lr"], group["betas"]
+        lr, (beta1, beta2) = group["lr"], map(setting, group["betas"])
+        if any(isinstance(beta, float) and not 0.0 <= beta < 1.0 for beta in (beta1, beta2)):
+            raise ValueError(f"Invalid betas: {group['betas']}")
         return {
             "lr": lr.squeeze() if isinstance(lr, Tensor) else lr,
-            "beta1": setting(beta1),
-            "beta2": setting(beta2),
+            "beta1": beta1,
+            "beta2": beta2,
             "eps": group["eps"],
             "weight_decay": group["weight_decay"],
             "maximize": bool(group["maximize"]),

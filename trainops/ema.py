@@ -14,11 +14,12 @@ from .ema_policy import AveragePolicy, Patterns
 from .ema_schedule import Decay
 from .ema_shards import reshard
 from .ema_state import KeepsState
-from .ema_update import check_type, update_pairs
+from .ema_update import check_step, check_type, update_pairs
 from .model_match import given_module, match
 from .model_pairs import Matched
 from .model_slots import averaged_module
 from .parameter_list import as_model, same_parameters
+from .storage import kind
 from .wrappers import is_same_model
 
 
@@ -160,8 +161,8 @@ class EMA(KeepsState):
             update_every=update_every,
         )
         check_type("dtype", dtype, (torch.dtype, type(None)), "a torch.dtype")
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"dtype must be a floating-point type, got {dtype}")
+        if dtype is not None and kind(torch.empty(0, dtype=dtype)) != "real":
+            raise ValueError(f"dtype must be a floating-point type of 16 bits or more, got {dtype}")
         check(backend)
         self.model = model
         self.policy = AveragePolicy(
@@ -204,7 +205,7 @@ class EMA(KeepsState):
         if model is not None and model is not self.model:
             self._check_followed(model)
         if step is not None:
-            check_type("step", step, Integral, "an integer")
+            check_step(step)
         update = self.plan_update(step=step)
         try:
             self.finish_update(update)
@@ -228,6 +229,8 @@ class EMA(KeepsState):
         self._check_not_swapped("update()" if optimizer is None else "optimizer.step()")
         self._check_holder(optimizer)
         self._look_back()
+        if optimizer is not None:
+            self._remember_beginning()
         matched, step = self._match(), self.step + 1 if step is None else step
         decay = self.decay_at(step) if step % self.update_every == 0 else None
         if decay == 0.0 and (self._continues or not self._has_moved):

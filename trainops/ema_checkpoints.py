@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .ema_shards import layout
 from .model_slots import listed
 from .tables import replicated
+from .wrappers import innermost
 
 FORMS = ("torch", "timm", "diffusers")
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # of torch.compile and checkpoint_wrapper, in names
@@ -39,8 +40,7 @@ def written(weights: dict[str, Any], module: nn.Module, step: int, form: str | N
 
 def gathered(module: nn.Module) -> dict[str, Any]:
     """The state of a module on rank 0, in whole tensors on the host; nothing on other ranks, which take part."""
-    while isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        module = module.module
+    module = innermost(module)
     is_spread = torch.distributed.is_available() and torch.distributed.is_initialized()
     keeps = not is_spread or torch.distributed.get_rank() == 0
     found: dict[str, Any] = {}

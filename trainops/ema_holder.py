@@ -7,18 +7,35 @@ import torch
 from torch import Tensor
 
 from . import advice, ema_advice
+from .ema_policy import is_dense
 from .ema_start import KnowsStart
+from .ema_update import check_step
+from .tables import local
 from .wrappers import find_average_holder
+
+# So many weights, and elements of each, tell whether a model is where it began.
+REMEMBERED = 16
 
 
 class HasOptimizer(KnowsStart):
     """An average that one optimizer has at a time."""
 
-    step: int
+    _step = 0
     _optimizer: "weakref.ref[Any] | None" = None
     _held_from = 0  # the count of updates at which the optimizer got it, or a state was loaded
     _last_source: tuple[Tensor, int] | None = None  # a weight as the optimizer's last step left it, and its version
+    _beginning: list[Tensor] | None = None  # some elements of weights, before the optimizer's first step
     _set_back: str | None = None  # the optimizer has loaded a state since: "fresh" or "older"
+
+    @property
+    def step(self) -> int:
+        """How many updates there were."""
+        return self._step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        check_step(step)
+        self._step = step
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
@@ -77,12 +94,30 @@ class HasOptimizer(KnowsStart):
         if self._optimizer is not None and sources and not sources[0].is_inference():
             self._last_source = (sources[0], sources[0]._version)
 
+    def _remember_beginning(self) -> None:
+        """Before the optimizer's first step: enough of the weights to know them again."""
+        if self._beginning is None and self.step == self._held_from == 0:
+            self._beginning = self._elements()
+
+    def _elements(self) -> list[Tensor]:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return []
+        weights = [local(p.detach()).reshape(-1) for p in self.model.parameters() if p.requires_grad and is_dense(p)]
+        return [x.narrow(0, 0, min(REMEMBERED, x.numel())).clone() for x in weights[:REMEMBERED]]
+
+    def _is_at_its_beginning(self) -> bool:
+        """Whether the model has the weights again that it had before the optimizer's first step."""
+        now, then = self._elements(), self._beginning
+        return bool(then) and all(
+            x.shape == y.shape and torch.equal(x, y.to(x)) for x, y in zip(now, then or (), strict=False)
+        )
+
     def _now_has(self, step: int | None) -> None:
         """Weights were loaded, of which somebody has counted the updates, or nobody."""
         self._continues = step is None and not self._has_moved
         if step is not None:
             self.step, self._has_moved = step, step > 0
-        self._held_from, self._set_back = self.step, None
+        self._held_from, self._set_back, self._beginning = self.step, None, None
         self._remember_weights()
 
     def _look_back(self) -> None:
@@ -95,7 +130,7 @@ class HasOptimizer(KnowsStart):
         set_back, self._set_back = self._set_back, None
         if self._last_source is None or (seen := self._last_source)[0]._version == seen[1]:
             return  # the model goes on with its weights
-        if set_back == "fresh" and self._held_from == 0:
+        if set_back == "fresh" and self._held_from == 0 and self._is_at_its_beginning():
             self._now_has(0)
         else:
             ema_advice.average_left_behind(self, self.step - self._held_from)

@@ -10,7 +10,7 @@ from .ema_policy import AveragePolicy
 from .ema_schedule import DecaySchedule
 from .ema_update import replace_all
 from .model_pairs import Matched
-from .model_slots import Slot, slots
+from .model_slots import Slot, renew_views, slots
 
 
 class HasModule(DecaySchedule):
@@ -49,7 +49,8 @@ class HasModule(DecaySchedule):
 
     def _settle(self, matched: Matched, skip: Any = None) -> None:
         """Let the module hold what the model holds."""
-        matched.settle(self.policy.shared)
+        if matched.settle(self.policy.shared):
+            renew_views(self._module)
         replace_all(matched.replaced, self.policy, skip)
 
     def _shared(self) -> dict[str, Slot]:

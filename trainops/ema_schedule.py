@@ -1,5 +1,6 @@
 """How much of an average stays at each update."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -32,6 +33,8 @@ class DecaySchedule:
         check_type("warmup_power", warmup_power, Real, "a number")
         check_type("update_after_step", update_after_step, Integral, "an integer")
         check_type("update_every", update_every, Integral, "an integer")
+        if not math.isfinite(warmup_power):
+            raise ValueError(f"warmup_power must be finite, got {warmup_power}")
         if not warmup_gamma > 0.0:
             raise ValueError(f"warmup_gamma must be positive, got {warmup_gamma}")
         if update_every < 1:
@@ -64,6 +67,7 @@ class DecaySchedule:
         copies_until = -(-(self.update_after_step + 1) // self.update_every) * self.update_every
         if step <= copies_until:
             return 0.0
+        check_unit_interval("decay", self.decay)  # which may change
         if not self.warmup:
             return self.decay
         warm: float = 1 - (1 + (step - self.update_after_step - 1) / self.warmup_gamma) ** -self.warmup_power

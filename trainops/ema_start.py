@@ -1,16 +1,14 @@
 """How an average starts: as its model, or with weights that others have written into it."""
 
-import weakref
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from .ema_module import HasModule
-from .ema_shards import layout
 
-# A weight as the average itself left it: what returns the tensor, its version counter, and where it lies.
-_Seen = tuple[Callable[[], Any], int, tuple[Any, ...]]
+# A weight as the average itself left it, its version counter, and its form. (A weak reference to a weight would keep
+# modules from moving it, where PyTorch swaps tensors.)
+_Seen = tuple[Tensor, int, tuple[Any, ...]]
 
 
 class KnowsStart(HasModule):
@@ -32,14 +30,11 @@ class KnowsStart(HasModule):
         """Whether others have written or replaced a weight of ``module`` before it has moved."""
         if self._has_moved or self._seen is None:
             return self._continues
-        for (before, version, place), (now, new_version, new_place) in zip(
+        for (before, version, form), (now, new_version, new_form) in zip(
             self._seen, _weights_of(self.module, self.model), strict=False
         ):
-            x = now()
-            if before() is x and (place == new_place or layout(x) is None):  # a DTensor moves and stays itself
-                self._continues |= version != new_version
-            else:  # by `load_state_dict(assign=True)`; sharding and moves leave another kind of tensor
-                self._continues |= place == new_place
+            # Another one of this form was assigned; sharding and moves leave another form.
+            self._continues |= form == new_form and (before is not now or version != new_version)
         return self._continues
 
     def _decay_of_start(self, step: int, decay: float) -> float:
@@ -58,12 +53,7 @@ def _weights_of(module: nn.Module, model: nn.Module) -> list[_Seen]:
     """The parameters of an average that are not its model's own; inference tensors have no version."""
     shared = set(map(id, model.parameters()))
     return [
-        (_reference(p), 0 if p.is_inference() else p._version, (type(p), p.shape, p.dtype, p.device))
+        (p, 0 if p.is_inference() else p._version, (type(p), p.shape, p.dtype, p.device))
         for p in module.parameters()
         if id(p) not in shared
     ]
-
-
-def _reference(p: Tensor) -> Callable[[], Any]:
-    """A weak reference, but to a DTensor a strong one: no module could move a DTensor that has weak ones."""
-    return weakref.ref(p) if layout(p) is None else lambda: p

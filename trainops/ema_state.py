@@ -1,7 +1,6 @@
 """What of an average is saved, loaded, copied and pickled."""
 
 from contextlib import suppress
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,7 +8,7 @@ import torch
 from . import advice
 from .ema_checkpoints import gathered, read, written
 from .ema_swap import LendsWeights
-from .ema_update import check_type
+from .ema_update import check_step
 from .model_slots import lifted, load_weights
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ class KeepsState(LendsWeights):
         self._follow_shards()
         loaded = read(state_dict, self.module)
         if step is not None:
-            check_type("step", step, Integral, "an integer")
+            check_step(step)
         step = loaded.step if step is None else step
         if step is None and self.step == 0 and self.depends_on_step:
             raise ValueError(
@@ -93,12 +92,19 @@ class KeepsState(LendsWeights):
         # A copy starts unmatched and without an optimizer.
         self.synchronize()
         state = {**self.__dict__, "_continues": self._was_written(), "_seen": None, "_last_source": None}
-        return {**state, "_matched": None, "_matched_models": None, "_optimizer": None, "_set_back": None}
+        return {
+            **state,
+            "_matched": None,
+            "_matched_models": None,
+            "_optimizer": None,
+            "_set_back": None,
+            "_beginning": None,
+        }
 
     @torch.no_grad()
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy made within swap() starts with the model's own weights.
-        self.__dict__.update({"_has_moved": state["step"] > 0, **state}, _own_weights=None)
+        self.__dict__.update({"_has_moved": state["_step"] > 0, **state}, _own_weights=None)
         for copied, weight in state.get("_own_weights") or ():
             copied.copy_(weight)
         with suppress(AttributeError):  # a model that holds its average is not complete yet

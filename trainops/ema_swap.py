@@ -13,6 +13,7 @@ from .ema_shards import check_reachable, listed, reshard
 from .model_match import match
 from .model_pairs import Matched, Pair, Replaced, check_pair
 from .model_slots import write_into
+from .wrappers import innermost, is_same_model
 
 
 class LendsWeights(HasOptimizer):
@@ -96,7 +97,9 @@ class LendsWeights(HasOptimizer):
         replaced: list[Replaced] = []
         if isinstance(model, nn.Module):
             reshard(model)
-            matched = match(self.module, model, self.policy, follows=model is self.model)
+            follows = is_same_model(model, self.model)
+            module, model = (innermost(self.module), innermost(model)) if not follows else (self.module, self.model)
+            matched = match(module, model, self.policy, follows=follows)
             pairs = [(average, source) for average, source, _ in matched.pairs if average is not source]
             replaced = matched.replaced
         else:

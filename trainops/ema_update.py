@@ -1,8 +1,8 @@
 """Exponential moving averages of lists of tensors."""
 
 from collections.abc import Callable, Iterable, Sequence
-from numbers import Real
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -177,6 +177,13 @@ def check_type(name: str, value: object, kinds: type | tuple[type, ...], what: s
     """TypeError where an argument is of another type."""
     if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
         raise TypeError(f"{name} must be {what}, got {value!r:.60}")
+
+
+def check_step(step: object) -> None:
+    """Raise where a number of updates is none."""
+    check_type("step", step, Integral, "an integer")
+    if not cast(int, step) >= 0:
+        raise ValueError(f"step must not be negative, got {step}")
 
 
 def check_unit_interval(name: str, value: float) -> None:

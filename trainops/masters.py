@@ -20,9 +20,9 @@ class KeepsMasters(torch.optim.Optimizer):
     def float32_weight(self, param: Tensor) -> Tensor:
         """The weight of a parameter: in full, as a new tensor, if it has a master; else the parameter itself."""
         master = (self.state.get(param) or {}).get(MASTER)
-        # One that does not fit is of a parameter that was cast since.
-        has_master = self.master is not None and isinstance(master, Tensor) and fits(param, master)
-        return reference.join(param.detach(), master) if has_master else param
+        if self.master is None or not isinstance(master, Tensor) or not fits(param, master):
+            return param  # a master that does not fit is of a parameter that was cast since
+        return reference.join(param.detach(), master)
 
     @torch.no_grad()
     def float32_state_dict(self, model: nn.Module) -> dict[str, Any]:

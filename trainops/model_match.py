@@ -139,6 +139,9 @@ class _Matcher:
                 persistent = kind == "_parameters" or key not in owner._non_persistent_buffers_set
                 self.found.changes.append(Change(self._slot(name), average, persistent))
             self.settled.update(names)
+            averaged = False  # it begins as a copy
+        elif self.follows:
+            _check_writable(names[0], average)
         self.settled.add(names[0])
         self.by_source[id(source)] = average
         self.found.pairs.append(Pair(average, source, averaged))
@@ -182,6 +185,14 @@ class _Matcher:
         except Exception as error:
             what = f"{name} is {_described(source)}, which can be neither averaged nor copied"
             raise ValueError(f'{what}: write average_buffers={{"{name}": "leave"}}') from error
+
+
+def _check_writable(name: str, average: Tensor) -> None:
+    """ValueError where an average was replaced by a tensor that no update can write in place."""
+    if average.is_inference():
+        raise ValueError(f"the average of {name} was made in inference mode: load it outside of that")
+    if is_dense(average) and torch._debug_has_internal_overlap(average) == 1:
+        raise ValueError(f"elements of the average of {name} share memory, as those of an expanded tensor do")
 
 
 def _form(x: Tensor) -> tuple[Any, ...]:

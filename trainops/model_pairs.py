@@ -86,20 +86,20 @@ class Matched(Pairs):
     def is_current(self) -> bool:
         """Whether both modules still hold the same tensors and modules in the same places, and no others.
 
-        Kernels compare the shapes of what an optimizer can update; those of the other pairs are compared here.
+        Kernels look at what an optimizer can update; the other pairs are looked at here.
         """
         same = all(map(operator.is_, map(dict.get, self._owners, self._keys), self._values))
         return (
             same
             and sum(map(len, self._containers)) == self._size
-            and all(pair.average.shape == pair.source.shape for pair in self._others)
+            and all(map(_fits, self._others))
             and not self._changes
             and not (self._frozen and any(x.requires_grad for x in self._frozen))
         )
 
     def fits_without(self, done: Collection[int]) -> bool:
-        """Whether the pairs that are not ``done``, by ``id`` of the source, have equal shapes."""
-        return all(average.shape == source.shape for average, source, _ in self.pairs if id(source) not in done)
+        """Whether the pairs that are not ``done``, by ``id`` of the source, are still such that they can be moved."""
+        return all(_fits(pair) for pair in self.pairs if id(pair.source) not in done)
 
     def place(self) -> None:
         """Let the averaged module hold averages that lie as the tensors of the model do. Then match anew."""
@@ -108,8 +108,11 @@ class Matched(Pairs):
             if tensor is not None and old is not None and layout(tensor) is not None and layout(old) is None:
                 refuse_forward(slot.owner)
 
-    def settle(self, shared: set[str]) -> None:
-        """Let the averaged module hold what it was paired for. ``shared``: names of the parameters that it shares."""
+    def settle(self, shared: set[str]) -> bool:
+        """Let the averaged module hold what it was paired for; whether that is anything new.
+
+        ``shared``: names of the parameters that it shares.
+        """
         for slot, tensor, persistent, gone in self._changes:
             if gone:
                 del slot.container[slot.key]
@@ -119,11 +122,17 @@ class Matched(Pairs):
                 slot.owner._non_persistent_buffers_set.add(slot.key)
             slot.container[slot.key] = tensor
         shared -= self._begun
+        return bool(self._changes)
 
 
 def _unseen(found: Found) -> Iterable[Slot]:
     """Slots whose tensors may change without a need to look at the modules anew."""
     return [*found.unseen, *(slot for x in found.replaced for slot in x.slots)]
+
+
+def _fits(pair: Pair) -> bool:
+    average, source, averaged = pair
+    return average.shape == source.shape and (not averaged or kind(average) == kind(source) != "other")
 
 
 def _is_fusable(pair: Pair) -> bool:

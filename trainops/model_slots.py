@@ -85,7 +85,9 @@ def averaged_module(model: nn.Module, policy: AveragePolicy) -> nn.Module:
         else:
             module = copy.deepcopy(model, memo | shared)
     with lifted(slot for slot, x in slots(module).values() if id(x) in shared):
-        return moved(module.eval().requires_grad_(False), policy)
+        moved(module.eval().requires_grad_(False), policy)
+    renew_views(module)
+    return module
 
 
 def _is_copied_as_it_lies(x: Tensor) -> bool:
@@ -105,6 +107,13 @@ def moved(module: nn.Module, policy: AveragePolicy) -> nn.Module:
         return done[id(x)][1]
 
     return module._apply(convert_once)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def renew_views(module: nn.Module) -> None:
+    """Let modules that list their parameters, as LSTM and GRU do, list those that they have now."""
+    for owner in module.modules():
+        if isinstance(owner, nn.RNNBase):
+            owner._flat_weights = [getattr(owner, name, None) for name in owner._flat_weights_names]
 
 
 @contextmanager

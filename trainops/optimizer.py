@@ -16,7 +16,7 @@ from .own_settings import OWN_SETTINGS, HasOwnSettings
 from .ranks import NormGroup
 from .reference import clip_coefficient
 from .rows import complete_state
-from .step import TakesFusedSteps, setting
+from .step import TakesFusedSteps, checked_norm, setting
 from .storage import StateDtype, check_is_real, check_master, check_masters, check_state_dtype, wants_master
 from .uploads import prepare_capture
 from .wrappers import unwrap
@@ -74,6 +74,8 @@ class FusedOptimizer(HasOwnSettings, TakesFusedSteps):
         own |= {"master": master, "state_dtype": state_dtype, "norm_group": norm_group}
         if options.get("differentiable") and any(x is not None for x in own.values()):
             raise ValueError(f"differentiable=True runs PyTorch's own step, without {', '.join(own)}")
+        if not isinstance(skip_nonfinite, bool):
+            raise TypeError(f"skip_nonfinite must be True or False, got {skip_nonfinite!r:.60}")
         check(backend)
         check_master(master)
         check_state_dtype(state_dtype)
@@ -101,9 +103,7 @@ class FusedOptimizer(HasOwnSettings, TakesFusedSteps):
             is_number = isinstance(max_grad_norm, Real) and not isinstance(max_grad_norm, bool)
             if not is_number and not (isinstance(max_grad_norm, Tensor) and max_grad_norm.numel() == 1):
                 raise TypeError(f"max_grad_norm must be a number or None, got {max_grad_norm!r:.60}")
-            limit = setting(max_grad_norm)
-            if not isinstance(limit, Tensor) and not limit >= 0.0:
-                raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}")
+            checked_norm(max_grad_norm)
         if (inner := unwrap(self)) is not self:  # as below
             inner.max_grad_norm = max_grad_norm
             return

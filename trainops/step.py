@@ -85,6 +85,8 @@ class TakesFusedSteps(KnowsTorchStep, TakesJointNorm, LoadsState, KeepsMasters):
             raise ValueError(f"total_norm must be one number, got a tensor of shape {tuple(total_norm.shape)}")
         if closure is not None:
             raise ValueError("total_norm is not that of the gradients that a closure computes: give one of the two")
+        if (not isinstance(total_norm, Tensor) or total_norm.device.type == "cpu") and float(total_norm) < 0.0:
+            raise ValueError(f"total_norm must not be negative, got {float(total_norm)}")
         if not self._measures:
             raise ValueError("total_norm is of no use without max_grad_norm or skip_nonfinite")
 
@@ -99,7 +101,7 @@ class TakesFusedSteps(KnowsTorchStep, TakesJointNorm, LoadsState, KeepsMasters):
         if self.skipped_steps.device != device:  # the model was moved
             self.skipped_steps = self.skipped_steps.to(device)
         control = StepControl(
-            None if self.max_grad_norm is None else setting(self.max_grad_norm),
+            None if self.max_grad_norm is None else checked_norm(self.max_grad_norm),
             self.skip_nonfinite,
             self._from_scaler("grad_scale"),
             self._from_scaler("found_inf"),
@@ -204,6 +206,18 @@ class TakesFusedSteps(KnowsTorchStep, TakesJointNorm, LoadsState, KeepsMasters):
     def _device(self) -> torch.device:
         """The device of the first parameter; a group may be empty."""
         return next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
+
+
+def checked_norm(max_grad_norm: float | Tensor) -> float | Tensor:
+    """The largest norm as a number, or on its device, where its value is not looked at.
+
+    Raises:
+        ValueError: it is negative or NaN.
+    """
+    limit = setting(max_grad_norm)
+    if not isinstance(limit, Tensor) and not limit >= 0.0:
+        raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}")
+    return limit
 
 
 def setting(x: float | Tensor) -> float | Tensor:

@@ -44,6 +44,17 @@ def layers_of(model: nn.Module) -> Iterator[nn.Module]:
         inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
 
 
+def innermost(model: nn.Module) -> nn.Module:
+    """A model without the wrappers of ``torch.compile``, DDP and DataParallel around it."""
+    while True:
+        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        else:
+            return model
+
+
 def is_same_model(a: nn.Module, b: nn.Module) -> bool:
     """Whether one model is the other, or in a wrapper of it."""
     if a is b:
