@@ -21,13 +21,17 @@ CLANG_FORMAT = $(shell $(RUN) -c "import sysconfig; print(sysconfig.get_path('sc
 # Tests run in one process per core where pytest-xdist is there to do it.
 PARALLEL = $(shell $(RUN) -c "import xdist" 2>/dev/null && echo --numprocesses=auto)
 
-.PHONY: build demo test test-all test-integrations mutants coverage lint bench inspect gpu format clean
+.PHONY: build demo tricks test test-all test-integrations mutants coverage lint bench inspect gpu format clean
 
 build: $(SETUP)
 	$(RUN) -m trainops
 
 demo: $(SETUP)
 	$(RUN) examples/train_digits.py
+
+# Small experiments that show what each trick does, on one page: outputs/tricks/index.html.
+tricks: $(SETUP)
+	$(RUN) examples/tricks/page.py
 
 test: $(SETUP)
 	$(RUN) -m pytest $(PARALLEL)

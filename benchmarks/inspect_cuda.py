@@ -27,23 +27,25 @@ from . import inspect_loops
 from .inspect_cache import key_of, remembered
 
 # 16-byte reads and writes that each streaming kernel needs: for each tensor, one for every half of a pack of float32
-# and, in kernels that serve both, one for a pack of float64.
+# and, in kernels that serve both, one for a pack of float64. A step reads for further averages the average, the
+# parameter and, of float32, the master; and for copies of buffers 16 bytes.
+FURTHER_READS, FURTHER_WRITES = 3 * 2 + 2 + 1, 2 + 1 + 1
 LEAST = {
     "reduce_kernel": (2 + 1, 0),
     "scale_kernel": (2 + 1, 2 + 1),
     "clamp_kernel": (2 + 1, 2 + 1),
     "ema_kernel": (2 * (2 + 1), 2 + 1),
-    "update_kernel<AdamW>": (6 * (2 + 1), 5 * (2 + 1)),
-    "update_kernel<Adam>": (6 * (2 + 1), 5 * (2 + 1)),
-    "update_kernel<SGD>": (4 * (2 + 1), 3 * (2 + 1)),
+    "update_kernel<AdamW>": (6 * (2 + 1) + FURTHER_READS, 5 * (2 + 1) + FURTHER_WRITES),
+    "update_kernel<Adam>": (6 * (2 + 1) + FURTHER_READS, 5 * (2 + 1) + FURTHER_WRITES),
+    "update_kernel<SGD>": (4 * (2 + 1) + FURTHER_READS, 3 * (2 + 1) + FURTHER_WRITES),
     "drop_path_kernel<float>": (3 * 2, 2),
     "drop_path_kernel<double>": (3, 1),
     "backward_kernel<float, true>": (3 * 2, 2),
     "backward_kernel<double, true>": (3, 1),
 }
-# Loops around these that may compute in float64: of kernels for all types, that of float64 tensors. (A sum looks at a
-# chunk of others a second time in float64, but at single elements.)
-FLOAT64_LOOPS = {"<float": 0, "<double": None}
+# Loops around these that may compute in float64: of kernels for all types, that of float64 tensors, and in a step
+# that of their further averages. (A sum looks at a chunk of others a second time in float64, but at single elements.)
+FLOAT64_LOOPS = {"<float": 0, "<double": None, "update_kernel": 2}
 TEMPLATE_ARGUMENTS = {"f": "float", "d": "double", "Lb0E": "false", "Lb1E": "true"}
 
 

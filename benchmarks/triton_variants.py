@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from trainops import core
 
-SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "int16": 2}
+SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "int16": 2, "uint8": 1}
 POINTERS = {"float32": "*fp32", "float64": "*fp64", "bfloat16": "*bf16", "float16": "*fp16", "int64": "*i64"}
-DTYPES = [dtype for dtype in SIZES if dtype != "int16"]
+DTYPES = [dtype for dtype in SIZES if dtype not in ("int16", "uint8")]
 MASTERS = [("bfloat16", "int16"), ("bfloat16", "float32"), ("float16", "float32")]
 STATISTICS = ("l1_norm", "l2_norm", "inf_norm")
 
@@ -92,15 +92,16 @@ def variants() -> Iterator[Variant]:
         arguments = {"rows": "*i64", **RESULTS, "total": "*fp32", "results": "*fp32"}
         constants = {"WORDS": words_of("reduce"), "STATISTIC": statistic}
         yield Variant("reduce", "finish_rows", statistic, arguments, constants)
-    for average, tensor in [*zip(DTYPES, DTYPES, strict=True), ("float32", "bfloat16"), ("float32", "float16")]:
+    mixed = [("float32", "bfloat16"), ("float32", "float16"), ("uint8", "uint8")]  # bytes are copied
+    for average, tensor in [*zip(DTYPES, DTYPES, strict=True), *mixed]:
         types = {"AVERAGE_TYPE": f":{average}", "TENSOR_TYPE": f":{tensor}", "WIDE": f":{wide(average, tensor)}"}
         yield Variant(
             "ema",
             "ema",
             f"{average} of {tensor}",
             {**TABLE, "decay": "*i64", "skip": "*i1"},
-            {"WORDS": words_of("ema"), **types},
-            (average, tensor),
+            {"WORDS": words_of("ema"), "DECAY": 0, "AVERAGE": 0, "TENSOR": 1, **types},
+            (tensor,) if tensor == "uint8" else (average, tensor),
             (average,),
         )
     for kind, schema in core.schemas.items():
@@ -131,6 +132,11 @@ def rule_variants(rule: str) -> Iterator[Variant]:
     for param, master in MASTERS:
         for used in range(len(optional) + 1):
             yield update_variant(rule, param, "bfloat16", optional[:used], "float32", master)
+            yield update_variant(rule, param, "bfloat16", optional[:used], "float32", master, (param, "float32"))
+    for param in DTYPES:
+        yield update_variant(
+            rule, param, param, [], param, further=("float32",) if param == "float32" else (param,) * 3
+        )
 
 
 def state_of(rule: str) -> list[Any]:
@@ -144,19 +150,26 @@ def scalars_of(rule: str) -> int:
 
 
 def update_variant(
-    rule: str, param: str, state: str, used: list[str], average: str | None, master: str | None = None
+    rule: str,
+    param: str,
+    state: str,
+    used: list[str],
+    average: str | None,
+    master: str | None = None,
+    further: tuple[str, ...] = (),
 ) -> Variant:
-    """The update for one combination of types, and of the optional state that is ``used``."""
+    """The update for one combination of types, of the optional state that is ``used``, and of averages."""
     from trainops.triton_kernels.update import update
 
     of_state = [state if not column.optional or column.name in used else None for column in state_of(rule)]
     slots = [name for name in update.arg_names if name.startswith("STATE")]
     types = dict.fromkeys(slots) | dict(zip(slots, of_state, strict=False))
     types |= {"PARAM_TYPE": param, "GRAD_TYPE": param, "AVERAGE_TYPE": average, "MASTER_TYPE": master}
-    types |= {"WIDE": wide(param), "AVERAGE_WIDE": wide(param, average or param)}
+    types |= {"WIDE": wide(param), **{f"AVERAGE{i + 2}_TYPE": x for i, x in enumerate(further)}}
+    types |= dict.fromkeys(f"AVERAGE{i}_TYPE" for i in range(len(further) + 2, 5))
     options = [f"{state} state"] * (state != param) + used + [f"{average} average"] * (average is not None)
-    options += [f"{master} master"] * (master is not None)
-    writes = tuple(dtype for dtype in (param, *of_state, average, master) if dtype is not None)
+    options += [f"{dtype} average" for dtype in further] + [f"{master} master"] * (master is not None)
+    writes = tuple(dtype for dtype in (param, *of_state, average, *further, master) if dtype is not None)
     functions = {"LOAD_SCALARS": f"@{rule}.load_scalars", "NEW_STATE": f"@{rule}.new_state"}
     functions["NEW_PARAM"] = f"@{rule}.new_param"
     return Variant(
@@ -164,7 +177,8 @@ def update_variant(
         "update",
         ", ".join([rule, param, *options]),
         {**TABLE, "settings": "*i64", "scalars": "*fp64", "coefficient": "*fp64", "skip": "*i1"},
-        {"WORDS": words_of(rule), "SCALARS": scalars_of(rule), **functions}
+        {"WORDS": words_of(rule) + len(further), "FURTHER": len(columns_of(rule)), "SCALARS": scalars_of(rule)}
+        | functions
         | {k: None if v is None else f":{v}" for k, v in types.items()},
         (param, *writes),
         writes,

@@ -51,6 +51,10 @@ def with_frozen(make):
     return build
 
 
+# PyTorch warns once of whoever leaves that open.
+torch.sparse.check_sparse_tensor_invariants.enable()
+
+
 def sparse(factor=1.0):
     return torch.sparse_coo_tensor([[0, 1], [1, 2]], [factor, 2 * factor], (3, 3))
 

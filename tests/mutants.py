@@ -214,7 +214,7 @@ C_PLUS_PLUS = [
                 "      ema_tile(row.average, row.weight, begin, size, ema_decay);\n"
                 "    M* state[kLength<Rule::kStates>];\n",
             ),
-            "cpu: EMA forgotten": ("if (row.average.dtype != DType::none) ema_tile", "if (false) ema_tile"),
+            "cpu: EMA forgotten": ("if (row.average[i].dtype != DType::none) ema_tile", "if (false) ema_tile"),
         },
     ),
     *planted(
@@ -362,7 +362,7 @@ C_PLUS_PLUS = [
                 "used[column] = column + 1 < used.size() && states.contains(names_[column])",
             ),
             "tables: averages found are not counted": (
-                "    averaged += average != nullptr;\n",
+                "      averaged[i] += average != nullptr;\n",
                 "",
                 "the count spares a look at every parameter, and changes no number",
             ),

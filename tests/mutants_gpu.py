@@ -82,8 +82,8 @@ TRITON_AND_CUDA = [
             ),
             "triton: skipped steps are not counted": ("tl.where(skipped, 1, 0)", "tl.where(skipped, 0, 0)"),
             "triton: EMA towards the unrounded parameter": (
-                "moved(average, stored.to(AVERAGE_WIDE)",
-                "moved(average, param.to(AVERAGE_WIDE)",
+                "follow(average_address, offset, end, weight, decay,",
+                "follow(average_address, offset, end, param, decay,",
             ),
         },
     ),
@@ -96,7 +96,7 @@ TRITON_AND_CUDA = [
                 'f"STATE{i}_TYPE": state[0] for i, name in enumerate(state)',
             ),
             "triton: gradients of exp_avg's type": ('"GRAD_TYPE": "grad"', '"GRAD_TYPE": "exp_avg"'),
-            "triton: float64 in float32": ('wide={"WIDE": ("PARAM_TYPE",), "AVERAGE', 'wide={"WIDE": (), "AVERAGE'),
+            "triton: float64 in float32": ('wide={"WIDE": ("PARAM_TYPE",)}', 'wide={"WIDE": ()}'),
         },
     ),
     *planted(
@@ -261,7 +261,7 @@ TRITON_AND_CUDA = [
             ),
             "device tables: a layout without sizes": ("      words.push_back(table_.numel(row));\n", ""),
             "device tables: chunks of a section's first row": (
-                "positions_[row] = chunk_count_;",
+                "positions_[row] = all_chunks_;",
                 "positions_[row] = first;",
             ),
         },
@@ -326,7 +326,10 @@ TRITON_AND_CUDA = [
                 "unpack(raw[kState + i], cells.at[kState + i].dtype, state[i]);",
                 "unpack(raw[kState + i], cells.at[kState].dtype, state[i]);",
             ),
-            "cuda: float64 in float32": ("if (chunk.row.cell(kParam).dtype == DType::float64)", "if (false)"),
+            "cuda: float64 in float32": (
+                "if (is_updated && chunk.row.cell(kParam).dtype == DType::float64)",
+                "if (false)",
+            ),
         },
     ),
     *planted(
@@ -399,14 +402,14 @@ TRITON_AND_CUDA = [
         "csrc/cuda/update.cu",
         tests_of("adamw", k="cuda-cpu"),
         {
-            "cuda: a step is not skipped": ("decision.skips ? 0 : args.table.chunk_count", "args.table.chunk_count"),
+            "cuda: a step is not skipped": ("if (decision.skips) return", "if (false) return"),
             "cuda: EMA towards the old parameter, in packs": (
                 "average.dtype, followed, followed_dtype",
                 "average.dtype, raw[kParam], weight.param.dtype",
             ),
             "cuda: EMA before the update, too, one by one": (
                 "  store(weight, i, param);\n",
-                "  if (cells.at[kAverage].address != nullptr) ema_one(cells.at[kAverage], weight, i, ema_decay);\n"
+                "  if (row.cell(kAverage).address) ema_one(row.cell(kAverage), weight, i, ema_decay.decay);\n"
                 "  store(weight, i, param);\n",
             ),
         },
@@ -423,8 +426,8 @@ TRITON_AND_CUDA = [
         tests_of("adamw_range", k="cuda-cpu"),
         {
             "cuda: a chunk too few": (
-                "const int64_t chunks = decision.skips ? 0 : args.table.chunk_count;",
-                "const int64_t chunks = decision.skips ? 0 : args.table.chunk_count - 1;",
+                "ChunkQueue queue(args.table, args.table.all_chunks, ",
+                "ChunkQueue queue(args.table, args.table.all_chunks - 1, ",
             ),
             "cuda: the first group's settings for all": (
                 "settings_of<Rule>(words, group)",

@@ -44,7 +44,7 @@ PYTHON = [
         {
             "foreach: the coefficient is left out": ("    if isinstance(coefficient, Tensor):\n", "    if False:\n"),
             "foreach: infinite averages": (" and all_finite(tensors):", ":"),
-            "foreach: averages of a chunk stay": ("        if averages is not None:\n", "        if False:\n"),
+            "foreach: averages of a chunk stay": ("            if its is not None:\n", "            if False:\n"),
             "foreach: step counts advance in a skipped step": (
                 "else ~skip.to(device)",
                 "else ~skip.to(device) | skip",
@@ -168,12 +168,8 @@ PYTHON = [
                 "            pass\n",
             ),
             "AdamW: found_inf is not looked for": ('self._from_scaler("found_inf")', "None"),
-            "AdamW: the decay of the average is that of no update": (
-                "0.0 if update is None or update.decay is None else update.decay",
-                "0.0",
-            ),
             "AdamW: autograd is not told": (
-                "count_writes([*params, *averages.values()])\n            result = kernels",
+                "count_writes([*table.params, *averages.tensors()])\n            result = kernels",
                 "count_writes([])\n            result = kernels",
             ),
         },
@@ -192,7 +188,7 @@ PYTHON = [
     *planted(
         "trainops/optimizer.py",
         tests_of("interference"),
-        {"EMA: a copy of an optimizer gives up its average": (" and before.optimizer is self", "")},
+        {"EMA: a copy of an optimizer gives up its average": (" and average.optimizer is self", "")},
     ),
     *planted(
         "trainops/loading.py",
@@ -217,7 +213,10 @@ PYTHON = [
                 "if (value == nullptr && PyErr_Occurred()) throw pybind11::error_already_set();",
                 "PyErr_Clear();",
             ),
-            "collect: a parameter that is there twice": ("return !have_common_memory();", "return true;"),
+            "collect: a parameter that is there twice": (
+                "return !ParamSpans(builder_.table).overlap();",
+                "return true;",
+            ),
         },
     ),
     *planted(
@@ -437,8 +436,8 @@ PYTHON = [
         tests_of("host_side"),
         {
             "host side: cuda: settings are freed before the launch": (
-                "step_settings(rule, groups, control, ema_decay, device)\n",
-                "step_settings(rule, groups, control, ema_decay, device)[0], None\n",
+                "step_settings(rule, groups, control, ema_decays, device)\n",
+                "step_settings(rule, groups, control, ema_decays, device)[0], None\n",
             ),
             "host side: cuda: scratch memory of another stream": (
                 "key = queue, threading.get_ident()",
@@ -451,8 +450,8 @@ PYTHON = [
         tests_of("host_side"),
         {
             "host side: triton: settings are freed before the launch": (
-                "step_settings(rule, groups, control, ema_decay, device)\n",
-                "step_settings(rule, groups, control, ema_decay, device)[0], None\n",
+                "step_settings(rule, groups, control, ema_decays, device)\n",
+                "step_settings(rule, groups, control, ema_decays, device)[0], None\n",
             ),
         },
     ),

@@ -20,6 +20,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from mutants import C_PLUS_PLUS
+from mutants_averages import AVERAGES
 from mutants_ema import EMA
 from mutants_gpu import TRITON_AND_CUDA
 from mutants_models import MODELS
@@ -33,7 +34,7 @@ from scratch import ROOT, Tree, tracked
 OUTCOMES = ROOT / "build" / "mutants.json"
 TABLE = ROOT / "tests" / "MUTANTS.md"
 NEW = "not planted yet"
-MUTANTS = [*C_PLUS_PLUS, *RULES, *PYTHON, *EMA, *MODELS, *SHARDS, *STORAGE, *TRITON_AND_CUDA, *QUEUE]
+MUTANTS = [*C_PLUS_PLUS, *RULES, *PYTHON, *EMA, *AVERAGES, *MODELS, *SHARDS, *STORAGE, *TRITON_AND_CUDA, *QUEUE]
 NOTICED, UNNOTICED = "noticed", "UNNOTICED"
 SOURCES = {"csrc", "trainops", "triton_kernels", "setup.py"}
 LIMIT = 600  # seconds for the tests of one mutant: a fault may make them hang

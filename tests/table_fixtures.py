@@ -6,7 +6,7 @@ import torch
 
 from trainops import core
 
-DTYPES = ["float32", "float64", "bfloat16", "float16", "int16", None]  # as csrc/core/table.h numbers them
+DTYPES = ["float32", "float64", "bfloat16", "float16", "int16", "uint8", None]  # as csrc/core/table.h numbers them
 WORDS = sorted(core.words("row"), key=core.words("row").get)
 CHUNK = 8
 STEP_COLUMNS = ["param", "grad", "average", "step", "master"]

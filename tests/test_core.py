@@ -33,7 +33,7 @@ def test_the_words_of_a_row():
     columns = {"param": params, "grad": grads, "step": steps, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
     words = check_words("adamw", columns | {"max_exp_avg_sq": [None, None]}, [1, 0, 1])
     tensors = params[1], grads[1], None, steps[1], None, moments[0][1], moments[1][1], None
-    assert numbers(words.rows, 12)[1] == [20, 1, 2, 0x50050530, *map(core.address, tensors)]
+    assert numbers(words.rows, 12)[1] == [20, 1, 2, 0x60060630, *map(core.address, tensors)]
     assert numbers(words.chunks, 2) == [[0, 0], [1, 0], [1, 8], [1, 16]]
     types = [("float32", grad, None, "float32", None, *["float32"] * 2, None) for grad in ("float32", "float16")]
     assert words.sections == [(types[0], 0, 1), (types[1], 1, 3)]
@@ -173,18 +173,27 @@ def test_the_words_of_settings():
         {"lr": 0.1, "beta1": 0.9, "beta2": 1, "eps": 1e-8, "weight_decay": 0.0, "maximize": True},
         {"maximize": False, "weight_decay": -0.0, "eps": 1e-3, "beta2": 0.99, "beta1": beta1, "lr": lr},
     ]
-    words = array("q", core.step_settings("adamw", 2.5, 0.75, groups)).tolist()
+    words = array("q", core.step_settings("adamw", 2.5, [0.75, 0.5], groups)).tolist()
     numbers_of_first = (0.1, 0.9, 1.0, 1e-8, 0.0, 1.0)
     second = [1, lr.data_ptr(), 2, beta1.data_ptr(), *(x for y in (0.99, 1e-3, -0.0, 0.0) for x in (0, bits(y)))]
-    assert words == [0, bits(2.5), bits(0.75), *(x for y in numbers_of_first for x in (0, bits(y))), *second]
-    assert array("q", core.step_settings("adamw", None, 1.0, [])).tolist() == [0, 0, bits(1.0)]
-    assert array("q", core.step_settings("adamw", lr, 1.0, [])).tolist() == [1, lr.data_ptr(), bits(1.0)]
+    assert words == [
+        0,
+        bits(2.5),
+        bits(0.75),
+        bits(0.5),
+        0,
+        0,
+        *(x for y in numbers_of_first for x in (0, bits(y))),
+        *second,
+    ]
+    assert array("q", core.step_settings("adamw", None, [1.0], [])).tolist() == [0, 0, bits(1.0), 0, 0, 0]
+    assert array("q", core.step_settings("adamw", lr, [], [])).tolist() == [1, lr.data_ptr(), 0, 0, 0, 0]
     with pytest.raises(KeyError, match="lr"):
-        core.step_settings("adamw", None, 1.0, [{}])
+        core.step_settings("adamw", None, [1.0], [{}])
 
 
 @pytest.mark.parametrize("lr", [torch.tensor(1), torch.ones(2), torch.tensor(1.0).half(), "1", None], ids=str)
 def test_settings_that_kernels_cannot_take(lr):
     settings = dict.fromkeys(core.schemas["adamw"].settings, 0.5)
     with pytest.raises(TypeError, match="a setting is a number, or a tensor with one float32 or float64"):
-        core.step_settings("adamw", None, 0.5, [settings, settings | {"lr": lr}])
+        core.step_settings("adamw", None, [0.5], [settings, settings | {"lr": lr}])

@@ -4,7 +4,7 @@ import ctypes
 
 import pytest
 import torch
-from table_fixtures import CHUNK, DTYPES, check_words, names_of, numbers, state_of, step_columns
+from table_fixtures import CHUNK, DTYPES, WORDS, check_words, names_of, numbers, state_of, step_columns
 from torch import nn
 
 import trainops
@@ -214,7 +214,8 @@ def test_irregular_rows_are_staged_and_written_back():
 def collected(optimizer, averages=None, **changes):
     names = [optimizer.state_names(group) for group in optimizer.param_groups]
     arguments = {"param_groups": optimizer.param_groups, "state": optimizer.state} | changes
-    return core.collect("adamw", averages=averages or {}, states=names, device_type="cpu", **arguments)
+    arguments = {"averages": averages or [], "buffers": []} | arguments
+    return core.collect("adamw", states=names, device_type="cpu", **arguments)
 
 
 @pytest.fixture
@@ -241,15 +242,55 @@ def test_collected_rows_are_those_of_lists(stepped):
         group_rows = [sum(row == 0 for row in rows), 0, sum(row > 0 for row in rows)]
         of_rows = {name: [column[row] for row in rows] for name, column in columns.items()}
         expected = check_words("adamw", of_rows, group_rows)
-        table = collected(optimizer, averages)
+        table = collected(optimizer, [averages])
         words = table.words(chunk_numel=CHUNK, by_kind=True)
         for name in ("rows", "chunks", "layout", "sections"):
             assert getattr(words, name) == getattr(expected, name)
         assert (table.rows, table.group_rows, table.irregular) == (count, group_rows, [])
         assert all(x is params[row] for x, row in zip(table.params, rows, strict=True))
-        assert table.averaged == sum(id(params[row]) in averages for row in rows)
+        assert table.averaged == [sum(id(params[row]) in averages for row in rows)]
         for row in skipped:
             params[row].grad = columns["grad"][row]
+
+
+def test_buffers_come_behind_all_other_rows(stepped):
+    """Those that move keep their type, those that are copied are bytes, and some are left."""
+    optimizer, params = stepped
+    averages = [{id(p): torch.ones_like(p) for p in params}, {id(params[1]): torch.ones_like(params[1])}]
+    long, short = (torch.arange(12.0), torch.zeros(12)), (torch.tensor(7), torch.tensor(0))
+    others = [(torch.zeros(2), params[2].detach()), (torch.zeros(()), torch.ones((), dtype=torch.complex64))]
+    others += [(torch.zeros(4, dtype=torch.int32), torch.arange(4)), (torch.zeros(3, 2), torch.zeros(2, 3).t())]
+    taken = [[(*long, True), (torch.zeros(0), torch.ones(0), False)], [(*short, False), (*long, False)]]
+    buffers = [taken[0], [*taken[1], *((*pair, i == 3) for i, pair in enumerate(others))]]
+    table = collected(optimizer, averages, buffers=buffers)
+    assert (table.averages, table.rows, table.averaged) == (2, 3, [3, 1])
+    assert table.left == [[], [id(buffer) for _, buffer in others]]
+    names = [*names_of("adamw"), "average2"]
+    for by_kind in (False, True):
+        words = table.words(chunk_numel=CHUNK, by_kind=by_kind)
+        rows = numbers(words.rows, len(WORDS) + len(names))
+        assert (words.chunk_count, words.all_chunks, len(rows)) == (3, 3 + 2 + 1 + 6, 6)
+        for row, param in zip(rows, params, strict=False):
+            assert row[-1] == core.address(averages[1].get(id(param)))
+        expected = [(12, *long, "average", 0), (8, *short, "average2", 5), (48, *long, "average2", 5)]
+        for row, (numel, average, buffer, name, code) in zip(rows[3:], expected, strict=True):
+            cells = dict(zip(names, row[len(WORDS) :], strict=True))
+            assert {key: x for key, x in cells.items() if x} == {
+                "param": core.address(buffer),
+                name: core.address(average),
+            }
+            codes = [code if key in ("param", name) else DTYPES.index(None) for key in names]
+            assert row[0] == numel
+            assert row[3] == sum(x << 4 * place for place, x in enumerate(codes))
+        chunks = numbers(words.chunks, 2)
+        assert sorted(chunks[3:]) == [[3, 0], [3, 8], [4, 0], *([5, begin] for begin in range(0, 48, 8))]
+        if by_kind:
+            kinds = [(section[0][0], *section[1:]) for section in words.sections[-2:]]
+            assert kinds == [("float32", 3, 2), ("uint8", 5, 7)]
+    assert (
+        table.words(chunk_numel=CHUNK, by_kind=False).layout
+        != collected(optimizer).words(chunk_numel=CHUNK, by_kind=False).layout
+    )
 
 
 def test_state_that_a_group_does_not_use_is_left_out(stepped):
@@ -281,4 +322,4 @@ def test_rows_of_a_step_that_are_not_collected(stepped, change):
         optimizer.param_groups[2]["params"] = tuple(optimizer.param_groups[2]["params"])
     else:
         averages[id(p)] = torch.ones(3, dtype=FLOAT64)
-    assert collected(optimizer, averages) is None
+    assert collected(optimizer, [averages]) is None

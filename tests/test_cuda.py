@@ -112,9 +112,37 @@ def after_steps_of_other_rules(dtype, place):
     return results
 
 
+def after_steps_with_averages(dtype, place=lambda x, role: x.clone()):
+    """What two steps make of three averages, and of buffers that are averaged or copied.
+
+    The state is of another type: threads take other elements for the step than for further averages.
+    """
+    torch.manual_seed(3)
+    model = nn.Module()
+    model.params = nn.ParameterList(nn.Parameter(place(randn(s, dtype), 0)) for s in ((7,), (1025,), (4100,)))
+    model.register_buffer("mean", place(randn((1027,), dtype), 1))
+    model.register_buffer("count", place(torch.arange(700, device=DEVICE), 2))
+    emas = [trainops.EMA(model, 0.9, dtype=own, backend="cuda") for own in (None, torch.float32, torch.float64)]
+    state_dtype = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
+    optimizer = trainops.AdamW(model.params, lr=0.1, state_dtype=state_dtype, ema=emas, backend="cuda")
+    optimizer.init_state()
+    before = [[x.detach().clone() for x in (*ema.module.params, *ema.module.buffers())] for ema in emas]
+    for _ in range(2):
+        model.mean += 1
+        model.count += 2**40
+        for p in model.params:
+            p.grad = place(randn(p.shape, dtype), 3)
+        optimizer.step()
+    after = [[x.detach() for x in (*ema.module.params, *ema.module.buffers())] for ema in emas]
+    for its, old in zip(after, before, strict=True):
+        assert_moved(its, old)
+    return [*(p.detach() for p in model.params), *(x for its in after for x in its)]
+
+
 def everything(dtype, place=lambda x, role: x.clone()):
     """What every kernel makes of such tensors."""
     results = after_steps(dtypes=(dtype,) * 3, place=place)
+    results += after_steps_with_averages(dtype, place)
     torch.manual_seed(2)
     results += after_steps_of_other_rules(dtype, place)
     torch.manual_seed(1)
@@ -195,9 +223,11 @@ def test_equal_words_alone_are_taken_for_those_of_another_table():
 
 def test_addresses_are_refused_without_their_names():
     table = core.table("reduce", {"tensor": [torch.ones(4, device=DEVICE)]}, DEVICE)
-    rows, chunks, chunk_count, _ = words = stage(table, torch.device(DEVICE), cuda._cuda.CHUNK_NUMEL, by_kind=False)
+    rows, chunks, chunk_count, all_chunks, _ = words = stage(
+        table, torch.device(DEVICE), cuda._cuda.CHUNK_NUMEL, by_kind=False
+    )
     arguments = {"words": words, "rows": rows.data_ptr(), "chunks": chunks.data_ptr()}
-    arguments |= {"chunk_count": chunk_count, "stream": 0}
+    arguments |= {"chunk_count": chunk_count, "all_chunks": all_chunks, "stream": 0}
     with pytest.raises(TypeError):
         cuda._cuda.StagedTable(table, *arguments.values())
     staged = cuda._cuda.StagedTable(table, **arguments)

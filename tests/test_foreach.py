@@ -306,13 +306,13 @@ def test_ordinary_steps_are_collected_and_others_are_not():
         step = Step("foreach", (F32,) * 4)
         change(step)
         optimizer = step.optimizer
-        averages = {id(p): x for p, x in zip(step.params, step.ema.module.parameters(), strict=True)}
+        averages = [{id(p): x for p, x in zip(step.params, step.ema.module.parameters(), strict=True)}]
         names = [("exp_avg", "exp_avg_sq")]
-        return foreach.collect("adamw", optimizer.param_groups, optimizer.state, averages, names)
+        return foreach.collect("adamw", optimizer.param_groups, optimizer.state, averages, [], names)
 
     found = collected()
     assert found.group_rows == [len(SHAPES)]
-    assert found.averaged == len(SHAPES)
+    assert found.averaged == [len(SHAPES)]
 
     def state(change):
         return lambda step: change(step.optimizer.state[step.params[4]])

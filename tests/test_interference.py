@@ -28,7 +28,7 @@ def optimizer_of(count=12, kind=trainops.AdamW, **options):
 
 def collected(optimizer):
     names = [optimizer.state_names(group) for group in optimizer.param_groups]
-    return core.collect("adamw", optimizer.param_groups, optimizer.state, {}, names, "cpu")
+    return core.collect("adamw", optimizer.param_groups, optimizer.state, [], [], names, "cpu")
 
 
 class AtGradient(TorchFunctionMode):
@@ -365,11 +365,13 @@ def test_a_step_refuses_tables_of_other_kinds_and_other_groups(kind, groups):
     names = core.schemas["adamw"].settings
     step = {"max_norm": None, "skip_nonfinite": False, "grad_scale": 1.0, "found_inf": False, "total_norm": None}
     with pytest.raises(ValueError, match=r"group|rule"):
-        cpu._cpu.update(of_kind(kind), settings=[[0.5] * len(names)] * groups, **step, ema_decay=0.5, norms_out=0)
+        cpu._cpu.update(of_kind(kind), settings=[[0.5] * len(names)] * groups, **step, ema_decays=[0.5], norms_out=0)
 
 
 @pytest.mark.skipif(cuda._cuda is None, reason="the CUDA extension is not built")
 def test_staged_tables_have_a_kind():
-    staged = cuda._cuda.StagedTable(of_kind("reduce"), words=None, rows=0, chunks=0, chunk_count=0, stream=0)
+    staged = cuda._cuda.StagedTable(
+        of_kind("reduce"), words=None, rows=0, chunks=0, chunk_count=0, all_chunks=0, stream=0
+    )
     with pytest.raises(ValueError, match="a table of kind reduce is none of ema"):
         cuda._cuda.ema(staged, decay=0.5, skip=0, counters=0)

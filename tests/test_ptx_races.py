@@ -11,7 +11,7 @@ from ptx.backend import api_of_torch, see_tensors
 from ptx_fixtures import backend
 from scratch import ROOT
 from targets import thorough
-from test_cuda import after_steps, at_offset, everything, make_step, with_rows
+from test_cuda import after_steps, after_steps_with_averages, at_offset, everything, make_step, with_rows
 from torch import nn
 
 import trainops
@@ -82,6 +82,7 @@ def stage(cuda, kind, tensors):
         rows=rows.data_ptr(),
         chunks=chunks.data_ptr(),
         chunk_count=words.chunk_count,
+        all_chunks=words.all_chunks,
         stream=0,
     )
     return staged, rows.view(len(tensors), -1)
@@ -147,7 +148,7 @@ def transforms_of_many(_):
 
 
 WORK = {
-    "update": lambda cuda: [*after_steps(), *step_of_groups(cuda)],
+    "update": lambda cuda: [*after_steps(), *step_of_groups(cuda), *after_steps_with_averages(torch.float32)],
     "reduce": norms,
     "drop_path_backward": drop_paths,
     "drop_path": lambda cuda: [],

@@ -10,6 +10,7 @@ from torch import nn
 
 import trainops
 from trainops import core, reference
+from trainops.adapters.interface import AVERAGES
 
 RULES = [kind for kind, schema in core.schemas.items() if schema.settings]
 
@@ -45,8 +46,11 @@ def test_what_the_columns_are():
     assert measured == of_rules | {"ema": "average", "reduce": "tensor", "transform": "tensor"}
     assert core.step_columns == {name: place for place, name in enumerate(STEP_COLUMNS)}
     words = {"row": {0: "numel", 1: "first_chunk", 2: "group", 3: "dtypes"}, "chunk": {0: "row", 1: "begin"}}
-    words |= {"step": {0: "max_norm", 1: "max_norm_value", 2: "ema_decay"}, "setting": {0: "form", 1: "value"}}
+    decays = dict(enumerate(("ema_decay", "ema_decay2", "ema_decay3", "ema_decay4"), start=2))
+    words |= {"step": {0: "max_norm", 1: "max_norm_value", **decays}, "setting": {0: "form", 1: "value"}}
     words |= {"form": {0: "double", 1: "float_address", 2: "double_address"}}
+    assert [column.name for column in core.further_averages] == list(AVERAGES[1:])
+    assert names_of("sgd") + list(AVERAGES[1:3]) == list(core.schema("sgd", 3).places)
     assert {kind: {place: name for name, place in core.words(kind).items()} for kind in words} == words
 
 

@@ -1,5 +1,6 @@
 """AdamW whose step also unscales, clips, skips and averages, in two passes over memory."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -63,10 +64,12 @@ class AdamW(WithMoments, _TorchAdamW):
             of the mesh, and plain parameters alone, as under DDP, have the rank's norm. All ranks of the group and of
             the meshes must take the step. An attribute; may be changed between steps.
         ema: an average to update in the same pass, instead of calling ``ema.update()`` after each step, which is then
-            an error. One optimizer has an average: the last that it was given to, so give it to the one that steps
-            last. A skipped step leaves the average alone and counts as an update in its warm-up. Every call of
+            an error. Or a list of averages, such as ``[EMA(m, 0.999), EMA(m, 0.9999, dtype=torch.float32)]``, of the
+            model or of parts of it: four move in the one pass, further ones after it. With compiled kernels, so do
+            buffers. One optimizer has an average: the last that it was given to, so give it to the one that steps
+            last. A skipped step leaves the averages alone and counts as an update in their warm-up. Every call of
             ``step()`` is an update, also those of tools that call it to make the state
-            (``torch.distributed.checkpoint``): load the average after the optimizer.
+            (``torch.distributed.checkpoint``): load the averages after the optimizer. Each has a state of its own.
         master: keep 16-bit parameters in full: the parameter is the rounded weight, and steps update the weight, bit
             for bit as that of a float32 parameter. ``"split"`` is for bfloat16 and keeps the 16 bits that rounding
             takes, as int16: 2 bytes per parameter. ``"float32"`` keeps the weight, for bfloat16 and float16: 4 bytes.
@@ -115,7 +118,7 @@ class AdamW(WithMoments, _TorchAdamW):
         max_grad_norm: float | Tensor | None = None,
         skip_nonfinite: bool = False,
         norm_group: NormGroup = None,
-        ema: EMA | None = None,
+        ema: EMA | Sequence[EMA] | None = None,
         master: Literal["split", "float32"] | None = None,
         state_dtype: StateDtype = None,
         backend: str | None = None,

@@ -5,6 +5,7 @@ setting or a word.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,6 +20,12 @@ _DTYPE_CODES = {  # as DLPack names them: (code, bits)
     torch.float16: (2, 16),
     torch.bfloat16: (4, 16),
     torch.int16: (0, 16),
+    # These are copied.
+    torch.int8: (0, 8),
+    torch.int32: (0, 32),
+    torch.int64: (0, 64),
+    torch.uint8: (1, 8),
+    torch.bool: (6, 8),
 }
 _DEVICE_CODES = {"cpu": 1, "cuda": 2}
 
@@ -56,14 +63,25 @@ class Schema(NamedTuple):
 _core, reason = load("_core", "core")
 available = _core is not None
 reader: Any = None
+further_averages: list[Column] = []  # of a step with more than one average, behind the rule's state
 step_columns: dict[str, int] = {}  # the places of the columns of every rule, by name; those of its state follow
 RAISE_FLAG = 0  # the address of a function of C that takes a flag's
 schemas: dict[str, Schema] = {}  # by the kind of table: a rule's name, ``ema``, ``reduce`` or ``transform``
+
+
+def _columns(described: Sequence[Any]) -> list[Column]:
+    return [Column(x.name, x.written, x.optional, x.one_per_row, x.of_param) for x in described]
+
+
+def _places(columns: Sequence[Column]) -> dict[str, int]:
+    return {column.name: place for place, column in enumerate(columns)}
+
+
 if available:
     for kind, its in _core.SCHEMAS.items():  # read once: each access to an object of C++ makes its lists anew
-        columns = [Column(x.name, x.written, x.optional, x.one_per_row, x.of_param) for x in its.columns]
-        places = {column.name: place for place, column in enumerate(columns)}
-        schemas[kind] = Schema(columns, places, its.settings, its.measured)
+        columns = _columns(its.columns)
+        schemas[kind] = Schema(columns, _places(columns), its.settings, its.measured)
+    further_averages = _columns(_core.FURTHER_AVERAGES)
     step_columns = _core.STEP_COLUMNS
     RAISE_FLAG = _core.RAISE_FLAG
     reader = _core.TensorReader()
@@ -92,6 +110,15 @@ def new_flag() -> int:
 def take_flag(flag: int) -> bool:
     """Whether a flag is raised. If so, it is deleted."""
     return cast(bool, _core.take_flag(flag))
+
+
+@cache
+def schema(kind: str, averages: int = 1) -> Schema:
+    """A kind of table; of a rule, with so many averages."""
+    if averages <= 1:
+        return schemas[kind]
+    columns = [*schemas[kind].columns, *further_averages[: averages - 1]]
+    return schemas[kind]._replace(columns=columns, places=_places(columns))
 
 
 def setting(rule: str, name: str) -> int:
@@ -124,13 +151,14 @@ def collect(
     rule: str,
     param_groups: list[dict[str, Any]],
     state: dict[Tensor, Any],
-    averages: dict[int, Tensor],
+    averages: list[dict[int, Tensor]],
+    buffers: list[list[Any]],
     states: list[tuple[str, ...]],
     device_type: str,
 ) -> Any:
     """The rows of a step straight from an optimizer's containers, if all rows are regular, else None.
 
-    ``averages`` are by the ``id`` of their parameter. ``states``: the names of the state that each group uses.
+    See ``Kernels.collect`` in ``trainops.adapters.interface`` for the arguments.
     """
     found = _core.Table(
         reader,
@@ -138,6 +166,7 @@ def collect(
         param_groups=param_groups,
         state=state,
         averages=averages,
+        buffers=buffers,
         states=states,
         device_type=device_type,
     )
@@ -164,7 +193,10 @@ def drop_path_backward(*, rows: Tensor | None, **operands: Any) -> Any:
 
 
 def step_settings(
-    rule: str, max_norm: float | Tensor | None, ema_decay: float, settings: Sequence[Mapping[str, float | Tensor]]
+    rule: str,
+    max_norm: float | Tensor | None,
+    ema_decays: Sequence[float],
+    settings: Sequence[Mapping[str, float | Tensor]],
 ) -> bytes:
     """The settings of a step as 64-bit words for the device. Tensors among them must lie on that device."""
     names = schemas[rule].settings
@@ -173,7 +205,7 @@ def step_settings(
         _core.step_words(
             reader=reader,
             max_norm=0.0 if max_norm is None else max_norm,
-            ema_decay=ema_decay,
+            ema_decays=ema_decays,
             groups=[[group[name] for name in names] for group in settings],
         ),
     )

@@ -30,11 +30,6 @@ class Update(NamedTuple):
     decay: float | None  # None: the average does not move
     step: int  # its number, counted from 1
 
-    @property
-    def fusable(self) -> dict[int, Tensor]:
-        """The averages that an optimizer's kernel can update, by ``id`` of the model's parameter."""
-        return {} if self.decay is None else self.matched.fusable
-
 
 class EMA(KeepsState):
     """A copy of ``model`` whose weights follow those of ``model`` slowly.

@@ -45,9 +45,10 @@ class HasOptimizer(KnowsStart):
     def attach(self, optimizer: Any) -> torch.optim.Optimizer:
         """Let the steps of an optimizer move the average, and those of no other.
 
-        Equivalent to ``optimizer.ema = ema``, but it finds the optimizer inside the wrappers of Accelerate,
-        Lightning, Fabric, DeepSpeed and PyTorch, and in a Trainer. (Accelerate's would keep ``ema`` to itself.) If
-        there are several optimizers, attach it to the one that steps last.
+        It comes beside the averages that the optimizer has; ``optimizer.ema = ema`` replaces these. And it finds the
+        optimizer inside the wrappers of Accelerate, Lightning, Fabric, DeepSpeed and PyTorch, and in a Trainer.
+        (Accelerate's would keep ``ema`` to itself.) If there are several optimizers, attach it to the one that steps
+        last.
 
         Args:
             optimizer: an optimizer of trainops, or what has one.
@@ -65,7 +66,8 @@ class HasOptimizer(KnowsStart):
                 f"there is no optimizer of trainops in this {type(optimizer).__name__}: call ema.update() after its "
                 "step()"
             )
-        found.ema = self
+        if all(x is not self for x in found.averages):
+            found.ema = (*found.averages, self)
         return found  # type: ignore[no-any-return]
 
     def attach_to(self, optimizer: Any) -> None:
@@ -81,8 +83,8 @@ class HasOptimizer(KnowsStart):
         """Take the average from its optimizer, which goes on without: :meth:`update` moves it again."""
         optimizer: Any = self.optimizer
         self._optimizer = self._last_source = self._set_back = None
-        if optimizer is not None and optimizer.ema is self:
-            optimizer.ema = None
+        if optimizer is not None:
+            optimizer.drop_average(self)
 
     def optimizer_loaded(self, *, is_fresh: bool) -> None:
         """The optimizer that has the average has loaded a state: ``is_fresh`` if it is one from before any step."""

@@ -40,9 +40,9 @@ class LoadsState(torch.optim.Optimizer):
         super().__setstate__(state)
         if state.get("_max_grad_norm") is not None:
             advice.clips_inside(self)
-        ema = state.get("_ema")
-        if ema is not None and ema.optimizer is None:
-            ema.attach_to(self)
+        for ema in state.get("_averages", ()):
+            if ema.optimizer is None:
+                ema.attach_to(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, as in torch.
@@ -64,7 +64,7 @@ class LoadsState(torch.optim.Optimizer):
         finally:
             last_hook.remove()
             self._loading = None
-        if (ema := self.__dict__.get("_ema")) is not None:
+        for ema in self.__dict__.get("_averages", ()):
             ema.optimizer_loaded(is_fresh=not any(float(its.get("step", 0)) for its in seen["state"].values()))
 
     def _load_masters(self, state: dict[str, Any], loaded: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .ema_shards import described_layout, layout, refuse_forward
 from .model_slots import Slot
+from .plain import all_plain
 from .storage import kind
 
 
@@ -71,7 +72,14 @@ class Matched(Pairs):
         super().__init__(found.pairs)
         self.replaced, self.placed = found.replaced, found.placed
         self._changes, self._frozen, self._begun = found.changes, found.frozen, found.begun
-        self.fusable = {id(pair.source): pair.average for pair in self.pairs if _is_fusable(pair)}
+        on_device = [pair for pair in self.pairs if pair.average.device == pair.source.device]
+        # What a step's kernels can move: parameters with a gradient, by ``id``, and buffers.
+        of_params = [pair for pair in on_device if isinstance(pair.source, nn.Parameter)]
+        self.fusable = {id(pair.source): pair.average for pair in of_params if pair.averaged}
+        self.buffers = [x for x in on_device if not isinstance(x.source, nn.Parameter) and _is_memory(x)]
+        self.of_buffers = frozenset(id(pair.source) for pair in self.buffers)
+        self.in_step = self.of_buffers.union(self.fusable)
+        self.written = frozenset(id(pair.average) for pair in self.pairs)
         self.devices = list(dict.fromkeys(x.device for x in self.averages))
         self.waits = any(x.is_cuda and y.device.type == "cpu" for y, x, _ in self.pairs)
         self._others = [pair for pair in self.pairs if id(pair.source) not in self.fusable]
@@ -130,13 +138,17 @@ def _unseen(found: Found) -> Iterable[Slot]:
     return [*found.unseen, *(slot for x in found.replaced for slot in x.slots)]
 
 
+def _is_memory(pair: Pair) -> bool:
+    """Whether kernels can move an average, or copy its bits: as far as can be told before a step."""
+    average, source, averaged = pair
+    if not all_plain((average, source)) or source.is_complex():
+        return False
+    return kind(average) == kind(source) == "real" if averaged else average.dtype == source.dtype
+
+
 def _fits(pair: Pair) -> bool:
     average, source, averaged = pair
     return average.shape == source.shape and (not averaged or kind(average) == kind(source) != "other")
-
-
-def _is_fusable(pair: Pair) -> bool:
-    return pair.averaged and isinstance(pair.source, nn.Parameter) and pair.average.device == pair.source.device
 
 
 def check_pair(name: str, average: Tensor, tensor: Tensor, advice: str = "") -> None:

@@ -1,6 +1,6 @@
 """The base of optimizers whose step also unscales, clips, skips and averages."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import advice
 from .adapters import StepControl, check
+from .averages import as_averages
 from .ema import EMA
 from .ema_shards import reshard
 from .lost_updates import share_of_lost_updates
@@ -32,12 +33,12 @@ class FusedOptimizer(HasOwnSettings, TakesFusedSteps):
     """A mixin that replaces ``step`` of a ``torch.optim`` class. List it before that class among the bases."""
 
     _max_grad_norm: float | Tensor | None
-    _ema: EMA | None
+    _averages: tuple[EMA, ...]
     own_attributes = (
         "_max_grad_norm",
         "skip_nonfinite",
         "_norm_group",
-        "_ema",
+        "_averages",
         "master",
         "state_dtype",
         "backend",
@@ -52,7 +53,8 @@ class FusedOptimizer(HasOwnSettings, TakesFusedSteps):
         self = super().__new__(cls)
         self._max_grad_norm = None
         self.skip_nonfinite = False
-        self._norm_group = self._ema = self._repeatable = None
+        self._norm_group = self._repeatable = None
+        self._averages = ()
         self.master = self.state_dtype = self.backend = None
         self.grad_norm = self.grad_norms = None
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device="cpu")
@@ -64,7 +66,7 @@ class FusedOptimizer(HasOwnSettings, TakesFusedSteps):
         max_grad_norm: float | Tensor | None = None,
         skip_nonfinite: bool = False,
         norm_group: NormGroup = None,
-        ema: EMA | None = None,
+        ema: EMA | Sequence[EMA] | None = None,
         master: str | None = None,
         state_dtype: StateDtype = None,
         backend: str | None = None,
@@ -112,27 +114,36 @@ class FusedOptimizer(HasOwnSettings, TakesFusedSteps):
             advice.clips_inside(self)
 
     @property
-    def ema(self) -> EMA | None:
-        """The average that steps update; may be changed between them."""
-        return self._ema
+    def ema(self) -> Any:
+        """The average that steps update, or a tuple of several, or None; may be changed between steps."""
+        return self._averages[0] if len(self._averages) == 1 else self._averages or None
 
     @ema.setter
-    def ema(self, ema: EMA | None) -> None:
-        if ema is not None:
-            if not isinstance(ema, EMA):
-                raise TypeError(f"ema must be a trainops.EMA, got {type(ema).__name__}")
-            own = {id(p) for group in self.param_groups for p in group["params"]}
-            reshard(ema.model)
-            if own and own.isdisjoint(map(id, ema.model.parameters())):
+    def ema(self, ema: EMA | Sequence[EMA] | None) -> None:
+        averages = as_averages(ema)
+        own = {id(p) for group in self.param_groups for p in group["params"]}
+        for average in averages:
+            reshard(average.model)
+            if own and own.isdisjoint(map(id, average.model.parameters())):
                 raise ValueError("ema follows a model that has none of these parameters")
         if (inner := unwrap(self)) is not self:  # Lightning's and Fabric's wrappers imitate their optimizer's class
             inner.ema = ema
             return
-        before, self._ema = self._ema, ema
-        if before is not None and before is not ema and before.optimizer is self:
-            before.detach()
-        if ema is not None:
-            ema.attach_to(self)
+        before, self._averages = self._averages, averages
+        for average in before:
+            if average not in averages and average.optimizer is self:
+                average.detach()
+        for average in averages:
+            average.attach_to(self)
+
+    @property
+    def averages(self) -> tuple[EMA, ...]:
+        """All averages that steps update, in their order."""
+        return self._averages
+
+    def drop_average(self, ema: EMA) -> None:
+        """Go on without an average: what :meth:`EMA.detach` calls."""
+        self._averages = tuple(x for x in self._averages if x is not ema)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as in torch.

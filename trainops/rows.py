@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .adapters import Group
+from .adapters.interface import AVERAGES
 from .storage import MASTER, dtypes_of_state, fits, kind, new_master, wants_master
 from .tables import aligned
 
@@ -16,10 +17,10 @@ if TYPE_CHECKING:
     from .step import TakesFusedSteps
 
 
-def gather(optimizer: "TakesFusedSteps", averages: dict[int, Tensor]) -> list[Group]:
+def gather(optimizer: "TakesFusedSteps", averages: list[dict[int, Tensor]]) -> list[Group]:
     """The groups of a step, whatever tensors they hold. State is made where there is none yet.
 
-    ``averages`` are by the ``id`` of their parameter.
+    Each of ``averages`` is by the ``id`` of its parameter.
 
     Raises:
         RuntimeError: a gradient is sparse, or tensors of one parameter do not belong together.
@@ -45,7 +46,8 @@ def gather(optimizer: "TakesFusedSteps", averages: dict[int, Tensor]) -> list[Gr
                 raise RuntimeError("`fused=True` requires parameters on a device that computes, got one on meta")
             complete_state(its, param, names, optimizer)
             _move_step(its, param)
-        columns = {"param": params, "grad": grads, "average": list(map(averages.get, map(id, params)))}
+        columns = {"param": params, "grad": grads}
+        columns |= {AVERAGES[i]: list(map(its.get, map(id, params))) for i, its in enumerate(averages)}
         columns |= {key: [its[key] for its in own] for key in ("step", *names)}
         if optimizer.master is not None:
             columns[MASTER] = [its.get(MASTER) for its in own]

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from . import advice
 from .adapters import Group, StepControl, StepResult, select
+from .adapters.interface import AVERAGES
+from .averages import StepAverages
 from .ema import EMA
 from .joint_norm import JointNorm, TakesJointNorm, known_norm
 from .loading import LoadsState
@@ -30,7 +32,7 @@ class TakesFusedSteps(KnowsTorchStep, TakesJointNorm, LoadsState, KeepsMasters):
     rule: ClassVar[str]
     max_grad_norm: float | Tensor | None
     skip_nonfinite: bool
-    ema: EMA | None
+    _averages: tuple[EMA, ...]
     grad_norm: Tensor | None
     grad_norms: Tensor | None
     skipped_steps: Tensor
@@ -71,12 +73,9 @@ class TakesFusedSteps(KnowsTorchStep, TakesJointNorm, LoadsState, KeepsMasters):
             with torch.enable_grad():
                 loss = closure()
         advice.before_step(self)
-        update = None if self.ema is None else self.ema.plan_update(self)
-        averages = {} if update is None else update.fusable
-        decay = 0.0 if update is None or update.decay is None else update.decay
-        averaged, result = self._update(averages, decay, total_norm)
-        if self.ema is not None and update is not None:
-            self.ema.finish_update(update, averaged, result.skipped)
+        averages = StepAverages(self, self._averages)
+        averaged, result = self._update(averages, total_norm)
+        averages.finish(averaged, result.skipped)
         self._unscale_as_fused()
         return loss
 
@@ -91,11 +90,11 @@ class TakesFusedSteps(KnowsTorchStep, TakesJointNorm, LoadsState, KeepsMasters):
             raise ValueError("total_norm is of no use without max_grad_norm or skip_nonfinite")
 
     def _update(
-        self, averages: dict[int, Tensor], ema_decay: float, total_norm: float | Tensor | None
-    ) -> tuple[Collection[int], StepResult]:
+        self, averages: StepAverages, total_norm: float | Tensor | None
+    ) -> tuple[list[Collection[int]], StepResult]:
         """Measure, clip, apply the rule, move fused averages.
 
-        Returns the ids of the parameters whose averages were moved, and the step's result.
+        Returns for each of these the ids of what it has followed, and the step's result.
         """
         device = self._device()
         if self.skipped_steps.device != device:  # the model was moved
@@ -112,58 +111,51 @@ class TakesFusedSteps(KnowsTorchStep, TakesJointNorm, LoadsState, KeepsMasters):
         kernels = select(self.backend, device)
         masters = () if self.master is None else (MASTER,)
         states = [(*self.state_names(group), *masters) for group in self.param_groups]
-        table = kernels.collect(self.rule, self.param_groups, self.state, averages, states)
+        containers = self.param_groups, self.state, averages.params, averages.buffers, states
+        table = kernels.collect(self.rule, *containers)
         if table is not None:
             pairs = zip(self.param_groups, table.group_rows, strict=True)
             groups = [Group(self.settings(group), rows) for group, rows in pairs]
-            params = table.params
-            all_averaged = table.averaged == len(averages)
-            if self.ema is not None and not all_averaged:
-                self.ema.check_rest(averages.keys() & set(map(id, params)))
+            averaged = averages.collected(table)
             if control.measures and self._is_spread():
                 known = self._joint_norm(control)
                 control = known.control
-            count_writes([*params, *averages.values()])
-            result = kernels.update(self.rule, groups, control, ema_decay, table)
+            count_writes([*table.params, *averages.tensors()])
+            result = kernels.update(self.rule, groups, control, averages.decays, table)
         else:
-            params, result = self._update_any(averages, control, ema_decay)
-            all_averaged = False
+            averaged, result = self._update_any(averages, control)
         if known is not None:
             result = known.result(result)
         if self._measures:
             self.grad_norm, self.grad_norms = result.total_norm, result.norms
-        return averages.keys() if all_averaged else averages.keys() & set(map(id, params)), result
+        return averaged, result
 
-    def _update_any(
-        self, averages: dict[int, Tensor], control: StepControl, ema_decay: float
-    ) -> tuple[list[Tensor], StepResult]:
+    def _update_any(self, averages: StepAverages, control: StepControl) -> tuple[list[Collection[int]], StepResult]:
         """The slow path: missing state, several devices, subclasses, other layouts, no gradients at all."""
         known = set(self.state)
         try:
             if self._is_left_to_torch():
-                if self.ema is not None:
-                    self.ema.check_rest(())
+                averages.gathered(())
                 self._torch_step()
                 return [], StepResult()
-            groups = gather(self, averages)
+            groups = gather(self, averages.params)
             params = [p for group in groups for p in group.columns["param"]]
-            if self.ema is not None:
-                self.ema.check_rest(averages.keys() & set(map(id, params)))
-            count_writes([*params, *averages.values()])
+            averaged = averages.gathered(params)
+            count_writes([*params, *averages.tensors()])
             in_turn = have_common_memory(params)
-            if in_turn:  # the average follows when all rows are done
+            if in_turn:  # the averages follow when all rows are done
                 for group in groups:
-                    group.columns["average"] = [None] * group.rows
-            return [] if in_turn else params, self._update_groups(groups, control, ema_decay, in_turn)
+                    group.columns |= {name: [None] * group.rows for name in AVERAGES}
+            return [] if in_turn else averaged, self._update_groups(groups, control, averages.decays, in_turn)
         except BaseException as error:
             for param in self.state.keys() - known:
                 del self.state[param]
-            if self.ema is not None and isinstance(error, Exception):
-                self.ema.check_model()
+            if isinstance(error, Exception):
+                averages.check_models()
             raise
 
     def _update_groups(
-        self, groups: list[Group], control: StepControl, ema_decay: float, in_turn: bool
+        self, groups: list[Group], control: StepControl, ema_decays: list[float], in_turn: bool
     ) -> StepResult:
         """``in_turn``: rows share memory, and so come one after the other, as in the reference alone."""
         parts = by_device(groups)
@@ -177,7 +169,7 @@ class TakesFusedSteps(KnowsTorchStep, TakesJointNorm, LoadsState, KeepsMasters):
             columns = [column for group in part for column in group.columns.values()]
             in_memory = all_in_memory(x for column in columns for x in column if x is not None)
             kernels = select(self.backend, device, in_memory and not in_turn)
-            result = kernels.update(self.rule, part, control, ema_decay)
+            result = kernels.update(self.rule, part, control, ema_decays)
             control = replace(control, skipped_steps=None)  # counted
         return result if joint is None else joint.result(result)
 

@@ -115,7 +115,7 @@ def _stage_row(
     """Put regular tensors into a row; note the ``copies`` whose content is to go back into their originals."""
     layout: Tensor | None = None
     scalars = []
-    for column in core.schemas[kind].columns:
+    for column in core.schema(kind, 1 + sum(x.name in columns for x in core.further_averages)).columns:
         if (original := columns.get(column.name, [None] * (row + 1))[row]) is None:
             continue
         if column.one_per_row:

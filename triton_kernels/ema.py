@@ -15,9 +15,10 @@ import triton.language as tl
 from trainops import core
 
 from ._common import ADDRESSES, NUMEL, chunk_of, end_of_body
-from .storage import load, real, store
+from .storage import load, real, store, store_as_is
 
-AVERAGE, TENSOR = (tl.constexpr(core.schemas["ema"].places[name]) for name in ("average", "tensor"))
+# Where a table of averages alone has these.
+AVERAGE, TENSOR = (core.schemas["ema"].places[name] for name in ("average", "tensor"))
 
 
 @triton.jit
@@ -33,6 +34,23 @@ def moved(average, param, decay, WIDE: tl.constexpr):
     return tl.where(complement == 0, param, result)
 
 
+@triton.jit
+def move(
+    address,
+    offset,
+    end,
+    param,
+    decay,
+    DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Move one block of an average. ``param`` is of the type ``WIDE``, in which the arithmetic is."""
+    average = load(address, offset, end, DTYPE, WIDE, BLOCK, MASKED)
+    store(address, offset, end, moved(average, param, decay, WIDE), DTYPE, BLOCK, MASKED)
+
+
 @triton.jit(do_not_specialize=["first_chunk"])
 def ema(
     rows,
@@ -40,6 +58,9 @@ def ema(
     first_chunk,
     decay,
     skip,
+    DECAY: tl.constexpr,
+    AVERAGE: tl.constexpr,
+    TENSOR: tl.constexpr,
     AVERAGE_TYPE: tl.constexpr,
     TENSOR_TYPE: tl.constexpr,
     WIDE: tl.constexpr,
@@ -47,7 +68,10 @@ def ema(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``decay`` points to a word; a true ``skip`` leaves the averages alone."""
+    """``AVERAGE`` and ``TENSOR`` are columns. ``decay`` points to words, of which one counts (``DECAY``).
+
+    A true ``skip`` leaves the averages alone. Bytes (uint8) are copied.
+    """
     if skip is not None:
         if tl.load(skip) != 0:
             return
@@ -56,10 +80,12 @@ def ema(
     end = tl.minimum(begin + CHUNK, tl.load(words + NUMEL))
     average_address, tensor_address = tl.load(words + ADDRESSES + AVERAGE), tl.load(words + ADDRESSES + TENSOR)
     body = end_of_body(begin, end, average_address | tensor_address, BLOCK)
-    decay_value = real(tl.load(decay))
+    decay_value = real(tl.load(decay + DECAY))
     for MASKED in tl.static_range(2):
         for offset in range(body if MASKED else begin, end if MASKED else body, BLOCK):
-            average = load(average_address, offset, end, AVERAGE_TYPE, WIDE, BLOCK, MASKED)
-            tensor = load(tensor_address, offset, end, TENSOR_TYPE, WIDE, BLOCK, MASKED)
-            result = moved(average, tensor, decay_value, WIDE)
-            store(average_address, offset, end, result, AVERAGE_TYPE, BLOCK, MASKED)
+            if TENSOR_TYPE == tl.uint8:
+                tensor = load(tensor_address, offset, end, TENSOR_TYPE, TENSOR_TYPE, BLOCK, MASKED)
+                store_as_is(average_address, offset, end, tensor, BLOCK, MASKED)
+            else:
+                tensor = load(tensor_address, offset, end, TENSOR_TYPE, WIDE, BLOCK, MASKED)
+                move(average_address, offset, end, tensor, decay_value, AVERAGE_TYPE, WIDE, BLOCK, MASKED)

@@ -1,8 +1,8 @@
-"""A step of any rule with clipping, unscaling, skipping and the average.
+"""A step of any rule with clipping, unscaling, skipping and averages.
 
 Two launches after the partial results of the norm (``reduce.py``). ``plan`` finishes the norm, decides the
 coefficient and whether the step is skipped, and evaluates each row's scalars in float64. ``update`` reads and writes
-every column once. With AdamW in float32, that is 28 bytes per element, 8 more with AMSGrad and 8 more with an
+every column once. With AdamW in float32, that is 28 bytes per element, 8 more with AMSGrad and 8 more with each
 average. Arithmetic in float32, or float64 for float64 parameters.
 
 A rule is a file like ``adamw.py``. Its functions are constants of these kernels: ``STORE_SCALARS``, ``LOAD_SCALARS``,
@@ -17,7 +17,7 @@ from trainops import core
 
 from ._common import ADDRESSES, GROUP, NUMEL, chunk_of, end_of_body
 from .control import EMA_DECAY, GROUPS, decide
-from .ema import moved
+from .ema import move
 from .reduce import chunks_of_row, result_of
 from .storage import load, load_weight, real, store, store_weight
 
@@ -89,6 +89,26 @@ def plan(
         STORE_SCALARS(out + RULE_SCALARS, group, step)
 
 
+@triton.jit
+def follow(
+    address,
+    offset,
+    end,
+    weight,
+    decay,
+    DTYPE: tl.constexpr,
+    PARAM_TYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Move one block of an average, if there is one (``DTYPE``), towards a weight as it is stored."""
+    if DTYPE is not None:
+        if DTYPE == tl.float64 or PARAM_TYPE == tl.float64:
+            move(address, offset, end, weight.to(tl.float64), decay, DTYPE, tl.float64, BLOCK, MASKED)
+        else:
+            move(address, offset, end, weight.to(tl.float32), decay, DTYPE, tl.float32, BLOCK, MASKED)
+
+
 @triton.jit(do_not_specialize=["first_chunk"])
 def update(
     rows,
@@ -106,16 +126,19 @@ def update(
     GRAD_TYPE: tl.constexpr,
     MASTER_TYPE: tl.constexpr,  # this and the following: None if there is no such column
     AVERAGE_TYPE: tl.constexpr,
+    AVERAGE2_TYPE: tl.constexpr,
+    AVERAGE3_TYPE: tl.constexpr,
+    AVERAGE4_TYPE: tl.constexpr,
     STATE0_TYPE: tl.constexpr,
     STATE1_TYPE: tl.constexpr,
     STATE2_TYPE: tl.constexpr,
+    FURTHER: tl.constexpr,  # the column of the second average
     WIDE: tl.constexpr,
-    AVERAGE_WIDE: tl.constexpr,
     WORDS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One chunk of a rule and of EMA. The average follows the weight as it is stored: rounded, or in full."""
+    """One chunk of a rule and of EMA. Averages follow the weight as it is stored: rounded, or in full."""
     if skip is not None:
         if tl.load(skip) != 0:
             return
@@ -141,10 +164,21 @@ def update(
     if STATE2_TYPE is not None:
         state2_address = tl.load(addresses + STATE + 2)
         address_bits |= state2_address
+    average2_address, average3_address, average4_address = param_address, param_address, param_address
+    if AVERAGE2_TYPE is not None:
+        average2_address = tl.load(addresses + FURTHER)
+        address_bits |= average2_address
+    if AVERAGE3_TYPE is not None:
+        average3_address = tl.load(addresses + FURTHER + 1)
+        address_bits |= average3_address
+    if AVERAGE4_TYPE is not None:
+        average4_address = tl.load(addresses + FURTHER + 2)
+        address_bits |= average4_address
     body = end_of_body(begin, end, address_bits, BLOCK)
 
     rule_scalars = LOAD_SCALARS(row_scalars + RULE_SCALARS, tl.load(coefficient), WIDE)
-    ema_decay = real(tl.load(settings + EMA_DECAY))
+    decay, decay2 = real(tl.load(settings + EMA_DECAY)), real(tl.load(settings + EMA_DECAY + 1))
+    decay3, decay4 = real(tl.load(settings + EMA_DECAY + 2)), real(tl.load(settings + EMA_DECAY + 3))
 
     for MASKED in tl.static_range(2):
         for offset in range(body if MASKED else begin, end if MASKED else body, BLOCK):
@@ -163,10 +197,10 @@ def update(
             if STATE2_TYPE is not None:
                 store(state2_address, offset, end, state2, STATE2_TYPE, BLOCK, MASKED)
             param = NEW_PARAM(param, state0, state1, state2, rule_scalars)
-            stored = store_weight(
+            weight = store_weight(
                 param_address, master_address, offset, end, param, PARAM_TYPE, MASTER_TYPE, BLOCK, MASKED
             )
-            if AVERAGE_TYPE is not None:
-                average = load(average_address, offset, end, AVERAGE_TYPE, AVERAGE_WIDE, BLOCK, MASKED)
-                average = moved(average, stored.to(AVERAGE_WIDE), ema_decay, AVERAGE_WIDE)
-                store(average_address, offset, end, average, AVERAGE_TYPE, BLOCK, MASKED)
+            follow(average_address, offset, end, weight, decay, AVERAGE_TYPE, PARAM_TYPE, BLOCK, MASKED)
+            follow(average2_address, offset, end, weight, decay2, AVERAGE2_TYPE, PARAM_TYPE, BLOCK, MASKED)
+            follow(average3_address, offset, end, weight, decay3, AVERAGE3_TYPE, PARAM_TYPE, BLOCK, MASKED)
+            follow(average4_address, offset, end, weight, decay4, AVERAGE4_TYPE, PARAM_TYPE, BLOCK, MASKED)

@@ -6,6 +6,8 @@
 // Kernels for which types are data (CUDA) draw chunks from a queue. The whole ones are listed first, by their number;
 // then the others, the largest first, so that the last blocks end at nearly the same time.
 //
+// Chunks of buffers (schema.h) come after all others.
+//
 // Other kernels are compiled for a combination of types (Triton): for them, rows of one combination form a section,
 // whose chunks follow each other. They are listed by their number.
 #pragma once
@@ -49,30 +51,28 @@ class DeviceWords {
         group_rows_(group_rows),
         chunk_numel_(chunk_numel),
         by_kind_(by_kind),
-        first_chunks_(table.rows()),
-        positions_(table.rows()) {
-    for (int64_t row = 1; row < table.rows(); ++row) {
+        first_chunks_(table.all_rows()),
+        positions_(table.all_rows()) {
+    for (int64_t row = 1; row < table.all_rows(); ++row) {
       first_chunks_[row] = first_chunks_[row - 1] + chunks_of_row(table.numel(row - 1), chunk_numel);
     }
-    std::vector<int64_t> all(table.rows());
-    std::iota(all.begin(), all.end(), 0);
-    if (by_kind) {
-      split(all);
-    } else {
-      add_section({}, std::move(all));
-    }
+    add_rows(0, table.rows());
+    chunk_count_ = all_chunks_;
+    if (table.all_rows() > table.rows()) add_rows(table.rows(), table.all_rows());
   }
 
   int64_t chunk_count() const { return chunk_count_; }
+  int64_t all_chunks() const { return all_chunks_; }  // with those of buffers
   const std::vector<Section>& sections() const { return sections_; }
 
   // All that the chunks depend on.
   Words layout() const {
     Words words;
-    words.reserve(2 * table_.rows() + 2);
+    words.reserve(2 * table_.all_rows() + 3);
     words.push_back(chunk_numel_);
     words.push_back(by_kind_);
-    for (int64_t row = 0; row < table_.rows(); ++row) {
+    if (table_.all_rows() > table_.rows()) words.push_back(table_.rows());
+    for (int64_t row = 0; row < table_.all_rows(); ++row) {
       words.push_back(table_.numel(row));
       words.push_back(positions_[row]);
     }
@@ -81,17 +81,18 @@ class DeviceWords {
 
   Words rows() const {
     Words words;
-    words.reserve(table_.rows() * (kAddresses + table_.columns()));
+    words.reserve(table_.all_rows() * (kAddresses + table_.columns()));
     int64_t row = 0;
     for (size_t group = 0; group < group_rows_.size(); ++group) {
       for (const int64_t end = row + group_rows_[group]; row < end; ++row) add_row(words, row, group);
     }
+    for (; row < table_.all_rows(); ++row) add_row(words, row, 0);
     return words;
   }
 
   Words chunks() const {
     Words words;
-    words.reserve(kChunkWords * chunk_count_);
+    words.reserve(kChunkWords * all_chunks_);
     for (const std::vector<int64_t>& members : members_) {
       std::vector<int64_t> with_rest;
       for (const int64_t row : members) {
@@ -109,6 +110,16 @@ class DeviceWords {
   }
 
  private:
+  void add_rows(int64_t begin, int64_t end) {
+    std::vector<int64_t> rows(end - begin);
+    std::iota(rows.begin(), rows.end(), begin);
+    if (by_kind_) {
+      split(rows);
+    } else {
+      add_section({}, std::move(rows));
+    }
+  }
+
   std::vector<DType> kind_of(int64_t row) const {
     std::vector<DType> kind(table_.columns());
     for (int64_t column = 0; column < table_.columns(); ++column) kind[column] = table_.cell(row, column).dtype;
@@ -129,12 +140,12 @@ class DeviceWords {
   }
 
   void add_section(std::vector<DType> kind, std::vector<int64_t> members) {
-    const int64_t first = chunk_count_;
+    const int64_t first = all_chunks_;
     for (const int64_t row : members) {
-      positions_[row] = chunk_count_;
-      chunk_count_ += chunks_of_row(table_.numel(row), chunk_numel_);
+      positions_[row] = all_chunks_;
+      all_chunks_ += chunks_of_row(table_.numel(row), chunk_numel_);
     }
-    sections_.push_back({std::move(kind), first, chunk_count_ - first});
+    sections_.push_back({std::move(kind), first, all_chunks_ - first});
     members_.push_back(std::move(members));
   }
 
@@ -164,7 +175,7 @@ class DeviceWords {
 
   const Table& table_;
   const std::vector<int64_t>& group_rows_;
-  int64_t chunk_numel_, chunk_count_ = 0;
+  int64_t chunk_numel_, chunk_count_ = 0, all_chunks_ = 0;
   bool by_kind_;
   std::vector<int64_t> first_chunks_;  // of each row, counted in the order of the rows
   std::vector<int64_t> positions_;     // of each row's first chunk in chunks(), if by kind

@@ -30,7 +30,7 @@ PythonWords words_of(const py::object& table, int64_t chunk_numel, bool by_kind)
 // Names of dtypes, as torch has them.
 const char* name_of(DType dtype) {
 #define TRAINOPS_DTYPE(name, ...) #name,
-  constexpr const char* names[] = {TRAINOPS_DTYPES(TRAINOPS_DTYPE) "int16"};
+  constexpr const char* names[] = {TRAINOPS_DTYPES(TRAINOPS_DTYPE) "int16", "uint8"};
 #undef TRAINOPS_DTYPE
   return dtype == DType::none ? nullptr : names[static_cast<int>(dtype)];
 }
@@ -61,11 +61,12 @@ void put_setting(const TensorReader& reader, py::handle setting, int64_t* words)
   words[kValue] = reinterpret_cast<intptr_t>(description.cell.address);
 }
 
-py::bytes step_words(const TensorReader& reader, const py::object& max_norm, double ema_decay,
+py::bytes step_words(const TensorReader& reader, const py::object& max_norm, const std::vector<double>& ema_decays,
                      const py::list& groups) {
+  if (ema_decays.size() > kMaxAverages) throw py::value_error("no step has so many averages");
   Words words(kGroups);
   put_setting(reader, max_norm, &words[kMaxNorm]);
-  words[kEMADecay] = bit_cast<int64_t>(ema_decay);
+  for (size_t i = 0; i < ema_decays.size(); ++i) words[kEMADecay + i] = bit_cast<int64_t>(ema_decays[i]);
   for (const auto group : groups) {
     for (const auto setting : group) {
       words.resize(words.size() + kSettingWords);
@@ -109,6 +110,7 @@ void define_schemas(py::module_& m) {
   py::dict all;
   for (const Schema& schema : schemas()) all[py::str(schema.name)] = schema;
   m.attr("SCHEMAS") = all;
+  m.attr("FURTHER_AVERAGES") = further_averages();
   m.attr("STEP_COLUMNS") = std::map<std::string, int>{TRAINOPS_STEP_COLUMNS(TRAINOPS_WORD)};
   m.attr("WORDS") = std::map<std::string, std::map<std::string, int>>{
       {"row", {TRAINOPS_ROW_WORDS(TRAINOPS_WORD)}},      {"chunk", {TRAINOPS_CHUNK_WORDS(TRAINOPS_WORD)}},
@@ -131,16 +133,18 @@ PYBIND11_MODULE(_core, m) {
                     std::vector<int64_t>>(),
            py::arg("reader"), py::arg("kind"), py::arg("columns"), py::kw_only(), py::arg("device_type"),
            py::arg("group_rows") = std::vector<int64_t>{}, py::keep_alive<1, 2>())
-      .def(py::init<const TensorReader&, const std::string&, const py::list&, const py::dict&, const py::dict&,
-                    const py::list&, const std::string&>(),
+      .def(py::init<const TensorReader&, const std::string&, const py::list&, const py::dict&, const py::list&,
+                    const py::list&, const py::list&, const std::string&>(),
            py::arg("reader"), py::arg("rule"), py::kw_only(), py::arg("param_groups"), py::arg("state"),
-           py::arg("averages"), py::arg("states"), py::arg("device_type"), py::keep_alive<1, 2>())
+           py::arg("averages"), py::arg("buffers"), py::arg("states"), py::arg("device_type"), py::keep_alive<1, 2>())
       .def_readonly("irregular", &PythonTable::irregular)
       .def_readonly("regular", &PythonTable::regular)
       .def_readonly("params", &PythonTable::params)
       .def_readonly("averaged", &PythonTable::averaged)
+      .def_readonly("left", &PythonTable::left)
       .def_property_readonly("kind", [](const PythonTable& self) { return self.schema().name; })
       .def_property_readonly("group_rows", &PythonTable::group_rows)
+      .def_property_readonly("averages", [](const PythonTable& self) { return self.schema().averages; })
       .def_property_readonly("rows", &PythonTable::rows)
       .def_property("has_float64", &PythonTable::has_float64, &PythonTable::set_has_float64)
       .def_property_readonly("device_index", &PythonTable::device_index)
@@ -150,6 +154,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("take_flag", &take_flag, py::arg("flag"));
   py::class_<PythonWords>(m, "DeviceWords")
       .def_property_readonly("chunk_count", [](const PythonWords& self) { return self.words.chunk_count(); })
+      .def_property_readonly("all_chunks", [](const PythonWords& self) { return self.words.all_chunks(); })
       .def_property_readonly("sections", [](const PythonWords& self) { return sections_of(self.words); })
       .def_property_readonly("layout", [](const PythonWords& self) { return as_bytes(self.words.layout()); })
       .def_property_readonly("rows", [](const PythonWords& self) { return as_bytes(self.words.rows()); })
@@ -165,6 +170,6 @@ PYBIND11_MODULE(_core, m) {
            py::arg("channels"));
   m.def("are_small", &are_small, py::arg("reader"), py::arg("branch"), py::arg("residual"), py::arg("layer_scale"),
         py::arg("largest"));
-  m.def("step_words", &step_words, py::kw_only(), py::arg("reader"), py::arg("max_norm"), py::arg("ema_decay"),
+  m.def("step_words", &step_words, py::kw_only(), py::arg("reader"), py::arg("max_norm"), py::arg("ema_decays"),
         py::arg("groups"));
 }

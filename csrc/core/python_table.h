@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "buffers.h"
 #include "rules.h"
 #include "state_reader.h"
 
@@ -18,7 +19,8 @@ class PythonTable {
   // `columns`: a list of equal length for each column by name; optional ones may be left out, or hold None.
   PythonTable(const TensorReader& reader, const std::string& kind, const pybind11::dict& columns,
               const std::string& device_type, std::vector<int64_t> group_rows)
-      : builder_(reader, schema_named(kind), device_types(device_type)), group_rows_(std::move(group_rows)) {
+      : builder_(reader, schema_named(kind, averages_in(columns)), device_types(device_type)),
+        group_rows_(std::move(group_rows)) {
     const std::vector<PyObject*> lists = lists_of(columns);
     const Py_ssize_t rows = PyList_GET_SIZE(lists[0]);
     std::vector<PyObject*> tensors(lists.size());
@@ -32,11 +34,11 @@ class PythonTable {
     }
   }
 
-  // The rows of a step (state_reader.h); `states`: a tuple of names for each group.
+  // The rows of a step (state_reader.h, buffers.h); `states`: a tuple of names for each group.
   PythonTable(const TensorReader& reader, const std::string& rule, const pybind11::list& param_groups,
-              const pybind11::dict& state, const pybind11::dict& averages, const pybind11::list& states,
-              const std::string& device_type)
-      : builder_(reader, schema_named(rule), device_types(device_type)) {
+              const pybind11::dict& state, const pybind11::list& averages, const pybind11::list& buffers,
+              const pybind11::list& states, const std::string& device_type)
+      : builder_(reader, schema_named(rule, averages.size()), device_types(device_type)) {
     StateReader rows(builder_, state, averages);
     size_t index = 0;
     for (const auto group : param_groups) {
@@ -44,9 +46,10 @@ class PythonTable {
     }
     if (!rows.add_rows()) return;
     params = rows.params;
-    averaged = rows.averaged;
+    averaged = std::move(rows.averaged);
     group_rows_ = std::move(rows.group_rows);
     regular = table().rows() > 0;
+    if (regular && !buffers.empty()) left = add_buffers(builder_, buffers);
   }
 
   // The table for kernels. Throws if some rows are irregular.
@@ -72,9 +75,16 @@ class PythonTable {
   std::vector<int64_t> irregular;  // the rows that kernels cannot take as they are
   bool regular = false;            // of the rows of a step: whether there are any, and kernels can take all
   pybind11::list params;           // of the rows of a step
-  int64_t averaged = 0;            // how many of them have an average
+  std::vector<int64_t> averaged;   // how many of them have each average
+  pybind11::list left;             // for each average, the ids of buffers that the table has not
 
  private:
+  static size_t averages_in(const pybind11::dict& columns) {
+    const auto& further = further_averages();
+    return 1 +
+           std::count_if(further.begin(), further.end(), [&](const Column& x) { return columns.contains(x.name); });
+  }
+
   std::vector<PyObject*> lists_of(const pybind11::dict& columns) const {
     std::vector<PyObject*> lists;
     Py_ssize_t found = 0;

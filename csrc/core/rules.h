@@ -44,11 +44,25 @@ inline const std::vector<Schema>& schemas() {
   return all;
 }
 
-inline const Schema& schema_named(std::string_view name) {
+inline const std::vector<Column>& further_averages() {
+  static const std::vector<Column> all{TRAINOPS_FURTHER_AVERAGES(TRAINOPS_COLUMN)};
+  return all;
+}
+
+// A kind of table, of a rule with so many averages.
+inline Schema schema_named(std::string_view name, size_t averages = 1) {
   const auto& all = schemas();
   const auto found = std::find_if(all.begin(), all.end(), [&](const Schema& s) { return s.name == name; });
   if (found == all.end()) throw std::invalid_argument("there is no table of that kind: " + std::string(name));
-  return *found;
+  Schema schema = *found;
+  if (averages > 1) {
+    const bool of_rule = !schema.settings.empty();
+    if (!of_rule || averages > kMaxAverages) throw std::invalid_argument("no table has so many averages");
+    const auto& further = further_averages();
+    schema.columns.insert(schema.columns.end(), further.begin(), further.begin() + averages - 1);
+    schema.averages = averages;
+  }
+  return schema;
 }
 
 }  // namespace trainops

@@ -38,6 +38,25 @@ struct Column {
       column(kStep, "step", kWritten | kOnePerRow) column(kMaster, "master", kWritten | kOptional | kOfParam)
 enum StepColumn : int { TRAINOPS_STEP_COLUMNS(TRAINOPS_ENUMERATOR) kState };
 
+// A step moves up to so many averages. Columns of the further ones come behind the rule's state, in tables that have
+// some. In the row of a buffer, which has no gradient, `param` is the buffer, and an average moves or, as bytes, is a
+// copy.
+#define TRAINOPS_FURTHER_AVERAGES(column)                                                                 \
+  column(kAverage2, "average2", kWritten | kOptional) column(kAverage3, "average3", kWritten | kOptional) \
+      column(kAverage4, "average4", kWritten | kOptional)
+enum FurtherAverage : int { TRAINOPS_FURTHER_AVERAGES(TRAINOPS_ENUMERATOR) kFurtherAverages };
+constexpr int kMaxAverages = 1 + kFurtherAverages;
+
+// How many averages the rows of a table of that many columns may have, and their columns.
+template <typename Rule>
+TRAINOPS_HOST_DEVICE int averages_in(int64_t columns) {
+  return static_cast<int>(columns) - kState - Rule::kStates + 1;
+}
+template <typename Rule>
+TRAINOPS_HOST_DEVICE int column_of_average(int i) {
+  return i == 0 ? kAverage : kState + Rule::kStates + i - 1;
+}
+
 // The columns of an EMA outside of a step.
 #define TRAINOPS_EMA_COLUMNS(column) column(kEMAAverage, "average", kWritten) column(kEMATensor, "tensor", kRead)
 enum EMAColumn : int { TRAINOPS_EMA_COLUMNS(TRAINOPS_ENUMERATOR) };
@@ -54,8 +73,9 @@ enum ChunkWord : int { TRAINOPS_CHUNK_WORDS(TRAINOPS_ENUMERATOR) kChunkWords };
 
 // A step's settings on a device are these words, then those of each setting of each group. The form of a setting says
 // what its value is: a double, or the address of a float or of a double on the device. The largest norm is a setting.
-#define TRAINOPS_STEP_WORDS(word) \
-  word(kMaxNorm, "max_norm") word(kMaxNormValue, "max_norm_value") word(kEMADecay, "ema_decay")
+#define TRAINOPS_STEP_WORDS(word)                                                               \
+  word(kMaxNorm, "max_norm") word(kMaxNormValue, "max_norm_value") word(kEMADecay, "ema_decay") \
+      word(kEMADecay2, "ema_decay2") word(kEMADecay3, "ema_decay3") word(kEMADecay4, "ema_decay4")
 #define TRAINOPS_SETTING_WORDS(word) word(kForm, "form") word(kValue, "value")
 #define TRAINOPS_SETTING_FORMS(word) \
   word(kDouble, "double") word(kFloatAddress, "float_address") word(kDoubleAddress, "double_address")
@@ -63,17 +83,22 @@ enum StepWord : int { TRAINOPS_STEP_WORDS(TRAINOPS_ENUMERATOR) kGroups };
 enum SettingWord : int { TRAINOPS_SETTING_WORDS(TRAINOPS_ENUMERATOR) kSettingWords };
 enum SettingForm : int64_t { TRAINOPS_SETTING_FORMS(TRAINOPS_ENUMERATOR) };
 static_assert(kMaxNormValue - kMaxNorm == kValue - kForm, "the largest norm has the words of a setting");
+static_assert(kGroups - kEMADecay == kMaxAverages, "each average has a decay");
 
 struct Schema {
   std::string name;
   std::vector<Column> columns;
   std::vector<const char*> settings;  // of a rule
   int measured;                       // the column whose norm is taken; of no use for `ema` and `transform`
+  size_t averages = 1;                // of a rule: how many a row may have
+
+  size_t first_further() const { return columns.size() - (averages - 1); }
+  size_t column_of_average(size_t i) const { return i == 0 ? kAverage : first_further() + i - 1; }
 };
 
 template <typename Rule>
 Schema schema_of_rule(const char* name) {
-  static_assert(kState + Rule::kStates <= kMaxColumns, "the types of a row's columns fit into one word");
+  static_assert(kState + Rule::kStates + kFurtherAverages <= kMaxColumns, "the types of a row fit into one word");
   Schema schema{name, {TRAINOPS_STEP_COLUMNS(TRAINOPS_COLUMN)}, {}, kGrad};
   schema.columns.insert(schema.columns.end(), std::begin(Rule::state), std::end(Rule::state));
   schema.settings.assign(std::begin(Rule::setting_names), std::end(Rule::setting_names));

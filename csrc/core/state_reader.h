@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "spans.h"
 #include "table_builder.h"
 
 namespace trainops {
@@ -47,9 +48,10 @@ inline PyObject* find(PyObject* dict, PyObject* key) {
 
 class StateReader {
  public:
-  // `averages` maps id(param) to the shadow weight of an EMA.
-  StateReader(TableBuilder& builder, const pybind11::dict& state, const pybind11::dict& averages)
-      : builder_(builder), state_(state), averages_(averages), columns_(builder.schema.columns.size()) {
+  // `averages`: of each EMA, a map from id(param) to the shadow weight.
+  StateReader(TableBuilder& builder, const pybind11::dict& state, const pybind11::list& averages)
+      : averaged(averages.size()), builder_(builder), state_(state), columns_(builder.schema.columns.size()) {
+    for (const auto its : averages) averages_.push_back(its.cast<pybind11::dict>());
     for (const Column& column : builder.schema.columns) {
       names_.push_back(take_ownership(PyUnicode_InternFromString(column.name)));
     }
@@ -66,7 +68,9 @@ class StateReader {
     const pybind11::object all = group["params"];
     if (!PyList_Check(all.ptr())) return false;
     std::vector<bool> used(columns_);
-    for (size_t column = kMaster; column < columns_; ++column) used[column] = states.contains(names_[column]);
+    for (size_t column = kMaster; column < builder_.schema.first_further(); ++column) {
+      used[column] = states.contains(names_[column]);
+    }
     const size_t before = params.size();
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(all.ptr()); ++i) {
       const Py_ssize_t count = PyList_GET_SIZE(all.ptr());  // code of Python, which a tensor may run, may change it
@@ -93,12 +97,12 @@ class StateReader {
       const DType param = builder_.table.cell(builder_.table.rows() - 1, kParam).dtype;
       if (lacks_master_[i / columns_] && may_have_master(param, DType::float32)) return false;
     }
-    return !have_common_memory();
+    return !ParamSpans(builder_.table).overlap();
   }
 
   pybind11::list params;            // those that have a gradient
   std::vector<int64_t> group_rows;  // how many of them each group has
-  int64_t averaged = 0;             // how many of them have an average
+  std::vector<int64_t> averaged;    // how many of them have each average
 
  private:
   static constexpr Py_ssize_t kAhead = 6;  // rows
@@ -124,7 +128,7 @@ class StateReader {
     pybind11::object* const row = &tensors_[begin];
     row[kParam] = param;
     row[kGrad] = grad;
-    row[kAverage] = average_of(param.ptr());
+    find_averages(param.ptr(), row);
     row[kStep] = borrowed(find(own.ptr(), names_[kStep].ptr()));
     if (row[kStep].is_none()) return false;
     for (size_t column = kMaster; column < columns_; ++column) {
@@ -184,31 +188,20 @@ class StateReader {
     return borrowed(find(state_.ptr(), param));
   }
 
-  pybind11::object average_of(PyObject* param) {
-    if (averages_.empty()) return pybind11::none();
-    PyObject* const average = find(averages_.ptr(), take_ownership(PyLong_FromVoidPtr(param)).ptr());
-    averaged += average != nullptr;
-    return borrowed(average);
-  }
-
-  // Whether a parameter is there twice, or shares elements with another one.
-  bool have_common_memory() const {
-    const Table& table = builder_.table;
-    std::vector<std::pair<uintptr_t, uintptr_t>> spans;
-    spans.reserve(table.rows());
-    for (int64_t row = 0; row < table.rows(); ++row) {
-      const Cell& cell = table.cell(row, kParam);
-      const auto begin = reinterpret_cast<uintptr_t>(cell.address);
-      if (table.numel(row) > 0) spans.emplace_back(begin, begin + itemsize(cell.dtype) * table.numel(row));
+  // Puts a parameter's averages in their place.
+  void find_averages(PyObject* param, pybind11::object* row) {
+    if (averages_.empty()) return;
+    const auto id = take_ownership(PyLong_FromVoidPtr(param));
+    for (size_t i = 0; i < averages_.size(); ++i) {
+      PyObject* const average = find(averages_[i].ptr(), id.ptr());
+      averaged[i] += average != nullptr;
+      row[builder_.schema.column_of_average(i)] = borrowed(average);
     }
-    std::sort(spans.begin(), spans.end());
-    const auto overlap = [](const auto& span, const auto& next) { return next.first < span.second; };
-    return std::adjacent_find(spans.begin(), spans.end(), overlap) != spans.end();
   }
 
   TableBuilder& builder_;
   const pybind11::dict& state_;
-  const pybind11::dict& averages_;
+  std::vector<pybind11::dict> averages_;
   Py_ssize_t position_ = 0;  // in the state
   size_t columns_;
   std::vector<pybind11::object> names_;

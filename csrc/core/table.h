@@ -18,9 +18,10 @@ namespace trainops {
   macro(float32, float, __VA_ARGS__) macro(float64, double, __VA_ARGS__) macro(bfloat16, BFloat16, __VA_ARGS__) \
       macro(float16, Float16, __VA_ARGS__)
 
-// int16 is no number that loops take: a remainder (storage.h) belongs to the parameter beside it.
+// No numbers that loops take are int16, a remainder (storage.h), which belongs to the parameter beside it, and byte,
+// of a tensor of any type that is copied.
 #define TRAINOPS_DTYPE(name, ...) name,
-enum class DType : uint8_t { TRAINOPS_DTYPES(TRAINOPS_DTYPE) int16, none };
+enum class DType : uint8_t { TRAINOPS_DTYPES(TRAINOPS_DTYPE) int16, byte, none };
 #undef TRAINOPS_DTYPE
 
 TRAINOPS_HOST_DEVICE int itemsize(DType dtype) {
@@ -67,13 +68,20 @@ class Table {
     numel_.push_back(numel);
   }
 
+  // Adds a row behind all others. Only kernels that know of buffers look at it.
+  void add_buffer(const Cell* cells, int64_t numel) {
+    add_row(cells, numel);
+    ++buffers_;
+  }
+
   int64_t columns() const { return columns_; }
-  int64_t rows() const { return static_cast<int64_t>(numel_.size()); }
+  int64_t rows() const { return all_rows() - buffers_; }
+  int64_t all_rows() const { return static_cast<int64_t>(numel_.size()); }
   int64_t numel(int64_t row) const { return numel_[row]; }
   const Cell& cell(int64_t row, int64_t column) const { return cells_[row * columns_ + column]; }
 
  private:
-  int64_t columns_;
+  int64_t columns_, buffers_ = 0;
   std::vector<Cell> cells_;
   std::vector<int64_t> numel_;
 };

@@ -13,10 +13,10 @@ namespace trainops {
 class TableBuilder {
  public:
   // `device_types`: DLPack's numbers. Tensors that are not in host memory have to lie on one device.
-  TableBuilder(const TensorReader& reader, const Schema& schema, std::vector<int32_t> device_types)
-      : table(static_cast<int64_t>(schema.columns.size())),
+  TableBuilder(const TensorReader& reader, Schema kind, std::vector<int32_t> device_types)
+      : table(static_cast<int64_t>(kind.columns.size())),
         reader(reader),
-        schema(schema),
+        schema(std::move(kind)),
         device_types_(std::move(device_types)),
         cells_(schema.columns.size()) {}
 
@@ -45,28 +45,55 @@ class TableBuilder {
     }
     has_float64 |= cells_[schema.measured].dtype == DType::float64;
     table.add_row(cells_.data(), first == nullptr ? 0 : first->numel);
-    for (size_t i = 0; i < cells_.size(); ++i) {
-      kept_.push_back(pybind11::reinterpret_borrow<pybind11::object>(tensors[i]));
-    }
+    for (size_t i = 0; i < cells_.size(); ++i) keep(tensors[i]);
+    return true;
+  }
+
+  // Adds the row of a buffer of a step, with one of its averages, which moves or is a copy of the buffer's bits.
+  // Returns false and adds nothing if kernels cannot take it, or shared(address, bytes) is true.
+  template <typename Shared>
+  bool add_buffer(size_t average_index, PyObject* buffer, PyObject* average, bool moves, Shared shared) {
+    const auto can_read = [&](PyObject* tensor, Description& description) {
+      if (!reader.is_plain(tensor)) return false;
+      const bool is_read = moves ? reader.read(tensor, description) : reader.read_bytes(tensor, description);
+      return is_read && lies_here(description) && !maybe_negated(tensor, description);
+    };
+    if (!can_read(buffer, first_) || !can_read(average, next_)) return false;
+    if (!first_.dense() || !next_.same_order(first_) || (!moves && !next_.same_type(first_))) return false;
+    const int64_t bytes = first_.numel * first_.bits / 8;
+    if (shared(first_.cell.address, bytes)) return false;
+    if (first_.numel == 0) return true;
+    std::fill(cells_.begin(), cells_.end(), Cell{});
+    cells_[kParam] = first_.cell;
+    cells_[schema.column_of_average(average_index)] = next_.cell;
+    table.add_buffer(cells_.data(), moves ? first_.numel : bytes);
+    keep(buffer);
+    keep(average);
     return true;
   }
 
   Table table;
   const TensorReader& reader;
-  const Schema& schema;
+  const Schema schema;
   bool has_float64 = false;  // in the column that is measured
   int32_t device_id = -1;    // negative until there is a tensor that is not in host memory
 
  private:
   bool read(PyObject* tensor, Description& description, bool may_be_remainder) {
-    if (!reader.read(tensor, description, may_be_remainder) ||
-        std::find(device_types_.begin(), device_types_.end(), description.device_type) == device_types_.end()) {
+    return reader.read(tensor, description, may_be_remainder) && lies_here(description);
+  }
+
+  // Whether a tensor lies on the device of the table.
+  bool lies_here(const Description& description) {
+    if (std::find(device_types_.begin(), device_types_.end(), description.device_type) == device_types_.end()) {
       return false;
     }
     if (description.in_host_memory()) return true;
     if (device_id < 0) device_id = description.device_id;
     return device_id == description.device_id;
   }
+
+  void keep(PyObject* tensor) { kept_.push_back(pybind11::reinterpret_borrow<pybind11::object>(tensor)); }
 
   std::vector<int32_t> device_types_;
   std::vector<Cell> cells_;

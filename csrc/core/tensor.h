@@ -42,7 +42,7 @@ struct ExchangeAPI {
   void* managed_tensor_functions[3];
   int (*tensor_from_object)(void* object, Tensor* out);
 };
-constexpr uint8_t kInt = 0, kFloat = 2, kBFloat = 4;
+constexpr uint8_t kInt = 0, kFloat = 2, kBFloat = 4, kComplex = 5;
 constexpr int32_t kCPU = 1, kCUDA = 2, kPinned = 3, kROCM = 10;
 }  // namespace dlpack
 
@@ -51,6 +51,7 @@ struct Description {
   static constexpr int32_t kMaxDims = 64;
 
   Cell cell;
+  uint8_t code = 0, bits = 0;  // the type, as DLPack has it
   int32_t device_type = 0, device_id = 0;
   int32_t ndim = 0;
   int64_t numel = 1;
@@ -70,6 +71,8 @@ struct Description {
     return true;
   }
 
+  bool same_type(const Description& other) const { return code == other.code && bits == other.bits; }
+  bool is_floating() const { return code == dlpack::kFloat || code == dlpack::kBFloat; }
   bool in_host_memory() const { return device_type == dlpack::kCPU || device_type == dlpack::kPinned; }
 
   // Whether the elements lie in memory in the order of the dimensions.
@@ -135,20 +138,35 @@ class TensorReader {
   // False for a tensor that kernels cannot take: one without memory, complex numbers, integers that are no
   // remainders.
   bool read(PyObject* object, Description& out, bool may_be_remainder = false) const {
-    if (!(api_ != nullptr ? read_dlpack(object, out) : read_python(object, out))) return false;
-    return out.cell.dtype != DType::int16 || may_be_remainder;
+    if (!describe(object, out)) return false;
+    const auto dtype = dtype_from(out.code, out.bits);
+    if (!dtype) return false;
+    out.cell.dtype = *dtype;
+    return *dtype != DType::int16 || may_be_remainder;
+  }
+
+  // The same for a tensor that is to be copied. False for complex numbers, which may be lazily conjugated.
+  bool read_bytes(PyObject* object, Description& out) const {
+    if (!describe(object, out)) return false;
+    out.cell.dtype = DType::byte;
+    return out.code != dlpack::kComplex && out.bits % 8 == 0;
   }
 
  private:
+  bool describe(PyObject* object, Description& out) const {
+    return api_ != nullptr ? read_dlpack(object, out) : read_python(object, out);
+  }
+
   bool read_dlpack(PyObject* object, Description& out) const {
     dlpack::Tensor tensor;
     if (api_->tensor_from_object(object, &tensor) != 0) {
       PyErr_Clear();
       return false;
     }
-    const auto dtype = dtype_from(tensor.dtype.code, tensor.dtype.bits);
-    if (!dtype) return false;
-    out.cell = {static_cast<char*>(tensor.data) + tensor.byte_offset, *dtype};
+    if (tensor.dtype.lanes != 1) return false;
+    out.cell.address = static_cast<char*>(tensor.data) + tensor.byte_offset;
+    out.code = tensor.dtype.code;
+    out.bits = tensor.dtype.bits;
     out.device_type = tensor.device.type;
     out.device_id = tensor.device.id;
     return out.set_shape(tensor.ndim, tensor.shape, tensor.strides) && has_memory(out);
@@ -160,9 +178,9 @@ class TensorReader {
     if (described.is_none()) return false;
     const auto [address, code, bits, device_type, device_id, shape, strides] =
         described.cast<std::tuple<uintptr_t, uint8_t, uint8_t, int32_t, int32_t, py::tuple, py::tuple>>();
-    const auto dtype = dtype_from(code, bits);
-    if (!dtype) return false;
-    out.cell = {reinterpret_cast<void*>(address), *dtype};
+    out.cell.address = reinterpret_cast<void*>(address);
+    out.code = code;
+    out.bits = bits;
     out.device_type = device_type;
     out.device_id = device_id;
     if (shape.size() > Description::kMaxDims) return false;
@@ -193,7 +211,7 @@ class TensorReader {
 // A lazily negated real tensor comes from the imaginary part of a lazily conjugated one. Its strides give it away,
 // except where it has a single element and hence no strides. (torch._neg_view, which is private, makes others.)
 inline bool maybe_negated(PyObject* tensor, const Description& d) {
-  if (d.numel != 1) return false;
+  if (d.numel != 1 || !d.is_floating()) return false;
   static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
   PyObject* answer = PyObject_CallMethodNoArgs(tensor, is_neg);
   if (answer == nullptr) throw pybind11::error_already_set();

@@ -21,9 +21,12 @@ enum class Order { kForward, kBackward };
 // does not depend on how many threads there are.
 class Chunks {
  public:
-  explicit Chunks(const Table& table) {
+  explicit Chunks(const Table& table) : Chunks(table, 0, table.rows()) {}
+
+  // Those of the rows [first_row, end_row).
+  Chunks(const Table& table, int64_t first_row, int64_t end_row) {
     int64_t filled = 0;
-    for (int64_t row = 0; row < table.rows(); ++row) {
+    for (int64_t row = first_row; row < end_row; ++row) {
       for (int64_t begin = 0; begin < table.numel(row); begin += kChunkNumel) {
         const int64_t left = table.numel(row) - begin, size = left < kChunkNumel ? left : kChunkNumel;
         if (filled > 0 && filled + size > kChunkNumel) close(filled);

@@ -27,10 +27,11 @@ struct GroupSettings {
   const std::vector<std::vector<double>>& numbers;
 };
 
-// Advances the step counts, then updates every row by a rule and moves its average, tile by tile in one pass. The
-// rule takes gradients times `grad_coefficient`; the gradients in memory are not changed.
+// Advances the step counts, then updates every row by a rule and moves its averages, tile by tile in one pass. The
+// rule takes gradients times `grad_coefficient`; the gradients in memory are not changed. Then the averages of
+// buffers follow. `chunks`: those of the rows that have a gradient.
 void update(const std::string& rule, const Table& table, const Chunks& chunks, const GroupSettings& groups,
-            double grad_coefficient, double ema_decay);
+            double grad_coefficient, const std::vector<double>& ema_decays);
 
 void ema(const Table& table, double decay);
 void scale(const Table& table, double coefficient);

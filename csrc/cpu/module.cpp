@@ -65,13 +65,14 @@ void ema(const PythonTable& table, double decay) {
 // Returns the norm (of the unscaled gradients, NaN if it is not needed) and whether the step was skipped.
 std::tuple<double, bool> update(const PythonTable& table, const std::vector<std::vector<double>>& settings,
                                 std::optional<double> max_norm, bool skip_nonfinite, double grad_scale,
-                                bool found_inf, std::optional<double> total_norm, double ema_decay,
+                                bool found_inf, std::optional<double> total_norm, std::vector<double> ema_decays,
                                 uintptr_t norms_out) {
   if (settings.size() != table.group_rows().size()) throw py::value_error("there is another number of groups");
   for (const auto& group : settings) {
     if (group.size() != table.schema().settings.size())
       throw py::value_error("a group has another number of settings");
   }
+  ema_decays.resize(kMaxAverages);
   py::gil_scoped_release release;
   const cpu::Chunks chunks(table.table());
   double norm = total_norm.value_or(std::nan(""));
@@ -88,7 +89,7 @@ std::tuple<double, bool> update(const PythonTable& table, const std::vector<std:
   const Decision decision = decide(control, norm, grad_scale, found_inf);
   if (!decision.skips) {
     const cpu::GroupSettings groups{table.group_rows(), settings};
-    cpu::update(table.schema().name, table.table(), chunks, groups, decision.coefficient, ema_decay);
+    cpu::update(table.schema().name, table.table(), chunks, groups, decision.coefficient, ema_decays);
   }
   return {norm, decision.skips};
 }
@@ -167,7 +168,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("ema", &ema, py::arg("table"), py::kw_only(), py::arg("decay"));
   m.def("update", &update, py::arg("table"), py::kw_only(), py::arg("settings"), py::arg("max_norm"),
         py::arg("skip_nonfinite"), py::arg("grad_scale"), py::arg("found_inf"), py::arg("total_norm"),
-        py::arg("ema_decay"), py::arg("norms_out"));
+        py::arg("ema_decays"), py::arg("norms_out"));
   m.def("drop_path", &cpu::drop_path, py::arg("operands"), py::call_guard<py::gil_scoped_release>());
   m.def("drop_path_backward", &cpu::drop_path_backward, py::arg("operands"),
         py::call_guard<py::gil_scoped_release>());

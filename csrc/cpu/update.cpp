@@ -1,8 +1,9 @@
-// A step of any rule (math/adamw.h), with unscaling and clipping as a factor, and the average (math/ema.h), in one
+// A step of any rule (math/adamw.h), with unscaling and clipping as a factor, and the averages (math/ema.h), in one
 // pass: every column is read and, where it is written, written once. With AdamW in float32, that is 28 bytes per
-// element, 8 more with AMSGrad and 8 more with an average; 26 with an average, where bfloat16 weights have a split
+// element, 8 more with AMSGrad and 8 more with each average; 26 with an average, where bfloat16 weights have a split
 // master (math/storage.h) and bfloat16 moments. Arithmetic in float32, or float64 for float64 parameters.
 #include <algorithm>
+#include <cstring>
 
 #include "../core/rules.h"
 #include "../math/rule.h"
@@ -70,14 +71,15 @@ int states_of(const Table& table, int64_t row) {
 template <typename Rule>
 struct Row {
   Weight weight;
-  Cell grad, average, state[kLength<Rule::kStates>];
-  int states;
+  Cell grad, average[kMaxAverages], state[kLength<Rule::kStates>];
+  int averages, states;
 
   Row(const Table& table, int64_t row)
       : weight{table.cell(row, kParam), table.cell(row, kMaster)},
         grad(table.cell(row, kGrad)),
-        average(table.cell(row, kAverage)),
+        averages(averages_in<Rule>(table.columns())),
         states(states_of<Rule>(table, row)) {
+    for (int i = 0; i < averages; ++i) average[i] = table.cell(row, column_of_average<Rule>(i));
     for (int i = 0; i < states; ++i) state[i] = table.cell(row, kState + i);
   }
 
@@ -114,11 +116,18 @@ void with_loop(const Row<Rule>& row, Function function) {
   });
 }
 
-// The average follows the weight as it was stored, so that a fused step and a step followed by an update of the
+// The averages follow the weight as it was stored, so that a fused step and a step followed by an update of the
 // average give the same bits.
+template <typename Rule>
+void move_averages(const Row<Rule>& row, int64_t begin, int64_t size, const std::vector<double>& ema_decays) {
+  for (int i = 0; i < row.averages; ++i) {
+    if (row.average[i].dtype != DType::none) ema_tile(row.average[i], row.weight, begin, size, ema_decays[i]);
+  }
+}
+
 template <typename Rule, typename Its>
 void update_piece(const Row<Rule>& row, const Piece& piece, const typename Rule::template Scalars<double>& wide,
-                  double ema_decay) {
+                  const std::vector<double>& ema_decays) {
   using G = typename Its::Grad;
   using M = typename Its::State;
   constexpr bool is_split = std::is_same_v<typename Its::Weights, SplitWeights>;
@@ -138,13 +147,27 @@ void update_piece(const Row<Rule>& row, const Piece& piece, const typename Rule:
     update_tile(Rule{}, weights, load(row.grad, begin, size, grad_buffer), state, row.states, size, scalars);
     for (int i = 0; i < row.states; ++i) store(row.state[i], begin, size, state[i]);
     if constexpr (!is_split) store(row.weight, begin, size, weights);
-    if (row.average.dtype != DType::none) ema_tile(row.average, row.weight, begin, size, ema_decay);
+    move_averages(row, begin, size, ema_decays);
   });
+}
+
+// The averages of a buffer.
+template <typename Rule>
+void follow_piece(const Row<Rule>& row, const Piece& piece, const std::vector<double>& ema_decays) {
+  const Cell& buffer = row.weight.param;
+  if (buffer.dtype != DType::byte) {
+    return for_each_tile(piece, [&](int64_t begin, int64_t size) { move_averages(row, begin, size, ema_decays); });
+  }
+  for (int i = 0; i < row.averages; ++i) {
+    auto* const copy = static_cast<char*>(row.average[i].address);
+    if (copy != nullptr)
+      std::memcpy(copy + piece.begin, static_cast<char*>(buffer.address) + piece.begin, piece.size);
+  }
 }
 
 template <typename Rule>
 void update_table(const Table& table, const Chunks& chunks, const GroupSettings& groups, double grad_coefficient,
-                  double ema_decay) {
+                  const std::vector<double>& ema_decays) {
   // Consecutive rows of a group nearly always share their step count, and with it two powers and a root.
   std::vector<typename Rule::template Scalars<double>> scalars;
   std::vector<size_t> scalars_of_row;
@@ -163,15 +186,19 @@ void update_table(const Table& table, const Chunks& chunks, const GroupSettings&
   chunks.for_each_piece(Order::kBackward, [&](int64_t, const Piece& piece) {
     const auto& s = scalars[scalars_of_row[piece.row]];
     const Row<Rule> row(table, piece.row);
-    with_loop(row, [&](auto loop) { update_piece<Rule, decltype(loop)>(row, piece, s, ema_decay); });
+    with_loop(row, [&](auto loop) { update_piece<Rule, decltype(loop)>(row, piece, s, ema_decays); });
+  });
+  Chunks(table, table.rows(), table.all_rows()).for_each_piece(Order::kForward, [&](int64_t, const Piece& piece) {
+    follow_piece(Row<Rule>(table, piece.row), piece, ema_decays);
   });
 }
 
 }  // namespace
 
 void update(const std::string& rule, const Table& table, const Chunks& chunks, const GroupSettings& groups,
-            double grad_coefficient, double ema_decay) {
-  with_rule(rule, [&](auto its) { update_table<decltype(its)>(table, chunks, groups, grad_coefficient, ema_decay); });
+            double grad_coefficient, const std::vector<double>& ema_decays) {
+  with_rule(rule,
+            [&](auto its) { update_table<decltype(its)>(table, chunks, groups, grad_coefficient, ema_decays); });
 }
 
 }  // namespace trainops::cpu

@@ -97,7 +97,7 @@ class ChunkQueue {
   // the last to the first.
   __device__ ChunkQueue(const DeviceTable& table, int64_t count, unsigned* drawn, bool backwards = false,
                         Prepare prepare = {})
-      : table_(table), count_(count), drawn_(drawn), backwards_(backwards), prepare_(prepare) {
+      : table_(table), count_(static_cast<unsigned>(count)), drawn_(drawn), backwards_(backwards), prepare_(prepare) {
     __shared__ Slot slots[2];
     slots_ = slots;
     if (is_drawer()) draw(0);
@@ -106,20 +106,28 @@ class ChunkQueue {
   // The next chunk for all threads of the block, which have finished the last one. False if there are no more.
   __device__ bool next(Chunk& chunk) {
     __syncthreads();
-    const Slot& slot = slots_[slot_];
-    if (slot.begin < 0) return false;
-    const int64_t left = slot.row[kNumel] - slot.begin;
-    chunk = {{slot.row}, slot.row_index, slot.begin, slot.begin + (left < kChunkNumel ? left : kChunkNumel), slot_};
+    if (slots_[slot_].begin < 0) return false;
+    chunk = chunk_in(slot_);
     slot_ ^= 1;
     if (is_drawer()) draw(slot_);
     return true;
   }
+
+  // The chunk that next() has found last. To read it again, behind a barrier, costs less than to keep it in
+  // registers.
+  __device__ Chunk current() const { return chunk_in(slot_ ^ 1); }
 
  private:
   struct Slot {
     int64_t row_index, begin;  // a negative begin: there is no chunk
     int64_t row[kAddresses + kMaxColumns];
   };
+
+  __device__ Chunk chunk_in(int i) const {
+    const Slot& slot = slots_[i];
+    const int64_t left = slot.row[kNumel] - slot.begin;
+    return {{slot.row}, slot.row_index, slot.begin, slot.begin + (left < kChunkNumel ? left : kChunkNumel), i};
+  }
 
   __device__ static bool is_drawer() { return threadIdx.x >= kThreads - kWarp; }
 
@@ -149,7 +157,7 @@ class ChunkQueue {
   }
 
   const DeviceTable& table_;
-  const int64_t count_;
+  const unsigned count_;
   unsigned* const drawn_;
   const bool backwards_;
   Prepare prepare_;

@@ -1,4 +1,5 @@
-// One element or pack of an average, for ema.cu and for a fused step of any rule. The formula is in math/ema.h.
+// One element, pack or chunk of an average, for ema.cu and for a fused step of any rule. The formula is in
+// math/ema.h.
 #pragma once
 
 #include "../math/ema.h"
@@ -36,6 +37,73 @@ __device__ Raw ema_pack(const Raw& average, DType average_dtype, const Raw& para
 #pragma unroll
   for (int j = 0; j < kPack<T>; ++j) moved[j] = ema_element(moved[j], towards[j], weight);
   return pack(moved, average_dtype);
+}
+
+// The decay of an average in shared memory. A loop reads it there when it has registers left.
+struct SharedDecay {
+  double decay;
+  float weight, complement;
+
+  // Called by one thread, before a barrier.
+  __device__ void set(double value) {
+    const EMAWeight<float> rounded(value);
+    decay = value;
+    weight = rounded.weight;
+    complement = rounded.complement;
+  }
+
+  template <typename T>
+  __device__ EMAWeight<T> of_loop() const {
+    if constexpr (sizeof(T) == 8) {
+      return EMAWeight<T>(decay);
+    } else {
+      return EMAWeight<T>(weight, complement);
+    }
+  }
+};
+
+// Moves a chunk of the average towards weights, which may have a master.
+template <typename T>
+__device__ void move_chunk_in(const Cell& average, const Weight& weight, const Chunk& chunk, double decay) {
+  VectorRange<T> range(chunk.begin, chunk.end, kThreads);
+  range.add(average);
+  range.add(weight.param);
+  range.add(weight.master);
+  range.close();
+  const auto weight_of_average = weight_of_loop<T>(decay);
+  for (int64_t tile = range.begin; tile < range.body; tile += kThreads * kPack<T>) {
+    const LaneOffset offset(range, tile, threadIdx.x);
+    const Raw before = fetch<T>(average, offset);
+    Raw followed = fetch<T>(weight.param, offset);
+    DType dtype = weight.param.dtype;
+    if constexpr (sizeof(T) == 4) {
+      if (weight.has_master()) {
+        T values[kPack<T>];
+        unpack(followed, fetch<T>(weight.master, offset), weight, values);
+        dtype = DType::float32;
+        followed = pack(values, dtype);
+      }
+    }
+    put<T>(average, offset, ema_pack<T>(before, average.dtype, followed, dtype, weight_of_average));
+  }
+  for (int64_t i = range.body + threadIdx.x; i < range.end; i += kThreads) ema_one(average, weight, i, decay);
+}
+
+__device__ inline void move_chunk(const Cell& average, const Weight& weight, const Chunk& chunk, double decay) {
+  if (average.dtype == DType::float64) return move_chunk_in<double>(average, weight, chunk, decay);
+  move_chunk_in<float>(average, weight, chunk, decay);
+}
+
+// Copies a chunk of bytes.
+__device__ inline void copy_chunk(const Cell& copy, const Cell& tensor, const Chunk& chunk) {
+  static_assert(kChunkNumel == 16 * kThreads, "each thread copies 16 bytes");
+  char* const to = static_cast<char*>(copy.address);
+  const char* const from = static_cast<const char*>(tensor.address);
+  const int64_t begin = chunk.begin + 16 * threadIdx.x, end = begin + 16 < chunk.end ? begin + 16 : chunk.end;
+  if (end - begin == 16 && is_multiple(to, 16) && is_multiple(from, 16)) {
+    return store_16(to + begin, load_16(from + begin));
+  }
+  for (int64_t i = begin; i < end; ++i) to[i] = from[i];
 }
 
 }  // namespace trainops::cuda

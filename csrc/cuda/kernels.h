@@ -39,11 +39,12 @@ struct Queue {
   void* stream;
 };
 
-// A table in the device's memory (core/device_words.h). Its first `whole_chunks` chunks have kChunkNumel elements.
+// A table in the device's memory (core/device_words.h). Its first `whole_chunks` chunks have kChunkNumel elements. Of
+// its `all_chunks`, those of buffers follow the first `chunk_count`; their rows follow the first `row_count`.
 struct DeviceTable {
   const int64_t* rows;
   const int64_t* chunks;
-  int64_t row_count, chunk_count, whole_chunks, row_words;
+  int64_t row_count, chunk_count, all_chunks, whole_chunks, row_words;
 };
 
 // Counters of a launch. All must be 0 on entry, and kernels reset them.
@@ -81,7 +82,7 @@ void ema(const DeviceTable& table, double decay, const bool* skip, Counters* cou
 // Step words (core/schema.h) of a few groups travel with the launch; those of many have an address.
 constexpr int kInlineWords = 256;
 
-// A step of a rule with clipping, unscaling, skipping and an average. Advances the step counts after the last block.
+// A step of a rule with clipping, unscaling, skipping and averages. Advances the step counts after the last block.
 struct UpdateArgs {
   DeviceTable table;
   const int64_t* words;

@@ -42,13 +42,14 @@ struct StagedTable {
 };
 
 StagedTable stage(const PythonTable& table, const py::object& words, uintptr_t rows, uintptr_t chunks,
-                  int64_t chunk_count, uintptr_t stream) {
+                  int64_t chunk_count, int64_t all_chunks, uintptr_t stream) {
   StagedTable staged;
   staged.words = words;
   staged.table.rows = at<const int64_t>(rows);
   staged.table.chunks = at<const int64_t>(chunks);
   staged.table.row_count = table.table().rows();
   staged.table.chunk_count = chunk_count;
+  staged.table.all_chunks = all_chunks;
   staged.table.whole_chunks = count_whole_chunks(table.table(), cuda::kChunkNumel);
   staged.table.row_words = kAddresses + table.table().columns();
   staged.queue = {table.device_index(), at<void>(stream)};
@@ -134,7 +135,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("refusal", &cuda::refusal, py::kw_only(), py::arg("device"));
   py::class_<StagedTable>(m, "StagedTable", py::module_local())
       .def(py::init(&stage), py::keep_alive<1, 2>(), py::arg("table"), py::kw_only(), py::arg("words"),
-           py::arg("rows"), py::arg("chunks"), py::arg("chunk_count"), py::arg("stream"));
+           py::arg("rows"), py::arg("chunks"), py::arg("chunk_count"), py::arg("all_chunks"), py::arg("stream"));
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   m.def("reduce", &reduce, Unlocked(), py::arg("staged"), py::kw_only(), py::arg("statistic"), py::arg("grad_scale"),
         py::arg("counters"), py::arg("partials"), py::arg("total"), py::arg("total_out"), py::arg("rows_out"));

@@ -1,6 +1,7 @@
-// A step of any rule (math/adamw.h) with clipping, unscaling, skipping and the average (math/ema.h), in one launch:
+// A step of any rule (math/adamw.h) with clipping, unscaling, skipping and averages (math/ema.h), in one launch:
 // every column is read and, where it is written, written once. With AdamW in float32, that is 28 bytes per element, 8
-// more with AMSGrad and 8 more with an average. Arithmetic in float32, or float64 for float64 parameters.
+// more with AMSGrad and 8 more with each average. (Those beyond the first read the weights of a chunk again, from a
+// cache.) Arithmetic in float32, or float64 for float64 parameters.
 #include "../core/rules.h"
 #include "control.cuh"
 #include "ema.cuh"
@@ -8,7 +9,7 @@
 namespace trainops::cuda {
 namespace {
 
-// A row's cells by column. The cell of the step count stays empty.
+// A row's cells by column. Those of the step count and of the average stay empty.
 template <typename Rule>
 struct Cells {
   static constexpr int count = kState + Rule::kStates;
@@ -17,7 +18,7 @@ struct Cells {
   __device__ explicit Cells(const Row& row) {
 #pragma unroll
     for (int column = 0; column < count; ++column) {
-      if (column != kStep) at[column] = row.cell(column);
+      if (column != kStep && column != kAverage) at[column] = row.cell(column);
     }
   }
 
@@ -33,8 +34,8 @@ struct Cells {
 };
 
 template <typename Rule, typename T>
-__device__ void update_pack(const Cells<Rule>& cells, const LaneOffset& offset,
-                            const typename Rule::template Scalars<T>& scalars, const EMAWeight<T>& ema_weight) {
+__device__ void update_pack(const Row& row, const Cells<Rule>& cells, const LaneOffset& offset,
+                            const typename Rule::template Scalars<T>& scalars, const SharedDecay& ema_decay) {
   constexpr int count = Cells<Rule>::count;
   Raw raw[count];
 #pragma unroll
@@ -66,7 +67,8 @@ __device__ void update_pack(const Cells<Rule>& cells, const LaneOffset& offset,
   });
   // Only now, when most registers are free again: all columns at once would spill some. That the reads do not all
   // overlap costs nothing: with two blocks, a multiprocessor of an H100 still has over 100 KB on their way.
-  raw[kAverage] = fetch<T>(cells.at[kAverage], offset);
+  const Cell average = row.cell(kAverage);
+  raw[kAverage] = fetch<T>(average, offset);
   // The average follows the weight as it is stored: rounded, or in full where there is a master.
   Raw followed = pack_param<T>(param, weight);
   DType followed_dtype = weight.param.dtype;
@@ -78,14 +80,14 @@ __device__ void update_pack(const Cells<Rule>& cells, const LaneOffset& offset,
       followed = pack(param, followed_dtype);
     }
   }
-  const Cell& average = cells.at[kAverage];
   if (average.address == nullptr) return;
+  const auto ema_weight = ema_decay.template of_loop<T>();
   put<T>(average, offset, ema_pack<T>(raw[kAverage], average.dtype, followed, followed_dtype, ema_weight));
 }
 
 template <typename Rule, typename T>
-__device__ void update_one(const Cells<Rule>& cells, int64_t i, const typename Rule::template Scalars<T>& scalars,
-                           double ema_decay) {
+__device__ void update_one(const Row& row, const Cells<Rule>& cells, int64_t i,
+                           const typename Rule::template Scalars<T>& scalars, const SharedDecay& ema_decay) {
   const Weight weight = cells.weight();
   T param = load<T>(weight, i);
   const T grad = load<T>(cells.at[kGrad], i);
@@ -99,26 +101,45 @@ __device__ void update_one(const Cells<Rule>& cells, int64_t i, const typename R
     for (int k = 0; k < states; ++k) store(cells.at[kState + k], i, state[k]);
   });
   store(weight, i, param);
-  if (cells.at[kAverage].address != nullptr) ema_one(cells.at[kAverage], weight, i, ema_decay);
+  const Cell average = row.cell(kAverage);
+  if (average.address != nullptr) ema_one(average, weight, i, ema_decay.decay);
 }
 
 template <typename Rule, typename T>
 __device__ void update_chunk(const Chunk& chunk, const typename Rule::template Scalars<double>& wide,
-                             double ema_decay) {
+                             const SharedDecay& ema_decay) {
   const auto scalars = rounded<Rule, T>(wide);
   const Cells<Rule> cells(chunk.row);
   VectorRange<T> range(chunk.begin, chunk.end, kThreads);
 #pragma unroll
   for (int column = 0; column < Cells<Rule>::count; ++column) {
-    if (column != kStep) range.add(cells.at[column]);
+    if (column != kStep) range.add(column == kAverage ? chunk.row.cell(kAverage) : cells.at[column]);
   }
   range.close();
-  const auto ema_weight = weight_of_loop<T>(ema_decay);
   for (int64_t tile = range.begin; tile < range.body; tile += kThreads * kPack<T>) {
-    update_pack<Rule, T>(cells, LaneOffset(range, tile, threadIdx.x), scalars, ema_weight);
+    update_pack<Rule, T>(chunk.row, cells, LaneOffset(range, tile, threadIdx.x), scalars, ema_decay);
   }
   for (int64_t i = range.body + threadIdx.x; i < range.end; i += kThreads) {
-    update_one<Rule, T>(cells, i, scalars, ema_decay);
+    update_one<Rule, T>(chunk.row, cells, i, scalars, ema_decay);
+  }
+}
+
+// A gradient without elements has a type.
+__device__ inline bool is_buffer(const Row& row) { return row.cell(kGrad).dtype == DType::none; }
+
+// Moves the averages of a chunk that update_chunk does not, or copies what they follow.
+template <typename Rule>
+__device__ void move_averages(const Chunk& chunk, int count, const SharedDecay* ema_decays) {
+  const Weight weight{chunk.row.cell(kParam), chunk.row.cell(kMaster)};
+#pragma unroll 1
+  for (int i = is_buffer(chunk.row) ? 0 : 1; i < count; ++i) {
+    const Cell average = chunk.row.cell(column_of_average<Rule>(i));
+    if (average.address == nullptr) continue;
+    if (weight.param.dtype == DType::byte) {
+      copy_chunk(average, weight.param, chunk);
+    } else {
+      move_chunk(average, weight, chunk, ema_decays[i].decay);
+    }
   }
 }
 
@@ -133,45 +154,54 @@ struct RowScalars {
 template <typename Rule>
 __global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_constant__ UpdateArgs args) {
   __shared__ RowScalars<Rule> of_slots[2];
+  __shared__ double coefficient;
+  __shared__ SharedDecay ema_decays[kMaxAverages];
   const int64_t* const words = args.words == nullptr ? args.inline_words : args.words;
   const Decision decision = decide_step(args, words);
-  const double ema_decay = real(words[kEMADecay]);
-  bool is_prepared = false;
+  if (decision.skips) return finish_step(args, true);
+  if (threadIdx.x < kMaxAverages) ema_decays[threadIdx.x].set(real(words[kEMADecay + threadIdx.x]));
+  if (threadIdx.x == kThreads - kWarp) {  // the one that prepares rows: it alone reads this
+    coefficient = decision.coefficient;
+    of_slots[0].group = of_slots[1].group = -1;
+  }
   // One thread evaluates two powers and a root while the others work. Rows of a group nearly always share their step
   // count, and with it these. Where they do not, it does so for every row that the block meets: with AdamW some 500
   // instructions, 170 of them in float64 (sm_90), which only chunks of little work do not hide.
   const auto prepare = [&](const Row& row, int slot) {
     __syncwarp();
-    if (threadIdx.x % kWarp != 0) return;
+    if (threadIdx.x % kWarp != 0 || is_buffer(row)) return;  // after one, all that are drawn are buffers
     const int64_t group = row.words[kGroup];
     const double step = *static_cast<const float*>(row.address(kStep)) + 1.0f;
     const RowScalars<Rule>& last = of_slots[slot ^ 1];
-    if (is_prepared && last.group == group && last.step == step) {
+    if (last.group == group && last.step == step) {
       of_slots[slot] = last;
     } else {
-      of_slots[slot] = {group, step, Rule::scalars(settings_of<Rule>(words, group), step, decision.coefficient)};
+      of_slots[slot] = {group, step, Rule::scalars(settings_of<Rule>(words, group), step, coefficient)};
     }
-    is_prepared = true;
   };
   // Backwards: after a pass over the gradients for their norm, the last are still in the cache.
-  const int64_t chunks = decision.skips ? 0 : args.table.chunk_count;
-  ChunkQueue queue(args.table, chunks, &args.counters->chunks, true, prepare);
+  ChunkQueue queue(args.table, args.table.all_chunks, &args.counters->chunks, true, prepare);
   for (Chunk chunk; queue.next(chunk);) {
     const auto& scalars = of_slots[chunk.slot].scalars;
-    if (chunk.row.cell(kParam).dtype == DType::float64) {
-      update_chunk<Rule, double>(chunk, scalars, ema_decay);
-    } else {
-      update_chunk<Rule, float>(chunk, scalars, ema_decay);
+    const bool is_updated = !is_buffer(chunk.row);
+    if (is_updated && chunk.row.cell(kParam).dtype == DType::float64) {
+      update_chunk<Rule, double>(chunk, scalars, ema_decays[0]);
+    } else if (is_updated) {
+      update_chunk<Rule, float>(chunk, scalars, ema_decays[0]);
     }
+    const int averages = averages_in<Rule>(args.table.row_words - kAddresses);
+    if (averages == 1 && args.table.all_chunks == args.table.chunk_count) continue;
+    __syncthreads();  // other threads may have written the weights
+    move_averages<Rule>(queue.current(), averages, ema_decays);
   }
-  finish_step(args, decision.skips);
+  finish_step(args, false);
 }
 
 }  // namespace
 
 void update(const std::string& rule, const UpdateArgs& args, const Queue& queue) {
   with_rule(rule, [&](auto its) {
-    launch(update_kernel<decltype(its)>, rule.c_str(), args.table.chunk_count, queue, args);
+    launch(update_kernel<decltype(its)>, rule.c_str(), args.table.all_chunks, queue, args);
   });
 }
 

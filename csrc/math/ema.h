@@ -17,6 +17,8 @@ struct EMAWeight {
   TRAINOPS_HOST_DEVICE explicit EMAWeight(double decay)
       : weight(static_cast<T>(1.0 - decay)), complement(static_cast<T>(decay)) {}
 
+  TRAINOPS_HOST_DEVICE EMAWeight(T weight, T complement) : weight(weight), complement(complement) {}
+
   TRAINOPS_HOST_DEVICE bool small() const { return weight > T(0) && weight < T(0.5); }
 };
 

@@ -81,12 +81,13 @@ class CudaModule:
         """The kernels load on every fake device."""
         return ""
 
-    def StagedTable(self, table, *, words, rows, chunks, chunk_count, stream):  # noqa: N802
+    def StagedTable(self, table, *, words, rows, chunks, chunk_count, all_chunks, stream):  # noqa: N802
         """It holds the table and its words, but what it launches does not: a graph holds nothing."""
         tensor = torch.zeros(1, dtype=torch.float64 if table.has_float64 else torch.float32)
-        names = [column.name for column in core.schemas[table.kind].columns]
+        names = [column.name for column in core.schema(table.kind, table.averages).columns]
         columns = {name: [None if name == "master" else tensor] * table.rows for name in names}
-        place = {"words": None, "rows": rows, "chunks": chunks, "chunk_count": chunk_count, "stream": 0}
+        place = {"words": None, "rows": rows, "chunks": chunks, "stream": 0}
+        place |= {"chunk_count": chunk_count, "all_chunks": all_chunks}
         staged = self.module.StagedTable(core.table(table.kind, columns, "cpu"), **place)
         on = self.fake.streams[torch.device("cuda", table.device_index), stream]
         return (staged, rows, chunks, on), (table, words)

@@ -44,6 +44,7 @@ class StagedWords(NamedTuple):
     rows: Tensor
     chunks: Tensor
     chunk_count: int
+    all_chunks: int  # with those of buffers, which come last
     sections: list[Section]
 
 
@@ -57,17 +58,18 @@ def stage(table: Any, device: torch.device, chunk_numel: int, by_kind: bool) -> 
     layout = known(words.layout)
     chunks = _chunks.recall(layout) or _chunks.remember(layout, words.chunks)
     sections = [Section(*section) for section in words.sections] if by_kind else []
-    return StagedWords(uploaded(known(words.rows), device), uploaded(chunks, device), words.chunk_count, sections)
+    rows, counts = uploaded(known(words.rows), device), (words.chunk_count, words.all_chunks)
+    return StagedWords(rows, uploaded(chunks, device), *counts, sections)
 
 
 def step_settings(
-    rule: str, groups: Sequence[Group], control: StepControl, ema_decay: float, device: torch.device
+    rule: str, groups: Sequence[Group], control: StepControl, ema_decays: Sequence[float], device: torch.device
 ) -> tuple[bytes, list[Tensor]]:
     """The settings of a step as words, and the tensors that these point to, to be held until the launch."""
     settings = [{name: _setting(x, device) for name, x in group.settings.items()} for group in groups]
     max_norm = None if control.max_norm is None else _setting(control.max_norm, device)
     in_memory = [x for x in (max_norm, *(x for its in settings for x in its.values())) if isinstance(x, Tensor)]
-    return core.step_settings(rule, max_norm, ema_decay, settings), in_memory
+    return core.step_settings(rule, max_norm, ema_decays, settings), in_memory
 
 
 def _setting(x: float | Tensor, device: torch.device) -> float | Tensor:

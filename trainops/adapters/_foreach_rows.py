@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..plain import PLAIN, all_plain
 from ..tables import have_common_memory
+from .interface import AVERAGES
 
 WIDE = (torch.float32, torch.float64)  # what is stored as it is computed
 
@@ -137,20 +138,22 @@ class Collected(NamedTuple):
     columns: list[Columns]  # of each group
     params: list[Tensor]
     group_rows: list[int]
-    averaged: int
+    averaged: list[int]
+    left: list[list[int]]  # buffers have operations of their own
 
 
 def collect(
     rule: str,
     param_groups: list[dict[str, Any]],
     state: dict[Tensor, Any],
-    averages: dict[int, Tensor],
+    averages: list[dict[int, Tensor]],
+    buffers: list[list[Any]],
     states: list[tuple[str, ...]],
 ) -> Collected | None:
     """The rows straight from an optimizer's containers, if all are plain, contiguous and of one wide type."""
     groups: list[Columns] = []
     every: list[Tensor] = []
-    averaged = 0
+    averaged = [0] * len(averages)
     for group, names in zip(param_groups, states, strict=True):
         params = [p for p in group["params"] if p.grad is not None]
         own = [state.get(p) for p in params]
@@ -161,17 +164,18 @@ def collect(
         except KeyError:
             return None
         columns |= {"param": params, "grad": [p.grad for p in params if p.grad is not None]}
-        if averages:
-            found = [x for x in map(averages.get, map(id, params)) if x is not None]
+        for i, its in enumerate(averages):
+            found = [x for x in map(its.get, map(id, params)) if x is not None]
             if len(found) not in (0, len(params)):
                 return None
-            averaged += len(found)
-            columns |= {"average": found} if found else {}
+            averaged[i] += len(found)
+            columns |= {AVERAGES[i]: found} if found else {}
         groups.append(columns)
         every += params
     if not every or not all(_regular(columns, every[0]) for columns in groups) or have_common_memory(every):
         return None
-    return Collected(groups, every, [len(columns["param"]) for columns in groups], averaged)
+    left = [[id(pair[1]) for pair in pairs] for pairs in buffers]
+    return Collected(groups, every, [len(columns["param"]) for columns in groups], averaged, left)
 
 
 def _regular(columns: Columns, like: Tensor) -> bool:

@@ -13,7 +13,8 @@ Operation = Callable[..., Any]
 
 
 def step_operations(
-    device_type: Callable[[], str], run: Callable[[Any, str, Sequence[Group], StepControl, float], StepResult]
+    device_type: Callable[[], str],
+    run: Callable[[Any, str, Sequence[Group], StepControl, Sequence[float]], StepResult],
 ) -> tuple[Operation, Operation]:
     """A backend's ``collect`` and ``update``. ``run`` runs its kernels on a table, which holds all groups."""
     rows_of: Operation = core.collect
@@ -23,17 +24,21 @@ def step_operations(
         return rows_of(*containers, device_type())
 
     def update(
-        rule: str, groups: Sequence[Group], control: StepControl, ema_decay: float, collected: Any = None
+        rule: str,
+        groups: Sequence[Group],
+        control: StepControl,
+        ema_decays: Sequence[float],
+        collected: Any = None,
     ) -> StepResult:
         """See :class:`trainops.adapters.interface.Kernels`."""
         if collected is not None:
-            return run(collected, rule, groups, control, ema_decay)
+            return run(collected, rule, groups, control, ema_decays)
         columns = {
             name: [x for group in groups for x in group.columns.get(name) or [None] * group.rows]
-            for name in core.schemas[rule].places
+            for name in core.schema(rule, len(ema_decays)).places
         }
         with staged_table(rule, columns, device_type(), [group.rows for group in groups]) as table:
-            return run(table, rule, groups, control, ema_decay)
+            return run(table, rule, groups, control, ema_decays)
 
     return collect, update
 

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import core
-from ._device import stage
+from ._device import Section, stage
 
 
 def interpreted() -> bool:
@@ -54,10 +55,13 @@ def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
 class Staged:
     """A table whose words lie on its device, for kernels that take chunks."""
 
-    def __init__(self, kind: str, table: Any, device: torch.device) -> None:
+    def __init__(self, kind: str, table: Any, device: torch.device, averages: int = 1) -> None:
         self.words = stage(table, device, kernels()._common.CHUNK, by_kind=True)
+        is_buffers = [section.first_chunk >= self.words.chunk_count for section in self.words.sections]
+        self.sections = [x for x, is_buffer in zip(self.words.sections, is_buffers, strict=True) if not is_buffer]
+        self.of_buffers = [x for x, is_buffer in zip(self.words.sections, is_buffers, strict=True) if is_buffer]
         self.device, self.row_count, self.has_float64 = device, table.rows, table.has_float64
-        self.columns = core.schemas[kind].places
+        self.columns = core.schema(kind, averages).places
         self._row_words = len(core.words("row")) + len(self.columns)
 
     def constants(self, block: int) -> dict[str, int]:
@@ -75,14 +79,15 @@ class Staged:
         types: dict[str, str],
         wide: dict[str, tuple[str, ...]],
         itemsize: int | None = None,
+        sections: Sequence[Section] | None = None,
         **constants: Any,
     ) -> None:
-        """Launch a kernel for each section of chunks.
+        """Launch a kernel for each section of chunks; without ``sections``, for all but those of buffers.
 
         ``types``: constants that name the type of a column. ``wide``: constants that name the type of arithmetic on
         the columns of some of the former. ``itemsize``: bytes by which blocks are divided, if not those of the types.
         """
-        for section in self.words.sections:
+        for section in self.sections if sections is None else sections:
             dtypes = {constant: section.kind[self.columns[column]] for constant, column in types.items()}
             sizes = [_itemsize(dtype) for dtype in dtypes.values() if dtype] if itemsize is None else [itemsize]
             launch(

@@ -63,7 +63,9 @@ def _ema(table: Any, decay: float, skip: Tensor | None) -> None:
 ema_, try_ema_ = ema_operations(lambda: "cpu", _ema)
 
 
-def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl, ema_decay: float) -> StepResult:
+def _update(
+    table: Any, rule: str, groups: Sequence[Group], control: StepControl, ema_decays: Sequence[float]
+) -> StepResult:
     norms = _empty_rows(table) if control.measures else None
     names = core.schemas[rule].settings
     total_norm, skipped = _cpu.update(
@@ -74,7 +76,7 @@ def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl
         grad_scale=1.0 if control.grad_scale is None else control.grad_scale.item(),
         found_inf=control.found_inf is not None and control.found_inf.item() != 0,
         total_norm=None if control.total_norm is None else control.total_norm.item(),
-        ema_decay=ema_decay,
+        ema_decays=ema_decays,
         norms_out=0 if norms is None else norms.data_ptr(),
     )
     if skipped and control.skipped_steps is not None:

@@ -77,6 +77,7 @@ class _Staged:
             rows=words.rows.data_ptr(),
             chunks=words.chunks.data_ptr(),
             chunk_count=self.chunk_count,
+            all_chunks=words.all_chunks,
             stream=self.queue.stream,
         )
 
@@ -192,7 +193,9 @@ def _ema(table: Any, decay: float, skip: Tensor | None) -> None:
 ema_, try_ema_ = ema_operations(_device_type, _ema)
 
 
-def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl, ema_decay: float) -> StepResult:
+def _update(
+    table: Any, rule: str, groups: Sequence[Group], control: StepControl, ema_decays: Sequence[float]
+) -> StepResult:
     device = _device_of(table)
     staged = _Staged(table)
     grad_scale, found_inf = (to_device(x, device, torch.float32) for x in (control.grad_scale, control.found_inf))
@@ -204,7 +207,7 @@ def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl
         total_norm, norms = _reduce(table, staged, scratch, "l2_norm", grad_scale)
     skip = torch.empty((), dtype=torch.bool, device=device) if control.may_skip else None
     counter = None if skip is None else to_device(control.skipped_steps, device)
-    words, held = step_settings(rule, groups, control, ema_decay, device)
+    words, held = step_settings(rule, groups, control, ema_decays, device)
     in_memory = uploaded(words, device) if len(words) > _cuda.INLINE_BYTES else None
     _cuda.update(
         staged.table,

@@ -34,7 +34,7 @@ from ._foreach_rows import (
     on_host,
     shares_memory,
 )
-from .interface import Backend, Group, StepControl, StepResult
+from .interface import AVERAGES, Backend, Group, StepControl, StepResult
 
 __all__ = [
     "clamp_",
@@ -155,7 +155,7 @@ def update(
     rule: str,
     groups: Sequence[Group],
     control: StepControl,
-    ema_decay: float,
+    ema_decays: Sequence[float],
     collected: Collected | None = None,
 ) -> StepResult:
     """See :class:`trainops.adapters.interface.Kernels`."""
@@ -172,22 +172,26 @@ def update(
             return decision.result
         skip = None
         coefficient = 1.0 if isinstance(coefficient, Tensor) and coefficient.item() == 1.0 else coefficient
-    averaged: Columns = {"average": [], "param": []}
+    averaged: list[Columns] = [{"average": [], "param": []} for _ in ema_decays]
     for group in groups:
-        parts = [group.columns] if collected is not None else _parts(rule, group, coefficient, skip, ema_decay)
+        parts = [group.columns] if collected is not None else _parts(rule, group, coefficient, skip, ema_decays)
         for part in parts:
             if "averaged" in part:
-                averaged["average"] += part.pop("average")
-                averaged["param"] += part.pop("averaged")
+                weights = part.pop("averaged")
+                for name, its in zip(AVERAGES, averaged, strict=False):
+                    if name in part:
+                        its["average"] += part.pop(name)
+                        its["param"] += weights
             for types, columns in kinds(part):
-                _step(rule, columns, types, group.settings, coefficient, skip, ema_decay)
-    for types, columns in kinds(averaged):
-        _move(columns["average"], columns["param"], types, ema_decay, skip)
+                _step(rule, columns, types, group.settings, coefficient, skip, ema_decays)
+    for decay, its in zip(ema_decays, averaged, strict=True):
+        for types, columns in kinds(its):
+            _move(columns["average"], columns["param"], types, decay, skip)
     return decision.result
 
 
 def _parts(
-    rule: str, group: Group, coefficient: Tensor | float, skip: Tensor | None, ema_decay: float
+    rule: str, group: Group, coefficient: Tensor | float, skip: Tensor | None, ema_decays: Sequence[float]
 ) -> list[Columns]:
     """The rows of a group as real numbers, in parts that have the same columns; the specification serves odd ones."""
     parts: dict[tuple[str, ...], Columns] = {}
@@ -198,11 +202,11 @@ def _parts(
         if is_odd or "master" in row:  # a weight in two tensors has no multi-tensor operation
             if is_odd:
                 advice.left_to_reference(row["param"].device)
-            specification.Row(group, i).update(rule, coefficient, skip, ema_decay)
+            specification.Row(group, i).update(rule, coefficient, skip, ema_decays)
             continue
-        step, average = row.pop("step"), row.pop("average", None)
+        step, averages = row.pop("step"), {name: as_real(row.pop(name)) for name in AVERAGES if name in row}
         real = {name: as_real(x).resolve_neg() for name, x in row.items()}
-        apart = {} if average is None else {"average": as_real(average), "averaged": real["param"]}
+        apart = {**averages, "averaged": real["param"]} if averages else {}
         views = flat_alike(list(real.values()))
         if views is not None:
             real = dict(zip(real, views, strict=True))
@@ -220,9 +224,9 @@ def _step(
     settings: Mapping[str, float | Tensor],
     coefficient: Tensor | float,
     skip: Tensor | None,
-    ema_decay: float,
+    ema_decays: Sequence[float],
 ) -> None:
-    """A step of rows whose columns have the same types. An average moves while its chunk is in the cache."""
+    """A step of rows whose columns have the same types. Averages move while their chunk is in the cache."""
     types_of = dict(zip(columns, types, strict=True))
     step_type = types_of.pop("step")
     device, dtype = columns["param"][0].device, types_of["param"]
@@ -243,13 +247,14 @@ def _step(
     else:  # every piece of a row needs the count before the step
         columns = {**columns, "step": list(torch.stack(steps).unbind())}
     for chunk in chunks(columns, chunk_numel(device)):
-        averages = chunk.pop("average", None)
+        averages = [chunk.pop(name, None) for name in AVERAGES]
         if is_fused:
             _fused_adamw(chunk, settings, coefficient)
         else:
             _composed(rule, chunk, settings, coefficient, skip)
-        if averages is not None:
-            _move(averages, chunk["param"], (types_of["average"], dtype), ema_decay, skip)
+        for name, its, decay in zip(AVERAGES, averages, ema_decays, strict=False):
+            if its is not None:
+                _move(its, chunk["param"], (types_of[name], dtype), decay, skip)
     if not is_fused:
         taken = torch.ones((), device=device) if skip is None else ~skip.to(device)
         torch._foreach_add_(steps, taken.to(step_type))

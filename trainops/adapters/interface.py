@@ -23,6 +23,10 @@ class Backend:
     details: str = ""
 
 
+# The columns of averages that a step moves in one pass, as csrc/core/schema.h names them.
+AVERAGES = ("average", "average2", "average3", "average4")
+
+
 @dataclass
 class Group:
     """The parameters of one group that have a gradient, their state, and the group's settings.
@@ -80,8 +84,12 @@ class Collected(Protocol):
         """The number of these parameters in each group."""
 
     @property
-    def averaged(self) -> int:
-        """The number of these parameters that have an average."""
+    def averaged(self) -> list[int]:
+        """The number of these parameters that have each average."""
+
+    @property
+    def left(self) -> list[list[int]]:
+        """For each average, the ids of the buffers that an update leaves alone."""
 
 
 class Kernels(Protocol):
@@ -98,12 +106,19 @@ class Kernels(Protocol):
         rule: str,
         param_groups: list[dict[str, Any]],
         state: dict[Tensor, Any],
-        averages: dict[int, Tensor],
+        averages: list[dict[int, Tensor]],
+        buffers: list[list[Any]],
         states: list[tuple[str, ...]],
     ) -> Collected | None:
         """The rows of a step, if all rows are regular, else None.
 
-        ``averages`` are by the ``id`` of their parameter. ``states``: the names of the state that each group uses.
+        Args:
+            rule: the name of the optimizer's rule.
+            param_groups: the optimizer's.
+            state: the optimizer's.
+            averages: up to ``len(AVERAGES)`` of them, each by the ``id`` of its parameter.
+            buffers: the pairs of buffers and averages (``trainops.model_pairs.Pair``) that each of these has beside.
+            states: the names of the state that each group uses.
         """
 
     def update(
@@ -111,12 +126,13 @@ class Kernels(Protocol):
         rule: str,
         groups: Sequence[Group],
         control: StepControl,
-        ema_decay: float,
+        ema_decays: Sequence[float],
         collected: Collected | None = None,
     ) -> StepResult:
         """Norm, coefficient, a step of the rule, and EMA, for parameters on one device.
 
-        The tensors are those of ``collected`` if given, else those in the groups' columns.
+        The tensors are those of ``collected`` if given, else those in the groups' columns. There is a decay for each
+        average, in the order of ``AVERAGES``.
         """
 
     def reduce(self, statistic: str, tensors: Sequence[Tensor], unrounded: bool = False) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from .. import reference
 from ..reference import drop_path, drop_path_backward
 from ..tables import as_real, check_no_overlap, local
 from ._control import decide
-from .interface import Backend, Collected, Group, StepControl, StepResult
+from .interface import AVERAGES, Backend, Collected, Group, StepControl, StepResult
 
 __all__ = [
     "clamp_",
@@ -80,7 +80,7 @@ def update(
     rule: str,
     groups: Sequence[Group],
     control: StepControl,
-    ema_decay: float,
+    ema_decays: Sequence[float],
     collected: Collected | None = None,
 ) -> StepResult:
     """See :class:`trainops.adapters.interface.Kernels`."""
@@ -88,7 +88,7 @@ def update(
     grads = [row.grad for row in rows]
     decision = decide(grads, control, reference.sum_norms)
     for row in rows:
-        row.update(rule, decision.coefficient, decision.skipped, ema_decay)
+        row.update(rule, decision.coefficient, decision.skipped, ema_decays)
     return decision.result
 
 
@@ -102,11 +102,13 @@ class Row:
         self.step = columns.pop("step").reshape(())
         self._resolved: list[tuple[Tensor, Tensor]] = []
         written = {name: _writable(x, self._resolved) for name, x in columns.items()}
-        self.param, self.average = written.pop("param"), written.pop("average", None)
+        self.param, self.averages = written.pop("param"), [written.pop(name, None) for name in AVERAGES]
         self.master = written.pop("master", None)
         self.state = written
 
-    def update(self, rule: str, coefficient: Tensor | float, skipped: Tensor | None, ema_decay: float) -> None:
+    def update(
+        self, rule: str, coefficient: Tensor | float, skipped: Tensor | None, ema_decays: Sequence[float]
+    ) -> None:
         device = self.param.device
         weight = self.param if self.master is None else reference.join(self.param, self.master)
         formula = getattr(reference, f"{rule}_")
@@ -121,8 +123,9 @@ class Row:
         )
         if self.master is not None:
             reference.write_weight(self.param, self.master, weight, skipped)
-        if self.average is not None:
-            reference.ema_([self.average], [weight], ema_decay, skipped)
+        for average, decay in zip(self.averages, ema_decays, strict=False):
+            if average is not None:
+                reference.ema_([average], [weight], decay, skipped)
         for original, copy in self._resolved:
             original.copy_(copy)
 

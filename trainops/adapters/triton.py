@@ -23,7 +23,7 @@ from ._device import copy_back, device_guard, step_settings, to_device
 from ._drop_path import operations
 from ._tables import ema_operations, step_operations
 from ._triton_drop_path import launch_drop_path, launch_drop_path_backward
-from .interface import Backend, Group, StepControl, StepResult
+from .interface import AVERAGES, Backend, Group, StepControl, StepResult
 
 
 @cache
@@ -117,6 +117,9 @@ def _ema(table: Any, decay: float, skip: Tensor | None) -> None:
             None if skip is None else skip.to(device),
             types={"AVERAGE_TYPE": "average", "TENSOR_TYPE": "tensor"},
             wide={"WIDE": ("AVERAGE_TYPE", "TENSOR_TYPE")},
+            DECAY=0,
+            AVERAGE=_triton.kernels().ema.AVERAGE,
+            TENSOR=_triton.kernels().ema.TENSOR,
         )
 
 
@@ -127,12 +130,14 @@ def _table_device(table: Any) -> torch.device:
     return torch.device("cpu") if _device_type() == "cpu" else torch.device("cuda", table.device_index)
 
 
-def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl, ema_decay: float) -> StepResult:
+def _update(
+    table: Any, rule: str, groups: Sequence[Group], control: StepControl, ema_decays: Sequence[float]
+) -> StepResult:
     kernels, device = _triton.kernels().update, _table_device(table)
     formulas = importlib.import_module(f"trainops.triton_kernels.{rule}")
     with device_guard(device):
-        staged = _triton.Staged(rule, table, device)
-        words, held = step_settings(rule, groups, control, ema_decay, device)
+        staged = _triton.Staged(rule, table, device, len(ema_decays))
+        words, held = step_settings(rule, groups, control, ema_decays, device)
         settings = uploaded(words, device)
         slots = kernels.RULE_SCALARS.value + formulas.SCALARS
         scalars = torch.empty(staged.row_count, slots, dtype=torch.float64, device=device)
@@ -164,10 +169,12 @@ def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl
             SKIP_NONFINITE=control.skip_nonfinite,
             **staged.reduction_constants(),
         )
-        types = {"PARAM_TYPE": "param", "GRAD_TYPE": "grad", "MASTER_TYPE": "master", "AVERAGE_TYPE": "average"}
-        state = list(staged.columns)[kernels.STATE.value :]
+        types = {"PARAM_TYPE": "param", "GRAD_TYPE": "grad", "MASTER_TYPE": "master"}
+        state = list(core.schemas[rule].places)[kernels.STATE.value :]
         types |= {f"STATE{i}_TYPE": name for i, name in enumerate(state)}
-        absent = {f"STATE{i}_TYPE": None for i in range(len(state), 3)}
+        averages = {f"{name.upper()}_TYPE": name for name in AVERAGES}
+        types |= {constant: name for constant, name in averages.items() if name in staged.columns}
+        absent = dict.fromkeys(x for x in (*averages, *(f"STATE{i}_TYPE" for i in range(3))) if x not in types)
         staged.over_chunks(
             kernels.update,
             settings,
@@ -179,12 +186,31 @@ def _update(table: Any, rule: str, groups: Sequence[Group], control: StepControl
             SCALARS=formulas.SCALARS,
             NEW_STATE=formulas.new_state,
             NEW_PARAM=formulas.new_param,
-            wide={"WIDE": ("PARAM_TYPE",), "AVERAGE_WIDE": ("PARAM_TYPE", "AVERAGE_TYPE")},
+            FURTHER=len(core.schemas[rule].places),
+            wide={"WIDE": ("PARAM_TYPE",)},
             **absent,
         )
+        _follow_buffers(staged, settings, skip)
     del held
     copy_back(counter, control)
     return StepResult(control.total_norm if total_norm is None else total_norm, norms, skip)
+
+
+def _follow_buffers(staged: _triton.Staged, settings: Tensor, skip: Tensor | None) -> None:
+    """Moves or copies the averages of buffers, each of which has one in its row."""
+    for section in staged.of_buffers:
+        place, name = next((i, x) for i, x in enumerate(AVERAGES) if section.kind[staged.columns[x]] is not None)
+        staged.over_chunks(
+            _triton.kernels().ema.ema,
+            settings,
+            skip,
+            types={"AVERAGE_TYPE": name, "TENSOR_TYPE": "param"},
+            wide={"WIDE": ("AVERAGE_TYPE", "TENSOR_TYPE")},
+            sections=[section],
+            DECAY=core.words("step")["ema_decay"] + place,
+            AVERAGE=staged.columns[name],
+            TENSOR=staged.columns["param"],
+        )
 
 
 collect, update = step_operations(_device_type, _update)

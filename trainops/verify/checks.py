@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .. import reference
 from ..clip_grad import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from ..ema import EMA
+from ..sgd import SGD
 from .compare import Compared, Place, double, layouts, randn, rounded, tensors
 from .step import DECAY, MASTERS, clipped_step, grad_of, other_rules, step, step_with_masters
 
@@ -51,6 +52,37 @@ def ema(place: Place, generator: torch.Generator) -> Iterator[Compared]:
             yield rounded(f"average {name}", x, old + (1 - DECAY) * (double(param) - old), terms=double(param))
 
 
+def several_averages(place: Place, generator: torch.Generator) -> Iterator[Compared]:
+    """Two averages in the step of an optimizer, with buffers that are averaged and buffers that are copied."""
+    found = {kind: tensors(place, generator) for kind in ("weight", "buffer", "grad")}
+    model = nn.Module()
+    model.weights = nn.ParameterList(found["weight"].values())
+    for i, x in enumerate(found["buffer"].values()):
+        model.register_buffer(f"mean{i}", x)
+        model.register_buffer(f"count{i}", torch.arange(x.numel(), device=place.device).view(x.shape))
+    dtypes = (place.dtype, torch.promote_types(place.dtype, torch.float32))
+    averages = [
+        EMA(model, decay, dtype=dtype, update_after_step=-2, backend=place.backend)  # move from the first step on
+        for decay, dtype in zip((DECAY, 0.5), dtypes, strict=True)
+    ]
+    for average in averages:
+        for x in average.module.state_dict().values():
+            x.mul_(0.5) if x.is_floating_point() else x.neg_()
+    before = [{name: double(x) for name, x in average.module.state_dict().items()} for average in averages]
+    optimizer = SGD(model.weights, lr=0.01, ema=averages, backend=place.backend)
+    optimizer.init_state()
+    for param, grad in zip(model.weights, found["grad"].values(), strict=True):
+        param.grad = grad
+    optimizer.step()
+    for average, decay, starts in zip(averages, (DECAY, 0.5), before, strict=True):
+        for name, x in average.module.state_dict().items():
+            new, old = double(model.state_dict()[name]), starts[name]
+            if x.is_floating_point():
+                yield rounded(f"average {decay} of {name}", x, old + (1 - decay) * (new - old), terms=new)
+            else:
+                yield Compared(f"copy of {name} in average {decay}", x, new, None)
+
+
 def drop_path(place: Place, generator: torch.Generator) -> Iterator[Compared]:
     """DropPath with a residual and layer scale, and its derivative."""
     for shape in place.of(SAMPLES):
@@ -83,6 +115,7 @@ CHECKS: dict[str, Check] = {
     "Adam and SGD": other_rules,
     "a step with masters": step_with_masters,
     "EMA.update": ema,
+    "several averages and buffers": several_averages,
     "DropPath": drop_path,
 }
 
