@@ -1,12 +1,15 @@
 """The example of FSDP2: a run that is resumed has the bits of one that is not."""
 
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
 from contract import same_bits
 from process_groups import forks, on_ranks
 from sharded_models import memory
+from targets import thorough
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -32,3 +35,18 @@ def test_fsdp2_is_resumed(tmp_path, monkeypatch):
     on_ranks(2, tmp_path, check, example, tmp_path)
     exported = torch.load(tmp_path / "whole" / "averaged.pt")
     assert exported.keys() == example.GPT().state_dict().keys()
+
+
+@thorough(lambda: True)
+def test_torchrun_trains_on_two_ranks_and_resumes_on_one(tmp_path):
+    def run(ranks, *arguments):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+        command = [*launch, EXAMPLES / "train_fsdp2.py", "--checkpoints", tmp_path, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    said = run(2, "--steps", "2")
+    assert "2 ranks on" in said
+    assert "step    2" in said
+    said = run(1, "--steps", "3", "--resume")
+    assert f"resumed from {tmp_path / 'step-000002'}" in said
+    assert "step    3" in said
