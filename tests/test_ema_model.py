@@ -464,6 +464,6 @@ def test_a_copy_of_a_fused_training_continues_identically(target, copied):
 def test_a_copy_fuses_its_own_parameters(copied):
     twin = copied(moved(make_net(), REFERENCE))
     averages = dict(zip(map(id, twin.model.parameters()), twin.module.parameters(), strict=True))
-    fusable = twin.plan_update().fusable
+    fusable = twin.plan_update().matched.fusable
     assert fusable.keys() == averages.keys()
     assert all(fusable[key] is average for key, average in averages.items())

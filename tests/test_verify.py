@@ -52,7 +52,11 @@ FAULTS = {
     "eps": ("update", with_argument(settings=lambda all_: [[*s[:3], s[3] * 1.01, *s[4:]] for s in all_]), STEPS),
     "beta2": ("update", with_argument(settings=lambda all_: [[*s[:2], s[2] - 1e-4, *s[3:]] for s in all_]), STEPS),
     "no_decay": ("update", with_argument(settings=lambda all_: [[*s[:4], 0.0, *s[5:]] for s in all_]), STEPS),
-    "decay_of_average": ("update", with_argument(ema_decays=lambda x: [x[0] + 1e-4, *x[1:]]), STEPS),
+    "decay_of_average": (
+        "update",
+        with_argument(ema_decays=lambda x: [x[0] + 1e-4, *x[1:]]),
+        {*STEPS, "several averages and buffers"},
+    ),
     "no_skip": ("update", with_argument(skip_nonfinite=lambda _: False), {"clipping and skipping in the step"}),
     "scale": ("update", with_argument(grad_scale=lambda scale: 1.0), {"clipping and skipping in the step"}),
     "clip": ("update", with_argument(max_norm=lambda x: x and x * 1.001), {"clipping and skipping in the step"}),
