@@ -51,7 +51,7 @@ class Adam(WithMoments, _TorchAdam):
         amsgrad: use the largest second moment so far (arXiv:1904.09237).
         decoupled_weight_decay: decay as AdamW instead. One value for all groups.
         options: ``maximize``, ``foreach``, ``capturable``, ``differentiable`` and ``fused``, as in torch, and
-            ``max_grad_norm``, ``skip_nonfinite``, ``ema``, ``master``, ``state_dtype`` and ``backend``, all as for
+            ``max_grad_norm``, ``skip_nonfinite``, ``norm_group``, ``ema``, ``master``, ``state_dtype`` and ``backend``, all as for
             :class:`trainops.AdamW`, which also lists the attributes and errors.
 
     Raises:
