@@ -35,9 +35,9 @@ class LendsWeights(HasOptimizer):
         """Within the ``with`` block, the model has the averaged weights; afterwards its own again, bit for bit.
 
         The model's tensors stay where they are; their values are exchanged, and what is written into them within the
-        block is lost. (``model.state_dict()`` shares them: copy what is to be kept.) Needs memory for one more copy of the
-        model meanwhile. A copy of the model that is made within
-        the block has the averaged weights; a copy or pickle of the ``EMA`` has the model's own, and is not swapped.
+        block is lost. (``model.state_dict()`` shares them: copy what is to be kept.) Needs memory for one more copy
+        of the model meanwhile. A copy of the model that is made within the block has the averaged weights; a copy or
+        pickle of the ``EMA`` has the model's own, and is not swapped.
 
         Of a model of FSDP2, the shards are exchanged, and what is gathered of them is freed, before and afterwards:
         every forward pass gathers the weights that the model has then.
