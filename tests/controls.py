@@ -102,14 +102,14 @@ def wrong_decay():
 def average_of_the_old_param():
     """A fault: the average follows the parameter as it was before the step."""
 
-    def update(rule, groups, control, decay, *args, right=kernels.update):
+    def update(rule, groups, control, decays, *args, right=kernels.update):
         columns = [(group.columns["param"], group.columns["average"]) for group in groups]
         rows = [row for group in columns for row in zip(*group, strict=True)]
         followed = [(p.clone(), average, average.clone()) for p, average in rows if average is not None]
-        result = right(rule, groups, control, decay, *args)
+        result = right(rule, groups, control, decays, *args)
         for param, average, old in followed:
             average.copy_(old)
-            kernels.ema_([average], [param], decay, result.skipped)
+            kernels.ema_([average], [param], decays[0], result.skipped)
         return result
 
     return mock.patch.object(kernels, "update", update)

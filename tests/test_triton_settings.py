@@ -223,7 +223,7 @@ def test_known_norms(device, skip):
     settings = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0, "maximize": 0.0}
     norm = torch.tensor(INF if skip else 4.0, device=device)
     control = StepControl(2.0, True, total_norm=norm, skipped_steps=skipped)
-    result = triton.update("adamw", [Group(settings, 1, columns)], control, 0.0)
+    result = triton.update("adamw", [Group(settings, 1, columns)], control, [0.0])
     assert result.total_norm is norm
     assert result.norms is None
     assert result.skipped == skipped == step.new_tensor(skip)

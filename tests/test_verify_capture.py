@@ -120,7 +120,8 @@ def test_a_step_that_is_not_skipped_in_a_graph_is_noticed(monkeypatch):
 def test_what_is_captured():
     """Kernels on a GPU. PyTorch's operations wait for the device here and there."""
     gpu = torch.device("cuda")
-    assert list(checks_of(CPU)) == list(CHECKS)
-    assert list(checks_of(compare.Place("cuda", gpu, torch.float32))) == [*CHECKS, *CAPTURES]
+    every = [op for op in CHECKS if op != "a step with masters"]  # which are for 16 bits
+    assert list(checks_of(CPU)) == every
+    assert list(checks_of(compare.Place("cuda", gpu, torch.float32))) == [*every, *CAPTURES]
     for backend in ("reference", "foreach"):
-        assert list(checks_of(compare.Place(backend, gpu, torch.float32))) == list(CHECKS)
+        assert list(checks_of(compare.Place(backend, gpu, torch.float32))) == every
