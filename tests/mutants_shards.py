@@ -136,6 +136,6 @@ SHARDS = [
     *planted(
         "trainops/optimizer.py",
         SWAPS,
-        {"shards: no parameter is found where all are gathered": ("            reshard(ema.model)\n", "")},
+        {"shards: no parameter is found where all are gathered": ("            reshard(average.model)\n", "")},
     ),
 ]
