@@ -137,6 +137,55 @@ MODELS = [
         },
     ),
     *planted(
+        "trainops/ema_holder.py",
+        tests_of("ema_changes"),
+        {
+            "EMA: whoever begins anew is back where it began": (" and self._is_at_its_beginning()", ""),
+            "EMA: any count is one": ("        check_step(step)\n", ""),
+        },
+    ),
+    *planted(
+        "trainops/model_match.py",
+        tests_of("ema_changes", "ema_selection"),
+        {
+            "match: averages that cannot be written": (
+                "            _check_writable(names[0], average)\n",
+                "            pass\n",
+            ),
+            "match: a new average moves at once": ("            averaged = False  # it begins as a copy\n", ""),
+        },
+    ),
+    *planted(
+        "trainops/model_slots.py",
+        tests_of("ema_changes"),
+        {"slots: recurrent modules list what is not there": ("isinstance(owner, nn.RNNBase)", "False")},
+    ),
+    *planted(
+        "trainops/ema_schedule.py",
+        tests_of("ema_changes"),
+        {
+            "EMA: a decay that was changed is not looked at": (
+                '        check_unit_interval("decay", self.decay)  #',
+                "        #",
+            )
+        },
+    ),
+    *planted(
+        "trainops/drop_path_autograd.py",
+        tests_of("drop_path_gradients"),
+        {"DropPath: kernels read several gradients at once": (" or is_legacy_batchedtensor(grad))", ")")},
+    ),
+    *planted(
+        "trainops/masters.py",
+        tests_of("master_state"),
+        {"master: one of a parameter that was cast is joined": (" or not fits(param, master)", "")},
+    ),
+    *planted(
+        "trainops/rows.py",
+        tests_of("adamw_drop_in"),
+        {"state: any step is loaded": ("    if step.numel() != 1 if isinstance", "    if False if isinstance")},
+    ),
+    *planted(
         "trainops/ema_swap.py",
         tests_of("host_averages"),
         {
