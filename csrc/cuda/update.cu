@@ -162,10 +162,8 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_consta
   if (threadIdx.x < kMaxAverages) ema_decays[threadIdx.x].set(real(words[kEMADecay + threadIdx.x]));
   if (threadIdx.x == kThreads - kWarp) {  // the one that prepares rows: it alone reads this
     coefficient = decision.coefficient;
-    for (RowScalars<Rule>& of_slot : of_slots) {
-      of_slot.group = -1;
-      of_slot.step = 0.0;  // compilers read it, whatever the group is
-    }
+    of_slots[1].group = -1;  // which the first row is compared with
+    of_slots[1].step = 0.0;
   }
   // One thread evaluates two powers and a root while the others work. Rows of a group nearly always share their step
   // count, and with it these. Where they do not, it does so for every row that the block meets: with AdamW some 500
