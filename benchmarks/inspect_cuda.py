@@ -27,17 +27,23 @@ from . import inspect_loops
 from .inspect_cache import key_of, remembered
 
 # 16-byte reads and writes that each streaming kernel needs: for each tensor, one for every half of a pack of float32
-# and, in kernels that serve both, one for a pack of float64. A step reads for further averages the average, the
-# parameter and, of float32, the master; and for copies of buffers 16 bytes.
+# and, in kernels that serve both, one for a pack of float64. (The special kernels of a step take that one by one.) A
+# step reads for further averages the average, the parameter and, of float32, the master; and for copies of buffers 16
+# bytes.
 FURTHER_READS, FURTHER_WRITES = 3 * 2 + 2 + 1, 2 + 1 + 1
 LEAST = {
     "reduce_kernel": (2 + 1, 0),
     "scale_kernel": (2 + 1, 2 + 1),
     "clamp_kernel": (2 + 1, 2 + 1),
     "ema_kernel": (2 * (2 + 1), 2 + 1),
-    "update_kernel<AdamW>": (6 * (2 + 1) + FURTHER_READS, 5 * (2 + 1) + FURTHER_WRITES),
-    "update_kernel<Adam>": (6 * (2 + 1) + FURTHER_READS, 5 * (2 + 1) + FURTHER_WRITES),
-    "update_kernel<SGD>": (4 * (2 + 1) + FURTHER_READS, 3 * (2 + 1) + FURTHER_WRITES),
+    **{
+        f"update_kernel<{rule}, {is_special}>": (
+            tensors * packs + FURTHER_READS,
+            (tensors - 1) * packs + FURTHER_WRITES,
+        )
+        for rule, tensors in (("AdamW", 6), ("Adam", 6), ("SGD", 4))
+        for is_special, packs in (("false", 2 + 1), ("true", 2))
+    },
     "drop_path_kernel<float>": (3 * 2, 2),
     "drop_path_kernel<double>": (3, 1),
     "backward_kernel<float, true>": (3 * 2, 2),

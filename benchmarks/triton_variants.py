@@ -93,14 +93,16 @@ def variants() -> Iterator[Variant]:
         constants = {"WORDS": words_of("reduce"), "STATISTIC": statistic}
         yield Variant("reduce", "finish_rows", statistic, arguments, constants)
     mixed = [("float32", "bfloat16"), ("float32", "float16"), ("uint8", "uint8")]  # bytes are copied
-    for average, tensor in [*zip(DTYPES, DTYPES, strict=True), *mixed]:
+    place = core.words("row")["first_place"]
+    to_nearest = [(*x, None) for x in (*zip(DTYPES, DTYPES, strict=True), *mixed)]
+    for average, tensor, seed in [*to_nearest, ("bfloat16", "bfloat16", 1), ("bfloat16", "float32", 1)]:
         types = {"AVERAGE_TYPE": f":{average}", "TENSOR_TYPE": f":{tensor}", "WIDE": f":{wide(average, tensor)}"}
         yield Variant(
             "ema",
             "ema",
-            f"{average} of {tensor}",
-            {**TABLE, "decay": "*i64", "skip": "*i1"},
-            {"WORDS": words_of("ema"), "DECAY": 0, "AVERAGE": 0, "TENSOR": 1, **types},
+            f"{average} of {tensor}" + ", stochastic" * (seed is not None),
+            {**TABLE, "settings": "*i64", "skip": "*i1"},
+            {"WORDS": words_of("ema"), "DECAY": 0, "SEED": seed, "PLACE": place, "AVERAGE": 0, "TENSOR": 1, **types},
             (tensor,) if tensor == "uint8" else (average, tensor),
             (average,),
         )
@@ -129,6 +131,8 @@ def rule_variants(rule: str) -> Iterator[Variant]:
         for used in range(len(optional) + 1):
             for average in dict.fromkeys([None, param, "float32"]):
                 yield update_variant(rule, param, state, optional[:used], average)
+    for state, average in (("bfloat16", None), ("float32", "float32"), ("bfloat16", "bfloat16")):
+        yield update_variant(rule, "bfloat16", state, [], average, is_random=True)
     for param, master in MASTERS:
         for used in range(len(optional) + 1):
             yield update_variant(rule, param, "bfloat16", optional[:used], "float32", master)
@@ -157,8 +161,12 @@ def update_variant(
     average: str | None,
     master: str | None = None,
     further: tuple[str, ...] = (),
+    is_random: bool = False,
 ) -> Variant:
-    """The update for one combination of types, of the optional state that is ``used``, and of averages."""
+    """The update for one combination of types, of the optional state that is ``used``, and of averages.
+
+    ``is_random``: parameters and averages in bfloat16 are rounded stochastically.
+    """
     from trainops.triton_kernels.update import update
 
     of_state = [state if not column.optional or column.name in used else None for column in state_of(rule)]
@@ -169,6 +177,8 @@ def update_variant(
     types |= dict.fromkeys(f"AVERAGE{i}_TYPE" for i in range(len(further) + 2, 5))
     options = [f"{state} state"] * (state != param) + used + [f"{average} average"] * (average is not None)
     options += [f"{dtype} average" for dtype in further] + [f"{master} master"] * (master is not None)
+    options += ["stochastic"] * is_random
+    rounded = sum((dtype == "bfloat16") << i for i, dtype in enumerate((param, average, *further)))
     writes = tuple(dtype for dtype in (param, *of_state, average, *further, master) if dtype is not None)
     functions = {"LOAD_SCALARS": f"@{rule}.load_scalars", "NEW_STATE": f"@{rule}.new_state"}
     functions["NEW_PARAM"] = f"@{rule}.new_param"
@@ -178,7 +188,7 @@ def update_variant(
         ", ".join([rule, param, *options]),
         {**TABLE, "settings": "*i64", "scalars": "*fp64", "coefficient": "*fp64", "skip": "*i1"},
         {"WORDS": words_of(rule) + len(further), "FURTHER": len(columns_of(rule)), "SCALARS": scalars_of(rule)}
-        | functions
+        | {**functions, "STOCHASTIC": rounded if is_random else 0}
         | {k: None if v is None else f":{v}" for k, v in types.items()},
         (param, *writes),
         writes,

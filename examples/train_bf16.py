@@ -1,4 +1,4 @@
-"""Train a small network in bfloat16 three ways, and see it stall, and how a split master cures that.
+"""Train a small network in bfloat16 three ways, and see it stall, and two cures.
 
     python examples/train_bf16.py [--device cuda] [--steps 600] [--seed 0]
 
@@ -8,7 +8,8 @@ significant bits, so that most of its updates are less than half of its last pla
 
 - float32: the reference, 16 bytes per parameter with its gradient and moments;
 - bfloat16: weights, gradients and moments in bfloat16, 8 bytes;
-- split: the same with ``master="split"``, 10 bytes. It follows the float32 run.
+- split: the same with ``master="split"``, 10 bytes. It follows the float32 run;
+- stochastic: the 8 bytes of bfloat16 with ``stochastic_rounding=True``. It moves as far, on a noisier path.
 """
 
 import argparse
@@ -57,6 +58,8 @@ def start(name: str, state_dict: dict[str, Tensor], device: str) -> Run:
         optimizer = trainops.AdamW(model.parameters(), LR)
     elif name == "bfloat16":
         optimizer = trainops.AdamW(model.bfloat16().parameters(), LR)
+    elif name == "stochastic":
+        optimizer = trainops.AdamW(model.bfloat16().parameters(), LR, stochastic_rounding=True)
     else:
         optimizer = trainops.AdamW(model.bfloat16().parameters(), LR, master="split")
         optimizer.load_float32_state_dict(model, state_dict)
@@ -99,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     torch.manual_seed(options.seed)
     state_dict = network().state_dict()
-    runs = [start(name, state_dict, options.device) for name in ("float32", "bfloat16", "split")]
+    runs = [start(name, state_dict, options.device) for name in ("float32", "bfloat16", "split", "stochastic")]
     losses: dict[str, list[float]] = {run.name: [] for run in runs}
     generator = torch.Generator().manual_seed(options.seed)
     began = time.perf_counter()

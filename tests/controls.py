@@ -144,10 +144,10 @@ def truncated(*columns):
         chosen.update(x.data_ptr() for x in written(groups, *columns))
         return right(rule, groups, *args)
 
-    def write(target, value, skip=None, right=formulas.write):
+    def write(target, value, *rest, right=formulas.write):
         if target.dtype in NARROW and (not columns or target.data_ptr() in chosen):
             value = cut_off(value, target.dtype)
-        right(target, value, skip)
+        right(target, value, *rest)
 
     with mock.patch.object(kernels, "update", update), mock.patch.object(formulas, "write", write):
         yield

@@ -145,8 +145,8 @@ TRITON_AND_CUDA = [
         {
             "triton: step counts are not written": ("    if begin == 0:\n", "    if begin < 0:\n"),
             "triton: the first row's step count for all": (
-                "tl.load(row_scalars + NEW_STEP)",
-                "tl.load(scalars + NEW_STEP)",
+                "tl.store(step, tl.load(row_scalars + NEW_STEP)",
+                "tl.store(step, tl.load(scalars + NEW_STEP)",
             ),
             "triton: the first group's settings for all": (
                 "group = settings + GROUPS + tl.load(words + GROUP) * GROUP_WORDS",
@@ -337,8 +337,8 @@ TRITON_AND_CUDA = [
         tests_of("ends", k="cuda-cpu"),
         {
             "cuda: an element too many is scaled": (
-                "for (int64_t i = range.body + threadIdx.x; i < range.end; i += kThreads) {\n    store<T>",
-                "for (int64_t i = range.body + threadIdx.x; i <= range.end; i += kThreads) {\n    store<T>",
+                "for (int64_t i = range.body + threadIdx.x; i < range.end; i += kThreads) {\n    store(",
+                "for (int64_t i = range.body + threadIdx.x; i <= range.end; i += kThreads) {\n    store(",
             ),
         },
     ),
@@ -404,13 +404,13 @@ TRITON_AND_CUDA = [
         {
             "cuda: a step is not skipped": ("if (decision.skips) return", "if (false) return"),
             "cuda: EMA towards the old parameter, in packs": (
-                "average.dtype, followed, followed_dtype",
-                "average.dtype, raw[kParam], weight.param.dtype",
+                "offset.first, followed, followed_dtype",
+                "offset.first, raw[kParam], weight.param.dtype",
             ),
             "cuda: EMA before the update, too, one by one": (
-                "  store(weight, i, param);\n",
-                "  if (row.cell(kAverage).address) ema_one(row.cell(kAverage), weight, i, ema_decay.decay);\n"
-                "  store(weight, i, param);\n",
+                "  store<is_special>(with_random<is_special>(weight, random), i, param);\n",
+                "  if (row.cell(kAverage).address) ema_one<false>(row.cell(kAverage), weight, i, ema_decay.decay);\n"
+                "  store<is_special>(with_random<is_special>(weight, random), i, param);\n",
             ),
         },
     ),

@@ -201,6 +201,16 @@ PYTHON = [
         },
     ),
     *planted(
+        "csrc/core/rounding.h",
+        tests_of("interference"),
+        {
+            "collect: an error of a lookup is forgotten": (
+                "if (value == nullptr && PyErr_Occurred()) throw pybind11::error_already_set();",
+                "PyErr_Clear();",
+            ),
+        },
+    ),
+    *planted(
         "csrc/core/state_reader.h",
         tests_of("interference"),
         {
@@ -208,10 +218,6 @@ PYTHON = [
             "collect: parameters without a gradient are not passed over": (
                 "      next_state(param.ptr());  // passes over it\n",
                 "",
-            ),
-            "collect: an error of a lookup is forgotten": (
-                "if (value == nullptr && PyErr_Occurred()) throw pybind11::error_already_set();",
-                "PyErr_Clear();",
             ),
             "collect: a parameter that is there twice": (
                 "return !ParamSpans(builder_.table).overlap();",

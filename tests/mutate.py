@@ -26,6 +26,7 @@ from mutants_gpu import TRITON_AND_CUDA
 from mutants_models import MODELS
 from mutants_python import PYTHON
 from mutants_queue import QUEUE
+from mutants_rounding import ROUNDING
 from mutants_rules import RULES
 from mutants_shards import SHARDS
 from mutants_storage import STORAGE
@@ -34,7 +35,19 @@ from scratch import ROOT, Tree, tracked
 OUTCOMES = ROOT / "build" / "mutants.json"
 TABLE = ROOT / "tests" / "MUTANTS.md"
 NEW = "not planted yet"
-MUTANTS = [*C_PLUS_PLUS, *RULES, *PYTHON, *EMA, *AVERAGES, *MODELS, *SHARDS, *STORAGE, *TRITON_AND_CUDA, *QUEUE]
+MUTANTS = [
+    *C_PLUS_PLUS,
+    *RULES,
+    *PYTHON,
+    *EMA,
+    *AVERAGES,
+    *MODELS,
+    *SHARDS,
+    *STORAGE,
+    *ROUNDING,
+    *TRITON_AND_CUDA,
+    *QUEUE,
+]
 NOTICED, UNNOTICED = "noticed", "UNNOTICED"
 SOURCES = {"csrc", "trainops", "triton_kernels", "setup.py"}
 LIMIT = 600  # seconds for the tests of one mutant: a fault may make them hang

@@ -19,12 +19,15 @@ import test_drop_path_rows
 import test_ema_fused
 import test_grad_scale
 import test_masters
+import test_stochastic_averages
+import test_stochastic_rounding
 import torch
 from contract import assert_contract, same_bits
 from ptx.triton_driver import WithoutBarriers, through_ptx
 from ptx_fixtures import OPS, once_more
 from targets import INTERPRETER, thorough
 from test_cuda import MIXED, at_offset
+from training import RULES
 
 import trainops
 from benchmarks import triton_variants
@@ -190,6 +193,12 @@ def types_of(variant, *names):
 @over_variants("update")
 def test_every_update(target, variant, monkeypatch):
     """With a step that may be skipped, as in all variants."""
+    if variant.constants["STOCHASTIC"]:
+        rule = next(rule for rule in RULES if rule.ours.__name__.lower() == variant.label.partition(",")[0])
+        state, average = types_of(variant, "STATE0", "AVERAGE")
+        options = {"state_dtype": state, "average": average, "skip_nonfinite": True}
+        test_stochastic_rounding.check_neighbours(target, rule, 2, (LONG,), **options)
+        return
     param, master = types_of(variant, "PARAM", "MASTER")
     if master is not None:
         monkeypatch.setattr(test_masters, "SHAPES", (LONG,))
@@ -204,6 +213,9 @@ def test_every_update(target, variant, monkeypatch):
 @over_variants("ema")
 def test_every_ema(target, variant):
     """The same for a step that is skipped, and one that could have been."""
+    if variant.constants["SEED"] is not None:
+        test_stochastic_averages.check_neighbours(target, 0.9, types_of(variant, "TENSOR")[0], (LONG,))
+        return
     average, param = (torch.randn(9001, dtype=torch.float64).to(x) for x in types_of(variant, "AVERAGE", "TENSOR"))
     results = [average.clone() for _ in range(3)]
     for result, skip in zip(results, (None, torch.tensor(False), torch.tensor(True)), strict=True):

@@ -6,9 +6,12 @@ import torch
 
 from trainops import core
 
-DTYPES = ["float32", "float64", "bfloat16", "float16", "int16", "uint8", None]  # as csrc/core/table.h numbers them
+# As csrc/core/table.h numbers them.
+DTYPES = ["float32", "float64", "bfloat16", "float16", "int16", "uint8", "stochastic", None]
 WORDS = sorted(core.words("row"), key=core.words("row").get)
 CHUNK = 8
+PLACES = ("first_place", "average_place", "average_place2", "average_place3", "average_place4")
+NO_PLACES = dict.fromkeys(PLACES, -1) | {"origin": 0}
 STEP_COLUMNS = ["param", "grad", "average", "step", "master"]
 
 
@@ -55,7 +58,8 @@ def check_words(kind, columns, group_rows=(), chunk_numel=CHUNK):
             numel = row[0].numel()
             codes = list(map(DTYPES.index, dtypes[i]))
             of_dtypes = sum(code << 4 * column for column, code in enumerate(codes))
-            assert its == {"numel": numel, "first_chunk": sum(counts[:i]), "group": groups[i], "dtypes": of_dtypes}
+            expected = {"numel": numel, "first_chunk": sum(counts[:i]), "group": groups[i], "dtypes": of_dtypes}
+            assert its == expected | NO_PLACES
             assert of_rows[i][len(its) :] == [core.address(x) for x in row]
             own = range(0, max(1, numel), chunk_numel)
             numbered = [[i, begin] for begin in own]

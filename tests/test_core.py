@@ -6,7 +6,7 @@ from array import array
 
 import pytest
 import torch
-from table_fixtures import CHUNK, DTYPES, check_words, names_of, numbers, step_columns
+from table_fixtures import CHUNK, DTYPES, NO_PLACES, WORDS, check_words, names_of, numbers, step_columns
 
 from trainops import core
 from trainops.adapters import _device
@@ -23,7 +23,7 @@ def reduced(*tensors, **options):
 def test_one_row(numel):
     x = torch.ones(numel)
     words = reduced(x)
-    assert numbers(words.rows, 5) == [[numel, 0, 0, 0, x.data_ptr()]]
+    assert numbers(words.rows, len(WORDS) + 1) == [[numel, 0, 0, 0, *NO_PLACES.values(), x.data_ptr()]]
     assert numbers(words.chunks, 2) == [[0, begin] for begin in range(0, max(1, numel), CHUNK)]
 
 
@@ -33,10 +33,30 @@ def test_the_words_of_a_row():
     columns = {"param": params, "grad": grads, "step": steps, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
     words = check_words("adamw", columns | {"max_exp_avg_sq": [None, None]}, [1, 0, 1])
     tensors = params[1], grads[1], None, steps[1], None, moments[0][1], moments[1][1], None
-    assert numbers(words.rows, 12)[1] == [20, 1, 2, 0x60060630, *map(core.address, tensors)]
+    its = [20, 1, 2, 0x70070730, *NO_PLACES.values(), *map(core.address, tensors)]
+    assert numbers(words.rows, len(WORDS) + 8)[1] == its
     assert numbers(words.chunks, 2) == [[0, 0], [1, 0], [1, 8], [1, 16]]
     types = [("float32", grad, None, "float32", None, *["float32"] * 2, None) for grad in ("float32", "float16")]
     assert words.sections == [(types[0], 0, 1), (types[1], 1, 3)]
+
+
+def test_the_places_of_a_row():
+    """They are words, and where there is one, bfloat16 has another type."""
+    columns = step_columns([torch.ones(9).bfloat16(), torch.ones(9), torch.ones(9).bfloat16()])
+    columns["average"] = [torch.ones(9), torch.ones(9).bfloat16(), None]
+    places = [(5, [6, 3], 7), (8, [9], 1 << 40), (-1, [], 0)]
+    table = core.table("adamw", columns, "cpu", places=places)
+    words = table.words(chunk_numel=CHUNK, by_kind=True)
+    found = [row[4:10] for row in numbers(words.rows, len(WORDS) + 8)]
+    assert found == [[5, 6, 3, -1, -1, 7], [8, 9, -1, -1, -1, 1 << 40], [-1] * 5 + [0]]
+    found = [(kind[0], kind[2]) for kind, _, _ in words.sections]
+    assert found == [("stochastic", "float32"), ("float32", "stochastic"), ("bfloat16", None)]
+    assert table.is_special
+    assert not core.table("adamw", columns, "cpu").is_special
+    with pytest.raises(ValueError, match="so many averages"):
+        core.table("adamw", columns, "cpu", places=[(0, [0] * 5, 0)] * 3)
+    with pytest.raises(ValueError, match="as many places as rows"):
+        core.table("adamw", columns, "cpu", places=places[:2])
 
 
 def test_rows_of_one_kind_are_one_section_in_any_order():
@@ -76,7 +96,8 @@ def test_tens_of_thousands_of_chunks():
 def test_more_elements_than_32_bits_count():
     x = torch.empty(2**31 + 5, dtype=BFLOAT16)  # whose memory is never touched
     words = reduced(torch.ones(3).bfloat16(), x, chunk_numel=2**20)
-    assert numbers(words.rows, 5)[1] == [2**31 + 5, 1, 0, DTYPES.index("bfloat16"), x.data_ptr()]
+    its = [2**31 + 5, 1, 0, DTYPES.index("bfloat16"), *NO_PLACES.values(), x.data_ptr()]
+    assert numbers(words.rows, len(WORDS) + 1)[1] == its
     assert numbers(words.chunks, 2) == [[0, 0], *([1, i * 2**20] for i in range(2049))]
 
 
@@ -154,7 +175,7 @@ def test_what_a_table_describes_lives_as_long_as_its_words():
     del x, table
     gc.collect()
     assert is_alive() is not None
-    assert numbers(words.rows, 5)[0][-1] == address
+    assert numbers(words.rows, len(WORDS) + 1)[0][-1] == address
     del words
     gc.collect()
     assert is_alive() is None
@@ -173,21 +194,13 @@ def test_the_words_of_settings():
         {"lr": 0.1, "beta1": 0.9, "beta2": 1, "eps": 1e-8, "weight_decay": 0.0, "maximize": True},
         {"maximize": False, "weight_decay": -0.0, "eps": 1e-3, "beta2": 0.99, "beta1": beta1, "lr": lr},
     ]
-    words = array("q", core.step_settings("adamw", 2.5, [0.75, 0.5], groups)).tolist()
-    numbers_of_first = (0.1, 0.9, 1.0, 1e-8, 0.0, 1.0)
+    words = array("q", core.step_settings("adamw", 2.5, [0.75, 0.5], groups, (7, [8, 9]))).tolist()
+    first = [x for y in (0.1, 0.9, 1.0, 1e-8, 0.0, 1.0) for x in (0, bits(y))]
     second = [1, lr.data_ptr(), 2, beta1.data_ptr(), *(x for y in (0.99, 1e-3, -0.0, 0.0) for x in (0, bits(y)))]
-    assert words == [
-        0,
-        bits(2.5),
-        bits(0.75),
-        bits(0.5),
-        0,
-        0,
-        *(x for y in numbers_of_first for x in (0, bits(y))),
-        *second,
-    ]
-    assert array("q", core.step_settings("adamw", None, [1.0], [])).tolist() == [0, 0, bits(1.0), 0, 0, 0]
-    assert array("q", core.step_settings("adamw", lr, [], [])).tolist() == [1, lr.data_ptr(), 0, 0, 0, 0]
+    assert words == [0, bits(2.5), bits(0.75), bits(0.5), 0, 0, 7, 8, 9, 0, 0, *first, *second]
+    nothing = [0] * 8
+    assert array("q", core.step_settings("adamw", None, [1.0], [])).tolist() == [0, 0, bits(1.0), *nothing]
+    assert array("q", core.step_settings("adamw", lr, [], [])).tolist() == [1, lr.data_ptr(), 0, *nothing]
     with pytest.raises(KeyError, match="lr"):
         core.step_settings("adamw", None, [1.0], [{}])
 

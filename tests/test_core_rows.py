@@ -193,10 +193,10 @@ def test_irregular_rows_are_staged_and_written_back():
     steps = [torch.tensor(1.0), torch.tensor(1.0).double()]
     columns = step_columns(params, grad=grads, step=steps)
     with staged_table("adamw", columns, "cpu", [1, 1]) as table:
-        rows = numbers(table.words(chunk_numel=CHUNK, by_kind=True).rows, 12)
+        rows = numbers(table.words(chunk_numel=CHUNK, by_kind=True).rows, len(WORDS) + 8)
         assert [row[:3] for row in rows] == [[4, 0, 0], [8, 1, 1]]
         addresses = {
-            name: [row[4 + core.schemas["adamw"].places[name]] for row in rows] for name in names_of("adamw")
+            name: [row[len(WORDS) + core.schemas["adamw"].places[name]] for row in rows] for name in names_of("adamw")
         }
         for name, tensors in columns.items():
             assert addresses[name][0] == tensors[0].data_ptr()
@@ -260,8 +260,8 @@ def test_buffers_come_behind_all_other_rows(stepped):
     long, short = (torch.arange(12.0), torch.zeros(12)), (torch.tensor(7), torch.tensor(0))
     others = [(torch.zeros(2), params[2].detach()), (torch.zeros(()), torch.ones((), dtype=torch.complex64))]
     others += [(torch.zeros(4, dtype=torch.int32), torch.arange(4)), (torch.zeros(3, 2), torch.zeros(2, 3).t())]
-    taken = [[(*long, True), (torch.zeros(0), torch.ones(0), False)], [(*short, False), (*long, False)]]
-    buffers = [taken[0], [*taken[1], *((*pair, i == 3) for i, pair in enumerate(others))]]
+    taken = [[(*long, True, 0), (torch.zeros(0), torch.ones(0), False, 1)], [(*short, False, 0), (*long, False, 1)]]
+    buffers = [taken[0], [*taken[1], *((*pair, i == 3, 2) for i, pair in enumerate(others))]]
     table = collected(optimizer, averages, buffers=buffers)
     assert (table.averages, table.rows, table.averaged) == (2, 3, [3, 1])
     assert table.left == [[], [id(buffer) for _, buffer in others]]
@@ -296,7 +296,7 @@ def test_buffers_come_behind_all_other_rows(stepped):
 def test_state_that_a_group_does_not_use_is_left_out(stepped):
     optimizer, params = stepped
     optimizer.param_groups[2]["amsgrad"] = False
-    rows = numbers(collected(optimizer).words(chunk_numel=CHUNK, by_kind=True).rows, 12)
+    rows = numbers(collected(optimizer).words(chunk_numel=CHUNK, by_kind=True).rows, len(WORDS) + 8)
     assert [row[-1] for row in rows] == [0, 0, 0]
     assert "max_exp_avg_sq" in optimizer.state[params[1]]
 

@@ -101,7 +101,7 @@ def test_multi_avg_fn_refuses_a_bad_decay(decay):
 
 def test_begins_as_a_frozen_copy_in_eval_mode(dtype):
     model = make_net(dtype)
-    ema = trainops.EMA(model)
+    ema = trainops.EMA(model, 0.9)
     assert same_tensors(ema.module, model)
     assert not any(p.requires_grad for p in ema.module.parameters())
     assert not any(module.training for module in ema.module.modules())

@@ -81,7 +81,7 @@ def test_faults_of_cuda_kernels(change, message):
         ("10ema_kernelENS0_11DeviceTableEdPKb", "ema_kernel"),
         ("16drop_path_kernelIdEEvNS0_8DropPathE", "drop_path_kernel<double>"),
         ("15backward_kernelIfLb1EEEvNS0_16DropPathBackwardE", "backward_kernel<float, true>"),
-        ("13update_kernelINS_5AdamWEEEvNS0_10UpdateArgsE", "update_kernel<AdamW>"),
+        ("13update_kernelINS_5AdamWELb1EEEvNS0_10UpdateArgsE", "update_kernel<AdamW, true>"),
         ("13reduce_kernelINS_7InfNormEEEvNS0_10ReduceArgsE", "reduce_kernel<InfNorm>"),
         ("13update_kernelINS_4LionELb0EdEEvNS0_10UpdateArgsE", "update_kernel<Lion, false, double>"),
         ("$__internal_0_$__cuda_sm20_div_rn_f64_full", None),

@@ -3,10 +3,12 @@
 import functools
 
 import pytest
+import test_stochastic_averages
+import test_stochastic_rounding
 import torch
 from contract import same_bits
 from ptx_fixtures import ARCHITECTURES, backend
-from targets import thorough
+from targets import Target, thorough
 from test_cuda import MIXED, after_steps, at_offset, everything, make_step
 from torch import nn
 
@@ -54,6 +56,20 @@ def test_mixed_types_give_the_bits_of_the_shim(cuda, dtypes):
     true = after_steps(dtypes=dtypes)
     with cuda.active():
         results = after_steps(dtypes=dtypes, place=PLACES["each"])
+    assert all(map(same_bits, results, true))
+
+
+def stochastic_steps():
+    """Of special rows, beside others: tails, one by one, and averages by themselves."""
+    target = Target("cuda", "cpu")
+    found = test_stochastic_rounding.mixed_steps(target, 2)
+    return [*found, *test_stochastic_averages.move(*test_stochastic_averages.make(target), 2)]
+
+
+def test_stochastic_rounding_gives_the_bits_of_the_shim(cuda):
+    true = stochastic_steps()
+    with cuda.active():
+        results = stochastic_steps()
     assert all(map(same_bits, results, true))
 
 

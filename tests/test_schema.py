@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 import torch
-from table_fixtures import STEP_COLUMNS, names_of, state_of
+from table_fixtures import NO_PLACES, STEP_COLUMNS, names_of, state_of
 from torch import nn
 
 import trainops
@@ -45,13 +45,18 @@ def test_what_the_columns_are():
     of_rules = dict.fromkeys(states, "grad")
     assert measured == of_rules | {"ema": "average", "reduce": "tensor", "transform": "tensor"}
     assert core.step_columns == {name: place for place, name in enumerate(STEP_COLUMNS)}
-    words = {"row": {0: "numel", 1: "first_chunk", 2: "group", 3: "dtypes"}, "chunk": {0: "row", 1: "begin"}}
-    decays = dict(enumerate(("ema_decay", "ema_decay2", "ema_decay3", "ema_decay4"), start=2))
-    words |= {"step": {0: "max_norm", 1: "max_norm_value", **decays}, "setting": {0: "form", 1: "value"}}
-    words |= {"form": {0: "double", 1: "float_address", 2: "double_address"}}
     assert [column.name for column in core.further_averages] == list(AVERAGES[1:])
     assert names_of("sgd") + list(AVERAGES[1:3]) == list(core.schema("sgd", 3).places)
-    assert {kind: {place: name for name, place in core.words(kind).items()} for kind in words} == words
+    of_averages = [f"{what}{i}" for what in ("ema_decay", "ema_seed") for i in ("", 2, 3, 4)]
+    words = {
+        "row": ["numel", "first_chunk", "group", "dtypes", *NO_PLACES],
+        "chunk": ["row", "begin"],
+        "step": ["max_norm", "max_norm_value", *of_averages[:4], "seed", *of_averages[4:]],
+        "setting": ["form", "value"],
+        "form": ["double", "float_address", "double_address"],
+    }
+    for kind, names in words.items():
+        assert core.words(kind) == {name: place for place, name in enumerate(names)}
 
 
 @pytest.mark.parametrize("kind", core.schemas)

@@ -81,6 +81,13 @@ class AdamW(WithMoments, _TorchAdamW):
         state_dtype: dtype of the moments, ``torch.float32`` or ``torch.bfloat16``, or a pair: of ``exp_avg``, and of
             ``exp_avg_sq`` with ``max_exp_avg_sq``. Default: their parameter's, as in torch. ``load_state_dict``
             converts the moments of a checkpoint to it.
+        stochastic_rounding: round bfloat16 parameters without a master up or down at random, so that small updates
+            count in the mean, where rounding to nearest loses them. It costs no memory; ``master`` loses nothing.
+            float32 and float64 parameters are rounded to nearest.
+        seed: of the random bits, from 0 to 2**63 - 1; default: 0. They depend on it, on a parameter's own step count
+            and its place in ``param_groups``, on an element's index in the whole parameter, and on nothing else: they
+            are the same on every backend, on resuming, for replicas of DDP and for shards (DTensors, by their first
+            dimension). It is saved in ``param_groups[0]["trainops"]``, and a loaded one holds.
         backend: see :func:`trainops.backends`; by default it follows the device.
 
     Attributes:
@@ -92,10 +99,11 @@ class AdamW(WithMoments, _TorchAdamW):
             PyTorch's arguments alone, a GradScaler leaves out the call.)
 
     Raises:
-        TypeError: ``max_grad_norm``, ``norm_group`` or ``ema`` is of another type.
+        TypeError: ``max_grad_norm``, ``norm_group``, ``ema``, ``stochastic_rounding`` or ``seed`` is of another type.
         ValueError: an argument is out of range, there is no such backend, ``master`` or ``state_dtype``, a parameter
-            is complex beside a ``state_dtype``, no parameter can have a ``master``, one is float16 beside a split
-            one, or ``ema`` follows another model.
+            is complex beside a ``state_dtype``, no parameter can have a ``master`` or be rounded stochastically, one
+            is float16 beside a split master or stochastic rounding, both are asked for, or ``ema`` follows another
+            model.
         RuntimeError: the backend is not available; in ``step()``, a gradient is sparse. Nothing has been changed.
     """
 
@@ -121,6 +129,8 @@ class AdamW(WithMoments, _TorchAdamW):
         ema: EMA | Sequence[EMA] | None = None,
         master: Literal["split", "float32"] | None = None,
         state_dtype: StateDtype = None,
+        stochastic_rounding: bool = False,
+        seed: int | None = None,
         backend: str | None = None,
     ) -> None:
         torchs: dict[str, Any] = {
@@ -148,6 +158,8 @@ class AdamW(WithMoments, _TorchAdamW):
             ema=ema,
             master=master,
             state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
             backend=backend,
         )
 

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .adapters import TO_NEAREST, Rounding, Seeds
 from .adapters.interface import AVERAGES, Collected
 from .ema import EMA
 from .model_pairs import Matched
+from .reference_rounding import seed_word
 
 
 def as_averages(ema: Any) -> tuple[EMA, ...]:
@@ -43,10 +45,12 @@ class StepAverages:
         self._planned = [(ema, ema.plan_update(optimizer)) for ema in averages]
         self._fused: dict[int, Matched] = {}  # by the average's place among all
         self.decays: list[float] = []
+        self._seeds: list[int | None] = []
         for place, (_, update) in enumerate(self._planned):
             if update.decay is not None and len(self._fused) < len(AVERAGES):
                 self._fused[place] = update.matched
                 self.decays.append(update.decay)
+                self._seeds.append(update.seed)
         self.params = [matched.fusable for matched in self._fused.values()]
         self.buffers = [matched.buffers for matched in self._fused.values()]
         if not any(self.buffers) or self._follow_each_other():
@@ -56,6 +60,15 @@ class StepAverages:
         """Whether an average has buffers that another one writes, and so comes after it."""
         every = [update.matched for _, update in self._planned]
         return any(not a.of_buffers.isdisjoint(b.written) for a, b in permutations(every, 2))
+
+    def rounding(self, seed: int | None) -> Rounding:
+        """What the step rounds stochastically, of these averages and, by a ``seed``, of the parameters."""
+        if seed is None and all(x is None for x in self._seeds):
+            return TO_NEAREST
+        pairs = zip(self._seeds, self._fused.values(), strict=True)
+        places: list[dict[int, int]] = [{} if x is None else matched.places for x, matched in pairs]
+        seeds = Seeds(0 if seed is None else seed_word(seed), tuple(x or 0 for x in self._seeds))
+        return Rounding(seed is not None, places, seeds)
 
     def tensors(self) -> list[Tensor]:
         """The averages that kernels may write."""

@@ -4,7 +4,7 @@ A table has one row per parameter and one column per role. Triton's kernels lear
 setting or a word.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple, cast
 
@@ -141,10 +141,17 @@ def group_words(rule: str) -> int:
 
 
 def table(
-    kind: str, columns: Mapping[str, Sequence[Tensor | None]], device_type: str, group_rows: Sequence[int] = ()
+    kind: str,
+    columns: Mapping[str, Sequence[Tensor | None]],
+    device_type: str,
+    group_rows: Sequence[int] = (),
+    places: Sequence[tuple[int, Sequence[int], int]] = (),
 ) -> Any:
-    """A table of lists of tensors. Its ``irregular`` rows are those that kernels cannot take as they are."""
-    return _core.Table(reader, kind, columns, device_type=device_type, group_rows=group_rows)
+    """A table of lists of tensors. Its ``irregular`` rows are those that kernels cannot take as they are.
+
+    ``places``: of each row (``csrc/core/table.h``), if something is rounded stochastically.
+    """
+    return _core.Table(reader, kind, columns, device_type=device_type, group_rows=group_rows, places=places)
 
 
 def collect(
@@ -155,10 +162,14 @@ def collect(
     buffers: list[list[Any]],
     states: list[tuple[str, ...]],
     device_type: str,
+    rounds_params: bool = False,
+    average_places: Sequence[Mapping[int, int]] = (),
+    origin_of: Callable[[Tensor], int] | None = None,
 ) -> Any:
     """The rows of a step straight from an optimizer's containers, if all rows are regular, else None.
 
-    See ``Kernels.collect`` in ``trainops.adapters.interface`` for the arguments.
+    See ``Kernels.collect`` in ``trainops.adapters.interface`` for the arguments. The last three say what is rounded
+    stochastically (``csrc/core/rounding.h``).
     """
     found = _core.Table(
         reader,
@@ -169,6 +180,7 @@ def collect(
         buffers=buffers,
         states=states,
         device_type=device_type,
+        rounding=_core.Rounding(params=rounds_params, average_places=average_places, origin_of=origin_of),
     )
     return found if found.regular else None
 
@@ -192,11 +204,17 @@ def drop_path_backward(*, rows: Tensor | None, **operands: Any) -> Any:
     return _core.DropPathBackward(reader, rows=address(rows), **operands)
 
 
+def seeds(params: int, averages: Sequence[int]) -> Any:
+    """What random bits depend on, for C++."""
+    return _core.Seeds(params=params, averages=averages)
+
+
 def step_settings(
     rule: str,
     max_norm: float | Tensor | None,
     ema_decays: Sequence[float],
     settings: Sequence[Mapping[str, float | Tensor]],
+    seeds_of_step: tuple[int, Sequence[int]] = (0, ()),
 ) -> bytes:
     """The settings of a step as 64-bit words for the device. Tensors among them must lie on that device."""
     names = schemas[rule].settings
@@ -206,6 +224,7 @@ def step_settings(
             reader=reader,
             max_norm=0.0 if max_norm is None else max_norm,
             ema_decays=ema_decays,
+            seeds=seeds(*seeds_of_step),
             groups=[[group[name] for name in names] for group in settings],
         ),
     )

@@ -19,6 +19,8 @@ from .model_match import given_module, match
 from .model_pairs import Matched
 from .model_slots import averaged_module
 from .parameter_list import as_model, same_parameters
+from .reference_rounding import seed_word
+from .seeds import check_bfloat16, checked_seed
 from .storage import kind
 from .wrappers import is_same_model
 
@@ -29,6 +31,7 @@ class Update(NamedTuple):
     matched: Matched
     decay: float | None  # None: the average does not move
     step: int  # its number, counted from 1
+    seed: int | None = None  # what random bits depend on: a word, if averages are rounded stochastically
 
 
 class EMA(KeepsState):
@@ -105,6 +108,11 @@ class EMA(KeepsState):
         module: a module of the user's own for the average, of the model's structure, and sharded as the model is. It
             gets the model's weights. Default: a copy of the model, but of FSDP2's modules, which cannot be copied,
             the tensors alone: such a ``module`` has no forward pass, and :meth:`swap` evaluates it.
+        stochastic_rounding: round averages in bfloat16 up or down at random, so that small moves count in the mean.
+            For where memory is dear: an average in float32 is exact. A CUDA graph cannot hold such updates.
+        seed: of the random bits, from 0 to 2**63 - 1; default: 0. They depend on it, on ``step``, on the place of a
+            tensor in the model and of an element in the tensor, and on nothing else: they are the same on every
+            backend, on resuming, and for shards (of the first dimension) of a weight. :meth:`state_dict` has it.
         backend: see :func:`trainops.backends`; by default it follows the device.
 
     Attributes:
@@ -142,8 +150,11 @@ class EMA(KeepsState):
         include: Patterns | None = None,
         exclude: Patterns | None = None,
         module: nn.Module | None = None,
+        stochastic_rounding: bool = False,
+        seed: int | None = None,
         backend: str | None = None,
     ) -> None:
+        seed = checked_seed(seed, stochastic_rounding)
         model = as_model(model)
         super().__init__(
             decay,
@@ -173,12 +184,18 @@ class EMA(KeepsState):
             self._module = averaged_module(model, self.policy)
         else:
             self._module = given_module(module, model, self.policy)
+        averages = self.policy.averaged_parameters(self._module)
+        if seed is not None:
+            check_bfloat16("averages", averages)
+        self.seed = seed
         self.backend = backend
         self.step = 0
         self._remember_weights()
         if module is not None:
             self._be_the_model()
         advice.average_made(self)
+        if seed is None:
+            ema_advice.average_stalls(self, averages)
 
     @_disable_dynamo  # compiled code calls it, by one graph break, and holds none of its numbers
     @torch.no_grad()
@@ -232,7 +249,7 @@ class EMA(KeepsState):
             decay = self._decay_of_start(step, decay)
         if decay is not None:
             self._check_can_move(matched)
-        return Update(matched, decay, step)
+        return Update(matched, decay, step, None if self.seed is None else seed_word(self.seed, step))
 
     def finish_update(self, update: "Update", done: Collection[int] = (), skip: Tensor | None = None) -> None:
         """Count the update; move what is not ``done`` (by ``id`` of the model's tensor), unless ``skip`` is true."""
@@ -242,7 +259,9 @@ class EMA(KeepsState):
             self._settle(matched, skip)
             if len(done) < len(matched.pairs):
                 rest = matched.without(done) if done else matched
-                self._pending = update_pairs(rest, self._weights(rest.sources), decay, skip, self.backend)
+                self._pending = update_pairs(
+                    rest, self._weights(rest.sources), decay, skip, self.backend, update.seed
+                )
             self._has_moved, self._seen = True, None
         self.step = update.step
         self._remember_step(matched.sources)
@@ -315,8 +334,12 @@ class EMA(KeepsState):
         """Raise where the averages could not be moved."""
         for device in matched.devices:
             select(self.backend, device)
-        if matched.waits and torch.cuda.is_current_stream_capturing():
+        on_gpu = matched.waits or (self.seed is not None and any(x.type == "cuda" for x in matched.devices))
+        captures = on_gpu and torch.cuda.is_current_stream_capturing()
+        if matched.waits and captures:
             raise RuntimeError("a CUDA graph cannot hold the update of an average on the CPU: see EMA(device=)")
+        if self.seed is not None and captures:
+            raise RuntimeError("a CUDA graph would repeat the random bits of EMA(stochastic_rounding=True)")
 
     def _check_followed(self, model: Any) -> None:
         """Raise unless this is the model that the average follows, or what it follows from now on."""

@@ -72,3 +72,18 @@ def _judge(ema: Any, param: Tensor, value: Tensor, versions: list[int]) -> None:
 
 def _trained(ema: Any) -> list[Tensor]:
     return [p for p in ema.model.parameters() if p.requires_grad and not p.is_inference()]
+
+
+def average_stalls(ema: Any, averages: list[Tensor]) -> None:
+    """An average was made whose updates are mostly lost by rounding: it has 16 bits, and a large decay."""
+    dtype = next((x.dtype for x in averages if x.dtype in (torch.bfloat16, torch.float16)), None)
+    if dtype is None or callable(ema.decay) or not 0.0 < 1.0 - ema.decay < torch.finfo(dtype).eps / 2:
+        return
+    other = ", or EMA(..., stochastic_rounding=True)" if dtype == torch.bfloat16 else ""
+    advise(
+        ema,
+        "stalls",
+        f"an average in {str(dtype).removeprefix('torch.')} with decay {ema.decay} stalls: an update moves it by "
+        "(1 - decay) * (weight - average), which is mostly less than half of the last place and lost. Write "
+        f"EMA(..., dtype=torch.float32){other}",
+    )

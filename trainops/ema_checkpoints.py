@@ -22,12 +22,15 @@ class Loaded(NamedTuple):
 
     weights: dict[str, Any]
     step: int | None  # None: it does not say how many updates there were
+    seed: int | None = None  # of stochastic rounding
 
 
-def written(weights: dict[str, Any], module: nn.Module, step: int, form: str | None) -> dict[str, Any]:
+def written(
+    weights: dict[str, Any], module: nn.Module, step: int, seed: int | None, form: str | None
+) -> dict[str, Any]:
     """The state of an average in trainops' form, or in that of another class."""
     if form is None:
-        return {"module": weights, "step": step}
+        return {"module": weights, "step": step} | ({} if seed is None else {"seed": seed})
     if form not in FORMS:
         raise ValueError(f"form must be None or one of {', '.join(map(repr, FORMS))}, got {form!r}")
     if form == "diffusers":
@@ -64,13 +67,14 @@ def read(state_dict: Any, module: nn.Module) -> Loaded:
         raise TypeError(f"state_dict must be a dictionary, got {type(state_dict).__name__}")
     own = module.state_dict(keep_vars=True)
     loaded = _read(state_dict, module, own)
-    return Loaded(_as_in(own, loaded.weights), loaded.step)
+    return loaded._replace(weights=_as_in(own, loaded.weights))
 
 
 def _read(state_dict: dict[str, Any], module: nn.Module, own: dict[str, Any]) -> Loaded:
     keys = state_dict.keys()
     if isinstance(state_dict.get("module"), dict) and "step" in keys:
-        return Loaded(state_dict["module"], _count(state_dict, "step"))
+        seed = _count(state_dict, "seed") if "seed" in keys else None
+        return Loaded(state_dict["module"], _count(state_dict, "step"), seed)
     if keys == own.keys():
         return Loaded(state_dict, None)
     if "shadow_params" in keys:

@@ -66,6 +66,10 @@ class AveragePolicy:
         # Quantised weights that are never trained.
         return not param.requires_grad and self.device in (None, param.device) and not can_average(param, param)
 
+    def averaged_parameters(self, module: nn.Module) -> list[Tensor]:
+        """The parameters of the averaged module that it does not share with the model."""
+        return [p for name, p in module.named_parameters() if name not in self.shared and can_average(p, p)]
+
     def new(self, source: Tensor) -> Tensor:
         """The average of a tensor of the model that had none until now: a copy."""
         return self.copy_of(source, self.converted)

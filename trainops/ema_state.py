@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 class KeepsState(LendsWeights):
     """An average that outlives the process, in a form of its own or of another library."""
 
+    seed: int | None = None  # of stochastic rounding
+
     def state_dict(self, *, form: str | None = None) -> dict[str, Any]:
-        """The averaged weights and ``step``. The settings are constructor arguments and not saved.
+        """The averaged weights and ``step``. The settings are constructor arguments and not saved, but for ``seed``.
 
         Parameters that are shared with the model are left out, unless ``form`` asks for the state of another class.
 
@@ -34,7 +36,7 @@ class KeepsState(LendsWeights):
         self._be_the_model()
         module = self.module
         with lifted(self._shared().values() if form is None else ()):
-            return written(module.state_dict(), module, self.step, form)
+            return written(module.state_dict(), module, self.step, self.seed, form)
 
     def full_state_dict(self) -> dict[str, Any]:
         """The averaged weights whole, in the host's memory of rank 0, for a model that is not sharded.
@@ -85,6 +87,8 @@ class KeepsState(LendsWeights):
                 "this state does not say how many updates there were: load_state_dict(state_dict, step=n)"
             )
         load_weights(self.module, loaded.weights, self._shared())
+        if self.seed is not None and loaded.seed is not None:
+            self.seed = loaded.seed
         self._now_has(step)
         advice.average_loaded(self)
 

@@ -101,7 +101,7 @@ class LendsWeights(HasOptimizer):
             follows = is_same_model(model, self.model)
             module, model = (innermost(self.module), innermost(model)) if not follows else (self.module, self.model)
             matched = match(module, model, self.policy, follows=follows)
-            pairs = [(average, source) for average, source, _ in matched.pairs if average is not source]
+            pairs = [(x.average, x.source) for x in matched.pairs if x.average is not x.source]
             replaced = matched.replaced
         else:
             pairs = _in_order(list(self.module.parameters()), model)

@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import reference
-from .adapters import check, select
+from .adapters import NEAREST, AverageRounding, Places, check, select
 from .background import Later
 from .copies import HostCopies, copy_all, fetch, is_copied_beside
 from .ema_policy import AveragePolicy
 from .model_pairs import Pairs, Replaced, check_pair
 from .plain import all_plain
 from .storage import kind
-from .tables import all_local, as_real
+from .tables import all_local, as_real, origin
 
 
 @torch.no_grad()
@@ -85,12 +85,22 @@ def get_ema_multi_avg_fn(decay: float = 0.999) -> Callable[[Sequence[Tensor], Se
 
 
 def update_pairs(
-    matched: Pairs, sources: list[Tensor], decay: float, skip: Tensor | None, backend: str | None
+    matched: Pairs,
+    sources: list[Tensor],
+    decay: float,
+    skip: Tensor | None,
+    backend: str | None,
+    seed: int | None = None,
 ) -> Later | None:
     """Move averages towards their ``sources``, and copy the others, unless ``skip`` is true.
 
-    Averages on the host of tensors on GPUs are moved later, by a thread of its own.
+    Averages on the host of tensors on GPUs are moved later, by a thread of its own. ``seed``: the word of that of
+    averages that are rounded stochastically.
     """
+    rounding = NEAREST
+    if seed is not None:
+        places = zip(matched.averages, matched.average_places, strict=True)
+        rounding = AverageRounding(seed, [Places(place, origin=origin(x)) for x, place in places])
     averages, sources = all_local(matched.averages), all_local(sources)
     targets = all_local([pair.average for pair in matched.copied])
     copied = all_local([pair.source for pair in matched.copied])
@@ -106,14 +116,14 @@ def update_pairs(
             def move() -> None:
                 fetched = copies.wait()
                 skipped = None if skip is None else fetched.pop()
-                _move(averages, targets, fetched, decay, skipped, backend)
+                _move(averages, targets, fetched, decay, skipped, backend, rounding)
 
             return Later(move)
         fetched = fetch(wanted, devices)
         skip = None if skip is None else fetched.pop()
-        _move(averages, targets, fetched, decay, skip, backend)
+        _move(averages, targets, fetched, decay, skip, backend, rounding)
         return None
-    _move(averages, targets, [*sources, *copied], decay, skip, backend)
+    _move(averages, targets, [*sources, *copied], decay, skip, backend, rounding)
     return None
 
 
@@ -124,9 +134,10 @@ def _move(
     decay: float,
     skip: Tensor | None,
     backend: str | None,
+    rounding: AverageRounding,
 ) -> None:
     """Move averages towards the first of ``sources``, and copy the others to ``targets``."""
-    update_averages(averages, sources[: len(averages)], decay, skip, backend)
+    update_averages(averages, sources[: len(averages)], decay, skip, backend, rounding)
     if targets:
         copy_all(targets, sources[len(averages) :], skip)
 
@@ -143,19 +154,25 @@ def replace_all(replaced: Sequence[Replaced], policy: AveragePolicy, skip: Tenso
 
 
 def update_averages(
-    averages: Sequence[Tensor], sources: Sequence[Tensor], decay: float, skip: Tensor | None, backend: str | None
+    averages: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    decay: float,
+    skip: Tensor | None,
+    backend: str | None,
+    rounding: AverageRounding = NEAREST,
 ) -> None:
     """Move averages towards sources that may lie on other devices, unless ``skip`` is true."""
     if is_compiling():
         reference.ema_(averages, sources, decay, skip)
         return
-    if averages and select(backend, averages[0].device).try_ema_(averages, sources, decay, skip):
+    if averages and select(backend, averages[0].device).try_ema_(averages, sources, decay, skip, rounding):
         torch.autograd.graph.increment_version(averages)
         return
     if any(average.shape != source.shape for average, source in zip(averages, sources, strict=True)):
         raise RuntimeError("averages and their sources differ in shape")
-    parts: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
-    for average, source in zip(averages, sources, strict=True):
+    parts: dict[torch.device, tuple[list[Tensor], list[Tensor], list[Places]]] = {}
+    places = rounding.places or [Places()] * len(averages)
+    for average, source, place in zip(averages, sources, places, strict=True):
         if average.numel() == 0:
             continue
         if average.is_conj():
@@ -163,14 +180,16 @@ def update_averages(
             update_averages([resolved], [source], decay, skip, backend)
             average.copy_(resolved)
             continue
-        part = parts.setdefault(average.device, ([], []))
+        part = parts.setdefault(average.device, ([], [], []))
         part[0].append(as_real(average, written=True))
         part[1].append(as_real(source.to(average.device)))
+        part[2].append(place)
     torch.autograd.graph.increment_version(averages)
-    for device, (device_averages, device_sources) in parts.items():
+    for device, (device_averages, device_sources, device_places) in parts.items():
         plain = all_plain(device_averages) and all_plain(device_sources)
         kernels = select(backend, device, in_memory=plain)
-        kernels.ema_(device_averages, device_sources, decay, skip)
+        its = rounding._replace(places=device_places) if rounding.places else NEAREST
+        kernels.ema_(device_averages, device_sources, decay, skip, its)
 
 
 def check_type(name: str, value: object, kinds: type | tuple[type, ...], what: str) -> None:

@@ -56,7 +56,9 @@ class _Matcher:
         self.may_place = follows and not fsdp_modules(module)  # those keep their parameters themselves
         self.by_source: dict[int, Tensor] = {}  # averages by ``id`` of their source
         self.settled: set[str] = set()
-        for names in names_by_id(self.theirs).values():
+        order = list(names_by_id(self.theirs).values())
+        self.places = {names[0]: place for place, names in enumerate(order)}
+        for names in order:
             source = self.theirs[names[0]][1]
             if isinstance(source, nn.Parameter):
                 self._parameter(names, source)
@@ -144,7 +146,7 @@ class _Matcher:
             _check_writable(names[0], average)
         self.settled.add(names[0])
         self.by_source[id(source)] = average
-        self.found.pairs.append(Pair(average, source, averaged))
+        self.found.pairs.append(Pair(average, source, averaged, self.places[names[0]]))
 
     def _share(self, names: list[str], source: Tensor) -> None:
         for name in names:

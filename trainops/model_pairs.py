@@ -18,6 +18,7 @@ class Pair(NamedTuple):
     average: Tensor
     source: Tensor
     averaged: bool  # else it is copied
+    place: int  # among the tensors of the model
 
 
 class Replaced(NamedTuple):
@@ -58,6 +59,7 @@ class Pairs:
         self.pairs = pairs
         self.averages = [pair.average for pair in pairs if pair.averaged]
         self.sources = [pair.source for pair in pairs if pair.averaged]
+        self.average_places = [pair.place for pair in pairs if pair.averaged]
         self.copied = [pair for pair in pairs if not pair.averaged]
 
     def without(self, done: Collection[int]) -> "Pairs":
@@ -78,10 +80,11 @@ class Matched(Pairs):
         self.fusable = {id(pair.source): pair.average for pair in of_params if pair.averaged}
         self.buffers = [x for x in on_device if not isinstance(x.source, nn.Parameter) and _is_memory(x)]
         self.of_buffers = frozenset(id(pair.source) for pair in self.buffers)
+        self.places = {id(pair.source): pair.place for pair in self.pairs}
         self.in_step = self.of_buffers.union(self.fusable)
         self.written = frozenset(id(pair.average) for pair in self.pairs)
         self.devices = list(dict.fromkeys(x.device for x in self.averages))
-        self.waits = any(x.is_cuda and y.device.type == "cpu" for y, x, _ in self.pairs)
+        self.waits = any(x.source.is_cuda and x.average.device.type == "cpu" for x in self.pairs)
         self._others = [pair for pair in self.pairs if id(pair.source) not in self.fusable]
         modules = [m for root in (module, model) for m in root.modules()]
         self._containers: list[dict[str, Any]] = [x for m in modules for x in (m._parameters, m._buffers, m._modules)]
@@ -140,14 +143,14 @@ def _unseen(found: Found) -> Iterable[Slot]:
 
 def _is_memory(pair: Pair) -> bool:
     """Whether kernels can move an average, or copy its bits: as far as can be told before a step."""
-    average, source, averaged = pair
+    average, source, averaged, _ = pair
     if not all_plain((average, source)) or source.is_complex():
         return False
     return kind(average) == kind(source) == "real" if averaged else average.dtype == source.dtype
 
 
 def _fits(pair: Pair) -> bool:
-    average, source, averaged = pair
+    average, source, averaged, _ = pair
     return average.shape == source.shape and (not averaged or kind(average) == kind(source) != "other")
 
 

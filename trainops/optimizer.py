@@ -17,6 +17,7 @@ from .own_settings import OWN_SETTINGS, HasOwnSettings
 from .ranks import NormGroup
 from .reference import clip_coefficient
 from .rows import complete_state
+from .seeds import HasSeed, check_bfloat16, checked_seed
 from .step import TakesFusedSteps, checked_norm, setting
 from .storage import StateDtype, check_is_real, check_master, check_masters, check_state_dtype, wants_master
 from .uploads import prepare_capture
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
-class FusedOptimizer(HasOwnSettings, TakesFusedSteps):
+class FusedOptimizer(HasOwnSettings, TakesFusedSteps, HasSeed):
     """A mixin that replaces ``step`` of a ``torch.optim`` class. List it before that class among the bases."""
 
     _max_grad_norm: float | Tensor | None
@@ -41,6 +42,7 @@ class FusedOptimizer(HasOwnSettings, TakesFusedSteps):
         "_averages",
         "master",
         "state_dtype",
+        "stochastic_rounding",
         "backend",
         "grad_norm",
         "grad_norms",
@@ -52,7 +54,7 @@ class FusedOptimizer(HasOwnSettings, TakesFusedSteps):
         """Settings that hold where a subclass calls the constructor of PyTorch's class in place of ours."""
         self = super().__new__(cls)
         self._max_grad_norm = None
-        self.skip_nonfinite = False
+        self.skip_nonfinite = self.stochastic_rounding = False
         self._norm_group = self._repeatable = None
         self._averages = ()
         self.master = self.state_dtype = self.backend = None
@@ -69,11 +71,14 @@ class FusedOptimizer(HasOwnSettings, TakesFusedSteps):
         ema: EMA | Sequence[EMA] | None = None,
         master: str | None = None,
         state_dtype: StateDtype = None,
+        stochastic_rounding: bool = False,
+        seed: int | None = None,
         backend: str | None = None,
         **options: Any,
     ) -> None:
         own: dict[str, Any] = {"max_grad_norm": max_grad_norm, "skip_nonfinite": skip_nonfinite or None, "ema": ema}
         own |= {"master": master, "state_dtype": state_dtype, "norm_group": norm_group}
+        own |= {"stochastic_rounding": stochastic_rounding or None, "seed": seed}
         if options.get("differentiable") and any(x is not None for x in own.values()):
             raise ValueError(f"differentiable=True runs PyTorch's own step, without {', '.join(own)}")
         if not isinstance(skip_nonfinite, bool):
@@ -81,12 +86,15 @@ class FusedOptimizer(HasOwnSettings, TakesFusedSteps):
         check(backend)
         check_master(master)
         check_state_dtype(state_dtype)
+        checked = checked_seed(seed, stochastic_rounding)
         self.norm_group = norm_group
         self.master, self.state_dtype = None, state_dtype  # first: they are asked for each group that is added
-        with self._while_constructed({**own, "skip_nonfinite": skip_nonfinite, "backend": backend}):
+        flags = {"skip_nonfinite": skip_nonfinite, "stochastic_rounding": stochastic_rounding}
+        with self._while_constructed({**own, **flags, "backend": backend}):
             super().__init__(*args, **options)
         check_masters((p for group in self.param_groups for p in group["params"]), master)
         self.master = master
+        self._set_stochastic_rounding(checked, master)
         self._unscaling_by_hand = None  # what PyTorch's constructor has set for fused=True
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
@@ -149,14 +157,16 @@ class FusedOptimizer(HasOwnSettings, TakesFusedSteps):
         """Add a group of parameters, as in torch.
 
         Raises:
-            ValueError: the group has a setting that all groups share, or a parameter that ``state_dtype`` or
-                ``master`` is not for.
+            ValueError: the group has a setting that all groups share, or a parameter that ``state_dtype``,
+                ``master`` or ``stochastic_rounding`` is not for.
         """
         super().add_param_group(self._without_own(param_group))
         params = self.param_groups[-1]["params"]
         try:
             if self.state_dtype is not None:
                 check_is_real(params)
+            if self.stochastic_rounding:
+                check_bfloat16("parameters", params, some=False)
             for param in params:
                 wants_master(param, self.master)
         except ValueError:
@@ -188,7 +198,8 @@ class FusedOptimizer(HasOwnSettings, TakesFusedSteps):
         An update is lost where the rule moves a weight by less than half of its last place, so that it stays what it
         was. Of bfloat16 weights without a ``master`` that is most of them, near the end of training. It takes no step
         and changes nothing. The rule runs in float64 by PyTorch's operations, on copies of one parameter at a time,
-        which takes longer than a step. With a GradScaler, call it after ``scaler.unscale_``.
+        which takes longer than a step. With a GradScaler, call it after ``scaler.unscale_``. With
+        ``stochastic_rounding``, it is what rounding to nearest would lose.
 
         Returns:
             The share of each parameter's elements whose update is lost, between 0 and 1; 1-D float32, one number for

@@ -6,7 +6,17 @@ from typing import Any
 
 import torch
 
-OWN_SETTINGS = ("max_grad_norm", "skip_nonfinite", "norm_group", "ema", "master", "state_dtype", "backend")
+OWN_SETTINGS = (
+    "max_grad_norm",
+    "skip_nonfinite",
+    "norm_group",
+    "ema",
+    "master",
+    "state_dtype",
+    "stochastic_rounding",
+    "seed",
+    "backend",
+)
 
 
 class HasOwnSettings(torch.optim.Optimizer):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .plain import PLAIN
+from .reference_rounding import Random, rounded_stochastically
 
 vector_norm: Callable[..., Tensor] = torch.linalg.vector_norm
 
@@ -43,9 +44,12 @@ def rounded(x: Tensor | float, dtype: torch.dtype) -> Tensor | float:
     return x.to(dtype) if isinstance(x, Tensor) else x
 
 
-def write(target: Tensor, value: Tensor, skip: Tensor | None = None) -> None:
-    """Store ``value`` in ``target``, unless ``skip`` is true: then ``target`` keeps every bit."""
-    value = value.to(target.dtype)
+def write(target: Tensor, value: Tensor, skip: Tensor | None = None, random: Random | None = None) -> None:
+    """Store ``value`` in ``target``, unless ``skip`` is true: then ``target`` keeps every bit.
+
+    With ``random``, a bfloat16 ``target`` is rounded stochastically.
+    """
+    value = value.to(target.dtype) if random is None else rounded_stochastically(value.float(), random)
     target.copy_(value if skip is None else torch.where(skip.to(target.device), target, value))
 
 
@@ -289,16 +293,23 @@ def sgd_(
     write(step, step + 1, skip)
 
 
-def ema_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None) -> None:
+def ema_(
+    averages: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    decay: float,
+    skip: Tensor | None = None,
+    randoms: Sequence[Random | None] | None = None,
+) -> None:
     """``average += (1 - decay) * (tensor - average)``.
 
-    Special cases avoid ``inf - inf``: decay 0 copies, decay 1 keeps, equal values stay.
+    Special cases avoid ``inf - inf``: decay 0 copies, decay 1 keeps, equal values stay. ``randoms``: of averages that
+    are rounded stochastically.
     """
-    for average, tensor in zip(averages, tensors, strict=True):
+    for average, tensor, random in zip(averages, tensors, randoms or [None] * len(averages), strict=True):
         dtype = torch.promote_types(wide(average).dtype, wide(tensor).dtype)
         old, new = average.to(dtype), tensor.to(dtype)
         moved = new if decay == 0 else old if decay == 1 else torch.lerp(old, new, 1 - decay)
-        write(average, moved if decay == 0 else torch.where(old == new, old, moved), skip)
+        write(average, moved if decay == 0 else torch.where(old == new, old, moved), skip, random)
 
 
 def drop_path_mask(

@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .adapters import Group
+from .adapters import Group, Places, Rounding
 from .adapters.interface import AVERAGES
 from .storage import MASTER, dtypes_of_state, fits, kind, new_master, wants_master
-from .tables import aligned
+from .tables import aligned, origin
 
 if TYPE_CHECKING:
     from .step import TakesFusedSteps
 
 
-def gather(optimizer: "TakesFusedSteps", averages: list[dict[int, Tensor]]) -> list[Group]:
+def gather(optimizer: "TakesFusedSteps", averages: list[dict[int, Tensor]], rounding: Rounding) -> list[Group]:
     """The groups of a step, whatever tensors they hold. State is made where there is none yet.
 
-    Each of ``averages`` is by the ``id`` of its parameter.
+    Each of ``averages`` is by the ``id`` of its parameter. ``rounding``: what is rounded stochastically.
 
     Raises:
         RuntimeError: a gradient is sparse, or tensors of one parameter do not belong together.
@@ -39,6 +39,7 @@ def gather(optimizer: "TakesFusedSteps", averages: list[dict[int, Tensor]]) -> l
         if params:
             selected.append((param_group, params, grads))
     groups = []
+    places = _places(optimizer.param_groups, rounding)
     for param_group, params, grads in selected:
         own, names = [optimizer.state[p] for p in params], optimizer.state_names(param_group)
         for param, its in zip(params, own, strict=True):
@@ -52,8 +53,24 @@ def gather(optimizer: "TakesFusedSteps", averages: list[dict[int, Tensor]]) -> l
         if optimizer.master is not None:
             columns[MASTER] = [its.get(MASTER) for its in own]
         _check_rows(columns)
-        groups.append(Group(optimizer.settings(param_group), len(params), columns))
+        its_places = [places[id(param)] for param in params] if places else []
+        groups.append(Group(optimizer.settings(param_group), len(params), columns, its_places))
     return groups
+
+
+def _places(param_groups: list[dict[str, Any]], rounding: Rounding) -> dict[int, Places]:
+    """Where parameters stand in the groups, whether they have a gradient or not, by ``id``; empty if nobody asks."""
+    if not rounding.params and not any(rounding.average_places):
+        return {}
+    params = [param for group in param_groups for param in group["params"]]
+    return {
+        id(param): Places(
+            place if rounding.params else -1,
+            tuple(places.get(id(param), -1) for places in rounding.average_places),
+            origin(param),
+        )
+        for place, param in enumerate(params)
+    }
 
 
 def complete_state(
@@ -97,7 +114,9 @@ def by_device(groups: list[Group]) -> dict[torch.device, list[Group]]:
             rows = [row for row, param in enumerate(group.columns["param"]) if param.device == device]
             if rows:
                 columns = {name: [column[row] for row in rows] for name, column in group.columns.items()}
-                parts.setdefault(device, []).append(replace(group, rows=len(rows), columns=columns))
+                places = [group.places[row] for row in rows] if group.places else []
+                part = replace(group, rows=len(rows), columns=columns, places=places)
+                parts.setdefault(device, []).append(part)
     return parts
 
 

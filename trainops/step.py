@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import advice
-from .adapters import Group, StepControl, StepResult, select
+from .adapters import Group, Rounding, StepControl, StepResult, select
 from .adapters.interface import AVERAGES
 from .averages import StepAverages
 from .ema import EMA
@@ -32,6 +32,8 @@ class TakesFusedSteps(KnowsTorchStep, TakesJointNorm, LoadsState, KeepsMasters):
     rule: ClassVar[str]
     max_grad_norm: float | Tensor | None
     skip_nonfinite: bool
+    stochastic_rounding: bool
+    seed: int | None
     _averages: tuple[EMA, ...]
     grad_norm: Tensor | None
     grad_norms: Tensor | None
@@ -99,12 +101,14 @@ class TakesFusedSteps(KnowsTorchStep, TakesJointNorm, LoadsState, KeepsMasters):
         device = self._device()
         if self.skipped_steps.device != device:  # the model was moved
             self.skipped_steps = self.skipped_steps.to(device)
+        rounding = averages.rounding(None if self.seed is None or not self.stochastic_rounding else self.seed)
         control = StepControl(
             None if self.max_grad_norm is None else checked_norm(self.max_grad_norm),
             self.skip_nonfinite,
             self._from_scaler("grad_scale"),
             self._from_scaler("found_inf"),
             skipped_steps=self.skipped_steps,
+            seeds=rounding.seeds,
         )
         known = None if total_norm is None else known_norm(control, total_norm, device)
         control = control if known is None else known.control
@@ -112,7 +116,7 @@ class TakesFusedSteps(KnowsTorchStep, TakesJointNorm, LoadsState, KeepsMasters):
         masters = () if self.master is None else (MASTER,)
         states = [(*self.state_names(group), *masters) for group in self.param_groups]
         containers = self.param_groups, self.state, averages.params, averages.buffers, states
-        table = kernels.collect(self.rule, *containers)
+        table = kernels.collect(self.rule, *containers, rounding)
         if table is not None:
             pairs = zip(self.param_groups, table.group_rows, strict=True)
             groups = [Group(self.settings(group), rows) for group, rows in pairs]
@@ -123,14 +127,16 @@ class TakesFusedSteps(KnowsTorchStep, TakesJointNorm, LoadsState, KeepsMasters):
             count_writes([*table.params, *averages.tensors()])
             result = kernels.update(self.rule, groups, control, averages.decays, table)
         else:
-            averaged, result = self._update_any(averages, control)
+            averaged, result = self._update_any(averages, control, rounding)
         if known is not None:
             result = known.result(result)
         if self._measures:
             self.grad_norm, self.grad_norms = result.total_norm, result.norms
         return averaged, result
 
-    def _update_any(self, averages: StepAverages, control: StepControl) -> tuple[list[Collection[int]], StepResult]:
+    def _update_any(
+        self, averages: StepAverages, control: StepControl, rounding: Rounding
+    ) -> tuple[list[Collection[int]], StepResult]:
         """The slow path: missing state, several devices, subclasses, other layouts, no gradients at all."""
         known = set(self.state)
         try:
@@ -138,7 +144,7 @@ class TakesFusedSteps(KnowsTorchStep, TakesJointNorm, LoadsState, KeepsMasters):
                 averages.gathered(())
                 self._torch_step()
                 return [], StepResult()
-            groups = gather(self, averages.params)
+            groups = gather(self, averages.params, rounding)
             params = [p for group in groups for p in group.columns["param"]]
             averaged = averages.gathered(params)
             count_writes([*params, *averages.tensors()])

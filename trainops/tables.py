@@ -5,6 +5,7 @@ numbers, gradients with other strides than their parameter, slices with gaps, an
 """
 
 import importlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -27,6 +28,29 @@ def local(x: Tensor) -> Tensor:
     if type(shard := getattr(x, "_local_tensor", None)) in PLAIN:  # to_local() makes a view of it
         return cast(Tensor, shard)
     return x.to_local() if hasattr(x, "to_local") else x
+
+
+def origin(x: Tensor) -> int:
+    """The index of a shard's first element in the whole DTensor, in the order of memory; 0 for other tensors.
+
+    Raises:
+        RuntimeError: the shard's elements do not follow each other there.
+    """
+    if type(x) in PLAIN or not hasattr(x, "placements"):
+        return 0
+    shard, begin, rows = cast(Any, x), 0, x.shape[0] if x.ndim else 1
+    coordinate = shard.device_mesh.get_coordinate() or [0] * len(shard.placements)
+    for ranks, rank, placement in zip(shard.device_mesh.shape, coordinate, shard.placements, strict=True):
+        if placement.is_replicate():
+            continue
+        if type(placement).__name__ != "Shard" or placement.dim != 0 or not local(x).is_contiguous():
+            raise RuntimeError(
+                f"stochastic rounding takes DTensors that are sharded by their first dimension, got {placement}"
+            )
+        size = -(-rows // ranks)
+        first = min(size * rank, rows)
+        begin, rows = begin + first, min(size, rows - first)
+    return begin * math.prod(x.shape[1:])
 
 
 def all_local(column: Sequence[OptionalTensor]) -> list[OptionalTensor]:
@@ -85,7 +109,13 @@ def _extent(x: Tensor) -> int:
 
 
 @contextmanager
-def staged_table(kind: str, columns: Columns, device_type: str, group_rows: Sequence[int] = ()) -> Iterator[Any]:
+def staged_table(
+    kind: str,
+    columns: Columns,
+    device_type: str,
+    group_rows: Sequence[int] = (),
+    places: Sequence[tuple[int, Sequence[int], int]] = (),
+) -> Iterator[Any]:
     """A table of ``columns`` in which every row is regular.
 
     The rows that are not are staged: their tensors are viewed as real numbers where they are complex, and copied
@@ -93,7 +123,7 @@ def staged_table(kind: str, columns: Columns, device_type: str, group_rows: Sequ
     is copied back at the end.
     """
     columns = {name: all_local(column) for name, column in columns.items()}
-    table = core.table(kind, columns, device_type, group_rows)
+    table = core.table(kind, columns, device_type, group_rows, places)
     if not table.irregular:
         yield table
         return
@@ -101,7 +131,7 @@ def staged_table(kind: str, columns: Columns, device_type: str, group_rows: Sequ
     copies: list[tuple[Tensor, Tensor]] = []
     for row in table.irregular:
         _stage_row(kind, staged, row, copies)
-    table = core.table(kind, staged, device_type, group_rows)
+    table = core.table(kind, staged, device_type, group_rows, places)
     if table.irregular:
         _raise_unsupported([column[table.irregular[0]] for column in columns.values()])
     yield table

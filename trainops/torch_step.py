@@ -16,6 +16,7 @@ class KnowsTorchStep(UnscalesInStep):
 
     state_dtype: StateDtype
     master: str | None
+    stochastic_rounding: bool
     takes_sparse: ClassVar[bool] = False  # whether PyTorch's step does
 
     def _torch_step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -30,7 +31,7 @@ class KnowsTorchStep(UnscalesInStep):
 
         Where a setting asks for more than PyTorch's class can do, they meet those of ``trainops.reference``.
         """
-        if self._measures or self.state_dtype is not None or self.master is not None:
+        if self._measures or self.state_dtype is not None or self.master is not None or self.stochastic_rounding:
             return False
         if getattr(self, "grad_scale", None) is not None:
             return False

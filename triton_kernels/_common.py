@@ -23,7 +23,10 @@ def block_numel(*itemsizes: int) -> int:
 
 
 # Words of a row.
-NUMEL, FIRST_CHUNK, GROUP = (tl.constexpr(core.words("row")[name]) for name in ("numel", "first_chunk", "group"))
+NUMEL, FIRST_CHUNK, GROUP, FIRST_PLACE, AVERAGE_PLACE, ORIGIN = (
+    tl.constexpr(core.words("row")[name])
+    for name in ("numel", "first_chunk", "group", "first_place", "average_place", "origin")
+)
 ADDRESSES = tl.constexpr(len(core.words("row")))
 
 # Words of a chunk.

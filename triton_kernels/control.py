@@ -12,7 +12,9 @@ from trainops import core
 from .storage import real
 
 # Words of the settings of a step (csrc/core/schema.h): those of each setting of each group follow.
-MAX_NORM, EMA_DECAY = (tl.constexpr(core.words("step")[name]) for name in ("max_norm", "ema_decay"))
+MAX_NORM, EMA_DECAY, SEED, EMA_SEED = (
+    tl.constexpr(core.words("step")[name]) for name in ("max_norm", "ema_decay", "seed", "ema_seed")
+)
 GROUPS = tl.constexpr(len(core.words("step")))
 FORM, VALUE = (tl.constexpr(core.words("setting")[name]) for name in ("form", "value"))
 SETTING_WORDS = tl.constexpr(len(core.words("setting")))

@@ -15,7 +15,8 @@ import triton.language as tl
 from trainops import core
 
 from ._common import ADDRESSES, NUMEL, chunk_of, end_of_body
-from .storage import load, real, store, store_as_is
+from .random import random_of
+from .storage import load, real, store_as_is, store_rounded
 
 # Where a table of averages alone has these.
 AVERAGE, TENSOR = (core.schemas["ema"].places[name] for name in ("average", "tensor"))
@@ -41,14 +42,18 @@ def move(
     end,
     param,
     decay,
+    random,
     DTYPE: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Move one block of an average. ``param`` is of the type ``WIDE``, in which the arithmetic is."""
+    """Move one block of an average. ``param`` is of the type ``WIDE``, in which the arithmetic is.
+
+    ``random``: as of :func:`store_rounded`.
+    """
     average = load(address, offset, end, DTYPE, WIDE, BLOCK, MASKED)
-    store(address, offset, end, moved(average, param, decay, WIDE), DTYPE, BLOCK, MASKED)
+    store_rounded(address, offset, end, moved(average, param, decay, WIDE), DTYPE, random, BLOCK, MASKED)
 
 
 @triton.jit(do_not_specialize=["first_chunk"])
@@ -56,9 +61,11 @@ def ema(
     rows,
     chunks,
     first_chunk,
-    decay,
+    settings,
     skip,
     DECAY: tl.constexpr,
+    SEED: tl.constexpr,
+    PLACE: tl.constexpr,
     AVERAGE: tl.constexpr,
     TENSOR: tl.constexpr,
     AVERAGE_TYPE: tl.constexpr,
@@ -68,9 +75,10 @@ def ema(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``AVERAGE`` and ``TENSOR`` are columns. ``decay`` points to words, of which one counts (``DECAY``).
+    """``AVERAGE`` and ``TENSOR`` are columns. ``settings`` points to words: the decay (``DECAY``) and the seed.
 
-    A true ``skip`` leaves the averages alone. Bytes (uint8) are copied.
+    ``SEED`` is None where averages are rounded to nearest; ``PLACE`` is the word of a row that has its place. A true
+    ``skip`` leaves the averages alone. Bytes (uint8) are copied.
     """
     if skip is not None:
         if tl.load(skip) != 0:
@@ -80,7 +88,10 @@ def ema(
     end = tl.minimum(begin + CHUNK, tl.load(words + NUMEL))
     average_address, tensor_address = tl.load(words + ADDRESSES + AVERAGE), tl.load(words + ADDRESSES + TENSOR)
     body = end_of_body(begin, end, average_address | tensor_address, BLOCK)
-    decay_value = real(tl.load(decay + DECAY))
+    decay = real(tl.load(settings + DECAY))
+    random = None
+    if SEED is not None:
+        random = random_of(words, PLACE, settings + SEED)
     for MASKED in tl.static_range(2):
         for offset in range(body if MASKED else begin, end if MASKED else body, BLOCK):
             if TENSOR_TYPE == tl.uint8:
@@ -88,4 +99,4 @@ def ema(
                 store_as_is(average_address, offset, end, tensor, BLOCK, MASKED)
             else:
                 tensor = load(tensor_address, offset, end, TENSOR_TYPE, WIDE, BLOCK, MASKED)
-                move(average_address, offset, end, tensor, decay_value, AVERAGE_TYPE, WIDE, BLOCK, MASKED)
+                move(average_address, offset, end, tensor, decay, random, AVERAGE_TYPE, WIDE, BLOCK, MASKED)

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from ._common import chunk_of
+from .random import random_bits
 
 # Triton's interpreter truncates to bfloat16, where GPUs round to nearest even.
 INTERPRETED = tl.constexpr(not isinstance(chunk_of, triton.JITFunction))
@@ -53,6 +54,26 @@ def store(address, offset, end, values, DTYPE: tl.constexpr, BLOCK: tl.constexpr
     rounded = narrow(values, DTYPE)
     store_as_is(address, offset, end, rounded, BLOCK, MASKED)
     return rounded
+
+
+@triton.jit
+def store_rounded(
+    address, offset, end, values, DTYPE: tl.constexpr, random, BLOCK: tl.constexpr, MASKED: tl.constexpr
+):
+    """:func:`store`, but with ``random``, a key and the index of the first element, to bfloat16 stochastically.
+
+    Adds random bits below the last place and truncates: what bfloat16 has stays as it is, and so do infinities.
+    """
+    if random is None:
+        return store(address, offset, end, values, DTYPE, BLOCK, MASKED)
+    else:
+        key, origin = random
+        values = values.to(tl.float32)
+        bits = random_bits(key, origin + (offset + tl.arange(0, BLOCK)).to(tl.uint32))
+        bits = tl.where(values != values, 0x7FC00000, values.to(tl.uint32, bitcast=True) + bits).to(tl.uint32)
+        rounded = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        store_as_is(address, offset, end, rounded, BLOCK, MASKED)
+        return rounded
 
 
 @triton.jit
@@ -107,15 +128,17 @@ def store_weight(
     weight,
     PARAM_TYPE: tl.constexpr,
     MASTER_TYPE: tl.constexpr,
+    random,
     BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Write one block of weights to parameters and masters; returns them as they are stored.
 
-    With a master, bfloat16 is rounded to nearest with ties away from zero, and NaN has no remainder.
+    ``random``: as of :func:`store_rounded`. With a master, bfloat16 is rounded to nearest with ties away from zero,
+    and NaN has no remainder.
     """
     if MASTER_TYPE is None:
-        return store(param_address, offset, end, weight, PARAM_TYPE, BLOCK, MASKED)
+        return store_rounded(param_address, offset, end, weight, PARAM_TYPE, random, BLOCK, MASKED)
     else:
         bits = tl.where(weight != weight, 0x7FC00000, weight.to(tl.uint32, bitcast=True)).to(tl.uint32)
         if PARAM_TYPE == tl.bfloat16:

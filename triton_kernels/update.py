@@ -15,9 +15,10 @@ import triton.language as tl
 
 from trainops import core
 
-from ._common import ADDRESSES, GROUP, NUMEL, chunk_of, end_of_body
-from .control import EMA_DECAY, GROUPS, decide
+from ._common import ADDRESSES, AVERAGE_PLACE, FIRST_PLACE, GROUP, NUMEL, chunk_of, end_of_body
+from .control import EMA_DECAY, EMA_SEED, GROUPS, SEED, decide
 from .ema import move
+from .random import random_of, random_of_param
 from .reduce import chunks_of_row, result_of
 from .storage import load, load_weight, real, store, store_weight
 
@@ -96,6 +97,7 @@ def follow(
     end,
     weight,
     decay,
+    random,
     DTYPE: tl.constexpr,
     PARAM_TYPE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -104,9 +106,18 @@ def follow(
     """Move one block of an average, if there is one (``DTYPE``), towards a weight as it is stored."""
     if DTYPE is not None:
         if DTYPE == tl.float64 or PARAM_TYPE == tl.float64:
-            move(address, offset, end, weight.to(tl.float64), decay, DTYPE, tl.float64, BLOCK, MASKED)
+            move(address, offset, end, weight.to(tl.float64), decay, random, DTYPE, tl.float64, BLOCK, MASKED)
         else:
-            move(address, offset, end, weight.to(tl.float32), decay, DTYPE, tl.float32, BLOCK, MASKED)
+            move(address, offset, end, weight.to(tl.float32), decay, random, DTYPE, tl.float32, BLOCK, MASKED)
+
+
+@triton.jit
+def random_of_average(words, settings, index: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """What the random bits of one of the averages depend on; None where it is rounded to nearest."""
+    if (STOCHASTIC >> (index + 1)) % 2 == 0:
+        return None
+    else:
+        return random_of(words, AVERAGE_PLACE + index, settings + EMA_SEED + index)
 
 
 @triton.jit(do_not_specialize=["first_chunk"])
@@ -132,6 +143,7 @@ def update(
     STATE0_TYPE: tl.constexpr,
     STATE1_TYPE: tl.constexpr,
     STATE2_TYPE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,  # bits: of the parameter, and of each average
     FURTHER: tl.constexpr,  # the column of the second average
     WIDE: tl.constexpr,
     WORDS: tl.constexpr,
@@ -179,6 +191,13 @@ def update(
     rule_scalars = LOAD_SCALARS(row_scalars + RULE_SCALARS, tl.load(coefficient), WIDE)
     decay, decay2 = real(tl.load(settings + EMA_DECAY)), real(tl.load(settings + EMA_DECAY + 1))
     decay3, decay4 = real(tl.load(settings + EMA_DECAY + 2)), real(tl.load(settings + EMA_DECAY + 3))
+    random = None
+    if STOCHASTIC % 2 != 0:
+        random = random_of_param(words, FIRST_PLACE, settings + SEED, tl.load(row_scalars + NEW_STEP))
+    random1 = random_of_average(words, settings, 0, STOCHASTIC)
+    random2 = random_of_average(words, settings, 1, STOCHASTIC)
+    random3 = random_of_average(words, settings, 2, STOCHASTIC)
+    random4 = random_of_average(words, settings, 3, STOCHASTIC)
 
     for MASKED in tl.static_range(2):
         for offset in range(body if MASKED else begin, end if MASKED else body, BLOCK):
@@ -198,9 +217,9 @@ def update(
                 store(state2_address, offset, end, state2, STATE2_TYPE, BLOCK, MASKED)
             param = NEW_PARAM(param, state0, state1, state2, rule_scalars)
             weight = store_weight(
-                param_address, master_address, offset, end, param, PARAM_TYPE, MASTER_TYPE, BLOCK, MASKED
+                param_address, master_address, offset, end, param, PARAM_TYPE, MASTER_TYPE, random, BLOCK, MASKED
             )
-            follow(average_address, offset, end, weight, decay, AVERAGE_TYPE, PARAM_TYPE, BLOCK, MASKED)
-            follow(average2_address, offset, end, weight, decay2, AVERAGE2_TYPE, PARAM_TYPE, BLOCK, MASKED)
-            follow(average3_address, offset, end, weight, decay3, AVERAGE3_TYPE, PARAM_TYPE, BLOCK, MASKED)
-            follow(average4_address, offset, end, weight, decay4, AVERAGE4_TYPE, PARAM_TYPE, BLOCK, MASKED)
+            follow(average_address, offset, end, weight, decay, random1, AVERAGE_TYPE, PARAM_TYPE, BLOCK, MASKED)
+            follow(average2_address, offset, end, weight, decay2, random2, AVERAGE2_TYPE, PARAM_TYPE, BLOCK, MASKED)
+            follow(average3_address, offset, end, weight, decay3, random3, AVERAGE3_TYPE, PARAM_TYPE, BLOCK, MASKED)
+            follow(average4_address, offset, end, weight, decay4, random4, AVERAGE4_TYPE, PARAM_TYPE, BLOCK, MASKED)

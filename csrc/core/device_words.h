@@ -168,6 +168,10 @@ class DeviceWords {
     words[begin + kFirstChunk] = first_chunks_[row];
     words[begin + kGroup] = group;
     words[begin + kDTypes] = dtypes;
+    const Places& places = table_.places(row);
+    words[begin + kFirstPlace] = places.first;
+    std::copy(std::begin(places.averages), std::end(places.averages), &words[begin + kAveragePlace]);
+    words[begin + kOrigin] = places.origin;
     for (int64_t column = 0; column < table_.columns(); ++column) {
       words.push_back(reinterpret_cast<intptr_t>(table_.cell(row, column).address));
     }

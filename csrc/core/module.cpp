@@ -30,7 +30,7 @@ PythonWords words_of(const py::object& table, int64_t chunk_numel, bool by_kind)
 // Names of dtypes, as torch has them.
 const char* name_of(DType dtype) {
 #define TRAINOPS_DTYPE(name, ...) #name,
-  constexpr const char* names[] = {TRAINOPS_DTYPES(TRAINOPS_DTYPE) "int16", "uint8"};
+  constexpr const char* names[] = {TRAINOPS_DTYPES(TRAINOPS_DTYPE) "int16", "uint8", "stochastic"};
 #undef TRAINOPS_DTYPE
   return dtype == DType::none ? nullptr : names[static_cast<int>(dtype)];
 }
@@ -62,11 +62,13 @@ void put_setting(const TensorReader& reader, py::handle setting, int64_t* words)
 }
 
 py::bytes step_words(const TensorReader& reader, const py::object& max_norm, const std::vector<double>& ema_decays,
-                     const py::list& groups) {
+                     const Seeds& seeds, const py::list& groups) {
   if (ema_decays.size() > kMaxAverages) throw py::value_error("no step has so many averages");
   Words words(kGroups);
   put_setting(reader, max_norm, &words[kMaxNorm]);
+  words[kSeed] = seeds.params;
   for (size_t i = 0; i < ema_decays.size(); ++i) words[kEMADecay + i] = bit_cast<int64_t>(ema_decays[i]);
+  std::copy(std::begin(seeds.averages), std::end(seeds.averages), &words[kEMASeed]);
   for (const auto group : groups) {
     for (const auto setting : group) {
       words.resize(words.size() + kSettingWords);
@@ -128,15 +130,30 @@ PYBIND11_MODULE(_core, m) {
       .def(py::init<>())
       .def("configure", &TensorReader::configure, py::kw_only(), py::arg("api"), py::arg("describe"),
            py::arg("plain_types"));
+  py::class_<Rounding>(m, "Rounding")
+      .def(py::init([](bool params, std::vector<py::dict> average_places, const py::object& origin_of) {
+             return Rounding{params, std::move(average_places), origin_of};
+           }),
+           py::kw_only(), py::arg("params"), py::arg("average_places"), py::arg("origin_of"));
+  py::class_<Seeds>(m, "Seeds")
+      .def(py::init([](uint32_t params, const std::vector<uint32_t>& averages) {
+             if (averages.size() > kMaxAverages) throw py::value_error("no step has so many averages");
+             Seeds seeds{params, {}};
+             std::copy(averages.begin(), averages.end(), seeds.averages);
+             return seeds;
+           }),
+           py::kw_only(), py::arg("params"), py::arg("averages"));
   py::class_<PythonTable>(m, "Table")
       .def(py::init<const TensorReader&, const std::string&, const py::dict&, const std::string&,
-                    std::vector<int64_t>>(),
+                    std::vector<int64_t>, const std::vector<PythonPlaces>&>(),
            py::arg("reader"), py::arg("kind"), py::arg("columns"), py::kw_only(), py::arg("device_type"),
-           py::arg("group_rows") = std::vector<int64_t>{}, py::keep_alive<1, 2>())
+           py::arg("group_rows") = std::vector<int64_t>{}, py::arg("places") = std::vector<PythonPlaces>{},
+           py::keep_alive<1, 2>())
       .def(py::init<const TensorReader&, const std::string&, const py::list&, const py::dict&, const py::list&,
-                    const py::list&, const py::list&, const std::string&>(),
+                    const py::list&, const py::list&, const std::string&, const Rounding&>(),
            py::arg("reader"), py::arg("rule"), py::kw_only(), py::arg("param_groups"), py::arg("state"),
-           py::arg("averages"), py::arg("buffers"), py::arg("states"), py::arg("device_type"), py::keep_alive<1, 2>())
+           py::arg("averages"), py::arg("buffers"), py::arg("states"), py::arg("device_type"), py::arg("rounding"),
+           py::keep_alive<1, 2>())
       .def_readonly("irregular", &PythonTable::irregular)
       .def_readonly("regular", &PythonTable::regular)
       .def_readonly("params", &PythonTable::params)
@@ -147,6 +164,7 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("averages", [](const PythonTable& self) { return self.schema().averages; })
       .def_property_readonly("rows", &PythonTable::rows)
       .def_property("has_float64", &PythonTable::has_float64, &PythonTable::set_has_float64)
+      .def_property_readonly("is_special", &PythonTable::is_special)
       .def_property_readonly("device_index", &PythonTable::device_index)
       .def("words", &words_of, py::kw_only(), py::arg("chunk_numel"), py::arg("by_kind"));
   m.attr("RAISE_FLAG") = reinterpret_cast<uintptr_t>(&raise_flag);
@@ -171,5 +189,5 @@ PYBIND11_MODULE(_core, m) {
   m.def("are_small", &are_small, py::arg("reader"), py::arg("branch"), py::arg("residual"), py::arg("layer_scale"),
         py::arg("largest"));
   m.def("step_words", &step_words, py::kw_only(), py::arg("reader"), py::arg("max_norm"), py::arg("ema_decays"),
-        py::arg("groups"));
+        py::arg("seeds"), py::arg("groups"));
 }

@@ -14,19 +14,38 @@
 
 namespace trainops {
 
+// The places of a row: the first, those of its averages, and the origin.
+using PythonPlaces = std::tuple<int64_t, std::vector<int64_t>, int64_t>;
+
+inline Places places_from(const PythonPlaces& python) {
+  Places places;
+  const auto& [first, averages, origin] = python;
+  if (averages.size() > kMaxAverages) throw std::invalid_argument("no row has so many averages");
+  places.first = first;
+  std::copy(averages.begin(), averages.end(), places.averages);
+  places.origin = origin;
+  return places;
+}
+
 class PythonTable {
  public:
-  // `columns`: a list of equal length for each column by name; optional ones may be left out, or hold None.
+  // `columns`: a list of equal length for each column by name; optional ones may be left out, or hold None. `places`:
+  // of each row, as in table.h; none where nothing is rounded stochastically.
   PythonTable(const TensorReader& reader, const std::string& kind, const pybind11::dict& columns,
-              const std::string& device_type, std::vector<int64_t> group_rows)
+              const std::string& device_type, std::vector<int64_t> group_rows,
+              const std::vector<PythonPlaces>& places)
       : builder_(reader, schema_named(kind, averages_in(columns)), device_types(device_type)),
         group_rows_(std::move(group_rows)) {
     const std::vector<PyObject*> lists = lists_of(columns);
     const Py_ssize_t rows = PyList_GET_SIZE(lists[0]);
+    if (!places.empty() && static_cast<Py_ssize_t>(places.size()) != rows) {
+      throw std::invalid_argument("there are as many places as rows");
+    }
     std::vector<PyObject*> tensors(lists.size());
     for (Py_ssize_t row = 0; row < rows; ++row) {
       for (size_t i = 0; i < lists.size(); ++i) tensors[i] = lists[i] ? PyList_GET_ITEM(lists[i], row) : Py_None;
-      if (!builder_.add_row(tensors.data())) irregular.push_back(row);
+      const Places its = places.empty() ? Places{} : places_from(places[row]);
+      if (!builder_.add_row(tensors.data(), its)) irregular.push_back(row);
     }
     if (group_rows_.empty()) group_rows_.push_back(rows);
     if (std::accumulate(group_rows_.begin(), group_rows_.end(), int64_t{0}) != rows) {
@@ -37,9 +56,9 @@ class PythonTable {
   // The rows of a step (state_reader.h, buffers.h); `states`: a tuple of names for each group.
   PythonTable(const TensorReader& reader, const std::string& rule, const pybind11::list& param_groups,
               const pybind11::dict& state, const pybind11::list& averages, const pybind11::list& buffers,
-              const pybind11::list& states, const std::string& device_type)
+              const pybind11::list& states, const std::string& device_type, const Rounding& rounding)
       : builder_(reader, schema_named(rule, averages.size()), device_types(device_type)) {
-    StateReader rows(builder_, state, averages);
+    StateReader rows(builder_, state, averages, rounding);
     size_t index = 0;
     for (const auto group : param_groups) {
       if (!rows.add_group(group.cast<pybind11::dict>(), states[index++].cast<pybind11::tuple>())) return;
@@ -49,7 +68,7 @@ class PythonTable {
     averaged = std::move(rows.averaged);
     group_rows_ = std::move(rows.group_rows);
     regular = table().rows() > 0;
-    if (regular && !buffers.empty()) left = add_buffers(builder_, buffers);
+    if (regular && !buffers.empty()) left = add_buffers(builder_, buffers, rounding);
   }
 
   // The table for kernels. Throws if some rows are irregular.
@@ -69,6 +88,7 @@ class PythonTable {
   const std::vector<int64_t>& group_rows() const { return group_rows_; }
   int64_t rows() const { return builder_.table.rows(); }
   bool has_float64() const { return builder_.has_float64; }
+  bool is_special() const { return builder_.is_special; }
   void set_has_float64(bool has) { builder_.has_float64 = has; }  // results have the type that it asks for
   int32_t device_index() const { return std::max(builder_.device_id, 0); }
 

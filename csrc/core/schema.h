@@ -45,7 +45,7 @@ enum StepColumn : int { TRAINOPS_STEP_COLUMNS(TRAINOPS_ENUMERATOR) kState };
   column(kAverage2, "average2", kWritten | kOptional) column(kAverage3, "average3", kWritten | kOptional) \
       column(kAverage4, "average4", kWritten | kOptional)
 enum FurtherAverage : int { TRAINOPS_FURTHER_AVERAGES(TRAINOPS_ENUMERATOR) kFurtherAverages };
-constexpr int kMaxAverages = 1 + kFurtherAverages;
+static_assert(kMaxAverages == 1 + kFurtherAverages, "each average has a column");
 
 // How many averages the rows of a table of that many columns may have, and their columns.
 template <typename Rule>
@@ -62,9 +62,11 @@ TRAINOPS_HOST_DEVICE int column_of_average(int i) {
 enum EMAColumn : int { TRAINOPS_EMA_COLUMNS(TRAINOPS_ENUMERATOR) };
 
 // A table on a device is 64-bit words. A row is these words, then one address per column. `dtypes` holds the
-// type of each column (table.h).
-#define TRAINOPS_ROW_WORDS(word) \
-  word(kNumel, "numel") word(kFirstChunk, "first_chunk") word(kGroup, "group") word(kDTypes, "dtypes")
+// type of each column, and the last words are its places (table.h).
+#define TRAINOPS_ROW_WORDS(word)                                                                                   \
+  word(kNumel, "numel") word(kFirstChunk, "first_chunk") word(kGroup, "group") word(kDTypes, "dtypes")             \
+      word(kFirstPlace, "first_place") word(kAveragePlace, "average_place") word(kAveragePlace2, "average_place2") \
+          word(kAveragePlace3, "average_place3") word(kAveragePlace4, "average_place4") word(kOrigin, "origin")
 enum RowWord : int { TRAINOPS_ROW_WORDS(TRAINOPS_ENUMERATOR) kAddresses };
 
 // A chunk of a table (device_words.h) is its row, and its first element there.
@@ -73,9 +75,12 @@ enum ChunkWord : int { TRAINOPS_CHUNK_WORDS(TRAINOPS_ENUMERATOR) kChunkWords };
 
 // A step's settings on a device are these words, then those of each setting of each group. The form of a setting says
 // what its value is: a double, or the address of a float or of a double on the device. The largest norm is a setting.
-#define TRAINOPS_STEP_WORDS(word)                                                               \
-  word(kMaxNorm, "max_norm") word(kMaxNormValue, "max_norm_value") word(kEMADecay, "ema_decay") \
-      word(kEMADecay2, "ema_decay2") word(kEMADecay3, "ema_decay3") word(kEMADecay4, "ema_decay4")
+// The seeds are those of parameters and of averages that are rounded stochastically.
+#define TRAINOPS_STEP_WORDS(word)                                                                                  \
+  word(kMaxNorm, "max_norm") word(kMaxNormValue, "max_norm_value") word(kEMADecay, "ema_decay")                    \
+      word(kEMADecay2, "ema_decay2") word(kEMADecay3, "ema_decay3") word(kEMADecay4, "ema_decay4")                 \
+          word(kSeed, "seed") word(kEMASeed, "ema_seed") word(kEMASeed2, "ema_seed2") word(kEMASeed3, "ema_seed3") \
+              word(kEMASeed4, "ema_seed4")
 #define TRAINOPS_SETTING_WORDS(word) word(kForm, "form") word(kValue, "value")
 #define TRAINOPS_SETTING_FORMS(word) \
   word(kDouble, "double") word(kFloatAddress, "float_address") word(kDoubleAddress, "double_address")
@@ -83,7 +88,7 @@ enum StepWord : int { TRAINOPS_STEP_WORDS(TRAINOPS_ENUMERATOR) kGroups };
 enum SettingWord : int { TRAINOPS_SETTING_WORDS(TRAINOPS_ENUMERATOR) kSettingWords };
 enum SettingForm : int64_t { TRAINOPS_SETTING_FORMS(TRAINOPS_ENUMERATOR) };
 static_assert(kMaxNormValue - kMaxNorm == kValue - kForm, "the largest norm has the words of a setting");
-static_assert(kGroups - kEMADecay == kMaxAverages, "each average has a decay");
+static_assert(kSeed - kEMADecay == kMaxAverages && kGroups - kEMASeed == kMaxAverages, "each average has these");
 
 struct Schema {
   std::string name;

@@ -6,16 +6,11 @@
 #include <utility>
 #include <vector>
 
+#include "rounding.h"
 #include "spans.h"
 #include "table_builder.h"
 
 namespace trainops {
-
-// Takes ownership of a new reference. Throws if it is null.
-inline pybind11::object take_ownership(PyObject* object) {
-  if (object == nullptr) throw pybind11::error_already_set();
-  return pybind11::reinterpret_steal<pybind11::object>(object);
-}
 
 // After backward, tensor objects are not cached: the Python object, the C++ object that it points to, and the storage
 // that this points to. Each stage prefetches the next stage's memory, some rows ahead. Prefetching an invalid address
@@ -39,18 +34,16 @@ inline void prefetch_pointees(PyObject* object) {
   }
 }
 
-// The value of a key in a dict, null if there is none. Its reference is borrowed.
-inline PyObject* find(PyObject* dict, PyObject* key) {
-  PyObject* const value = PyDict_GetItemWithError(dict, key);
-  if (value == nullptr && PyErr_Occurred()) throw pybind11::error_already_set();
-  return value;
-}
-
 class StateReader {
  public:
   // `averages`: of each EMA, a map from id(param) to the shadow weight.
-  StateReader(TableBuilder& builder, const pybind11::dict& state, const pybind11::list& averages)
-      : averaged(averages.size()), builder_(builder), state_(state), columns_(builder.schema.columns.size()) {
+  StateReader(TableBuilder& builder, const pybind11::dict& state, const pybind11::list& averages,
+              const Rounding& rounding)
+      : averaged(averages.size()),
+        builder_(builder),
+        state_(state),
+        rounding_(rounding),
+        columns_(builder.schema.columns.size()) {
     for (const auto its : averages) averages_.push_back(its.cast<pybind11::dict>());
     for (const Column& column : builder.schema.columns) {
       names_.push_back(take_ownership(PyUnicode_InternFromString(column.name)));
@@ -93,7 +86,7 @@ class StateReader {
         if (i + ahead + column < count) prefetch_pointees(tensors_[i + ahead + column].ptr());
         row[column] = tensors_[i + column].ptr();
       }
-      if (!builder_.add_row(row.data())) return false;
+      if (!builder_.add_row(row.data(), places_[i / columns_])) return false;
       const DType param = builder_.table.cell(builder_.table.rows() - 1, kParam).dtype;
       if (lacks_master_[i / columns_] && may_have_master(param, DType::float32)) return false;
     }
@@ -114,6 +107,7 @@ class StateReader {
   }
 
   bool add_param(const pybind11::object& param, const std::vector<bool>& used) {
+    const int64_t place = place_++;
     const bool is_plain = builder_.reader.is_plain(param.ptr());
     if (!is_plain && !attribute(param, local_)) return false;
     const auto grad = take_ownership(PyObject_GetAttr(param.ptr(), names_[kGrad].ptr()));
@@ -138,7 +132,20 @@ class StateReader {
     }
     lacks_master_.push_back(used[kMaster] && row[kMaster].is_none());
     params.append(param);
+    add_places(param, place, is_plain);
     return is_plain || take_shards(param, row);
+  }
+
+  void add_places(const pybind11::object& param, int64_t place, bool is_plain) {
+    Places places;
+    if (rounding_.params) places.first = place;
+    bool is_random = rounding_.params;
+    for (size_t i = 0; i < rounding_.average_places.size(); ++i) {
+      places.averages[i] = rounding_.average_place(i, param.ptr());
+      is_random |= places.averages[i] >= 0;
+    }
+    if (is_random && !is_plain) places.origin = rounding_.origin_of(param).cast<int64_t>();
+    places_.push_back(places);
   }
 
   // Puts the shards of DTensors in their place. False where the shards do not belong together.
@@ -202,11 +209,14 @@ class StateReader {
   TableBuilder& builder_;
   const pybind11::dict& state_;
   std::vector<pybind11::dict> averages_;
+  const Rounding& rounding_;
+  int64_t place_ = 0;        // of the next parameter, counted over all groups, whether it has a gradient or not
   Py_ssize_t position_ = 0;  // in the state
   size_t columns_;
   std::vector<pybind11::object> names_;
   pybind11::object local_, spec_, mesh_, placements_;  // attributes of a DTensor
   std::vector<pybind11::object> tensors_;              // row by row
+  std::vector<Places> places_;                         // of each row
   std::vector<bool> lacks_master_;  // of each row: whether its group has masters, and its state has none
 };
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../math/host_device.h"
+#include "../math/random.h"
 
 namespace trainops {
 
@@ -19,9 +20,10 @@ namespace trainops {
       macro(float16, Float16, __VA_ARGS__)
 
 // No numbers that loops take are int16, a remainder (storage.h), which belongs to the parameter beside it, and byte,
-// of a tensor of any type that is copied.
+// of a tensor of any type that is copied. `stochastic` is bfloat16 that is rounded stochastically where it is
+// written.
 #define TRAINOPS_DTYPE(name, ...) name,
-enum class DType : uint8_t { TRAINOPS_DTYPES(TRAINOPS_DTYPE) int16, byte, none };
+enum class DType : uint8_t { TRAINOPS_DTYPES(TRAINOPS_DTYPE) int16, byte, stochastic, none };
 #undef TRAINOPS_DTYPE
 
 TRAINOPS_HOST_DEVICE int itemsize(DType dtype) {
@@ -34,10 +36,25 @@ constexpr bool may_have_master(DType param, DType master) {
          (param == DType::float16 && master == DType::float32);
 }
 
+// The type that elements are read as.
+TRAINOPS_HOST_DEVICE DType stored(DType dtype) { return dtype == DType::stochastic ? DType::bfloat16 : dtype; }
+
 // One tensor in one column. The address may be null if the tensor has no elements. `none`: there is no tensor.
+// `random`: of a cell that is `stochastic`; kernels set it, from the places of the row.
 struct Cell {
   void* address = nullptr;
   DType dtype = DType::none;
+  Random random = {};
+};
+
+// Averages that a step moves in one pass.
+constexpr int kMaxAverages = 4;
+
+// What random bits of a row depend on, beside the seed and the step. A negative place: no random bits.
+struct Places {
+  int64_t first = -1;  // of the first column: the parameter's place in `param_groups`, or the average's in its model
+  int64_t averages[kMaxAverages] = {-1, -1, -1, -1};  // of averages that a step moves
+  int64_t origin = 0;  // of a shard: the index of its first element in the whole parameter
 };
 
 // The weight of a row: its parameter, and its master if it has one.
@@ -59,18 +76,25 @@ TRAINOPS_HOST_DEVICE DType dtype_of_column(int64_t word, int column) {
   return static_cast<DType>(word >> (kDTypeBits * column) & ((1 << kDTypeBits) - 1));
 }
 
+// What random bits of a step depend on, beside the places: 32-bit words (math/random.h).
+struct Seeds {
+  uint32_t params = 0;
+  uint32_t averages[kMaxAverages] = {};
+};
+
 class Table {
  public:
   explicit Table(int64_t columns) : columns_(columns) {}
 
-  void add_row(const Cell* cells, int64_t numel) {
+  void add_row(const Cell* cells, int64_t numel, const Places& places = {}) {
     cells_.insert(cells_.end(), cells, cells + columns_);
     numel_.push_back(numel);
+    places_.push_back(places);
   }
 
   // Adds a row behind all others. Only kernels that know of buffers look at it.
-  void add_buffer(const Cell* cells, int64_t numel) {
-    add_row(cells, numel);
+  void add_buffer(const Cell* cells, int64_t numel, const Places& places) {
+    add_row(cells, numel, places);
     ++buffers_;
   }
 
@@ -79,11 +103,13 @@ class Table {
   int64_t all_rows() const { return static_cast<int64_t>(numel_.size()); }
   int64_t numel(int64_t row) const { return numel_[row]; }
   const Cell& cell(int64_t row, int64_t column) const { return cells_[row * columns_ + column]; }
+  const Places& places(int64_t row) const { return places_[row]; }
 
  private:
   int64_t columns_, buffers_ = 0;
   std::vector<Cell> cells_;
   std::vector<int64_t> numel_;
+  std::vector<Places> places_;
 };
 
 }  // namespace trainops

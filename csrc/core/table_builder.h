@@ -21,8 +21,9 @@ class TableBuilder {
         cells_(schema.columns.size()) {}
 
   // Adds a row: one tensor or None for each column. Returns false and adds nothing if kernels cannot take the row.
-  // Its tensors must have the same shape and the same dense strides.
-  bool add_row(PyObject* const* tensors) {
+  // Its tensors must have the same shape and the same dense strides. With a place, bfloat16 is rounded
+  // stochastically.
+  bool add_row(PyObject* const* tensors, const Places& places = {}) {
     const Description* first = nullptr;
     for (size_t i = 0; i < cells_.size(); ++i) {
       const Column& column = schema.columns[i];
@@ -44,15 +45,21 @@ class TableBuilder {
       cells_[i] = description.cell;
     }
     has_float64 |= cells_[schema.measured].dtype == DType::float64;
-    table.add_row(cells_.data(), first == nullptr ? 0 : first->numel);
+    if (places.first >= 0) round_stochastically(cells_[0]);
+    for (size_t i = 0; i < schema.averages; ++i) {
+      if (places.averages[i] >= 0) round_stochastically(cells_[schema.column_of_average(i)]);
+    }
+    table.add_row(cells_.data(), first == nullptr ? 0 : first->numel, places);
     for (size_t i = 0; i < cells_.size(); ++i) keep(tensors[i]);
     return true;
   }
 
   // Adds the row of a buffer of a step, with one of its averages, which moves or is a copy of the buffer's bits.
-  // Returns false and adds nothing if kernels cannot take it, or shared(address, bytes) is true.
+  // Returns false and adds nothing if kernels cannot take it, or shared(address, bytes) is true. `place`: of an
+  // average that is rounded stochastically; else negative.
   template <typename Shared>
-  bool add_buffer(size_t average_index, PyObject* buffer, PyObject* average, bool moves, Shared shared) {
+  bool add_buffer(size_t average_index, PyObject* buffer, PyObject* average, bool moves, Shared shared,
+                  int64_t place) {
     const auto can_read = [&](PyObject* tensor, Description& description) {
       if (!reader.is_plain(tensor)) return false;
       const bool is_read = moves ? reader.read(tensor, description) : reader.read_bytes(tensor, description);
@@ -65,8 +72,11 @@ class TableBuilder {
     if (first_.numel == 0) return true;
     std::fill(cells_.begin(), cells_.end(), Cell{});
     cells_[kParam] = first_.cell;
-    cells_[schema.column_of_average(average_index)] = next_.cell;
-    table.add_buffer(cells_.data(), moves ? first_.numel : bytes);
+    Cell& its = cells_[schema.column_of_average(average_index)] = next_.cell;
+    Places places;
+    if (place >= 0) round_stochastically(its);
+    places.averages[average_index] = place;
+    table.add_buffer(cells_.data(), moves ? first_.numel : bytes, places);
     keep(buffer);
     keep(average);
     return true;
@@ -76,9 +86,16 @@ class TableBuilder {
   const TensorReader& reader;
   const Schema schema;
   bool has_float64 = false;  // in the column that is measured
+  bool is_special = false;   // whether some of it is stochastic: kernels have code of their own for this
   int32_t device_id = -1;    // negative until there is a tensor that is not in host memory
 
  private:
+  void round_stochastically(Cell& cell) {
+    if (cell.dtype != DType::bfloat16) return;
+    cell.dtype = DType::stochastic;
+    is_special = true;
+  }
+
   bool read(PyObject* tensor, Description& description, bool may_be_remainder) {
     return reader.read(tensor, description, may_be_remainder) && lies_here(description);
   }

@@ -31,6 +31,10 @@ TRAINOPS_CONVERT(float, double)
   target void name(const From* from, To* to, int64_t size) {                                           \
     for_each_element<Isa>(size, [](float x, float& result) TRAINOPS_INLINE { result = x; }, from, to); \
   }
+TRAINOPS_MULTIVERSION void write_tile(const float* from, StochasticColumn to, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) put(from[i], to, i);
+}
+
 TRAINOPS_VERSIONS(TRAINOPS_CONVERT_HALF, read_tile, Float16, float)
 TRAINOPS_VERSIONS(TRAINOPS_CONVERT_HALF, write_tile, float, Float16)
 #undef TRAINOPS_CONVERT_HALF
@@ -53,7 +57,7 @@ TRAINOPS_CONVERT_WEIGHT(Float16, float)
 template <typename T, typename Function>
 void with_elements(const Cell& cell, int64_t begin, Function function) {
   using Other = std::conditional_t<std::is_same_v<T, float>, double, float>;
-  if (cell.dtype == DType::bfloat16) return function(static_cast<BFloat16*>(cell.address) + begin);
+  if (stored(cell.dtype) == DType::bfloat16) return function(static_cast<BFloat16*>(cell.address) + begin);
   if (cell.dtype == DType::float16) return function(static_cast<Float16*>(cell.address) + begin);
   function(static_cast<Other*>(cell.address) + begin);
 }
@@ -88,6 +92,12 @@ void read(const Cell& cell, int64_t begin, int64_t size, T* values) {
 
 template <typename T>
 void write(const Cell& cell, int64_t begin, int64_t size, const T* values) {
+  if (cell.dtype == DType::stochastic) {
+    if constexpr (std::is_same_v<T, float>) return write_tile(values, stochastic_column(cell, begin), size);
+    float rounded[kTileNumel];
+    std::copy(values, values + size, rounded);
+    return write_tile(rounded, stochastic_column(cell, begin), size);
+  }
   with_elements<T>(cell, begin, [&](auto* elements) { write_tile(values, elements, size); });
 }
 

@@ -57,6 +57,11 @@ Column split_weights(const Weight& weight, int64_t begin) {
           static_cast<Remainder*>(weight.master.address) + begin};
 }
 
+// The elements of a cell that is rounded stochastically from `begin` on.
+inline StochasticColumn stochastic_column(const Cell& cell, int64_t begin) {
+  return {static_cast<BFloat16*>(cell.address) + begin, cell.random.from(begin)};
+}
+
 // Widens or narrows elements of `cell` from `begin` on. T is float or double, and not the type of the cell.
 template <typename T>
 void read(const Cell& cell, int64_t begin, int64_t size, T* values);

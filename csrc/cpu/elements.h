@@ -1,11 +1,13 @@
 // Loops over the elements of several columns: they read, widen, compute, narrow and write in one pass.
 //
-// A column is an array of numbers, or weights that lie in two arrays (math/storage.h).
+// A column is an array of numbers, weights that lie in two arrays, or bfloat16 that is rounded stochastically
+// (math/storage.h).
 #pragma once
 
 #include <type_traits>
 #include <utility>
 
+#include "../math/random.h"
 #include "../math/storage.h"
 #include "halves.h"
 
@@ -43,6 +45,11 @@ struct Split {
 using SplitWeights = Split<BFloat16, Remainder>;
 using ConstSplitWeights = Split<const BFloat16, const Remainder>;
 
+struct StochasticColumn {
+  BFloat16* values;
+  Random random;
+};
+
 template <typename S>
 TRAINOPS_HOST_DEVICE auto get(S* column, int64_t i) {
   return widen(column[i]);
@@ -60,6 +67,11 @@ TRAINOPS_HOST_DEVICE void put(T value, S* column, int64_t i) {
 template <typename Param, typename Rest>
 TRAINOPS_HOST_DEVICE void put(float value, Split<Param, Rest> column, int64_t i) {
   if constexpr (!std::is_const_v<Param>) narrow(value, column.param[i], column.remainder[i]);
+}
+
+TRAINOPS_HOST_DEVICE float get(StochasticColumn column, int64_t i) { return widen(column.values[i]); }
+TRAINOPS_HOST_DEVICE void put(float value, StochasticColumn column, int64_t i) {
+  narrow(value, column.random.bits(i), column.values[i]);
 }
 
 // Two 16-bit numbers side by side, as the halves of one word: widened and narrowed by shifts and masks within 32
@@ -97,6 +109,13 @@ TRAINOPS_HOST_DEVICE void put_pair(Pair pair, SplitWeights column, int64_t i) {
   put_word((low & 0xffffu) | (high << 16), column.remainder, i);
 }
 
+TRAINOPS_HOST_DEVICE Pair get_pair(StochasticColumn column, int64_t i) { return get_pair(column.values, i); }
+TRAINOPS_HOST_DEVICE void put_pair(Pair pair, StochasticColumn column, int64_t i) {
+  const uint32_t low = round_stochastically(pair.low, column.random.bits(i));
+  const uint32_t high = round_stochastically(pair.high, column.random.bits(i + 1));
+  put_word((low >> 16) | (high & 0xffff0000u), column.values, i);
+}
+
 template <typename Column>
 constexpr bool has_pairs = false;
 template <>
@@ -105,6 +124,8 @@ template <>
 inline constexpr bool has_pairs<const BFloat16*> = true;
 template <>
 inline constexpr bool has_pairs<SplitWeights> = true;
+template <>
+inline constexpr bool has_pairs<StochasticColumn> = true;
 
 template <typename Column>
 constexpr bool is_half = std::is_same_v<std::remove_const_t<std::remove_pointer_t<Column>>, Float16>;
@@ -153,6 +174,7 @@ TRAINOPS_HOST_DEVICE void prefetch(Split<Param, Rest> column, int64_t i) {
   prefetch(column.param, i);
   prefetch(column.remainder, i);
 }
+TRAINOPS_HOST_DEVICE void prefetch(StochasticColumn column, int64_t i) { prefetch(column.values, i); }
 
 // The elements [begin, end) of the columns. Isa: the instruction set that the caller is compiled for.
 template <typename Isa, typename Formula, typename... Column>

@@ -46,7 +46,7 @@ void move_tile(const Cell& average, const Weight& weight, int64_t begin, int64_t
 }  // namespace
 
 void ema_tile(const Cell& average, const Weight& weight, int64_t begin, int64_t size, double decay) {
-  const DType param = weight.has_master() ? DType::float32 : weight.param.dtype;
+  const DType param = weight.has_master() ? DType::float32 : stored(weight.param.dtype);
   const auto move_as = [&](auto a, auto p) {
     move_tile<decltype(a), decltype(p)>(average, weight, begin, size, decay);
   };
@@ -60,9 +60,13 @@ void ema_tile(const Cell& average, const Weight& weight, int64_t begin, int64_t 
   with_type({average, Cell{weight.param.address, param}}, [&](auto type) { move_as(type, type); });
 }
 
-void ema(const Table& table, double decay) {
+void ema(const Table& table, double decay, uint32_t seed) {
   Chunks(table).for_each_piece(Order::kBackward, [&](int64_t, const Piece& piece) {
-    const Cell& average = table.cell(piece.row, kEMAAverage);
+    Cell average = table.cell(piece.row, kEMAAverage);
+    const Places& places = table.places(piece.row);
+    if (average.dtype == DType::stochastic) {
+      average.random = {random_key(seed, places.first), static_cast<uint32_t>(places.origin)};
+    }
     const Weight weight{table.cell(piece.row, kEMATensor), {}};
     for_each_tile(piece, [&](int64_t begin, int64_t size) { ema_tile(average, weight, begin, size, decay); });
   });

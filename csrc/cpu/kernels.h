@@ -31,9 +31,10 @@ struct GroupSettings {
 // rule takes gradients times `grad_coefficient`; the gradients in memory are not changed. Then the averages of
 // buffers follow. `chunks`: those of the rows that have a gradient.
 void update(const std::string& rule, const Table& table, const Chunks& chunks, const GroupSettings& groups,
-            double grad_coefficient, const std::vector<double>& ema_decays);
+            double grad_coefficient, const std::vector<double>& ema_decays, const Seeds& seeds);
 
-void ema(const Table& table, double decay);
+// `seed`: of averages that are rounded stochastically.
+void ema(const Table& table, double decay, uint32_t seed);
 void scale(const Table& table, double coefficient);
 void clamp(const Table& table, double bound);
 

@@ -57,16 +57,16 @@ void clamp(const PythonTable& table, double bound) {
   cpu::clamp(table.table("transform"), bound);
 }
 
-void ema(const PythonTable& table, double decay) {
+void ema(const PythonTable& table, double decay, uint32_t seed) {
   py::gil_scoped_release release;
-  cpu::ema(table.table("ema"), decay);
+  cpu::ema(table.table("ema"), decay, seed);
 }
 
 // Returns the norm (of the unscaled gradients, NaN if it is not needed) and whether the step was skipped.
 std::tuple<double, bool> update(const PythonTable& table, const std::vector<std::vector<double>>& settings,
                                 std::optional<double> max_norm, bool skip_nonfinite, double grad_scale,
                                 bool found_inf, std::optional<double> total_norm, std::vector<double> ema_decays,
-                                uintptr_t norms_out) {
+                                const Seeds& seeds, uintptr_t norms_out) {
   if (settings.size() != table.group_rows().size()) throw py::value_error("there is another number of groups");
   for (const auto& group : settings) {
     if (group.size() != table.schema().settings.size())
@@ -89,7 +89,7 @@ std::tuple<double, bool> update(const PythonTable& table, const std::vector<std:
   const Decision decision = decide(control, norm, grad_scale, found_inf);
   if (!decision.skips) {
     const cpu::GroupSettings groups{table.group_rows(), settings};
-    cpu::update(table.schema().name, table.table(), chunks, groups, decision.coefficient, ema_decays);
+    cpu::update(table.schema().name, table.table(), chunks, groups, decision.coefficient, ema_decays, seeds);
   }
   return {norm, decision.skips};
 }
@@ -165,10 +165,10 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("reduce", &reduce, py::arg("table"), py::kw_only(), py::arg("statistic"), py::arg("rows_out"));
   m.def("scale", &scale, py::arg("table"), py::kw_only(), py::arg("coefficient"));
   m.def("clamp", &clamp, py::arg("table"), py::kw_only(), py::arg("bound"));
-  m.def("ema", &ema, py::arg("table"), py::kw_only(), py::arg("decay"));
+  m.def("ema", &ema, py::arg("table"), py::kw_only(), py::arg("decay"), py::arg("seed"));
   m.def("update", &update, py::arg("table"), py::kw_only(), py::arg("settings"), py::arg("max_norm"),
         py::arg("skip_nonfinite"), py::arg("grad_scale"), py::arg("found_inf"), py::arg("total_norm"),
-        py::arg("ema_decays"), py::arg("norms_out"));
+        py::arg("ema_decays"), py::arg("seeds"), py::arg("norms_out"));
   m.def("drop_path", &cpu::drop_path, py::arg("operands"), py::call_guard<py::gil_scoped_release>());
   m.def("drop_path_backward", &cpu::drop_path_backward, py::arg("operands"),
         py::call_guard<py::gil_scoped_release>());

@@ -42,7 +42,7 @@ TRAINOPS_HOST_DEVICE void update_run(Weights weights, const G* grad, M* const* s
 #define TRAINOPS_LOOPS(macro, Rule)                                                  \
   TRAINOPS_DTYPES(TRAINOPS_SAME_TYPE, macro, Rule)                                   \
   macro(float*, float, BFloat16, Rule) macro(SplitWeights, BFloat16, BFloat16, Rule) \
-      macro(SplitWeights, BFloat16, float, Rule)
+      macro(SplitWeights, BFloat16, float, Rule) macro(StochasticColumn, BFloat16, BFloat16, Rule)
 
 // One named function for each, because only those can be compiled for several instruction sets.
 #define TRAINOPS_UPDATE_FOR(Isa, target, Weights, G, M, Rule)                                              \
@@ -74,13 +74,22 @@ struct Row {
   Cell grad, average[kMaxAverages], state[kLength<Rule::kStates>];
   int averages, states;
 
-  Row(const Table& table, int64_t row)
+  // Its step count is that of this step.
+  Row(const Table& table, int64_t row, const Seeds& seeds)
       : weight{table.cell(row, kParam), table.cell(row, kMaster)},
         grad(table.cell(row, kGrad)),
         averages(averages_in<Rule>(table.columns())),
         states(states_of<Rule>(table, row)) {
     for (int i = 0; i < averages; ++i) average[i] = table.cell(row, column_of_average<Rule>(i));
     for (int i = 0; i < states; ++i) state[i] = table.cell(row, kState + i);
+    const Places& places = table.places(row);
+    const auto origin = static_cast<uint32_t>(places.origin);
+    if (places.first >= 0) {
+      const float step = *static_cast<const float*>(table.cell(row, kStep).address);
+      weight.param.random = {random_key(seeds.params, places.first, step), origin};
+    }
+    for (int i = 0; i < averages; ++i)
+      average[i].random = {random_key(seeds.averages[i], places.averages[i]), origin};
   }
 
   bool has_states_of(DType dtype) const {
@@ -104,6 +113,9 @@ void with_loop(const Row<Rule>& row, Function function) {
   if (weight.is_split() && row.grad.dtype == DType::bfloat16) {
     if (is_bfloat16) return function(Loop<SplitWeights, BFloat16, BFloat16>{});
     if (row.has_states_of(DType::float32)) return function(Loop<SplitWeights, BFloat16, float>{});
+  }
+  if (weight.param.dtype == DType::stochastic && row.grad.dtype == DType::bfloat16 && is_bfloat16) {
+    return function(Loop<StochasticColumn, BFloat16, BFloat16>{});
   }
   if (weight.param.dtype == DType::float32 && row.grad.dtype == DType::float32 && is_bfloat16) {
     return function(Loop<float*, float, BFloat16>{});
@@ -130,14 +142,17 @@ void update_piece(const Row<Rule>& row, const Piece& piece, const typename Rule:
                   const std::vector<double>& ema_decays) {
   using G = typename Its::Grad;
   using M = typename Its::State;
-  constexpr bool is_split = std::is_same_v<typename Its::Weights, SplitWeights>;
+  using Weights = typename Its::Weights;
+  constexpr bool in_place = !std::is_pointer_v<Weights>;
   const auto scalars = rounded<Rule, Wide<G>>(wide);
   M state_buffers[kLength<Rule::kStates>][kTileNumel];
   G weight_buffer[kTileNumel], grad_buffer[kTileNumel];
   for_each_tile(piece, [&](int64_t begin, int64_t size) {
     const auto weights = [&] {
-      if constexpr (is_split) {
+      if constexpr (std::is_same_v<Weights, SplitWeights>) {
         return split_weights(row.weight, begin);
+      } else if constexpr (in_place) {
+        return stochastic_column(row.weight.param, begin);
       } else {
         return load(row.weight, begin, size, weight_buffer);
       }
@@ -146,7 +161,7 @@ void update_piece(const Row<Rule>& row, const Piece& piece, const typename Rule:
     for (int i = 0; i < row.states; ++i) state[i] = load(row.state[i], begin, size, state_buffers[i]);
     update_tile(Rule{}, weights, load(row.grad, begin, size, grad_buffer), state, row.states, size, scalars);
     for (int i = 0; i < row.states; ++i) store(row.state[i], begin, size, state[i]);
-    if constexpr (!is_split) store(row.weight, begin, size, weights);
+    if constexpr (!in_place) store(row.weight, begin, size, weights);
     move_averages(row, begin, size, ema_decays);
   });
 }
@@ -167,7 +182,7 @@ void follow_piece(const Row<Rule>& row, const Piece& piece, const std::vector<do
 
 template <typename Rule>
 void update_table(const Table& table, const Chunks& chunks, const GroupSettings& groups, double grad_coefficient,
-                  const std::vector<double>& ema_decays) {
+                  const std::vector<double>& ema_decays, const Seeds& seeds) {
   // Consecutive rows of a group nearly always share their step count, and with it two powers and a root.
   std::vector<typename Rule::template Scalars<double>> scalars;
   std::vector<size_t> scalars_of_row;
@@ -185,20 +200,21 @@ void update_table(const Table& table, const Chunks& chunks, const GroupSettings&
 
   chunks.for_each_piece(Order::kBackward, [&](int64_t, const Piece& piece) {
     const auto& s = scalars[scalars_of_row[piece.row]];
-    const Row<Rule> row(table, piece.row);
+    const Row<Rule> row(table, piece.row, seeds);
     with_loop(row, [&](auto loop) { update_piece<Rule, decltype(loop)>(row, piece, s, ema_decays); });
   });
   Chunks(table, table.rows(), table.all_rows()).for_each_piece(Order::kForward, [&](int64_t, const Piece& piece) {
-    follow_piece(Row<Rule>(table, piece.row), piece, ema_decays);
+    follow_piece(Row<Rule>(table, piece.row, seeds), piece, ema_decays);
   });
 }
 
 }  // namespace
 
 void update(const std::string& rule, const Table& table, const Chunks& chunks, const GroupSettings& groups,
-            double grad_coefficient, const std::vector<double>& ema_decays) {
-  with_rule(rule,
-            [&](auto its) { update_table<decltype(its)>(table, chunks, groups, grad_coefficient, ema_decays); });
+            double grad_coefficient, const std::vector<double>& ema_decays, const Seeds& seeds) {
+  with_rule(rule, [&](auto its) {
+    update_table<decltype(its)>(table, chunks, groups, grad_coefficient, ema_decays, seeds);
+  });
 }
 
 }  // namespace trainops::cpu

@@ -64,6 +64,10 @@ struct Row {
   __device__ int64_t numel() const { return words[kNumel]; }
   __device__ void* address(int column) const { return global<void>(words[kAddresses + column]); }
   __device__ Cell cell(int column) const { return {address(column), dtype_of_column(words[kDTypes], column)}; }
+  // What the random bits of an average depend on. `place`: the word that has its place.
+  __device__ Random random(int place, uint32_t seed) const {
+    return {random_key(seed, words[place]), static_cast<uint32_t>(words[kOrigin])};
+  }
 };
 
 __device__ inline Row row_of(const DeviceTable& table, int64_t row) { return {table.rows + row * table.row_words}; }

@@ -8,11 +8,14 @@
 namespace trainops::cuda {
 
 // The arithmetic is in float64 where either tensor is. The weight is read as it was stored.
-__device__ inline void ema_one(const Cell& average, const Weight& weight, int64_t i, double decay) {
+template <bool is_special>
+__device__ void ema_one(const Cell& average, const Weight& weight, int64_t i, double decay) {
   if (average.dtype == DType::float64 || weight.param.dtype == DType::float64) {
-    store(average, i, ema_element(load<double>(average, i), load<double>(weight, i), EMAWeight<double>(decay)));
+    const EMAWeight<double> w(decay);
+    store<is_special>(average, i, ema_element(load<double>(average, i), load<double>(weight, i), w));
   } else {
-    store(average, i, ema_element(load<float>(average, i), load<float>(weight, i), EMAWeight<float>(decay)));
+    const EMAWeight<float> w(decay);
+    store<is_special>(average, i, ema_element(load<float>(average, i), load<float>(weight, i), w));
   }
 }
 
@@ -27,27 +30,30 @@ __device__ EMAWeight<T> weight_of_loop(double decay) {
   return weight;
 }
 
-// Moves a pack of the average. Takes and returns packs as they lie in memory.
-template <typename T>
-__device__ Raw ema_pack(const Raw& average, DType average_dtype, const Raw& param, DType param_dtype,
+// Moves a pack of the average, from element `first` on. Takes and returns packs as they lie in memory.
+template <bool is_special, typename T>
+__device__ Raw ema_pack(const Raw& before, const Cell& average, int64_t first, const Raw& param, DType param_dtype,
                         const EMAWeight<T>& weight) {
   T moved[kPack<T>], towards[kPack<T>];
-  unpack(average, average_dtype, moved);
+  unpack(before, average.dtype, moved);
   unpack(param, param_dtype, towards);
 #pragma unroll
   for (int j = 0; j < kPack<T>; ++j) moved[j] = ema_element(moved[j], towards[j], weight);
-  return pack(moved, average_dtype);
+  return pack<is_special>(moved, average, first);
 }
 
-// The decay of an average in shared memory. A loop reads it there when it has registers left.
+// The decay of an average, and the seed of its rounding, in shared memory. A loop reads them there when it has
+// registers left.
 struct SharedDecay {
   double decay;
   float weight, complement;
+  uint32_t seed;
 
   // Called by one thread, before a barrier.
-  __device__ void set(double value) {
+  __device__ void set(double value, uint32_t its_seed) {
     const EMAWeight<float> rounded(value);
     decay = value;
+    seed = its_seed;
     weight = rounded.weight;
     complement = rounded.complement;
   }
@@ -63,7 +69,7 @@ struct SharedDecay {
 };
 
 // Moves a chunk of the average towards weights, which may have a master.
-template <typename T>
+template <bool is_special, typename T>
 __device__ void move_chunk_in(const Cell& average, const Weight& weight, const Chunk& chunk, double decay) {
   VectorRange<T> range(chunk.begin, chunk.end, kThreads);
   range.add(average);
@@ -84,14 +90,17 @@ __device__ void move_chunk_in(const Cell& average, const Weight& weight, const C
         followed = pack(values, dtype);
       }
     }
-    put<T>(average, offset, ema_pack<T>(before, average.dtype, followed, dtype, weight_of_average));
+    put<T>(average, offset, ema_pack<is_special>(before, average, offset.first, followed, dtype, weight_of_average));
   }
-  for (int64_t i = range.body + threadIdx.x; i < range.end; i += kThreads) ema_one(average, weight, i, decay);
+  for (int64_t i = range.body + threadIdx.x; i < range.end; i += kThreads) {
+    ema_one<is_special>(average, weight, i, decay);
+  }
 }
 
-__device__ inline void move_chunk(const Cell& average, const Weight& weight, const Chunk& chunk, double decay) {
-  if (average.dtype == DType::float64) return move_chunk_in<double>(average, weight, chunk, decay);
-  move_chunk_in<float>(average, weight, chunk, decay);
+template <bool is_special>
+__device__ void move_chunk(const Cell& average, const Weight& weight, const Chunk& chunk, double decay) {
+  if (average.dtype == DType::float64) return move_chunk_in<is_special, double>(average, weight, chunk, decay);
+  move_chunk_in<is_special, float>(average, weight, chunk, decay);
 }
 
 // Copies a chunk of bytes.

@@ -41,10 +41,12 @@ struct Queue {
 
 // A table in the device's memory (core/device_words.h). Its first `whole_chunks` chunks have kChunkNumel elements. Of
 // its `all_chunks`, those of buffers follow the first `chunk_count`; their rows follow the first `row_count`.
+// `is_special`: whether some of it is rounded stochastically.
 struct DeviceTable {
   const int64_t* rows;
   const int64_t* chunks;
   int64_t row_count, chunk_count, all_chunks, whole_chunks, row_words;
+  bool is_special;
 };
 
 // Counters of a launch. All must be 0 on entry, and kernels reset them.
@@ -77,7 +79,9 @@ void scale(const DeviceTable& table, const Cell& coefficient, Counters* counters
 void clamp(const DeviceTable& table, double bound, Counters* counters, const Queue& queue);
 
 // A true `skip` leaves the averages alone.
-void ema(const DeviceTable& table, double decay, const bool* skip, Counters* counters, const Queue& queue);
+// `seed`: of averages that are rounded stochastically.
+void ema(const DeviceTable& table, double decay, uint32_t seed, const bool* skip, Counters* counters,
+         const Queue& queue);
 
 // Step words (core/schema.h) of a few groups travel with the launch; those of many have an address.
 constexpr int kInlineWords = 256;

@@ -52,6 +52,7 @@ StagedTable stage(const PythonTable& table, const py::object& words, uintptr_t r
   staged.table.all_chunks = all_chunks;
   staged.table.whole_chunks = count_whole_chunks(table.table(), cuda::kChunkNumel);
   staged.table.row_words = kAddresses + table.table().columns();
+  staged.table.is_special = table.is_special();
   staged.queue = {table.device_index(), at<void>(stream)};
   staged.kind = table.schema().name;
   staged.measured = table.schema().measured;
@@ -83,8 +84,8 @@ void clamp(const StagedTable& staged, double bound, uintptr_t counters) {
   cuda::clamp(staged.of("transform"), bound, at<cuda::Counters>(counters), staged.queue);
 }
 
-void ema(const StagedTable& staged, double decay, uintptr_t skip, uintptr_t counters) {
-  cuda::ema(staged.of("ema"), decay, at<const bool>(skip), at<cuda::Counters>(counters), staged.queue);
+void ema(const StagedTable& staged, double decay, uint32_t seed, uintptr_t skip, uintptr_t counters) {
+  cuda::ema(staged.of("ema"), decay, seed, at<const bool>(skip), at<cuda::Counters>(counters), staged.queue);
 }
 
 // `words`: bytes passed as kernel arguments, or the device address of a longer list.
@@ -142,7 +143,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("scale", &scale, Unlocked(), py::arg("staged"), py::kw_only(), py::arg("coefficient"), py::arg("is_float64"),
         py::arg("counters"));
   m.def("clamp", &clamp, Unlocked(), py::arg("staged"), py::kw_only(), py::arg("bound"), py::arg("counters"));
-  m.def("ema", &ema, Unlocked(), py::arg("staged"), py::kw_only(), py::arg("decay"), py::arg("skip"),
+  m.def("ema", &ema, Unlocked(), py::arg("staged"), py::kw_only(), py::arg("decay"), py::arg("seed"), py::arg("skip"),
         py::arg("counters"));
   m.def("update", &update, py::arg("staged"), py::kw_only(), py::arg("words"), py::arg("norm"), py::arg("grad_scale"),
         py::arg("found_inf"), py::arg("clips"), py::arg("skip_nonfinite"), py::arg("skip"), py::arg("skipped_steps"),

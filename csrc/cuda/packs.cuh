@@ -41,10 +41,10 @@ __device__ inline void unpack(const Raw& raw, DType dtype, float (&x)[8]) {
       x[4 * i + 2] = bit_cast<float>(raw.halves[i].z);
       x[4 * i + 3] = bit_cast<float>(raw.halves[i].w);
     }
-  } else if (dtype == DType::bfloat16) {
-    unpack_words<BFloat16>(raw.halves[0], x);
-  } else {
+  } else if (dtype == DType::float16) {
     unpack_words<Float16>(raw.halves[0], x);
+  } else {
+    unpack_words<BFloat16>(raw.halves[0], x);
   }
 }
 
@@ -77,6 +77,27 @@ __device__ inline Raw pack(const double (&x)[2], DType) {
   return raw;
 }
 
+// What a cell is to hold: elements from `first` on. `is_special`: whether it may be rounded stochastically.
+template <bool is_special>
+__device__ Raw pack(const float (&x)[8], const Cell& cell, int64_t first) {
+  if (!is_special || cell.dtype != DType::stochastic) return pack(x, cell.dtype);
+  Raw raw{};
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int64_t element = first + 2 * i;
+    words[i] = round_stochastically(x[2 * i], cell.random.bits(element)) >> 16 |
+               (round_stochastically(x[2 * i + 1], cell.random.bits(element + 1)) & 0xffff0000u);
+  }
+  raw.halves[0] = {words[0], words[1], words[2], words[3]};
+  return raw;
+}
+
+template <bool is_special>
+__device__ Raw pack(const double (&x)[2], const Cell& cell, int64_t) {
+  return pack(x, cell.dtype);
+}
+
 // `has_float64`: whether the tensor may be float64.
 template <typename T, bool has_float64 = true>
 __device__ T load(const Cell& cell, int64_t i) {
@@ -86,10 +107,10 @@ __device__ T load(const Cell& cell, int64_t i) {
     case DType::float64:
       if constexpr (!has_float64) __builtin_unreachable();
       return static_cast<T>(static_cast<const double*>(cell.address)[i]);
-    case DType::bfloat16:
-      return static_cast<T>(widen(static_cast<const BFloat16*>(cell.address)[i]));
-    default:
+    case DType::float16:
       return static_cast<T>(widen(static_cast<const Float16*>(cell.address)[i]));
+    default:
+      return static_cast<T>(widen(static_cast<const BFloat16*>(cell.address)[i]));
   }
 }
 
@@ -110,8 +131,11 @@ __device__ inline void load_pack(const Cell& cell, int64_t first, int count, flo
   load_elements<Float16>(cell, first, count, x);
 }
 
-template <typename T>
+template <bool is_special = false, typename T>
 __device__ void store(const Cell& cell, int64_t i, T x) {
+  if (is_special && cell.dtype == DType::stochastic) {
+    return narrow(static_cast<float>(x), cell.random.bits(i), static_cast<BFloat16*>(cell.address)[i]);
+  }
   switch (cell.dtype) {
     case DType::float32:
       static_cast<float*>(cell.address)[i] = static_cast<float>(x);

@@ -20,7 +20,7 @@ __device__ void transform_chunk(const Cell& cell, const Chunk& chunk, Function f
     put<T>(cell, offset, pack(x, cell.dtype));
   }
   for (int64_t i = range.body + threadIdx.x; i < range.end; i += kThreads) {
-    store<T>(cell, i, function(load<T>(cell, i)));
+    store(cell, i, function(load<T>(cell, i)));
   }
 }
 

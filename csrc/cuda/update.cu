@@ -33,9 +33,26 @@ struct Cells {
   }
 };
 
-template <typename Rule, typename T>
+// What the random bits of a parameter depend on is read anew for each pack: else it would take registers that are
+// scarce.
+template <bool is_special>
+__device__ Weight with_random(Weight weight, const volatile Random& random) {
+  if constexpr (is_special) weight.param.random = {random.key, random.origin};
+  return weight;
+}
+
+// The first average of a row.
+template <bool is_special>
+__device__ Cell average_of(const Row& row, const SharedDecay& ema_decay) {
+  Cell average = row.cell(kAverage);
+  if constexpr (is_special) average.random = row.random(kAveragePlace, ema_decay.seed);
+  return average;
+}
+
+template <bool is_special, typename Rule, typename T>
 __device__ void update_pack(const Row& row, const Cells<Rule>& cells, const LaneOffset& offset,
-                            const typename Rule::template Scalars<T>& scalars, const SharedDecay& ema_decay) {
+                            const typename Rule::template Scalars<T>& scalars, const SharedDecay& ema_decay,
+                            const volatile Random& random) {
   constexpr int count = Cells<Rule>::count;
   Raw raw[count];
 #pragma unroll
@@ -67,10 +84,10 @@ __device__ void update_pack(const Row& row, const Cells<Rule>& cells, const Lane
   });
   // Only now, when most registers are free again: all columns at once would spill some. That the reads do not all
   // overlap costs nothing: with two blocks, a multiprocessor of an H100 still has over 100 KB on their way.
-  const Cell average = row.cell(kAverage);
+  const Cell average = average_of<is_special>(row, ema_decay);
   raw[kAverage] = fetch<T>(average, offset);
   // The average follows the weight as it is stored: rounded, or in full where there is a master.
-  Raw followed = pack_param<T>(param, weight);
+  Raw followed = pack_param<is_special>(param, with_random<is_special>(weight, random), offset.first);
   DType followed_dtype = weight.param.dtype;
   put<T>(weight.param, offset, followed);
   if constexpr (sizeof(T) == 4) {
@@ -82,12 +99,14 @@ __device__ void update_pack(const Row& row, const Cells<Rule>& cells, const Lane
   }
   if (average.address == nullptr) return;
   const auto ema_weight = ema_decay.template of_loop<T>();
-  put<T>(average, offset, ema_pack<T>(raw[kAverage], average.dtype, followed, followed_dtype, ema_weight));
+  put<T>(average, offset,
+         ema_pack<is_special>(raw[kAverage], average, offset.first, followed, followed_dtype, ema_weight));
 }
 
-template <typename Rule, typename T>
+template <bool is_special, typename Rule, typename T>
 __device__ void update_one(const Row& row, const Cells<Rule>& cells, int64_t i,
-                           const typename Rule::template Scalars<T>& scalars, const SharedDecay& ema_decay) {
+                           const typename Rule::template Scalars<T>& scalars, const SharedDecay& ema_decay,
+                           const volatile Random& random) {
   const Weight weight = cells.weight();
   T param = load<T>(weight, i);
   const T grad = load<T>(cells.at[kGrad], i);
@@ -100,14 +119,14 @@ __device__ void update_one(const Row& row, const Cells<Rule>& cells, int64_t i,
 #pragma unroll
     for (int k = 0; k < states; ++k) store(cells.at[kState + k], i, state[k]);
   });
-  store(weight, i, param);
-  const Cell average = row.cell(kAverage);
-  if (average.address != nullptr) ema_one(average, weight, i, ema_decay.decay);
+  store<is_special>(with_random<is_special>(weight, random), i, param);
+  const Cell average = average_of<is_special>(row, ema_decay);
+  if (average.address != nullptr) ema_one<is_special>(average, weight, i, ema_decay.decay);
 }
 
-template <typename Rule, typename T>
+template <bool is_special, typename Rule, typename T>
 __device__ void update_chunk(const Chunk& chunk, const typename Rule::template Scalars<double>& wide,
-                             const SharedDecay& ema_decay) {
+                             const SharedDecay& ema_decay, const volatile Random& random) {
   const auto scalars = rounded<Rule, T>(wide);
   const Cells<Rule> cells(chunk.row);
   VectorRange<T> range(chunk.begin, chunk.end, kThreads);
@@ -115,12 +134,14 @@ __device__ void update_chunk(const Chunk& chunk, const typename Rule::template S
   for (int column = 0; column < Cells<Rule>::count; ++column) {
     if (column != kStep) range.add(column == kAverage ? chunk.row.cell(kAverage) : cells.at[column]);
   }
-  range.close();
+  // Beside rows that are special, packs of float64 would need more registers than there are.
+  range.close(!is_special || sizeof(T) == 4);
   for (int64_t tile = range.begin; tile < range.body; tile += kThreads * kPack<T>) {
-    update_pack<Rule, T>(chunk.row, cells, LaneOffset(range, tile, threadIdx.x), scalars, ema_decay);
+    const LaneOffset offset(range, tile, threadIdx.x);
+    update_pack<is_special, Rule, T>(chunk.row, cells, offset, scalars, ema_decay, random);
   }
   for (int64_t i = range.body + threadIdx.x; i < range.end; i += kThreads) {
-    update_one<Rule, T>(chunk.row, cells, i, scalars, ema_decay);
+    update_one<is_special, Rule, T>(chunk.row, cells, i, scalars, ema_decay, random);
   }
 }
 
@@ -128,17 +149,18 @@ __device__ void update_chunk(const Chunk& chunk, const typename Rule::template S
 __device__ inline bool is_buffer(const Row& row) { return row.cell(kGrad).dtype == DType::none; }
 
 // Moves the averages of a chunk that update_chunk does not, or copies what they follow.
-template <typename Rule>
+template <bool is_special, typename Rule>
 __device__ void move_averages(const Chunk& chunk, int count, const SharedDecay* ema_decays) {
   const Weight weight{chunk.row.cell(kParam), chunk.row.cell(kMaster)};
 #pragma unroll 1
   for (int i = is_buffer(chunk.row) ? 0 : 1; i < count; ++i) {
-    const Cell average = chunk.row.cell(column_of_average<Rule>(i));
+    Cell average = chunk.row.cell(column_of_average<Rule>(i));
     if (average.address == nullptr) continue;
+    if constexpr (is_special) average.random = chunk.row.random(kAveragePlace + i, ema_decays[i].seed);
     if (weight.param.dtype == DType::byte) {
       copy_chunk(average, weight.param, chunk);
     } else {
-      move_chunk(average, weight, chunk, ema_decays[i].decay);
+      move_chunk<is_special>(average, weight, chunk, ema_decays[i].decay);
     }
   }
 }
@@ -151,15 +173,20 @@ struct RowScalars {
   typename Rule::template Scalars<double> scalars;
 };
 
-template <typename Rule>
+// `is_special`: whether some of the table is rounded stochastically.
+template <typename Rule, bool is_special>
 __global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_constant__ UpdateArgs args) {
   __shared__ RowScalars<Rule> of_slots[2];
+  __shared__ Random randoms[is_special ? 2 : 1];  // of the parameters
   __shared__ double coefficient;
   __shared__ SharedDecay ema_decays[kMaxAverages];
   const int64_t* const words = args.words == nullptr ? args.inline_words : args.words;
   const Decision decision = decide_step(args, words);
   if (decision.skips) return finish_step(args, true);
-  if (threadIdx.x < kMaxAverages) ema_decays[threadIdx.x].set(real(words[kEMADecay + threadIdx.x]));
+  if (threadIdx.x < kMaxAverages) {
+    const int i = threadIdx.x;
+    ema_decays[i].set(real(words[kEMADecay + i]), static_cast<uint32_t>(words[kEMASeed + i]));
+  }
   if (threadIdx.x == kThreads - kWarp) {  // the one that prepares rows: it alone reads this
     coefficient = decision.coefficient;
     of_slots[1].group = -1;  // which the first row is compared with
@@ -179,21 +206,26 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_consta
     } else {
       of_slots[slot] = {group, step, Rule::scalars(settings_of<Rule>(words, group), step, coefficient)};
     }
+    if constexpr (is_special) {
+      const uint32_t seed = static_cast<uint32_t>(words[kSeed]);
+      randoms[slot] = {random_key(seed, row.words[kFirstPlace], step), static_cast<uint32_t>(row.words[kOrigin])};
+    }
   };
   // Backwards: after a pass over the gradients for their norm, the last are still in the cache.
   ChunkQueue queue(args.table, args.table.all_chunks, &args.counters->chunks, true, prepare);
   for (Chunk chunk; queue.next(chunk);) {
     const auto& scalars = of_slots[chunk.slot].scalars;
+    const Random& random = randoms[is_special ? chunk.slot : 0];
     const bool is_updated = !is_buffer(chunk.row);
     if (is_updated && chunk.row.cell(kParam).dtype == DType::float64) {
-      update_chunk<Rule, double>(chunk, scalars, ema_decays[0]);
+      update_chunk<is_special, Rule, double>(chunk, scalars, ema_decays[0], random);
     } else if (is_updated) {
-      update_chunk<Rule, float>(chunk, scalars, ema_decays[0]);
+      update_chunk<is_special, Rule, float>(chunk, scalars, ema_decays[0], random);
     }
     const int averages = averages_in<Rule>(args.table.row_words - kAddresses);
     if (averages == 1 && args.table.all_chunks == args.table.chunk_count) continue;
     __syncthreads();  // other threads may have written the weights
-    move_averages<Rule>(queue.current(), averages, ema_decays);
+    move_averages<is_special, Rule>(queue.current(), averages, ema_decays);
   }
   finish_step(args, false);
 }
@@ -202,7 +234,9 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_consta
 
 void update(const std::string& rule, const UpdateArgs& args, const Queue& queue) {
   with_rule(rule, [&](auto its) {
-    launch(update_kernel<decltype(its)>, rule.c_str(), args.table.all_chunks, queue, args);
+    using Rule = decltype(its);
+    const auto kernel = args.table.is_special ? update_kernel<Rule, true> : update_kernel<Rule, false>;
+    launch(kernel, rule.c_str(), args.table.all_chunks, queue, args);
   });
 }
 

@@ -30,9 +30,10 @@ __device__ inline void unpack(const Raw& param, const Raw&, const Weight& weight
   unpack(param, weight.param.dtype, x);
 }
 
-template <typename T>
-__device__ Raw pack_param(const T (&x)[kPack<T>], const Weight& weight) {
-  if (!weight.has_master() || weight.param.dtype == DType::float16) return pack(x, weight.param.dtype);
+// `first`: the index of the first element.
+template <bool is_special, typename T>
+__device__ Raw pack_param(const T (&x)[kPack<T>], const Weight& weight, int64_t first) {
+  if (!weight.has_master() || weight.param.dtype == DType::float16) return pack<is_special>(x, weight.param, first);
   Raw raw{};
   uint32_t words[4];
 #pragma unroll
@@ -72,9 +73,9 @@ __device__ T load(const Weight& weight, int64_t i) {
                     [](const auto& param, const auto& master) { return static_cast<T>(widen(param, master)); });
 }
 
-template <typename T>
+template <bool is_special, typename T>
 __device__ void store(const Weight& weight, int64_t i, T x) {
-  if (!weight.has_master()) return store(weight.param, i, x);
+  if (!weight.has_master()) return store<is_special>(weight.param, i, x);
   with_parts(weight, i, [&](auto& param, auto& master) { narrow(static_cast<float>(x), param, master); });
 }
 

@@ -79,6 +79,17 @@ TRAINOPS_HOST_DEVICE void narrow(float x, Float16& to) {
 #endif
 }
 
+// Rounds to one of the two neighbours, to each with a probability that makes the mean right: adds random bits below
+// the last place and truncates. What bfloat16 has stays as it is, and so do infinities. The result is in the upper 16
+// bits.
+TRAINOPS_HOST_DEVICE uint32_t round_stochastically(float x, uint32_t random_bits) {
+  return x != x ? 0x7fc00000u : bit_cast<uint32_t>(x) + random_bits;
+}
+
+TRAINOPS_HOST_DEVICE void narrow(float x, uint32_t random_bits, BFloat16& to) {
+  to.bits = static_cast<uint16_t>(round_stochastically(x, random_bits) >> 16);
+}
+
 // A float32 weight in two places: a bfloat16 parameter, and a master that holds what the parameter lacks.
 //
 // A remainder is the signed difference of the bit patterns:

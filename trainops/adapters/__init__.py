@@ -12,9 +12,36 @@ from ..plain import is_transformed
 # imported when they are first asked for.
 from . import cpu as _cpu  # noqa: F401
 from . import pytorch as _pytorch
-from .interface import Backend, Group, Kernels, StepControl, StepResult
+from .interface import (
+    NEAREST,
+    TO_NEAREST,
+    AverageRounding,
+    Backend,
+    Group,
+    Kernels,
+    Places,
+    Rounding,
+    Seeds,
+    StepControl,
+    StepResult,
+)
 
-__all__ = ["Backend", "Group", "Kernels", "StepControl", "StepResult", "backends", "check", "select"]
+__all__ = [
+    "NEAREST",
+    "TO_NEAREST",
+    "AverageRounding",
+    "Backend",
+    "Group",
+    "Kernels",
+    "Places",
+    "Rounding",
+    "Seeds",
+    "StepControl",
+    "StepResult",
+    "backends",
+    "check",
+    "select",
+]
 
 NAMES = ("reference", "foreach", "cpu", "cuda", "triton")
 

@@ -69,7 +69,7 @@ def step_settings(
     settings = [{name: _setting(x, device) for name, x in group.settings.items()} for group in groups]
     max_norm = None if control.max_norm is None else _setting(control.max_norm, device)
     in_memory = [x for x in (max_norm, *(x for its in settings for x in its.values())) if isinstance(x, Tensor)]
-    return core.step_settings(rule, max_norm, ema_decays, settings), in_memory
+    return core.step_settings(rule, max_norm, ema_decays, settings, control.seeds), in_memory
 
 
 def _setting(x: float | Tensor, device: torch.device) -> float | Tensor:

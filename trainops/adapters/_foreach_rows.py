@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..plain import PLAIN, all_plain
 from ..tables import have_common_memory
-from .interface import AVERAGES
+from .interface import AVERAGES, TO_NEAREST, Rounding
 
 WIDE = (torch.float32, torch.float64)  # what is stored as it is computed
 
@@ -149,6 +149,7 @@ def collect(
     averages: list[dict[int, Tensor]],
     buffers: list[list[Any]],
     states: list[tuple[str, ...]],
+    rounding: Rounding = TO_NEAREST,
 ) -> Collected | None:
     """The rows straight from an optimizer's containers, if all are plain, contiguous and of one wide type."""
     groups: list[Columns] = []

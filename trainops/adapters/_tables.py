@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from .. import core
-from ..tables import staged_table
-from .interface import Group, StepControl, StepResult
+from ..tables import origin, staged_table
+from .interface import NEAREST, AverageRounding, Group, StepControl, StepResult
 
 Operation = Callable[..., Any]
 
@@ -21,7 +21,8 @@ def step_operations(
 
     def collect(*containers: Any) -> Any:
         """See :class:`trainops.adapters.interface.Kernels`."""
-        return rows_of(*containers, device_type())
+        *lists, rounding = containers
+        return rows_of(*lists, device_type(), rounding.params, rounding.average_places, origin)
 
     def update(
         rule: str,
@@ -37,32 +38,44 @@ def step_operations(
             name: [x for group in groups for x in group.columns.get(name) or [None] * group.rows]
             for name in core.schema(rule, len(ema_decays)).places
         }
-        with staged_table(rule, columns, device_type(), [group.rows for group in groups]) as table:
+        places = [its for group in groups for its in group.places]
+        with staged_table(rule, columns, device_type(), [group.rows for group in groups], places) as table:
             return run(table, rule, groups, control, ema_decays)
 
     return collect, update
 
 
 def ema_operations(
-    device_type: Callable[[], str], run: Callable[[Any, float, Tensor | None], None]
+    device_type: Callable[[], str], run: Callable[[Any, float, Tensor | None, int], None]
 ) -> tuple[Operation, Operation]:
     """A backend's ``ema_`` and ``try_ema_``. ``run`` runs its kernel on a table."""
 
-    def ema_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None) -> None:
+    def ema_(
+        averages: Sequence[Tensor],
+        tensors: Sequence[Tensor],
+        decay: float,
+        skip: Tensor | None = None,
+        rounding: AverageRounding = NEAREST,
+    ) -> None:
         """See :func:`trainops.reference.ema_`."""
         if averages:
             columns = {"average": list(averages), "tensor": list(tensors)}
-            with staged_table("ema", columns, device_type()) as table:
-                run(table, decay, skip)
+            with staged_table("ema", columns, device_type(), places=rounding.places) as table:
+                run(table, decay, skip, rounding.seed)
 
     def try_ema_(
-        averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None
+        averages: Sequence[Tensor],
+        tensors: Sequence[Tensor],
+        decay: float,
+        skip: Tensor | None = None,
+        rounding: AverageRounding = NEAREST,
     ) -> bool:
         """See :class:`trainops.adapters.interface.Kernels`."""
-        table = core.table("ema", {"average": list(averages), "tensor": list(tensors)}, device_type())
+        columns = {"average": list(averages), "tensor": list(tensors)}
+        table = core.table("ema", columns, device_type(), places=rounding.places)
         if table.irregular:
             return False
-        run(table, decay, skip)
+        run(table, decay, skip, rounding.seed)
         return True
 
     return ema_, try_ema_

@@ -12,6 +12,8 @@ from torch import Tensor
 from .. import core
 from ._device import Section, stage
 
+STOCHASTIC = "stochastic"  # the type of bfloat16 that is rounded stochastically (``csrc/core/table.h``)
+
 
 def interpreted() -> bool:
     """Whether Triton's interpreter is on."""
@@ -26,9 +28,10 @@ def kernels() -> Any:
 
 @cache
 def type_of(dtype: torch.dtype | str | None) -> Any:
-    """Triton's name for a dtype."""
+    """Triton's name for a dtype. What is rounded stochastically is bfloat16."""
     import triton.language
 
+    dtype = torch.bfloat16 if dtype == STOCHASTIC else dtype
     return None if dtype is None else getattr(triton.language, str(dtype).removeprefix("torch."))
 
 
@@ -78,6 +81,7 @@ class Staged:
         *args: Any,
         types: dict[str, str],
         wide: dict[str, tuple[str, ...]],
+        rounded: Sequence[str] = (),
         itemsize: int | None = None,
         sections: Sequence[Section] | None = None,
         **constants: Any,
@@ -85,7 +89,9 @@ class Staged:
         """Launch a kernel for each section of chunks; without ``sections``, for all but those of buffers.
 
         ``types``: constants that name the type of a column. ``wide``: constants that name the type of arithmetic on
-        the columns of some of the former. ``itemsize``: bytes by which blocks are divided, if not those of the types.
+        the columns of some of the former. ``rounded``: columns that may be rounded
+        stochastically; the constant ``STOCHASTIC`` has a bit for each. ``itemsize``: bytes by which blocks are
+        divided, if not those of the types.
         """
         for section in self.sections if sections is None else sections:
             dtypes = {constant: section.kind[self.columns[column]] for constant, column in types.items()}
@@ -99,9 +105,15 @@ class Staged:
                 *args,
                 **{constant: type_of(dtype) for constant, dtype in dtypes.items()},
                 **{constant: type_of(wide_type(*(dtypes[x] for x in among))) for constant, among in wide.items()},
+                **({"STOCHASTIC": self.stochastic(section, rounded)} if rounded else {}),
                 **constants,
                 **self.constants(kernels()._common.block_numel(*sizes)),
             )
+
+    def stochastic(self, section: Section, columns: Sequence[str]) -> int:
+        """A bit for each of these columns, the first being the lowest: whether it is rounded stochastically."""
+        kinds = (section.kind[self.columns[x]] if x in self.columns else None for x in columns)
+        return sum((kind == STOCHASTIC) << i for i, kind in enumerate(kinds))
 
     def results(self) -> tuple[Tensor, Tensor]:
         """Room for a statistic of everything and of each row."""
@@ -127,7 +139,7 @@ class Staged:
 
 @cache
 def _itemsize(dtype: str) -> int:
-    return int(getattr(torch, dtype).itemsize)
+    return 2 if dtype == STOCHASTIC else int(getattr(torch, dtype).itemsize)
 
 
 def wide_type(*dtypes: str | None) -> str:

@@ -55,9 +55,9 @@ def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
         _cpu.clamp(table, bound=bound)
 
 
-def _ema(table: Any, decay: float, skip: Tensor | None) -> None:
+def _ema(table: Any, decay: float, skip: Tensor | None, seed: int) -> None:
     if skip is None or not skip.item():
-        _cpu.ema(table, decay=decay)
+        _cpu.ema(table, decay=decay, seed=seed)
 
 
 ema_, try_ema_ = ema_operations(lambda: "cpu", _ema)
@@ -77,6 +77,7 @@ def _update(
         found_inf=control.found_inf is not None and control.found_inf.item() != 0,
         total_norm=None if control.total_norm is None else control.total_norm.item(),
         ema_decays=ema_decays,
+        seeds=core.seeds(*control.seeds),
         norms_out=0 if norms is None else norms.data_ptr(),
     )
     if skipped and control.skipped_steps is not None:

@@ -182,12 +182,18 @@ def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
         _cuda.clamp(staged.table, bound=bound, counters=scratch.counters)
 
 
-def _ema(table: Any, decay: float, skip: Tensor | None) -> None:
+def _ema(table: Any, decay: float, skip: Tensor | None, seed: int) -> None:
     with device_guard(_device_of(table)):
         staged = _Staged(table)
         skip = None if skip is None else skip.to(staged.queue.device, torch.bool)
         scratch = _scratch(staged)
-        _cuda.ema(staged.table, decay=decay, skip=core.address(skip), counters=scratch.counters)
+        _cuda.ema(
+            staged.table,
+            decay=decay,
+            seed=seed,
+            skip=core.address(skip),
+            counters=scratch.counters,
+        )
 
 
 ema_, try_ema_ = ema_operations(_device_type, _ema)

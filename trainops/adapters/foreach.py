@@ -34,7 +34,7 @@ from ._foreach_rows import (
     on_host,
     shares_memory,
 )
-from .interface import AVERAGES, Backend, Group, StepControl, StepResult
+from .interface import AVERAGES, NEAREST, AverageRounding, Backend, Group, StepControl, StepResult
 
 __all__ = [
     "clamp_",
@@ -114,18 +114,33 @@ def _is_odd(x: Tensor) -> bool:
     return x.is_conj() or x.is_neg() or shares_memory(x)
 
 
-def ema_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None) -> None:
+def ema_(
+    averages: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    decay: float,
+    skip: Tensor | None = None,
+    rounding: AverageRounding = NEAREST,
+) -> None:
     """See :func:`trainops.reference.ema_`."""
     if not averages:
+        return
+    if rounding.places:
+        specification.ema_(averages, tensors, decay, skip, rounding)
         return
     if not try_ema_(averages, tensors, decay, skip):
         advice.left_to_reference(averages[0].device)
         specification.ema_(averages, tensors, decay, skip)
 
 
-def try_ema_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None) -> bool:
+def try_ema_(
+    averages: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    decay: float,
+    skip: Tensor | None = None,
+    rounding: AverageRounding = NEAREST,
+) -> bool:
     """See :class:`trainops.adapters.interface.Kernels`."""
-    if not averages or not are_regular(averages, tensors):
+    if not averages or rounding.places or not are_regular(averages, tensors):
         return False
     device = averages[0].device
     if skip is not None and on_host(device):
@@ -174,7 +189,8 @@ def update(
         coefficient = 1.0 if isinstance(coefficient, Tensor) and coefficient.item() == 1.0 else coefficient
     averaged: list[Columns] = [{"average": [], "param": []} for _ in ema_decays]
     for group in groups:
-        parts = [group.columns] if collected is not None else _parts(rule, group, coefficient, skip, ema_decays)
+        own = group.columns if collected is not None else None
+        parts = [own] if own is not None else _parts(rule, group, coefficient, skip, ema_decays, control)
         for part in parts:
             if "averaged" in part:
                 weights = part.pop("averaged")
@@ -191,7 +207,12 @@ def update(
 
 
 def _parts(
-    rule: str, group: Group, coefficient: Tensor | float, skip: Tensor | None, ema_decays: Sequence[float]
+    rule: str,
+    group: Group,
+    coefficient: Tensor | float,
+    skip: Tensor | None,
+    ema_decays: Sequence[float],
+    control: StepControl,
 ) -> list[Columns]:
     """The rows of a group as real numbers, in parts that have the same columns; the specification serves odd ones."""
     parts: dict[tuple[str, ...], Columns] = {}
@@ -199,10 +220,11 @@ def _parts(
         row = {name: local(column[i]) for name, column in group.columns.items() if column[i] is not None}
         written = [x for name, x in row.items() if name not in ("grad", "step")]
         is_odd = any(map(_is_odd, written))
-        if is_odd or "master" in row:  # a weight in two tensors has no multi-tensor operation
+        is_random = bool(group.places) and any(x.dtype == torch.bfloat16 for x in written)
+        if is_odd or is_random or "master" in row:  # for the latter two there is no multi-tensor operation
             if is_odd:
                 advice.left_to_reference(row["param"].device)
-            specification.Row(group, i).update(rule, coefficient, skip, ema_decays)
+            specification.Row(group, i).update(rule, coefficient, skip, ema_decays, control.seeds)
             continue
         step, averages = row.pop("step"), {name: as_real(row.pop(name)) for name in AVERAGES if name in row}
         real = {name: as_real(x).resolve_neg() for name, x in row.items()}

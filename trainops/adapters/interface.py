@@ -27,6 +27,48 @@ class Backend:
 AVERAGES = ("average", "average2", "average3", "average4")
 
 
+class Places(NamedTuple):
+    """What the random bits of a row depend on, beside seed and step (``csrc/core/table.h``).
+
+    With a place, bfloat16 is rounded stochastically; without one, the place is negative.
+    """
+
+    first: int = -1  # the parameter's in ``param_groups``; of an average by itself, its own in its model
+    averages: tuple[int, ...] = ()  # of the averages that a step moves
+    origin: int = 0  # of a shard: the index of its first element in the whole parameter
+
+
+class Seeds(NamedTuple):
+    """What random bits of a step depend on, beside the places: words (``reference_rounding.seed_word``)."""
+
+    params: int = 0
+    averages: tuple[int, ...] = ()
+
+
+NO_SEEDS = Seeds()
+
+
+class Rounding(NamedTuple):
+    """What a step rounds stochastically, where it is bfloat16."""
+
+    params: bool = False
+    average_places: Sequence[Mapping[int, int]] = ()  # of each average, by ``id`` of what it follows
+    seeds: Seeds = NO_SEEDS
+
+
+TO_NEAREST = Rounding()
+
+
+class AverageRounding(NamedTuple):
+    """How averages are rounded stochastically that are moved by themselves."""
+
+    seed: int = 0  # a word
+    places: Sequence[Places] = ()  # of each average; without any, they are rounded to nearest
+
+
+NEAREST = AverageRounding()
+
+
 @dataclass
 class Group:
     """The parameters of one group that have a gradient, their state, and the group's settings.
@@ -35,11 +77,13 @@ class Group:
         settings: those of the rule by name; a 0-dim tensor may stay on its device.
         rows: how many parameters.
         columns: by the names of a table's columns, one tensor (or None) per parameter. Empty if they are collected.
+        places: of each parameter. Empty if nothing is rounded stochastically.
     """
 
     settings: Mapping[str, float | Tensor]
     rows: int
     columns: dict[str, list[Any]] = field(default_factory=dict)
+    places: list[Places] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -52,6 +96,7 @@ class StepControl:
     found_inf: Tensor | None = None  # nonzero: skip the step
     total_norm: Tensor | None = None  # of the unscaled gradients, if it is already known
     skipped_steps: Tensor | None = None  # 0-dim int64; incremented if the step is skipped
+    seeds: Seeds = NO_SEEDS  # of what is rounded stochastically
 
     @property
     def measures(self) -> bool:
@@ -109,6 +154,7 @@ class Kernels(Protocol):
         averages: list[dict[int, Tensor]],
         buffers: list[list[Any]],
         states: list[tuple[str, ...]],
+        rounding: Rounding = TO_NEAREST,
     ) -> Collected | None:
         """The rows of a step, if all rows are regular, else None.
 
@@ -119,6 +165,7 @@ class Kernels(Protocol):
             averages: up to ``len(AVERAGES)`` of them, each by the ``id`` of its parameter.
             buffers: the pairs of buffers and averages (``trainops.model_pairs.Pair``) that each of these has beside.
             states: the names of the state that each group uses.
+            rounding: what is rounded stochastically.
         """
 
     def update(
@@ -148,12 +195,22 @@ class Kernels(Protocol):
         """Limit every element to ``[-bound, bound]``."""
 
     def ema_(
-        self, averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None
+        self,
+        averages: Sequence[Tensor],
+        tensors: Sequence[Tensor],
+        decay: float,
+        skip: Tensor | None = None,
+        rounding: AverageRounding = NEAREST,
     ) -> None:
         """Move averages towards tensors."""
 
     def try_ema_(
-        self, averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None
+        self,
+        averages: Sequence[Tensor],
+        tensors: Sequence[Tensor],
+        decay: float,
+        skip: Tensor | None = None,
+        rounding: AverageRounding = NEAREST,
     ) -> bool:
         """Like :meth:`ema_`, if all rows are regular. Else returns False and does nothing."""
 

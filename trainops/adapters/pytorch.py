@@ -9,9 +9,21 @@ from torch import Tensor
 
 from .. import reference
 from ..reference import drop_path, drop_path_backward
+from ..reference_rounding import Random, random_of
 from ..tables import as_real, check_no_overlap, local
 from ._control import decide
-from .interface import AVERAGES, Backend, Collected, Group, StepControl, StepResult
+from .interface import (
+    AVERAGES,
+    NEAREST,
+    AverageRounding,
+    Backend,
+    Collected,
+    Group,
+    Places,
+    Seeds,
+    StepControl,
+    StepResult,
+)
 
 __all__ = [
     "clamp_",
@@ -53,13 +65,27 @@ def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
     reference.clamp_(tensors, bound)
 
 
-def ema_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None) -> None:
+def ema_(
+    averages: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    decay: float,
+    skip: Tensor | None = None,
+    rounding: AverageRounding = NEAREST,
+) -> None:
     """See :func:`trainops.reference.ema_`."""
     _check_writable(averages)
-    reference.ema_(averages, tensors, decay, skip)
+    if not rounding.places:
+        reference.ema_(averages, tensors, decay, skip)
+        return
+    averages, tensors = list(map(local, averages)), list(map(local, tensors))
+    randoms = [
+        random_of(x, x, rounding.seed, its.first, its.origin)
+        for x, its in zip(averages, rounding.places, strict=True)
+    ]
+    reference.ema_(averages, tensors, decay, skip, randoms)
 
 
-def try_ema_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, skip: Tensor | None = None) -> bool:
+def try_ema_(*tensors: Any) -> bool:
     """Always False: the caller then uses :func:`ema_`."""
     return False
 
@@ -88,7 +114,7 @@ def update(
     grads = [row.grad for row in rows]
     decision = decide(grads, control, reference.sum_norms)
     for row in rows:
-        row.update(rule, decision.coefficient, decision.skipped, ema_decays)
+        row.update(rule, decision.coefficient, decision.skipped, ema_decays, control.seeds)
     return decision.result
 
 
@@ -97,7 +123,7 @@ class Row:
 
     def __init__(self, group: Group, index: int) -> None:
         columns = {name: column[index] for name, column in group.columns.items()}
-        self.settings = group.settings
+        self.settings, self.places = group.settings, group.places[index] if group.places else Places()
         self.grad = as_real(columns.pop("grad"))
         self.step = columns.pop("step").reshape(())
         self._resolved: list[tuple[Tensor, Tensor]] = []
@@ -107,10 +133,17 @@ class Row:
         self.state = written
 
     def update(
-        self, rule: str, coefficient: Tensor | float, skipped: Tensor | None, ema_decays: Sequence[float]
+        self,
+        rule: str,
+        coefficient: Tensor | float,
+        skipped: Tensor | None,
+        ema_decays: Sequence[float],
+        seeds: Seeds,
     ) -> None:
         device = self.param.device
-        weight = self.param if self.master is None else reference.join(self.param, self.master)
+        random = self._random(seeds)
+        weight = self.param if random is None else reference.wide(self.param)
+        weight = weight if self.master is None else reference.join(self.param, self.master)
         formula = getattr(reference, f"{rule}_")
         formula(
             weight,
@@ -123,11 +156,28 @@ class Row:
         )
         if self.master is not None:
             reference.write_weight(self.param, self.master, weight, skipped)
-        for average, decay in zip(self.averages, ema_decays, strict=False):
+        if random is not None:
+            reference.write(local(self.param), local(weight), skipped, random)
+            weight = self.param
+        for i, (average, decay) in enumerate(zip(self.averages, ema_decays, strict=False)):
             if average is not None:
-                reference.ema_([average], [weight], decay, skipped)
+                its = self._random_of_average(i, seeds)
+                moved, followed = (x if its is None else local(x) for x in (average, weight))
+                reference.ema_([moved], [followed], decay, skipped, [its])
         for original, copy in self._resolved:
             original.copy_(copy)
+
+    def _random(self, seeds: Seeds) -> Random | None:
+        """Of the parameter, if it is rounded stochastically."""
+        layout, (place, _, origin) = local(self.param), self.places
+        return random_of(layout, layout, seeds.params, place, origin, self.step + 1)
+
+    def _random_of_average(self, i: int, seeds: Seeds) -> Random | None:
+        """Of one of the averages."""
+        if i >= len(self.places.averages):
+            return None
+        place, layout = self.places.averages[i], local(self.param)
+        return random_of(local(self.averages[i]), layout, seeds.averages[i], place, self.places.origin)
 
 
 def _check_writable(tensors: Sequence[Tensor]) -> None:

@@ -108,16 +108,18 @@ def _transform(tensors: Sequence[Tensor], operand: Tensor, clamp: bool) -> None:
         staged.over_chunks(kernel, operand, types={"DTYPE": "tensor"}, wide={"WIDE": ("DTYPE",)}, CLAMP=clamp)
 
 
-def _ema(table: Any, decay: float, skip: Tensor | None) -> None:
+def _ema(table: Any, decay: float, skip: Tensor | None, seed: int) -> None:
     device = _table_device(table)
     with device_guard(device):
         _triton.Staged("ema", table, device).over_chunks(
             _triton.kernels().ema.ema,
-            uploaded(struct.pack("d", decay), device),
+            uploaded(struct.pack("dq", decay, seed), device),
             None if skip is None else skip.to(device),
             types={"AVERAGE_TYPE": "average", "TENSOR_TYPE": "tensor"},
             wide={"WIDE": ("AVERAGE_TYPE", "TENSOR_TYPE")},
             DECAY=0,
+            SEED=1 if table.is_special else None,
+            PLACE=_triton.kernels()._common.FIRST_PLACE.value,
             AVERAGE=_triton.kernels().ema.AVERAGE,
             TENSOR=_triton.kernels().ema.TENSOR,
         )
@@ -182,6 +184,7 @@ def _update(
             coefficient,
             skip,
             types=types,
+            rounded=("param", *AVERAGES),
             LOAD_SCALARS=formulas.load_scalars,
             SCALARS=formulas.SCALARS,
             NEW_STATE=formulas.new_state,
@@ -208,6 +211,8 @@ def _follow_buffers(staged: _triton.Staged, settings: Tensor, skip: Tensor | Non
             wide={"WIDE": ("AVERAGE_TYPE", "TENSOR_TYPE")},
             sections=[section],
             DECAY=core.words("step")["ema_decay"] + place,
+            SEED=core.words("step")["ema_seed"] + place if staged.stochastic(section, [name]) else None,
+            PLACE=core.words("row")["average_place"] + place,
             AVERAGE=staged.columns[name],
             TENSOR=staged.columns["param"],
         )
