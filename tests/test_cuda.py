@@ -16,6 +16,7 @@ import pytest
 import torch
 from contract import DTYPES, same_bits
 from norms import assert_norm, reduced
+from table_fixtures import NO_PLACES, WORDS
 from targets import SHIM, Target, thorough
 from torch import nn
 
@@ -207,15 +208,16 @@ def test_launches_of_a_step(options, launches, mixed):
 
 def test_equal_words_alone_are_taken_for_those_of_another_table():
     """Those that are remembered have as many words: of as many rows, of other sizes and at other addresses."""
-    assert core.words("row") == {"numel": 0, "first_chunk": 1, "group": 2, "dtypes": 3}  # and then the address
+    assert [*WORDS] == ["numel", "first_chunk", "group", "dtypes", *NO_PLACES]  # and then the address
     for sizes in ((5, 20_000, 3), (5, 20_000, 3), (9_000, 7, 3)):
         tensors = [torch.ones(size, device=DEVICE) for size in sizes]
         table = core.table("reduce", {"tensor": tensors}, DEVICE)
         rows, chunks, *_ = stage(table, tensors[0].device, cuda._cuda.CHUNK_NUMEL, by_kind=False)
         chunk_numel = cuda._cuda.CHUNK_NUMEL
         first_chunks = [sum(-(-size // chunk_numel) for size in sizes[:row]) for row in range(3)]
-        words = [[x.numel(), first, 0, 0, x.data_ptr()] for x, first in zip(tensors, first_chunks, strict=True)]
-        assert rows.view(-1, 5).tolist() == words
+        of_rows = zip(tensors, first_chunks, strict=True)
+        words = [[x.numel(), first, 0, 0, *NO_PLACES.values(), x.data_ptr()] for x, first in of_rows]
+        assert rows.view(-1, len(words[0])).tolist() == words
         each = [(i, begin) for i in range(3) for begin in range(0, sizes[i], chunk_numel)]
         each.sort(key=lambda chunk: -min(chunk_numel, sizes[chunk[0]] - chunk[1]))
         assert chunks.view(-1, 2).tolist() == [list(chunk) for chunk in each]

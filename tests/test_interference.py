@@ -344,7 +344,7 @@ def of_kind(kind):
 
 
 CALLS = {
-    "ema": {"decay": 0.5},
+    "ema": {"decay": 0.5, "seed": 0},
     "scale": {"coefficient": 0.5},
     "clamp": {"bound": 0.5},
     "reduce": {"statistic": "l2_norm", "rows_out": 0},
@@ -362,10 +362,12 @@ def test_kernels_refuse_tables_of_other_kinds(call, kind):
 
 @pytest.mark.parametrize(("kind", "groups"), [("reduce", 1), ("adamw", 0), ("adamw", 2)])
 def test_a_step_refuses_tables_of_other_kinds_and_other_groups(kind, groups):
-    names = core.schemas["adamw"].settings
+    names, seeds = core.schemas["adamw"].settings, core.seeds(0, [0])
     step = {"max_norm": None, "skip_nonfinite": False, "grad_scale": 1.0, "found_inf": False, "total_norm": None}
     with pytest.raises(ValueError, match=r"group|rule"):
-        cpu._cpu.update(of_kind(kind), settings=[[0.5] * len(names)] * groups, **step, ema_decays=[0.5], norms_out=0)
+        cpu._cpu.update(
+            of_kind(kind), settings=[[0.5] * len(names)] * groups, **step, ema_decays=[0.5], seeds=seeds, norms_out=0
+        )
 
 
 @pytest.mark.skipif(cuda._cuda is None, reason="the CUDA extension is not built")
@@ -374,4 +376,4 @@ def test_staged_tables_have_a_kind():
         of_kind("reduce"), words=None, rows=0, chunks=0, chunk_count=0, all_chunks=0, stream=0
     )
     with pytest.raises(ValueError, match="a table of kind reduce is none of ema"):
-        cuda._cuda.ema(staged, decay=0.5, skip=0, counters=0)
+        cuda._cuda.ema(staged, decay=0.5, seed=0, skip=0, counters=0)

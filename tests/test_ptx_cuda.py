@@ -62,7 +62,8 @@ def test_mixed_types_give_the_bits_of_the_shim(cuda, dtypes):
 def stochastic_steps():
     """Of special rows, beside others: tails, one by one, and averages by themselves."""
     target = Target("cuda", "cpu")
-    found = test_stochastic_rounding.mixed_steps(target, 2)
+    rules = (trainops.AdamW, trainops.Adam, trainops.SGD)
+    found = [x for cls in rules for x in test_stochastic_rounding.mixed_steps(target, 2, cls)]
     return [*found, *test_stochastic_averages.move(*test_stochastic_averages.make(target), 2)]
 
 
@@ -161,6 +162,7 @@ def test_every_kernel_is_run(cuda):
         for dtype in (torch.float32, torch.float64):
             everything(dtype)
             everything(dtype, PLACES["each"])
+        stochastic_steps()
     run = {name for _, name in cuda.machine.launches()}
     assert run == {name for names in cuda.kernels().values() for name in names}
     assert len(run) > 10

@@ -3,6 +3,8 @@
 import functools
 
 import pytest
+import test_stochastic_averages
+import test_stochastic_rounding
 import torch
 from contract import same_bits
 from exact import STATISTICS
@@ -10,7 +12,7 @@ from ptx import build
 from ptx.backend import api_of_torch, see_tensors
 from ptx_fixtures import backend
 from scratch import ROOT
-from targets import thorough
+from targets import Target, thorough
 from test_cuda import after_steps, after_steps_with_averages, at_offset, everything, make_step, with_rows
 from torch import nn
 
@@ -69,6 +71,16 @@ def step_of_groups(_):
     optimizer.step()
     optimizer.step()
     return params
+
+
+def skipped_step():
+    """As many chunks, of which none is taken."""
+    params = [nn.Parameter(torch.ones(100)) for _ in range(20)]
+    optimizer = trainops.AdamW(params, skip_nonfinite=True, backend="cuda")
+    for p in params:
+        p.grad = torch.full_like(p, torch.inf)
+    optimizer.step()
+    return [*params, optimizer.skipped_steps]
 
 
 def stage(cuda, kind, tensors):
@@ -147,12 +159,30 @@ def transforms_of_many(_):
     return [p.grad for p in params]
 
 
+def stochastic_steps():
+    """A variant of a step's kernel."""
+    few = test_stochastic_rounding.mixed_steps(Target("cuda", "cpu"), 2, shapes=((100,),) * 7)
+    return [*few, *test_stochastic_rounding.mixed_steps(Target("cuda", "cpu"), 1, shapes=((3, 4099),))]
+
+
+def stochastic_averages():
+    """A variant of the kernel of averages."""
+    model, ema = test_stochastic_averages.make(Target("cuda", "cpu"), shapes=((100,),) * 20)
+    return test_stochastic_averages.move(model, ema, 2)
+
+
 WORK = {
-    "update": lambda cuda: [*after_steps(), *step_of_groups(cuda), *after_steps_with_averages(torch.float32)],
+    "update": lambda cuda: [
+        *after_steps(),
+        *step_of_groups(cuda),
+        *skipped_step(),
+        *after_steps_with_averages(torch.float32),
+        *stochastic_steps(),
+    ],
     "reduce": norms,
     "drop_path_backward": drop_paths,
     "drop_path": lambda cuda: [],
-    "ema": averages_of_many,
+    "ema": lambda cuda: [*averages_of_many(cuda), *stochastic_averages()],
     "transform": transforms_of_many,
 }
 
@@ -181,12 +211,14 @@ def line_of(file, call):
 def sites():
     """The barriers and fences of this architecture's kernels: the names are the same for every architecture.
 
-    A step's kernel has the same ones for every rule: those of AdamW.
+    A step's kernel has the same ones for every rule, and where it rounds stochastically, as that of averages has:
+    those of AdamW and of rounding to nearest.
     """
     cuda = backend()
     with cuda.active():
         return [(stem, site) for stem, names in cuda.kernels().items() for name in names
-                if stem != "update" or "AdamW" in name for site in cuda.machine.synchronizations(name)]  # fmt: skip
+                if stem not in ("update", "ema") or ("Lb0E" in name and (stem == "ema" or "AdamW" in name))
+                for site in cuda.machine.synchronizations(name)]  # fmt: skip
 
 
 def is_noticed(cuda, stem, site):
@@ -215,7 +247,8 @@ def test_every_barrier_and_fence_is_needed(cuda, every):
 
 
 def test_without_a_fence_the_race_is_told(cuda):
-    stem, site = next((stem, site) for stem, site in sites() if site.opcode == "membar.gl" and stem == "update")
+    # The first is that of a skipped step, in which no block has written anything.
+    *_, (stem, site) = ((stem, site) for stem, site in sites() if site.opcode == "membar.gl" and stem == "update")
     with (
         cuda.active(),
         cuda.machine.schedule(resident=8, races=True),

@@ -217,13 +217,13 @@ def test_a_missing_gradient_shifts_nothing(target):
     assert all(map(same_bits, run(()), run((0, 2))))
 
 
-def mixed_steps(target, steps, **options):
+def mixed_steps(target, steps, cls=trainops.AdamW, shapes=((9,), (3, 4099)), **options):
     """Of parameters of float32, float64 and bfloat16."""
     dtypes = (FLOAT32, torch.float64, BFLOAT16)
-    params = [torch.nn.Parameter(x) for dtype in dtypes for x in drawn([(9,), (3, 4099)], 1, dtype)]
+    params = [torch.nn.Parameter(x) for dtype in dtypes for x in drawn(shapes, 1, dtype)]
     model = Model([x.to(target.device) for x in params])
     options = {"stochastic_rounding": True, "max_grad_norm": 100.0, **options}
-    optimizer = trainops.AdamW(model.parameters(), lr=0.01, backend=target.backend, **options)
+    optimizer = cls(model.parameters(), lr=0.01, backend=target.backend, **options)
     for i in range(steps):
         set_grads(model.params, [x.to(p) for p, x in zip(params, drawn([p.shape for p in params], i), strict=True)])
         optimizer.step()
