@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from mutate import MUTANTS, UNNOTICED
+from mutate import MUTANTS, UNNOTICED, rows
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,7 +20,6 @@ def test_names_are_unique():
 
 
 def test_every_mutant_was_noticed():
-    rows = (ROOT / "tests" / "MUTANTS.md").read_text().splitlines()
-    named = {row.split(" | ")[0].removeprefix("| ") for row in rows if row.startswith("| ")}
-    assert named >= {mutant.name for mutant in MUTANTS}
-    assert not [row for row in rows if UNNOTICED in row]
+    outcomes = rows()
+    assert outcomes.keys() >= {mutant.name for mutant in MUTANTS}
+    assert not [name for name, outcome in outcomes.items() if UNNOTICED in outcome]

@@ -1,6 +1,7 @@
 """An average and the optimizer whose steps move it."""
 
 import weakref
+from itertools import islice
 from typing import Any
 
 import torch
@@ -104,15 +105,14 @@ class HasOptimizer(KnowsStart):
     def _elements(self) -> list[Tensor]:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return []
-        weights = [local(p.detach()).reshape(-1) for p in self.model.parameters() if p.requires_grad and is_dense(p)]
-        return [x.narrow(0, 0, min(REMEMBERED, x.numel())).clone() for x in weights[:REMEMBERED]]
+        trained = (p.detach() for p in self.model.parameters() if p.requires_grad and is_dense(p))
+        weights = [local(p).reshape(-1) for p in islice(trained, REMEMBERED)]
+        return [x.narrow(0, 0, min(REMEMBERED, x.numel())).clone() for x in weights]
 
     def _is_at_its_beginning(self) -> bool:
         """Whether the model has the weights again that it had before the optimizer's first step."""
-        now, then = self._elements(), self._beginning
-        return bool(then) and all(
-            x.shape == y.shape and torch.equal(x, y.to(x)) for x, y in zip(now, then or (), strict=False)
-        )
+        pairs = list(zip(self._elements(), self._beginning or (), strict=False))
+        return bool(pairs) and all(x.shape == y.shape and torch.equal(x, y.to(x)) for x, y in pairs)
 
     def _now_has(self, step: int | None) -> None:
         """Weights were loaded, of which somebody has counted the updates, or nobody."""

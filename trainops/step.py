@@ -101,7 +101,7 @@ class TakesFusedSteps(KnowsTorchStep, TakesJointNorm, LoadsState, KeepsMasters):
         device = self._device()
         if self.skipped_steps.device != device:  # the model was moved
             self.skipped_steps = self.skipped_steps.to(device)
-        rounding = averages.rounding(None if self.seed is None or not self.stochastic_rounding else self.seed)
+        rounding = averages.rounding(self.seed if self.stochastic_rounding else None)
         control = StepControl(
             None if self.max_grad_norm is None else checked_norm(self.max_grad_norm),
             self.skip_nonfinite,

@@ -122,14 +122,10 @@ def ema_(
     rounding: AverageRounding = NEAREST,
 ) -> None:
     """See :func:`trainops.reference.ema_`."""
-    if not averages:
-        return
-    if rounding.places:
+    if averages and not try_ema_(averages, tensors, decay, skip, rounding):
+        if not rounding.places:
+            advice.left_to_reference(averages[0].device)
         specification.ema_(averages, tensors, decay, skip, rounding)
-        return
-    if not try_ema_(averages, tensors, decay, skip):
-        advice.left_to_reference(averages[0].device)
-        specification.ema_(averages, tensors, decay, skip)
 
 
 def try_ema_(
@@ -189,8 +185,8 @@ def update(
         coefficient = 1.0 if isinstance(coefficient, Tensor) and coefficient.item() == 1.0 else coefficient
     averaged: list[Columns] = [{"average": [], "param": []} for _ in ema_decays]
     for group in groups:
-        own = group.columns if collected is not None else None
-        parts = [own] if own is not None else _parts(rule, group, coefficient, skip, ema_decays, control)
+        is_regular = collected is not None
+        parts = [group.columns] if is_regular else _parts(rule, group, coefficient, skip, ema_decays, control)
         for part in parts:
             if "averaged" in part:
                 weights = part.pop("averaged")
