@@ -368,4 +368,12 @@ C_PLUS_PLUS = [
             ),
         },
     ),
+    *planted(
+        "csrc/core/state_reader.h",
+        tests_of("core_rows", "ranks"),
+        {
+            "tables: what is collected is not kept": ("    builder_.keep(std::move(tensors_));\n", ""),
+            "tables: shards are not told of": ("has_shards |= !is_plain;", ""),
+        },
+    ),
 ]

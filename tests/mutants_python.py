@@ -169,7 +169,7 @@ PYTHON = [
             ),
             "AdamW: found_inf is not looked for": ('self._from_scaler("found_inf")', "None"),
             "AdamW: autograd is not told": (
-                "count_writes([*table.params, *averages.tensors()])\n            result = kernels",
+                "count_writes([*table.params, *averages.tensors()], table.has_shards)\n            result = kernels",
                 "count_writes([])\n            result = kernels",
             ),
         },

@@ -1,6 +1,8 @@
 """Which rows kernels take as they are, how others are staged, and the rows that come straight from an optimizer."""
 
 import ctypes
+import gc
+import weakref
 
 import pytest
 import torch
@@ -251,6 +253,20 @@ def test_collected_rows_are_those_of_lists(stepped):
         assert table.averaged == [sum(id(params[row]) in averages for row in rows)]
         for row in skipped:
             params[row].grad = columns["grad"][row]
+
+
+def test_a_table_keeps_what_it_has_collected(stepped):
+    """Kernels run without the interpreter lock: another thread may drop a gradient."""
+    optimizer, params = stepped
+    table = collected(optimizer)
+    is_alive = [weakref.ref(p.grad) for p in params]
+    for p in params:
+        p.grad = None
+    gc.collect()
+    assert all(x() is not None for x in is_alive)
+    del table
+    gc.collect()
+    assert all(x() is None for x in is_alive)
 
 
 def test_buffers_come_behind_all_other_rows(stepped):

@@ -52,12 +52,14 @@ def train(places, backend, grads, dtype=torch.float32, **options):
     start = whole(0, dtype)
     params = {n: torch.nn.Parameter(x) for n, x in (places.put(start) if places else start).items()}
     optimizer = trainops.AdamW(params.values(), backend=backend, **(OPTIONS | options))
-    seen = []
+    seen, written = [], getattr(params["both"], "_local_tensor", params["both"])
     for step in grads:
         step = places.put(step) if places else step
         for name, p in params.items():
             p.grad = step.get(name)
+        version = written._version
         optimizer.step()
+        assert written._version > version, "autograd is not told"
         seen.append((optimizer.grad_norm, optimizer.grad_norms))
     return {n: p.detach() for n, p in params.items()}, optimizer, seen
 

@@ -1,7 +1,7 @@
 """The averages of an optimizer within one of its steps."""
 
 from collections.abc import Collection, Iterable, Sequence
-from itertools import permutations
+from itertools import chain, permutations
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ class StepAverages:
 
     def tensors(self) -> list[Tensor]:
         """The averages that kernels may write."""
-        found = [average for its in self.params for average in its.values()]
+        found = list(chain.from_iterable(its.values() for its in self.params))
         return found + [pair.average for pairs in self.buffers for pair in pairs]
 
     def collected(self, rows: Collected) -> list[Collection[int]]:

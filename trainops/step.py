@@ -124,7 +124,7 @@ class TakesFusedSteps(KnowsTorchStep, TakesJointNorm, LoadsState, KeepsMasters):
             if control.measures and self._is_spread():
                 known = self._joint_norm(control)
                 control = known.control
-            count_writes([*table.params, *averages.tensors()])
+            count_writes([*table.params, *averages.tensors()], table.has_shards)
             result = kernels.update(self.rule, groups, control, averages.decays, table)
         else:
             averaged, result = self._update_any(averages, control, rounding)

@@ -86,9 +86,9 @@ def replicated(x: Tensor) -> Tensor:
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def count_writes(tensors: list[Tensor]) -> None:
-    """Have autograd notice that kernels write tensors, and their shards."""
-    shards = [] if all_plain(tensors) else [x for x in map(local, tensors) if type(x) in PLAIN]
+def count_writes(tensors: list[Tensor], has_shards: bool = True) -> None:
+    """Have autograd notice that kernels write tensors, and their shards, if it ``has_shards``."""
+    shards = [x for x in map(local, tensors) if type(x) in PLAIN] if has_shards and not all_plain(tensors) else []
     torch.autograd.graph.increment_version([*tensors, *shards])
 
 

@@ -158,6 +158,7 @@ PYBIND11_MODULE(_core, m) {
       .def_readonly("regular", &PythonTable::regular)
       .def_readonly("params", &PythonTable::params)
       .def_readonly("averaged", &PythonTable::averaged)
+      .def_readonly("has_shards", &PythonTable::has_shards)
       .def_readonly("left", &PythonTable::left)
       .def_property_readonly("kind", [](const PythonTable& self) { return self.schema().name; })
       .def_property_readonly("group_rows", &PythonTable::group_rows)

@@ -45,7 +45,11 @@ class PythonTable {
     for (Py_ssize_t row = 0; row < rows; ++row) {
       for (size_t i = 0; i < lists.size(); ++i) tensors[i] = lists[i] ? PyList_GET_ITEM(lists[i], row) : Py_None;
       const Places its = places.empty() ? Places{} : places_from(places[row]);
-      if (!builder_.add_row(tensors.data(), its)) irregular.push_back(row);
+      if (builder_.add_row(tensors.data(), its)) {
+        for (PyObject* const tensor : tensors) builder_.keep(tensor);
+      } else {
+        irregular.push_back(row);
+      }
     }
     if (group_rows_.empty()) group_rows_.push_back(rows);
     if (std::accumulate(group_rows_.begin(), group_rows_.end(), int64_t{0}) != rows) {
@@ -66,6 +70,7 @@ class PythonTable {
     if (!rows.add_rows()) return;
     params = rows.params;
     averaged = std::move(rows.averaged);
+    has_shards = rows.has_shards;
     group_rows_ = std::move(rows.group_rows);
     regular = table().rows() > 0;
     if (regular && !buffers.empty()) left = add_buffers(builder_, buffers, rounding);
@@ -96,6 +101,7 @@ class PythonTable {
   bool regular = false;            // of the rows of a step: whether there are any, and kernels can take all
   pybind11::list params;           // of the rows of a step
   std::vector<int64_t> averaged;   // how many of them have each average
+  bool has_shards = false;         // of the rows of a step: whether a parameter is a DTensor
   pybind11::list left;             // for each average, the ids of buffers that the table has not
 
  private:

@@ -65,6 +65,7 @@ class StateReader {
       used[column] = states.contains(names_[column]);
     }
     const size_t before = params.size();
+    reserve(PyList_GET_SIZE(all.ptr()));
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(all.ptr()); ++i) {
       const Py_ssize_t count = PyList_GET_SIZE(all.ptr());  // code of Python, which a tensor may run, may change it
       if (i + kAhead < count) prefetch_pointees(PyList_GET_ITEM(all.ptr(), i + kAhead));
@@ -90,12 +91,14 @@ class StateReader {
       const DType param = builder_.table.cell(builder_.table.rows() - 1, kParam).dtype;
       if (lacks_master_[i / columns_] && may_have_master(param, DType::float32)) return false;
     }
+    builder_.keep(std::move(tensors_));
     return !ParamSpans(builder_.table).overlap();
   }
 
   pybind11::list params;            // those that have a gradient
   std::vector<int64_t> group_rows;  // how many of them each group has
   std::vector<int64_t> averaged;    // how many of them have each average
+  bool has_shards = false;          // whether one is a DTensor
 
  private:
   static constexpr Py_ssize_t kAhead = 6;  // rows
@@ -104,6 +107,15 @@ class StateReader {
   // References are counted: tensors run code of Python when they are hashed or asked for their gradient.
   static pybind11::object borrowed(PyObject* object) {
     return pybind11::reinterpret_borrow<pybind11::object>(object == nullptr ? Py_None : object);
+  }
+
+  // Makes room for the rows of a group, but at least doubles it: there may be many groups.
+  void reserve(size_t rows) {
+    if (places_.size() + rows <= places_.capacity()) return;
+    const size_t room = std::max(places_.size() + rows, 2 * places_.capacity());
+    tensors_.reserve(room * columns_);
+    places_.reserve(room);
+    lacks_master_.reserve(room);
   }
 
   bool add_param(const pybind11::object& param, const std::vector<bool>& used) {
@@ -133,6 +145,7 @@ class StateReader {
     lacks_master_.push_back(used[kMaster] && row[kMaster].is_none());
     params.append(param);
     add_places(param, place, is_plain);
+    has_shards |= !is_plain;
     return is_plain || take_shards(param, row);
   }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <iterator>
 #include <utility>
 #include <vector>
 
@@ -22,7 +23,7 @@ class TableBuilder {
 
   // Adds a row: one tensor or None for each column. Returns false and adds nothing if kernels cannot take the row.
   // Its tensors must have the same shape and the same dense strides. With a place, bfloat16 is rounded
-  // stochastically.
+  // stochastically. Whoever adds a row has its tensors kept.
   bool add_row(PyObject* const* tensors, const Places& places = {}) {
     const Description* first = nullptr;
     for (size_t i = 0; i < cells_.size(); ++i) {
@@ -50,7 +51,6 @@ class TableBuilder {
       if (places.averages[i] >= 0) round_stochastically(cells_[schema.column_of_average(i)]);
     }
     table.add_row(cells_.data(), first == nullptr ? 0 : first->numel, places);
-    for (size_t i = 0; i < cells_.size(); ++i) keep(tensors[i]);
     return true;
   }
 
@@ -82,6 +82,14 @@ class TableBuilder {
     return true;
   }
 
+  // Tensors of the table live as long as it does: kernels run without the interpreter lock.
+  void keep(PyObject* tensor) { kept_.push_back(pybind11::reinterpret_borrow<pybind11::object>(tensor)); }
+
+  void keep(std::vector<pybind11::object>&& tensors) {
+    if (kept_.empty()) kept_.swap(tensors);
+    std::move(tensors.begin(), tensors.end(), std::back_inserter(kept_));
+  }
+
   Table table;
   const TensorReader& reader;
   const Schema schema;
@@ -110,11 +118,9 @@ class TableBuilder {
     return device_id == description.device_id;
   }
 
-  void keep(PyObject* tensor) { kept_.push_back(pybind11::reinterpret_borrow<pybind11::object>(tensor)); }
-
   std::vector<int32_t> device_types_;
   std::vector<Cell> cells_;
-  std::vector<pybind11::object> kept_;  // the tensors of the table: kernels run without the interpreter lock
+  std::vector<pybind11::object> kept_;
   Description first_, next_;
 };
 

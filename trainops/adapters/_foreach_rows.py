@@ -140,6 +140,7 @@ class Collected(NamedTuple):
     group_rows: list[int]
     averaged: list[int]
     left: list[list[int]]  # buffers have operations of their own
+    has_shards: bool = False
 
 
 def collect(

@@ -133,6 +133,10 @@ class Collected(Protocol):
         """The number of these parameters that have each average."""
 
     @property
+    def has_shards(self) -> bool:
+        """Whether one of these parameters is a DTensor."""
+
+    @property
     def left(self) -> list[list[int]]:
         """For each average, the ids of the buffers that an update leaves alone."""
 
