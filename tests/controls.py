@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from trainops import reference as formulas
+from trainops import reference_storage as storage
 from trainops.adapters import pytorch as kernels
 
 NARROW = (torch.bfloat16, torch.float16)
@@ -144,12 +145,16 @@ def truncated(*columns):
         chosen.update(x.data_ptr() for x in written(groups, *columns))
         return right(rule, groups, *args)
 
-    def write(target, value, *rest, right=formulas.write):
+    def write(target, value, *rest, right=storage.write):
         if target.dtype in NARROW and (not columns or target.data_ptr() in chosen):
             value = cut_off(value, target.dtype)
         right(target, value, *rest)
 
-    with mock.patch.object(kernels, "update", update), mock.patch.object(formulas, "write", write):
+    with (
+        mock.patch.object(kernels, "update", update),
+        mock.patch.object(formulas, "write", write),
+        mock.patch.object(storage, "write", write),
+    ):
         yield
 
 

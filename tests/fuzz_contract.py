@@ -11,7 +11,7 @@ from fuzz import Step, World
 from norms import rounding_share
 from targets import Target
 
-from trainops import reference
+from trainops import reference_storage
 
 UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 DOUBLES = (torch.float64, torch.complex128)
@@ -170,8 +170,8 @@ def check_step(world: World, step: Step, before: dict[str, torch.Tensor], others
 
 def parts_of(weight: torch.Tensor, param: torch.Tensor, master: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A float32 weight as it should lie in a parameter and its master."""
-    rounded = weight.to(param.dtype) if param.dtype == torch.float16 else reference.split(weight)[0]
-    return rounded, weight if master.dtype == torch.float32 else reference.split(weight)[1]
+    rounded = weight.to(param.dtype) if param.dtype == torch.float16 else reference_storage.split(weight)[0]
+    return rounded, weight if master.dtype == torch.float32 else reference_storage.split(weight)[1]
 
 
 # Clipping by itself

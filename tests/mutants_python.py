@@ -95,13 +95,17 @@ PYTHON = [
             "reference: 1 for 1 - beta2": ("(1 - beta2) * g * g", "g * g"),
             "reference: bias correction at the old step": ("    t = step + 1\n", "    t = step + 2\n"),
             "reference: EMA the wrong way": ("torch.lerp(old, new, 1 - decay)", "torch.lerp(new, old, 1 - decay)"),
-            "reference: skipped values are written": ("torch.where(skip.to(target.device), target, value)", "value"),
             "reference: unclipped": ("torch.clamp(max_norm /", "torch.clamp(1e30 + max_norm /"),
             "reference: norm of the norms' sum": (
                 "return vector_norm(norms, norm_type), norms",
                 "return norms.sum(), norms",
             ),
         },
+    ),
+    *planted(
+        "trainops/reference_storage.py",
+        REFERENCE,
+        {"reference: skipped values are written": ("torch.where(skip.to(target.device), target, value)", "value")},
     ),
     *planted(
         "trainops/reference.py",
@@ -353,7 +357,7 @@ PYTHON = [
         "trainops/clip_grad.py",
         tests_of("subclasses", "compiled"),
         {
-            "clip: compiled norms have 16 bits": ("list(map(reference.wide, tensors))", "tensors"),
+            "clip: compiled norms have 16 bits": ("list(map(wide, tensors))", "tensors"),
             "clip: compiled code does not raise": (
                 "tensors)), norm_type, error_if_nonfinite)",
                 "tensors)), norm_type)",

@@ -33,7 +33,7 @@ STORAGE = [
         {
             "lost updates: those that the rule does not make": ("(moved != before) & ", ""),
             "lost updates: of the parameter where there is a master": (
-                "param.detach() if master is None else reference.join(param.detach(), master)",
+                "param.detach() if master is None else reference_storage.join(param.detach(), master)",
                 "param.detach()",
             ),
             "lost updates: nothing is clipped": (
@@ -42,7 +42,7 @@ STORAGE = [
             ),
             "lost updates: in the parameter's own arithmetic": (
                 "return x.to(reference.scalar_dtype(x.device), copy=True)",
-                "return reference.wide(x).clone()",
+                "return reference_storage.wide(x).clone()",
             ),
         },
     ),
@@ -194,12 +194,12 @@ STORAGE = [
         },
     ),
     *planted(
-        "trainops/reference.py",
+        "trainops/reference_storage.py",
         tests_of("masters", "master_state", k="reference-cpu or bfloat16 or specification"),
         {
             "reference: masters: written by a skipped step": (
-                "weight, skip)\n\n\ndef sum_norms",
-                "weight)\n\n\ndef sum_norms",
+                "else weight, skip)\n",
+                "else weight)\n",
             ),
             "reference: masters: an old float32 master": (
                 "torch.where(master.to(param.dtype) == param, master, wide)",

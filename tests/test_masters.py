@@ -13,6 +13,7 @@ from training import Model, make_grads, set_grads
 
 import trainops
 from trainops import reference
+from trainops import reference_storage as storage
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 SHAPES = ((), (0,), (7,), (33, 31), (3, 4099))
@@ -138,13 +139,13 @@ def test_100_steps_are_those_of_float32(target, kind, options):
     check_as_float32(target, kind, steps, **options)
 
 
-def fault(name, wrong):
+def fault(name, wrong, module=storage):
     """The specification with another function in the place of one."""
     context = pytest.MonkeyPatch()
 
     class Within:
         def __enter__(self):
-            context.setattr(reference, name, wrong)
+            context.setattr(module, name, wrong)
 
         def __exit__(self, *_):
             context.undo()
@@ -153,16 +154,16 @@ def fault(name, wrong):
 
 
 def unrounded(weight):
-    return reference.bits(weight).__rshift__(16).to(torch.int16).view(BFLOAT16), torch.zeros_like(
+    return storage.bits(weight).__rshift__(16).to(torch.int16).view(BFLOAT16), torch.zeros_like(
         weight, dtype=torch.int16
     )
 
 
 FAULTS = {
-    "no_remainder": fault("split", lambda weight, right=reference.split: (right(weight)[0], right(weight)[1] * 0)),
+    "no_remainder": fault("split", lambda weight, right=storage.split: (right(weight)[0], right(weight)[1] * 0)),
     "truncated": fault("split", unrounded),
     "param_alone": fault("join", lambda param, master: param.float()),
-    "remainder_unsigned": fault("join", lambda p, m: (reference.bits(p.float()) + (m.int() & 0xFFFF)).view(FLOAT32)),
+    "remainder_unsigned": fault("join", lambda p, m: (storage.bits(p.float()) + (m.int() & 0xFFFF)).view(FLOAT32)),
 }
 
 
@@ -175,7 +176,7 @@ def average_of_the_rounded_weight():
     def ema_(averages, tensors, *args, right=reference.ema_):
         right(averages, [x if isinstance(x, torch.nn.Parameter) else x.to(BFLOAT16) for x in tensors], *args)
 
-    return fault("ema_", ema_)()
+    return fault("ema_", ema_, reference)()
 
 
 def test_an_average_of_the_rounded_weight_is_noticed():
@@ -215,7 +216,7 @@ def test_delicate_weights_survive(target, master):
 
 def to_nearest_even(weight):
     param = weight.to(BFLOAT16)
-    return param, reference.remainder(weight, param)
+    return param, storage.remainder(weight, param)
 
 
 def test_ties_to_even_are_noticed():
@@ -235,8 +236,8 @@ def test_every_bfloat16_and_its_neighbours_survive():
     for lower in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
         weights = ((upper << 16) + lower).to(torch.int32).view(FLOAT32)
         weights = weights[~weights.isnan()]
-        param, remainder = reference.split(weights)
-        assert same_bits(reference.join(param, remainder), weights)
+        param, remainder = storage.split(weights)
+        assert same_bits(storage.join(param, remainder), weights)
         assert same_bits(param, to_nearest_away(weights))
         check_storage(TARGETS[1], "split", weights)
 
@@ -263,10 +264,10 @@ def test_nan_stays_nan(target, kind):
 
 def test_the_specification_splits_nan_without_a_remainder():
     for bits in NANS:
-        param, remainder = reference.split(with_bits(bits))
+        param, remainder = storage.split(with_bits(bits))
         assert (bits_of(param), remainder.item()) == ([0x7FC0], 0)
-    assert reference.split(with_bits(0x7F7FFFFF))[1].item() == -1
-    assert reference.split(with_bits(0x3F808000))[1].item() == -0x8000
+    assert storage.split(with_bits(0x7F7FFFFF))[1].item() == -1
+    assert storage.split(with_bits(0x3F808000))[1].item() == -0x8000
 
 
 # What a step leaves alone, and where tensors lie

@@ -28,6 +28,7 @@ from .adapters import Kernels, check, select
 from .norm_order import norms_by
 from .plain import all_plain
 from .ranks import NormGroup, group_name, is_spread, norms_over_ranks
+from .reference_storage import wide
 from .tables import local, replicated, summed
 
 Tensors = Tensor | Iterable[Tensor]
@@ -123,7 +124,7 @@ def get_total_norm(
     if not tensors and norm_group is None:
         return torch.tensor(0.0)
     if is_compiling():
-        return torch_get_total_norm(list(map(reference.wide, tensors)), norm_type, error_if_nonfinite)
+        return torch_get_total_norm(list(map(wide, tensors)), norm_type, error_if_nonfinite)
     if is_spread(tensors, norm_group):
         total_norm = _over_ranks(tensors, tensors, norm_type, norm_group, backend)
         _check_finite(total_norm, norm_type, error_if_nonfinite)

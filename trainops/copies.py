@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .plain import all_plain, is_transformed
-from .reference import write
+from .reference_storage import write
 
 # Integers that have the bits of an element.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

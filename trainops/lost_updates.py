@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, reference_storage
 from .rows import complete_state
 from .storage import MASTER
 from .tables import aligned, as_real, local
@@ -29,7 +29,7 @@ def share_of_lost_updates(optimizer: "TakesFusedSteps", coefficient: Tensor | fl
             state: dict[str, Any] = dict(optimizer.state.get(param, {}))
             complete_state(state, param, names, optimizer)
             master = state.get(MASTER)
-            weight = param.detach() if master is None else reference.join(param.detach(), master)
+            weight = param.detach() if master is None else reference_storage.join(param.detach(), master)
             before, moved = as_real(local(weight)), _copy(weight)
             formula(
                 moved,

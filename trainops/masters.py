@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import reference
+from . import reference_storage
 from .model_slots import check_checkpoint
 from .rows import complete_state
 from .storage import MASTER, fits, wants_master
@@ -22,7 +22,7 @@ class KeepsMasters(torch.optim.Optimizer):
         master = (self.state.get(param) or {}).get(MASTER)
         if self.master is None or not isinstance(master, Tensor) or not fits(param, master):
             return param  # a master that does not fit is of a parameter that was cast since
-        return reference.join(param.detach(), master)
+        return reference_storage.join(param.detach(), master)
 
     @torch.no_grad()
     def float32_state_dict(self, model: nn.Module) -> dict[str, Any]:
@@ -34,7 +34,7 @@ class KeepsMasters(torch.optim.Optimizer):
         state_dict: dict[str, Any] = model.state_dict(keep_vars=True)
         for name, x in state_dict.items():
             if isinstance(x, Tensor):
-                state_dict[name] = reference.wide(self.float32_weight(x).detach())
+                state_dict[name] = reference_storage.wide(self.float32_weight(x).detach())
         return state_dict
 
     @torch.no_grad()
@@ -69,4 +69,4 @@ class KeepsMasters(torch.optim.Optimizer):
             else:
                 state = self.state[param]
                 complete_state(state, param, optimizer.state_names(groups[param]), optimizer)
-                reference.write_weight(param, state[MASTER], state_dict[name].to(param.device, torch.float32))
+                reference_storage.write_weight(param, state[MASTER], state_dict[name].to(param.device, torch.float32))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference_storage
 
 StateDtype = torch.dtype | tuple[torch.dtype, torch.dtype] | None
 MOMENT_DTYPES = (torch.float32, torch.bfloat16)
@@ -103,8 +103,8 @@ def loaded_master(param: Tensor, candidates: Iterable[Any], master: str) -> Tens
         return new_master(param, master)
     if own.dtype == MASTERS[master][0]:
         return own
-    weight = reference.join(param, own)
-    return weight if master == "float32" else reference.remainder(weight, param)
+    weight = reference_storage.join(param, own)
+    return weight if master == "float32" else reference_storage.remainder(weight, param)
 
 
 # Float8 and narrower are stored, but no arithmetic knows them.

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..reference import scalar_dtype, vector_norm, wide
+from ..reference import scalar_dtype, vector_norm
+from ..reference_storage import wide
 from ..tables import as_real
 from ._foreach_rows import LARGE, flat, on_host
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import reference, reference_storage
 from ..reference import drop_path, drop_path_backward
 from ..reference_rounding import Random, random_of
 from ..tables import as_real, check_no_overlap, local
@@ -142,8 +142,8 @@ class Row:
     ) -> None:
         device = self.param.device
         random = self._random(seeds)
-        weight = self.param if random is None else reference.wide(self.param)
-        weight = weight if self.master is None else reference.join(self.param, self.master)
+        weight = self.param if random is None else reference_storage.wide(self.param)
+        weight = weight if self.master is None else reference_storage.join(self.param, self.master)
         formula = getattr(reference, f"{rule}_")
         formula(
             weight,
@@ -155,9 +155,9 @@ class Row:
             skip=skipped,
         )
         if self.master is not None:
-            reference.write_weight(self.param, self.master, weight, skipped)
+            reference_storage.write_weight(self.param, self.master, weight, skipped)
         if random is not None:
-            reference.write(local(self.param), local(weight), skipped, random)
+            reference_storage.write(local(self.param), local(weight), skipped, random)
             weight = self.param
         for i, (average, decay) in enumerate(zip(self.averages, ema_decays, strict=False)):
             if average is not None:

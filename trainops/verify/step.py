@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..adam import Adam
 from ..adamw import AdamW
 from ..ema import EMA
-from ..reference import write_weight
+from ..reference_storage import write_weight
 from ..sgd import SGD
 from ..storage import MASTER
 from .compare import Compared, Place, double, rounded, tensors
