@@ -9,6 +9,7 @@ from .ema import EMA
 from .ema_schedule import DiffusersDecay, EMAPytorchDecay
 from .ema_update import ema_update_, get_ema_multi_avg_fn
 from .sgd import SGD
+from .statistics import TensorStats, tensor_stats
 from .stochastic_depth import StochasticDepth, stochastic_depth
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "DropPathAdd",
     "EMAPytorchDecay",
     "StochasticDepth",
+    "TensorStats",
     "backends",
     "clip_grad_norm_",
     "clip_grad_value_",
@@ -32,6 +34,7 @@ __all__ = [
     "get_ema_multi_avg_fn",
     "get_total_norm",
     "stochastic_depth",
+    "tensor_stats",
 ]
 
 __version__ = "0.1.0"

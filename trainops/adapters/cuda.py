@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import core
+from ..reference_statistics import rows_of as statistics  # noqa: F401 (until there is a kernel)
 from ..tables import staged_table
 from ..uploads import Recent, uploaded
 from ._device import copy_back, device_guard, stage, step_settings, to_device

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import advice, reference
 from ..reference import drop_path, drop_path_backward
+from ..reference_statistics import rows_of as statistics
 from ..tables import as_real, local
 from . import _foreach_norm
 from . import pytorch as specification
@@ -46,6 +47,7 @@ __all__ = [
     "reduce",
     "refusal",
     "scale_",
+    "statistics",
     "try_ema_",
     "update",
 ]

@@ -192,6 +192,9 @@ class Kernels(Protocol):
         In float64 if a tensor is, else in float32. ``unrounded``: in the dtype of scalars, to be joined further.
         """
 
+    def statistics(self, tensors: Sequence[Tensor], histogram: bool) -> tuple[Tensor, Tensor | None]:
+        """The rows of ``trainops.reference_statistics``, one for each tensor, and the histograms."""
+
     def scale_(self, tensors: Sequence[Tensor], coefficient: Tensor) -> None:
         """Multiply every tensor by a coefficient."""
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import reference, reference_storage
 from ..reference import drop_path, drop_path_backward
 from ..reference_rounding import Random, random_of
+from ..reference_statistics import rows_of as statistics
 from ..tables import as_real, check_no_overlap, local
 from ._control import decide
 from .interface import (
@@ -35,6 +36,7 @@ __all__ = [
     "reduce",
     "refusal",
     "scale_",
+    "statistics",
     "try_ema_",
     "update",
 ]
