@@ -36,7 +36,7 @@ class StepStats:
         return self.updates.l2_norm / self.weights.l2_norm
 
     def to_dict(self, names: Sequence[str] | None = None) -> dict[str, float]:
-        """Plain numbers under keys like ``grad/l2_norm/<name>``, ``weight/...``, ``update/...``, ``update/ratio/...``.
+        """Plain numbers under keys like ``grad/l2_norm/<name>``, ``weight/...`` and ``update/ratio/<name>``.
 
         Waits for the device. ``names``: of all parameters of the optimizer, in group order; default: their places.
 
