@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .reference import scalar_dtype, wide
+from .reference import scalar_dtype
+from .reference_storage import wide
 from .tables import as_real
 
 # The numbers of a row, in this order: csrc/math/moments.h has the same.
