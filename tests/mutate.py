@@ -23,6 +23,7 @@ from mutants import C_PLUS_PLUS
 from mutants_averages import AVERAGES
 from mutants_ema import EMA
 from mutants_gpu import TRITON_AND_CUDA
+from mutants_lr_finder import LR_FINDER
 from mutants_models import MODELS
 from mutants_python import PYTHON
 from mutants_queue import QUEUE
@@ -42,6 +43,7 @@ MUTANTS = [
     *EMA,
     *AVERAGES,
     *MODELS,
+    *LR_FINDER,
     *SHARDS,
     *STORAGE,
     *ROUNDING,

@@ -325,3 +325,19 @@ def test_a_finder_sets_all_back():
     optimizer.step()
     assert [ema.step for ema in emas] == [1, 1]
     assert all(same_tensors(ema.module, model) for ema in emas)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_swap_of_one_is_no_training_to_the_others():
+    model = torch.nn.Linear(3, 3)
+    averages = [trainops.EMA(model, decay) for decay in (0.9, 0.99)]
+    optimizer = trainops.AdamW(model.parameters(), 0.1, ema=averages)
+    for _ in range(3):
+        model(torch.randn(2, 3)).sum().backward()
+        optimizer.step()
+    for use in (averages[0].swap, averages[1].swap):
+        with use():
+            pass
+    optimizer.load_state_dict(optimizer.state_dict())  # would set back an average whose model others have written
+    optimizer.step()
+    assert [ema.step for ema in averages] == [4, 4]

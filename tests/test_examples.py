@@ -1,6 +1,7 @@
 """The examples: what they say to arguments that make no sense. `make demo` runs one of them."""
 
 import importlib
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -78,3 +79,14 @@ def test_ways_to_train_in_low_precision_are_compared(monkeypatch, capsys, tmp_pa
             assert abs(loss) < 0.01
         if way == "plain bfloat16":
             assert loss > 0.005
+
+
+def test_the_suggested_learning_rates_train_and_others_do_not(monkeypatch, capsys, tmp_path):
+    for needed in ("matplotlib", "rich", "sklearn"):
+        pytest.importorskip(needed)
+    monkeypatch.setattr(sys, "argv", ["find_lr", "--output", str(tmp_path / "lr.png")])
+    runpy.run_path(str(EXAMPLES / "find_lr.py"), run_name="__main__")
+    accuracies = [float(x) for x in re.findall(r"([\d.]+) %", capsys.readouterr().out)]
+    assert len(accuracies) == 4
+    assert min(accuracies[1:3]) > 85.0 > 50.0 > max(accuracies[0], accuracies[3])
+    assert (tmp_path / "lr.png").stat().st_size > 10000

@@ -8,6 +8,7 @@ from .drop_path import DropPath, DropPathAdd, drop_path, drop_path_add
 from .ema import EMA
 from .ema_schedule import DiffusersDecay, EMAPytorchDecay
 from .ema_update import ema_update_, get_ema_multi_avg_fn
+from .lr_finder import LRFinderResult, lr_finder
 from .sgd import SGD
 from .statistics import TensorStats, tensor_stats
 from .stochastic_depth import StochasticDepth, stochastic_depth
@@ -22,6 +23,7 @@ __all__ = [
     "DropPath",
     "DropPathAdd",
     "EMAPytorchDecay",
+    "LRFinderResult",
     "StochasticDepth",
     "TensorStats",
     "backends",
@@ -33,6 +35,7 @@ __all__ = [
     "ema_update_",
     "get_ema_multi_avg_fn",
     "get_total_norm",
+    "lr_finder",
     "stochastic_depth",
     "tensor_stats",
 ]

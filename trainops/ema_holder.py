@@ -1,6 +1,7 @@
 """An average and the optimizer whose steps move it."""
 
 import weakref
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -96,6 +97,18 @@ class HasOptimizer(KnowsStart):
         """An update is done; if by the optimizer, what it has left shows later whether others have written since."""
         if self._optimizer is not None and sources and not sources[0].is_inference():
             self._last_source = (sources[0], sources[0]._version)
+
+    def overlook_writes(self) -> Callable[[], None]:
+        """What to call when others have changed the model's weights and put them back: nobody has written then."""
+        seen = self._last_source
+        was_left = seen is not None and seen[0]._version == seen[1]
+
+        def put_back() -> None:
+            advice.model_written(self)
+            if seen is not None and was_left:
+                self._last_source = (seen[0], seen[0]._version)
+
+        return put_back
 
     def _remember_beginning(self) -> None:
         """Before the optimizer's first step: enough of the weights to know them again."""

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -164,10 +165,12 @@ class LendsWeights(HasOptimizer):
         return listed(parameters, self.model)
 
     def _model_written(self) -> None:
-        """The average itself has written its model's weights, which is no training, and sets nothing back."""
-        advice.model_written(self)
-        if self._last_source is not None and self._set_back is None:
-            self._last_source = (self._last_source[0], self._last_source[0]._version)
+        """The average itself has written its model's weights, which is no training, and sets no average back."""
+        holder: Any = self.optimizer
+        for ema in (self,) if holder is None else holder.averages:
+            advice.model_written(ema)
+            if ema._last_source is not None and ema._set_back is None:
+                ema._last_source = (ema._last_source[0], ema._last_source[0]._version)
 
     @torch.no_grad()
     def _be_the_model(self) -> None:

@@ -1,0 +1,283 @@
+"""Find a learning rate: train for some steps while it grows, look at the loss, and put everything back."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sized
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .training_state import restored
+from .wrappers import unwrap
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class LRFinderResult:
+    """The losses of a sweep over learning rates.
+
+    Attributes:
+        lrs: the learning rate of each step: that of the group with the largest one.
+        losses: the loss of each step, before the update with that learning rate; means over accumulated batches and
+            over ranks.
+        smoothed: the same as an exponential moving average without bias.
+        diverged: whether the sweep ended early, because the loss grew.
+    """
+
+    lrs: list[float]
+    losses: list[float]
+    smoothed: list[float]
+    diverged: bool
+
+    @property
+    def steepest(self) -> float | None:
+        """The learning rate where the smoothed loss falls fastest against log10(lr), before its minimum.
+
+        None where it never falls.
+        """
+        end = self._minimum
+        x = [math.log10(lr) for lr in self.lrs]
+        slopes = [((self.smoothed[i + 1] - self.smoothed[i - 1]) / (x[i + 1] - x[i - 1]), i) for i in range(1, end)]
+        slope, place = min(slopes, default=(0.0, 0))
+        return self.lrs[place] if slope < 0.0 else None
+
+    @property
+    def tenth_of_minimum(self) -> float | None:
+        """A tenth of the learning rate where the smoothed loss is least; None where that is the first one."""
+        return self.lrs[self._minimum] / 10 if self._minimum > 0 else None
+
+    @property
+    def _minimum(self) -> int:
+        return min(range(len(self.smoothed)), key=self.smoothed.__getitem__)
+
+    def plot(self) -> "Figure":
+        """The losses against the learning rates, with both suggestions. ``plot().savefig("lr.png")`` saves it."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(self.lrs, self.losses, color="0.75", linewidth=1.0, label="loss of a step")
+        axes.plot(self.lrs, self.smoothed, color="tab:blue", label="smoothed")
+        for lr, color, name in (
+            (self.steepest, "tab:orange", "steepest descent"),
+            (self.tenth_of_minimum, "tab:green", "a tenth of the minimum's"),
+        ):
+            if lr is not None:
+                axes.axvline(lr, color=color, linestyle="--", label=f"{name}: {lr:.1e}")
+        before = [x for losses in (self.losses, self.smoothed) for x in losses[: self._minimum + 1]]
+        low, high = min(before), max(before)  # what diverges leaves the picture
+        if high > low:
+            axes.set_ylim(low - 0.1 * (high - low), high + 0.5 * (high - low))
+        axes.set_xscale("log")
+        axes.set_xlabel("learning rate")
+        axes.set_ylabel("loss")
+        axes.legend()
+        return figure
+
+
+def lr_finder(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Any],
+    loss_fn: Callable[[nn.Module, Any], Tensor],
+    *,
+    start_lr: float = 1e-7,
+    end_lr: float = 10.0,
+    steps: int = 100,
+    sweep: str = "exponential",
+    accumulate: int = 1,
+    smoothing: float = 0.9,
+    divergence: float | None = 4.0,
+    repeat: bool = False,
+    scaler: Any = None,
+) -> LRFinderResult:
+    """Train while the learning rate grows, and put everything back: https://arxiv.org/abs/1506.01186, section 3.3.
+
+    Parameters, buffers, gradients and modes of the model, the optimizer's state and groups, its averages, the scaler,
+    and random numbers are then what they were, bit for bit and in the same tensors; also after an error. So is the
+    state of a loader that has one. Needs memory for one more copy of the model, its gradients and the state. What
+    ``loss_fn`` keeps elsewhere, and other hooks of the optimizer, see the steps.
+
+    Args:
+        model: is set to train mode. Under DDP and FSDP2, all ranks call this, and see the mean of their losses.
+        optimizer: any optimizer of PyTorch, also in Accelerate's or Lightning's wrapper. Groups keep the ratios of
+            their learning rates.
+        batches: a loader or a list. It is begun anew; an iterator would be used up, and is refused.
+        loss_fn: ``loss_fn(model, batch)`` returns the loss, one number. Autocast is its own affair.
+        start_lr: the first learning rate, of the group with the largest one.
+        end_lr: the last one.
+        steps: how many steps of the optimizer; each is one learning rate.
+        sweep: ``"exponential"`` or ``"linear"``: how the learning rate grows.
+        accumulate: how many batches each step has; their gradients have the mean of their losses.
+        smoothing: how much of the smoothed loss stays at each step, in [0, 1).
+        divergence: stop where the smoothed loss is more than so many times its least value so far (of positive
+            losses); None: only where it is not finite.
+        repeat: begin the batches anew where they are too few.
+        scaler: a GradScaler.
+
+    Raises:
+        ValueError: an argument makes no sense; the optimizer has no parameter of the model; ``batches`` are too few;
+            the first loss is not finite. Everything is as it was.
+        TypeError: ``batches`` is an iterator, or ``loss_fn`` returns something else than one number.
+    """
+    optimizer = unwrap(optimizer)
+    _check(model, optimizer, batches, start_lr, end_lr, steps, sweep, accumulate, smoothing, divergence)
+    if not repeat and isinstance(batches, Sized) and len(batches) < steps * accumulate:
+        raise ValueError(_too_few(len(batches), steps, accumulate))
+    rates = _rates(start_lr, end_lr, steps, sweep)
+    with restored(model, optimizer, scaler, batches):
+        model.train()
+        trial = _Trial(model, optimizer, _endless(batches) if repeat else iter(batches), loss_fn, scaler)
+        return _run(trial, rates, accumulate, smoothing, divergence)
+
+
+def _check(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Any,
+    start_lr: float,
+    end_lr: float,
+    steps: int,
+    sweep: str,
+    accumulate: int,
+    smoothing: float,
+    divergence: float | None,
+) -> None:
+    if not 0.0 < start_lr < end_lr < math.inf:
+        raise ValueError(f"start_lr and end_lr must be such that 0 < start_lr < end_lr, got {start_lr} and {end_lr}")
+    if steps < 2 or accumulate < 1:
+        raise ValueError(f"steps must be at least 2, and accumulate 1, got {steps} and {accumulate}")
+    if sweep not in ("exponential", "linear"):
+        raise ValueError(f"sweep must be 'exponential' or 'linear', got {sweep!r}")
+    if not 0.0 <= smoothing < 1.0:
+        raise ValueError(f"smoothing must be in [0, 1), got {smoothing}")
+    if divergence is not None and not divergence > 1.0:
+        raise ValueError(f"divergence must be more than 1, or None, got {divergence}")
+    if isinstance(batches, Iterator):
+        raise TypeError("batches is an iterator, which this would use up: give the loader, or a list of batches")
+    own = set(map(id, model.parameters()))
+    if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError("the optimizer has no parameter of this model")
+    if not any(float(group["lr"]) > 0.0 for group in optimizer.param_groups):
+        raise ValueError("the learning rates of all groups are 0: there is no ratio to keep")
+
+
+def _too_few(found: int, steps: int, accumulate: int) -> str:
+    return (
+        f"{steps} steps of {accumulate} batches need {steps * accumulate} batches, there are {found}: give more, or "
+        "fewer steps, or repeat=True"
+    )
+
+
+def _rates(start: float, end: float, steps: int, sweep: str) -> list[float]:
+    places = [i / (steps - 1) for i in range(steps)]
+    if sweep == "linear":
+        return [start + (end - start) * x for x in places]
+    return [start * (end / start) ** x for x in places]
+
+
+def _endless(batches: Iterable[Any]) -> Iterator[Any]:
+    while True:
+        count = 0
+        for count, batch in enumerate(batches, start=1):  # noqa: B007
+            yield batch
+        if count == 0:
+            return
+
+
+class _Trial:
+    """Steps of an optimizer at given learning rates."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batches: Iterator[Any],
+        loss_fn: Callable[[nn.Module, Any], Tensor],
+        scaler: Any,
+    ) -> None:
+        self.model, self.optimizer, self.batches = model, optimizer, batches
+        self.loss_fn, self.scaler = loss_fn, scaler
+        largest = max(float(group["lr"]) for group in optimizer.param_groups)
+        self.ratios = [float(group["lr"]) / largest for group in optimizer.param_groups]
+        self.used = 0
+
+    def set_lr(self, lr: float) -> None:
+        """Give each group its share of a learning rate; a tensor stays the tensor that it is."""
+        for group, ratio in zip(self.optimizer.param_groups, self.ratios, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr * ratio)
+            else:
+                group["lr"] = lr * ratio
+
+    def gradients(self, accumulate: int) -> float | None:
+        """Gradients of some batches, and the mean of their losses, which all ranks get; None where batches end."""
+        self.optimizer.zero_grad()
+        total = None
+        for _ in range(accumulate):
+            try:
+                batch = next(self.batches)
+            except StopIteration:
+                return None
+            self.used += 1
+            loss = self.loss_fn(self.model, batch)
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                raise TypeError(f"loss_fn must return one number as a tensor, got {loss!r:.60}")
+            loss = loss.reshape(()) / accumulate
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        return float(_mean_over_ranks(self.model, total))
+
+    def step(self) -> None:
+        """A step of the optimizer."""
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+
+
+def _mean_over_ranks(model: nn.Module, loss: Tensor) -> Tensor:
+    """The mean over the ranks that train a model together: those of DDP, or all where there are DTensors."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        group = model.process_group
+    elif any(hasattr(p, "device_mesh") for p in model.parameters()):
+        group = None
+    else:
+        return loss
+    loss = loss.clone()
+    torch.distributed.all_reduce(loss, group=group)
+    return loss / torch.distributed.get_world_size(group)
+
+
+def _run(
+    trial: _Trial, rates: list[float], accumulate: int, smoothing: float, divergence: float | None
+) -> LRFinderResult:
+    lrs: list[float] = []
+    losses: list[float] = []
+    smoothed: list[float] = []
+    average, diverged = 0.0, False
+    for i, lr in enumerate(rates, start=1):
+        trial.set_lr(lr)
+        loss = trial.gradients(accumulate)
+        if loss is None:
+            raise ValueError(_too_few(trial.used, len(rates), accumulate))
+        if not math.isfinite(loss):
+            if not losses:
+                raise ValueError(f"the loss is {loss} before the first step")
+            diverged = True
+            break
+        average = smoothing * average + (1.0 - smoothing) * loss
+        lrs.append(lr)
+        losses.append(loss)
+        smoothed.append(average / (1.0 - smoothing**i))
+        least = min(smoothed)
+        if divergence is not None and least > 0.0 and smoothed[-1] > divergence * least:
+            diverged = True
+            break
+        trial.step()
+    return LRFinderResult(lrs, losses, smoothed, diverged)
