@@ -1,4 +1,4 @@
-"""The loops in machine code that read memory, and which of them compute in float64.
+"""The loops in machine code that read memory: which compute in float64, and on a CPU, which element by element.
 
 A loop is what a compiler's textbook calls one (a natural loop): a jump back to an instruction that every way into the
 loop passes, and all that lies on a way from there to the jump, wherever it stands in the listing.
@@ -9,6 +9,9 @@ from collections import defaultdict
 from typing import NamedTuple
 
 FLOAT64 = re.compile(r"\bD(?:ADD|MUL|FMA|SETP|MNMX)\b|\.F64\b|\bMUFU\.\w+64H\b|\.f64\b")
+# Arithmetic of x86 on packed and on single numbers.
+PACKED = re.compile(r"v?(?:add|sub|mul|div|sqrt|min|max)p[sd]\b")
+SINGLE = re.compile(r"v?(?:add|sub|mul|div|sqrt|min|max)s[sd]\b")
 LOADS = re.compile(r"\bLDG\.E\S*\.128\b|\bld\.global\b")  # whole packs in SASS, all in PTX
 
 
@@ -63,6 +66,19 @@ def of_ptx(text: str) -> list[Instruction]:
         match = re.search(r"\bbra(?:\.uni)?\s+(\$\w+);", line)
         ends = line[0] != "@" and (match is not None or re.match(r"(?:ret|exit|trap);", line) is not None)
         code.append(Instruction(line, (labels[match[1]],) if match else (), not ends))
+    return code
+
+
+def of_x86(lines: list[str]) -> list[Instruction]:
+    """A function as objdump lists it. A jump to another one, and one through a register, ends it."""
+    found = [match.groups() for line in lines if (match := re.match(r"\s*([0-9a-f]+):\t(\S.*?)\s*$", line))]
+    numbers = {address: i for i, (address, _) in enumerate(found)}
+    code = []
+    for _, text in found:
+        jump = re.match(r"(?:bnd |notrack )*(j\w+)\s+([0-9a-f]+)?", text)
+        targets = (numbers[jump[2]],) if jump and jump[2] in numbers else ()
+        ends = jump[1] == "jmp" if jump else re.match(r"(?:repz |bnd )*(?:ret|ud2|hlt)", text) is not None
+        code.append(Instruction(text, targets, not ends))
     return code
 
 
@@ -144,3 +160,19 @@ def inspect(code: list[Instruction]) -> Loops:
     inner = [loop for loop in reading if not any(other < loop for other in reading)]
     with_float64 = sum(any(FLOAT64.search(code[at].text) for at in loop) for loop in inner)
     return Loops(with_float64, len(inner) - with_float64)
+
+
+def loops_over_blocks(code: list[Instruction]) -> tuple[int, int]:
+    """How many innermost loops prefetch and compute, and how many of them element by element."""
+    blocks = []
+    for loop in natural_loops(code):
+        texts = [code[at].text for at in loop]
+        if any(text.startswith("prefetch") for text in texts) and any(map(is_arithmetic, texts)):
+            blocks.append(loop)
+    inner = [loop for loop in blocks if not any(other < loop for other in blocks)]
+    return len(inner), sum(any(SINGLE.match(code[at].text) for at in loop) for loop in inner)
+
+
+def is_arithmetic(text: str) -> bool:
+    """Whether an instruction of x86 computes with floating-point numbers."""
+    return PACKED.match(text) is not None or SINGLE.match(text) is not None

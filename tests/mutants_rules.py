@@ -39,6 +39,10 @@ RULES = [
                 "s.maximize != 0.0 ? grad_coefficient",
             ),
             "SGD: nesterov without the gradient": ("? g + s.look_ahead * b : b", "? s.look_ahead * b : b"),
+            "SGD: nesterov's loop is the other one": (
+                "return function(Formula<true, Nesterov::yes>{})",
+                "return function(Formula<true, Nesterov::no>{})",
+            ),
             "SGD: always nesterov": ("s.nesterov != 0.0 ? s.momentum : 0.0", "s.momentum"),
             "SGD: the buffer is not stored": ("state[kMomentumBuffer] = b;", ""),
         },

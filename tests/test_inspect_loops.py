@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import inspect_cuda, inspect_triton
-from benchmarks.inspect_loops import Loops, inspect, natural_loops, of_ptx, of_sass
+from benchmarks import inspect_cpu, inspect_cuda, inspect_triton
+from benchmarks.inspect_cpu import Version
+from benchmarks.inspect_loops import Loops, inspect, loops_over_blocks, natural_loops, of_ptx, of_sass, of_x86
 
 ROOT = Path(__file__).parent.parent
 
@@ -128,6 +129,69 @@ $L__BB0_2:
 def test_loops_of_ptx():
     assert inspect(of_ptx(PTX.replace("BODY", "add.rn.f32 %r1, %r1, %r2;"))) == Loops(0, 1)
     assert inspect(of_ptx(PTX.replace("BODY", "add.rn.f64 %rd3, %rd3, %rd2;"))) == Loops(1, 0)
+
+
+# A loop over blocks with a loop over a block's vectors in it, and then one over what is left.
+X86 = """
+   10:	prefetchw 0x800(%rdi)
+   14:	movaps (%rdi,%rax,1),%xmm0
+   18:	BODY
+   1c:	cmp    $0x100,%rax
+   20:	jne    14 <f(float*, long)+0x4>
+   24:	cmp    %rdx,%rcx
+   28:	jle    10 <f(float*, long)>
+   2c:	addss  (%rdi,%rax,1),%xmm0
+   30:	cmp    %rdx,%rax
+   34:	jne    2c <f(float*, long)+0x1c>
+   38:	jmp    900 <f(float*, long) [clone .cold]>
+   3c:	ret
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        ("mulps  %xmm1,%xmm0", (1, 0)),
+        ("vmulpd %ymm1,%ymm0,%ymm0", (1, 0)),
+        ("mulss  %xmm1,%xmm0", (1, 1)),
+        ("vsqrtsd %xmm1,%xmm0,%xmm0", (1, 1)),
+        ("paddd  %xmm1,%xmm0", (0, 0)),
+    ],
+)
+def test_loops_of_x86(body, found):
+    code = of_x86(X86.replace("BODY", body).splitlines())
+    assert sorted(map(len, natural_loops(code))) == [3, 4, 7]
+    assert loops_over_blocks(code) == found
+    assert [x.falls_through for x in code[-2:]] == [False, False]
+
+
+def test_versions_of_a_function():
+    """One symbol for each instruction set, and others that do not count."""
+    heads = [
+        "trainops::cpu::(anonymous namespace)::update_tile(long)",
+        "trainops::cpu::(anonymous namespace)::update_tile(long) [clone .avx2_f16c]",
+        "trainops::cpu::(anonymous namespace)::update_tile(long) [clone .resolver]",
+        "trainops::cpu::(anonymous namespace)::other(long)",
+    ]
+    bodies = ["mulss  %xmm1,%xmm0", "vmulps %ymm1,%ymm0,%ymm0", "ret", "ret"]
+    pairs = zip(heads, bodies, strict=True)
+    listing = "\n".join(f"0000010 <{head}>:{X86.replace('BODY', body)}" for head, body in pairs)
+    assert inspect_cpu.versions_in(listing) == {
+        "update_tile(long)": {"default": Version(0, 1, 1), "avx2": Version(32, 1, 0)}
+    }
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (Version(32, 3), ""),
+        (Version(16, 3), "narrow"),
+        (Version(32, 3, 1), "1 not vectorised"),
+        (Version(32, 0), "no loop found"),
+    ],
+)
+def test_faults_of_cpu_kernels(version, message):
+    assert inspect_cpu.fault("update_tile(SGD)", "avx2", version) == message
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,8 @@ void with_loop(const Row<Rule>& row, Function function) {
     if (is_bfloat16) return function(Loop<SplitWeights, BFloat16, BFloat16>{});
     if (row.has_states_of(DType::float32)) return function(Loop<SplitWeights, BFloat16, float>{});
   }
-  if (weight.param.dtype == DType::stochastic && row.grad.dtype == DType::bfloat16 && is_bfloat16) {
+  if (weight.param.dtype == DType::stochastic && row.grad.dtype == DType::bfloat16 &&
+      row.has_states_of(DType::bfloat16)) {
     return function(Loop<StochasticColumn, BFloat16, BFloat16>{});
   }
   if (weight.param.dtype == DType::float32 && row.grad.dtype == DType::float32 && is_bfloat16) {

@@ -49,14 +49,23 @@ struct SGD {
     return result;
   }
 
-  // Calls function(formula). The formula depends on the number of state columns.
-  template <bool, typename T, typename Function>
-  TRAINOPS_HOST_DEVICE static void with_formula(int states, const Scalars<T>&, Function function) {
-    if (states == kStates) return function(Formula<true>{});
-    function(Formula<false>{});
+  // Whether there is Nesterov's term. `by_scalars`: the formula asks `look_ahead`.
+  enum class Nesterov { no, yes, by_scalars };
+
+  // Calls function(formula). The formula depends on the number of state columns. It may be made for either value of
+  // `nesterov`: GCC does not vectorise a loop over bfloat16 whose formula has two conditions.
+  template <bool may_omit_branch, typename T, typename Function>
+  TRAINOPS_HOST_DEVICE static void with_formula(int states, const Scalars<T>& s, Function function) {
+    if (states < kStates) return function(Formula<false, Nesterov::no>{});
+    if constexpr (may_omit_branch) {
+      if (s.look_ahead != T(0)) return function(Formula<true, Nesterov::yes>{});
+      function(Formula<true, Nesterov::no>{});
+    } else {
+      function(Formula<true, Nesterov::by_scalars>{});
+    }
   }
 
-  template <bool has_momentum>
+  template <bool has_momentum, Nesterov nesterov>
   struct Formula {
     static constexpr int states = has_momentum ? kStates : 0;
 
@@ -67,7 +76,8 @@ struct SGD {
       if constexpr (has_momentum) {
         const T b = s.keep * state[kMomentumBuffer] + s.take * g;
         state[kMomentumBuffer] = b;
-        direction = s.look_ahead != T(0) ? g + s.look_ahead * b : b;
+        const bool looks_ahead = nesterov == Nesterov::by_scalars ? s.look_ahead != T(0) : nesterov == Nesterov::yes;
+        direction = looks_ahead ? g + s.look_ahead * b : b;
       }
       param = param - s.lr * direction;
     }
