@@ -10,14 +10,15 @@ import trainops
 
 from .__main__ import main
 from .bench_step import StepWork, fused, of_torch
-from .peers import SETTINGS
 from .runner import Case, Options
 from .saved import OURS
-from .work import adam_truth, model_cases
+from .work import ADAM_EPS, BETAS, LR, WEIGHT_DECAY, adam_truth, model_cases
 
 # Norm: read the gradient. Adam: read the gradient, read and write the parameter and two moments. Average: read and
 # write it; the parameter is in registers.
 ELEMENTS = 1 + 7 + 2
+
+SETTINGS = {"lr": LR, "betas": BETAS, "eps": ADAM_EPS, "weight_decay": WEIGHT_DECAY}
 
 
 class AdamWork(StepWork):

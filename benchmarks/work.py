@@ -23,6 +23,10 @@ STEPS = 3  # taken before results are compared
 LR, BETAS, EPS, WEIGHT_DECAY, MOMENTUM = 1e-2, (0.9, 0.999), 1e-8, 2.0, 0.9
 DECAY = 0.6
 
+# Where gradient and penalty cancel to almost nothing, Adam's step jumps between lr and -lr, and the last place of a
+# norm decides which: then nobody could be verified. With a larger epsilon the step is continuous.
+ADAM_EPS = 0.1
+
 # What the gradients of the first steps are multiplied by, and the norm to clip them to over that of the first ones:
 # the second ones are left alone. AdamW itself would not notice a factor that all have in common.
 GRADS, CLIPPED = (1.0, 0.5, 4.0), 0.7
@@ -159,12 +163,12 @@ class Moments(NamedTuple):
     exp_avg_sq: Tensor
 
 
-def adamw_truth(param: Tensor, grad: Tensor, moments: Moments, step: int) -> None:
+def adamw_truth(param: Tensor, grad: Tensor, moments: Moments, step: int, eps: float = EPS) -> None:
     """AdamW (arXiv:1711.05101) in place, from step 1."""
     param.mul_(1 - LR * WEIGHT_DECAY)
     moments.exp_avg.lerp_(grad, 1 - BETAS[0])
     moments.exp_avg_sq.mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
-    corrected = (moments.exp_avg_sq / (1 - BETAS[1] ** step)).sqrt() + EPS
+    corrected = (moments.exp_avg_sq / (1 - BETAS[1] ** step)).sqrt() + eps
     param.addcdiv_(moments.exp_avg / (1 - BETAS[0] ** step), corrected, value=-LR)
 
 
@@ -172,7 +176,7 @@ def adam_truth(param: Tensor, grad: Tensor, moments: Moments, step: int) -> None
     """Adam (arXiv:1412.6980) in place, from step 1."""
     penalized = grad + WEIGHT_DECAY * param
     param.div_(1 - LR * WEIGHT_DECAY)  # which AdamW takes back
-    adamw_truth(param, penalized, moments, step)
+    adamw_truth(param, penalized, moments, step, ADAM_EPS)
 
 
 def sgd_truth(param: Tensor, grad: Tensor, moments: Moments, step: int) -> None:
