@@ -6,6 +6,7 @@
 
 VENV := .venv
 INTEGRATIONS := .venv-integrations
+DOCS := .venv-docs
 ifdef PYTHON
 RUN := $(PYTHON)
 SETUP := $(VENV)/.built-with-$(subst /,-,$(PYTHON))
@@ -21,7 +22,7 @@ CLANG_FORMAT = $(shell $(RUN) -c "import sysconfig; print(sysconfig.get_path('sc
 # Tests run in one process per core where pytest-xdist is there to do it.
 PARALLEL = $(shell $(RUN) -c "import xdist" 2>/dev/null && echo --numprocesses=auto)
 
-.PHONY: build demo tricks test test-all test-integrations mutants coverage lint bench inspect gpu format clean
+.PHONY: build demo tricks docs test test-all test-integrations mutants coverage lint bench figures inspect gpu format clean
 
 build: $(SETUP)
 	$(RUN) -m trainops
@@ -32,6 +33,16 @@ demo: $(SETUP)
 # Small experiments that show what each trick does, on one page: outputs/tricks/index.html.
 tricks: $(SETUP)
 	$(RUN) examples/tricks/page.py
+
+# The documentation, outputs/docs/index.html. A warning, such as a dead link, is an error.
+ifdef PYTHON
+docs:
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+	@echo "outputs/docs/index.html; with the search: $(RUN) -m http.server -d outputs/docs"
+else
+docs: $(DOCS)/.requirements
+	$(MAKE) docs PYTHON=$(DOCS)/bin/python
+endif
 
 test: $(SETUP)
 	$(RUN) -m pytest $(PARALLEL)
@@ -70,6 +81,10 @@ lint: $(SETUP)
 bench: $(SETUP)
 	$(RUN) -m benchmarks run $(if $(QUICK),--quick) --output outputs/benchmarks
 
+# Writes the figures of benchmarks/results/cpu into the README and the documentation.
+figures: $(SETUP)
+	$(RUN) -m benchmarks.figures
+
 inspect: $(SETUP)
 	TRITON_INTERPRET=0 $(RUN) -m benchmarks.inspect_all $(if $(QUICK),--quick)
 
@@ -87,7 +102,7 @@ format: $(SETUP)
 	$(CLANG_FORMAT) -i $(CXX_SOURCES)
 
 clean:
-	rm -rf $(VENV) $(INTEGRATIONS) build outputs trainops/_build.json trainops/*.so *.egg-info
+	rm -rf $(VENV) $(INTEGRATIONS) $(DOCS) build dist outputs trainops/_build.json trainops/*.so *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.requirements: requirements-dev.txt
@@ -98,6 +113,11 @@ $(VENV)/.requirements: requirements-dev.txt
 $(INTEGRATIONS)/.requirements: requirements-integrations.txt
 	python3 -m venv $(INTEGRATIONS)
 	$(INTEGRATIONS)/bin/python -m pip install --quiet -r requirements-integrations.txt
+	touch $@
+
+$(DOCS)/.requirements: requirements-docs.txt
+	python3 -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet -r requirements-docs.txt
 	touch $@
 
 ifndef PYTHON

@@ -13,27 +13,34 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from .saved import AGAIN, OURS, caption, medians, opponents, ratio, relative, verdict
 
-INK, FAINT, ACCENT, BEHIND = "#1f2933", "#9aa5b1", "#c8374a", "#7b8794"
-COLOURS = {
-    OURS: ACCENT,
-    "torch loop": "#adb7c4",
-    "torch foreach": "#8b9aab",
-    "torch as written": "#8b9aab",
-    "torch fused": "#44546a",
-    "torch fused, grad_scale": "#111827",
-    "torch compiled": "#3b82c4",
-    "torch AveragedModel": "#7fb2dd",
-    "timm": "#2a9d8f",
-    "timm's formula": "#2a9d8f",
-    "timm ModelEmaV3": "#2a9d8f",
-    "DeepSpeed CPUAdam": "#7a5ea8",
-    "DeepSpeed FusedAdam": "#7a5ea8",
-    "Apex FusedAdam": "#5f8f3a",
-    "Apex FusedAdamSWA": "#a3c585",
-    "optimi": "#e0952f",
-    "bitsandbytes": "#b5651d",
+INK, FAINT, ACCENT, BEHIND = "#1f2933", "#9aa5b1", "#c8374a", "#6b7280"
+LEVEL = "#c9d1da"  # bars where trainops is not ahead
+
+# A provider has one colour and one marker everywhere. Neighbours in a picture differ in both, and the colour-blind
+# can tell the colours apart, too: most are those of Okabe and Ito.
+LOOKS = {
+    OURS: (ACCENT, "o"),
+    "torch loop": ("#8a8f98", "v"),
+    "torch foreach": ("#e69f00", "s"),
+    "torch as written": ("#8a8f98", "v"),
+    "torch fused": ("#0072b2", "o"),
+    "torch fused, grad_scale": ("#111827", "D"),
+    "torch compiled": ("#56b4e9", "^"),
+    "torch AveragedModel": ("#8c564b", "P"),
+    "timm": ("#009e73", "s"),
+    "timm's formula": ("#009e73", "s"),
+    "timm ModelEmaV3": ("#009e73", "s"),
+    "DeepSpeed CPUAdam": ("#7a3fbf", "X"),
+    "DeepSpeed CPUAdam, bf16 moments": ("#e07bc0", "*"),
+    "DeepSpeed FusedAdam": ("#7a3fbf", "X"),
+    "Apex FusedAdam": ("#4d7c0f", "h"),
+    "Apex FusedAdamSWA": ("#a3c585", "H"),
+    "optimi": ("#b8a000", "p"),
+    "bitsandbytes": ("#8b4513", "d"),
+    "torchao": ("#0f766e", "<"),
 }
-OTHER = "#6b7280"
+OTHER = ("#475569", ">")
+SIZES = {"*": 7.5, "X": 6, "P": 6, "p": 6, "h": 6, "H": 6}  # of markers that look smaller than others
 
 PANELS = {"step": "clip + AdamW + EMA", "adamw": "AdamW", "clip_grad_norm": "clip_grad_norm_", "ema": "EMA"}
 SHORT = {"float32": "", "bfloat16": ", bf16"}
@@ -81,26 +88,35 @@ def canvas(width: float, height: float) -> Figure:
     return figure
 
 
+def step(cases: list[dict[str, Any]]) -> Figure | None:
+    """The whole step alone."""
+    return panels(cases, ("step",), "clip + AdamW + EMA, float32 and bfloat16 (bf16)")
+
+
 def speedup(cases: list[dict[str, Any]]) -> Figure | None:
-    """How many times as long as trainops the opponents take, a row for each model; the bar is the fastest one."""
-    panels = {op: found for op in PANELS if (found := selected(cases, op))}
-    if not panels:
+    """Every op."""
+    return panels(cases, tuple(PANELS))
+
+
+def panels(cases: list[dict[str, Any]], ops: tuple[str, ...], title: str | None = None) -> Figure | None:
+    """How many times as long as trainops the opponents take, a row for each model; a bar ends at the fastest one."""
+    shown = {op: found for op in ops if (found := selected(cases, op))}
+    if not shown:
         return None
-    rows, columns = -(-len(panels) // 2), min(2, len(panels))
-    tallest = max(map(len, panels.values()))
-    figure = canvas(5.6 * columns, rows * (0.9 + 0.26 * tallest) + 0.6)
+    rows, columns = -(-len(shown) // 2), min(2, len(shown))
+    tallest = max(map(len, shown.values()))
+    figure = canvas((7.6 if columns == 1 else 5.6 * columns), rows * (0.9 + 0.26 * tallest) + 1.0)
     names: dict[str, None] = {}
-    for i, (op, found) in enumerate(panels.items()):
+    for i, (op, found) in enumerate(shown.items()):
         axes = figure.add_subplot(rows, columns, i + 1)
         for y, case in enumerate(found):
             others, best = relative(case), ratio(case)
             names |= dict.fromkeys(others)
             for name, times in others.items():
-                axes.plot(times.median, y, "o", ms=4.5, mec="white", mew=0.6, color=colour(name), zorder=3)
+                axes.plot(times.median, y, ls="", **marker(name, 5), mec="white", mew=0.6, zorder=3)
             if best:
                 ahead = verdict(case) == "ahead"
-                bar = {"color": ACCENT if ahead else FAINT, "alpha": 0.85, "zorder": 2}
-                axes.barh(y, best.median - 1, 0.62, left=1, **bar)
+                axes.barh(y, best.median - 1, 0.62, left=1, color=ACCENT if ahead else LEVEL, alpha=0.8, zorder=2)
                 label = axes.text(1.02, y, f"{best.median:.2f}x", transform=axes.get_yaxis_transform(), va="center")
                 label.set(fontweight="bold", color=ACCENT if ahead else BEHIND)
         axes.axvline(1.0, color=ACCENT, linewidth=1.2, zorder=1)
@@ -109,10 +125,12 @@ def speedup(cases: list[dict[str, Any]]) -> Figure | None:
         axes.set_ylim(len(found) - 0.4, -0.6)
         axes.set_xscale("log")
         nice_log(axes.xaxis, lambda x: f"{x:g}x", (0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 20, 30, 50))
-        axes.set_title(PANELS[op])
-        axes.set_xlabel("time relative to trainops")
-    handles = [mpl.lines.Line2D([], [], marker="o", ls="", ms=5, color=colour(name), label=name) for name in names]
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(names), 3 * columns - 1), fontsize=8.5)
+        axes.set_title(title or PANELS[op])
+        axes.set_xlabel("time relative to trainops (log scale)")
+    handles: list[Any] = [mpl.lines.Line2D([], [], ls="", **marker(name, 6), label=name) for name in names]
+    words = {ACCENT: "bar: trainops is ahead of all", LEVEL: "bar: level, or behind"}
+    handles += [mpl.patches.Patch(color=colour, alpha=0.8, label=text) for colour, text in words.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3 if columns == 1 else 4, fontsize=8.5)
     return figure
 
 
@@ -128,7 +146,7 @@ def bandwidth(cases: list[dict[str, Any]]) -> Figure | None:
     roof = [case["limit"]["bytes_per_second"] / 1e9 for case in found]
     reached = [case["bytes"] / seconds / 1e9 for case in found for seconds in medians(case).values()]
     top = 1.12 * max(*roof, *reached)
-    axes.fill_between(places, roof, top, color="#e4e7eb", linewidth=0, zorder=0)
+    axes.fill_between(places, roof, top, color="#eef0f3", linewidth=0, zorder=0)
     axes.plot(places, roof, color=INK, linewidth=1.4, linestyle=(0, (4, 2)))
     ends = {found[0]["limit"]["name"]: (roof[-1], INK)}
     for name in provider_names(found):
@@ -196,9 +214,11 @@ def training(cases: list[dict[str, Any]]) -> Figure | None:
         slowest = max(times.values())
         for name in times:
             parts = [part["median"] for part in case["providers"][name]["parts"].values()]
-            axes.barh(y, parts[0] / slowest, 0.78, color="#d5dae1")
+            axes.barh(y, parts[0] / slowest, 0.78, color="#e4e7eb")
             axes.barh(y, parts[1] / slowest, 0.78, left=parts[0] / slowest, color=colour(name))
-            text = f"{1e3 * sum(parts):.0f} ms, tail {1e3 * parts[1]:.0f} ms ({100 * parts[1] / sum(parts):.0f}%)"
+            beside = relative(case).get(name)
+            ratio_text = f"{beside.median:.2f}x" if beside else "1x"
+            text = f"{ratio_text}, tail {1e3 * parts[1]:.0f} ms ({100 * parts[1] / sum(parts):.0f}%)"
             axes.text(sum(parts) / slowest + 0.012, y, text, va="center", fontsize=8)
             axes.text(0.008, y, name, va="center", fontsize=8, color=INK)
             y += 1
@@ -210,7 +230,8 @@ def training(cases: list[dict[str, Any]]) -> Figure | None:
     axes.spines[["bottom", "left"]].set_visible(False)
     axes.set_xlim(0, 1.42)
     axes.invert_yaxis()
-    axes.set_title("a training step, float32: forward and backward (grey), and the tail")
+    axes.set_xlabel("1.36x: takes 1.36 times as long as with trainops. A bar's length is its time.", fontsize=8)
+    axes.set_title("a training step, float32: forward and backward (pale), and the tail (coloured)")
     return figure
 
 
@@ -224,9 +245,7 @@ def draw_line(axes: Axes, name: str, points: list[tuple[float, float]]) -> None:
     """A provider's line, trainops' stronger than the others."""
     ours = name == OURS
     xs, ys = zip(*points, strict=True)
-    axes.plot(
-        xs, ys, "o-", color=colour(name), lw=2.4 if ours else 1.3, ms=4.5 if ours else 3, zorder=5 if ours else 2
-    )
+    axes.plot(xs, ys, ls="-", **marker(name, 5 if ours else 4), lw=2.4 if ours else 1.3, zorder=5 if ours else 2)
 
 
 def label_ends(axes: Axes, ends: dict[str, tuple[float, str]]) -> None:
@@ -248,9 +267,20 @@ def label_ends(axes: Axes, ends: dict[str, tuple[float, str]]) -> None:
         )
 
 
+def looks(name: str) -> tuple[str, str]:
+    """The colour and the marker of a provider."""
+    return LOOKS.get(name, LOOKS.get(name.removesuffix(", compiled"), OTHER))
+
+
 def colour(name: str) -> str:
-    """A provider has one everywhere."""
-    return COLOURS.get(name, COLOURS.get(name.removesuffix(", compiled"), OTHER))
+    """The colour of a provider."""
+    return looks(name)[0]
+
+
+def marker(name: str, size: float) -> dict[str, Any]:
+    """The marker of a provider, for a plot."""
+    own, shape = looks(name)
+    return {"color": own, "marker": shape, "ms": size * SIZES.get(shape, 5) / 5}
 
 
 def nice_log(axis: Any, form: Callable[[float], str], ticks: tuple[float, ...] | None) -> None:
@@ -268,6 +298,7 @@ def nice_log(axis: Any, form: Callable[[float], str], ticks: tuple[float, ...] |
 
 
 PICTURES: dict[str, tuple[Callable[[list[dict[str, Any]]], Figure | None], str]] = {
+    "step.png": (step, "time of the opponents relative to trainops in the whole step, by model"),
     "speedup.png": (speedup, "time of the opponents relative to trainops, by model"),
     "bandwidth.png": (bandwidth, "bandwidth by size of the model, under that of the memory"),
     "scaling.png": (scaling, "time by number and by size of tensors"),

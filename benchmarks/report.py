@@ -23,7 +23,7 @@ TITLES = {
     "training": "Training: forward, backward and the tail",
 }
 
-PICTURES_OF = {"step": ("speedup.png", "bandwidth.png", "scaling.png"), "training": ("training.png",)}
+PICTURES_OF = {"step": ("step.png", "speedup.png", "bandwidth.png", "scaling.png"), "training": ("training.png",)}
 
 METHOD = (
     "Every provider was compared with float64 before it was timed. Times are medians of interleaved rounds, with "

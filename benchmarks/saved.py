@@ -50,12 +50,13 @@ def noise(case: Case) -> Interval | None:
     return Interval(**found["relative"]) if "relative" in found else None
 
 
-def verdict(case: Case) -> str:
-    """Whether trainops is "ahead" of its fastest opponent, "behind" it, or neither with any confidence: "level".
+def verdict(case: Case, opponent: str | None = None) -> str:
+    """Whether trainops is "ahead" of an opponent, "behind" it, or neither with any confidence: "level".
 
-    It takes a difference that is larger than that between trainops and itself, and larger than that with confidence.
+    The default opponent is the fastest one. It takes a difference that is larger than that between trainops and
+    itself, and larger than that with confidence.
     """
-    found, own = ratio(case), noise(case)
+    found, own = ratio(case) if opponent is None else relative(case).get(opponent), noise(case)
     if found is None:
         return ""
     bar = 1.0 if own is None else max(1.0, own.high, 1 / own.low)

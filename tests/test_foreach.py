@@ -265,7 +265,7 @@ def test_a_device_without_float64(without_float64, dtype, options):
 
 @pytest.mark.parametrize(("value", "norm"), [(2.0**62, 2.0**63), (2.0**63, INF), (2.0**-60, 2.0**-59), (2.0**-76, 0)])
 def test_the_range_of_norms_without_float64(without_float64, value, norm):
-    """As the README says: the squares are float32 numbers."""
+    """As docs/backends.md says: the squares are float32 numbers."""
     with without_float64:
         assert trainops.get_total_norm([torch.full((4,), value)], backend="foreach").item() == norm
 

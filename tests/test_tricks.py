@@ -152,6 +152,16 @@ def test_the_page_has_all_of_an_experiment(fake, monkeypatch, tmp_path, capsys):
     assert {"A < B", "x & y", "3", "(<4)", "holds", "2 > 1", "fails", "1 > 2"} <= set(found.texts)
 
 
+def test_the_page_of_the_documentation_has_all_of_an_experiment(fake, monkeypatch, tmp_path):
+    page = importlib.import_module("page")
+    monkeypatch.setattr(page, "EXPERIMENTS", ("fake",))
+    page.main(["--output", str(tmp_path / "out"), "--jobs", "1", "--markdown", str(tmp_path / "docs" / "tricks.md")])
+    text = (tmp_path / "docs" / "tricks.md").read_text(encoding="utf-8")
+    assert "\n## A < B\n\nSee `x & y`.\n\n![A < B](tricks/fake.png)\n\n| seeds |\n| --- |\n| 3<br>(<4) |\n\n" in text
+    assert text.endswith("- holds: 2 > 1\n- **does not hold**: 1 > 2\n\n`python fake.py [--seeds 3]`\n")
+    assert (tmp_path / "docs" / "tricks" / "fake.png").stat().st_size > 1000
+
+
 def test_an_experiment_has_a_command_line(fake, monkeypatch, tmp_path, capsys):
     experiment = importlib.import_module("experiment")
     picture = tmp_path / "made" / "picture.png"

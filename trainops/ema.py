@@ -53,20 +53,20 @@ class EMA(KeepsState):
     How an average starts. The decay is that of timm's ``ModelEmaV3`` with a ``step``: the first update copies (see
     :meth:`decay_at`). Without a ``step``, timm's class has the full decay from its first update on.
 
-    ============================================  ==================================================================
-    before the first update                       then
-    ============================================  ==================================================================
-    nothing                                       it *copies*: the first update takes the weights that the model has
-    weights are loaded into the model             it *copies*; until then :meth:`swap`, :meth:`copy_to`, a call and
-                                                  :meth:`state_dict` have the loaded weights, too
-    weights are loaded into ``module``            it *continues* from these with ``decay``; with a decay that depends
-    or by :meth:`load_state_dict`, uncounted      on the step, ``ema.step`` has to be set
-    a state with its count is loaded              it *resumes*: the numbers of an average that was never saved
-    ``ema.step = n``                              the next update has the decay of update ``n + 1``
-    model and optimizer are set back              it *copies*: steps of a learning rate finder are forgotten, if the
-    to where they began                           average has moved with that optimizer alone
-    :meth:`reset`                                 it *copies*
-    ============================================  ==================================================================
+    =============================================  =================================================================
+    before the first update                        then
+    =============================================  =================================================================
+    nothing                                        it *copies*: the first update takes the model's weights
+    weights are loaded into the model              it *copies*; until then :meth:`swap`, :meth:`copy_to`, a call and
+                                                   :meth:`state_dict` have the loaded weights, too
+    ``module`` or a state without count is loaded  it *continues* from these weights with ``decay``; with a decay
+                                                   that depends on the step, ``ema.step`` has to be set
+    a state with its count is loaded               it *resumes*: the numbers of an average that was never saved
+    ``ema.step = n``                               the next update has the decay of update ``n + 1``
+    model and optimizer are set back to the start  it *copies*: steps of a learning rate finder are forgotten, if the
+                                                   average has moved with that optimizer alone
+    :meth:`reset`                                  it *copies*
+    =============================================  =================================================================
 
     Args:
         model: the model to follow, or parameters. It is kept and read at every update.

@@ -2,7 +2,8 @@
 
     python examples/tricks/page.py [--output outputs/tricks] [--jobs 2] [--only weight_decay,clipping]
 
-The exit status is 1 where a claim does not hold.
+With ``--markdown docs/tricks.md`` it is a page of the documentation, too, and the pictures lie beside it. The exit
+status is 1 where a claim does not hold.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 from experiment import OUTPUT, Report, perform, title_of
+from PIL import Image
 from rich.progress import track
 
 import trainops
@@ -64,6 +66,7 @@ class Made(NamedTuple):
     name: str
     title: str
     section: str
+    markdown: str
     failed: list[str]
 
 
@@ -77,7 +80,8 @@ def make(name: str, output: Path) -> Made:
     title = title_of(module.__doc__)
     seconds = f"{usage.strip()} took {time.perf_counter() - began:.0f} s"
     failed = [claim.text for claim in report.claims if not claim.holds]
-    return Made(name, title, section(name, title, text, report, picture.name, seconds), failed)
+    in_markdown = markdown(name, title, text, report, usage.strip())
+    return Made(name, title, section(name, title, text, report, picture.name, seconds), in_markdown, failed)
 
 
 def section(name: str, title: str, text: Sequence[str], report: Report, picture: str, seconds: str) -> str:
@@ -99,6 +103,36 @@ def section(name: str, title: str, text: Sequence[str], report: Report, picture:
 <div class="scroll"><table>{table}</table></div>
 </div>
 <ul class="claims">{claims}</ul><p class="small"><code>{escape(seconds)}</code></p></section>"""
+
+
+def markdown(name: str, title: str, text: Sequence[str], report: Report, usage: str) -> str:
+    """The same for the documentation."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", r"\|").replace(" (", "<br>(") for cell in cells) + " |"
+
+    table = "\n".join([line(report.header), line(["---"] * len(report.header)), *map(line, report.rows)])
+    claims = "\n".join(f"- {'holds' if holds else '**does not hold**'}: {claim}" for claim, holds in report.claims)
+    parts = [f"## {title}", *text, f"![{title}](tricks/{name}.png)", table, claims, f"`{usage}`"]
+    return "\n\n".join(parts) + "\n"
+
+
+MARKDOWN = """# What each trick does
+
+Small experiments on data that scikit-learn makes or ships. `make tricks` runs them in a minute or two. Tables have
+the median of the seeds, then the lowest and the highest one. A claim about seeds holds where a sign test is
+significant at 5%: five of five seeds have to agree, or nine of ten.
+"""
+
+
+def save_markdown(made: Sequence[Made], output: Path, path: Path) -> None:
+    """Write the page of the documentation, and the pictures beside it in 64 colours."""
+    folder = path.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in made:
+        picture = Image.open(output / f"{one.name}.png").convert("RGB")
+        picture.quantize(64, dither=Image.Dither.NONE).save(folder / f"{one.name}.png", optimize=True)
+    path.write_text("\n".join([MARKDOWN, *(one.markdown for one in made)]), encoding="utf-8")
 
 
 def with_code(text: str) -> str:
@@ -129,6 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--jobs", type=int, default=os.cpu_count() or 1, help="experiments at a time; default: all cores"
     )
     parser.add_argument("--only", default=",".join(EXPERIMENTS), help="names, separated by commas; default: all")
+    parser.add_argument("--markdown", type=Path, metavar="docs/tricks.md", help="also write this page")
     options = parser.parse_args(arguments)
     names = options.only.split(",")
     if unknown := sorted({*names} - {*EXPERIMENTS}):
@@ -141,6 +176,8 @@ def main(arguments: list[str] | None = None) -> int:
         made = list(track(run(make, names, repeat(options.output)), "experimenting", len(names)))
     path = options.output / "index.html"
     path.write_text(page(made), encoding="utf-8")
+    if options.markdown:
+        save_markdown(made, options.output, options.markdown)
     for one in made:
         for claim in one.failed:
             print(f"DOES NOT HOLD: {one.name}: {claim}")
