@@ -22,7 +22,7 @@ CLANG_FORMAT = $(shell $(RUN) -c "import sysconfig; print(sysconfig.get_path('sc
 # Tests run in one process per core where pytest-xdist is there to do it.
 PARALLEL = $(shell $(RUN) -c "import xdist" 2>/dev/null && echo --numprocesses=auto)
 
-.PHONY: build demo tricks docs test test-all test-integrations mutants coverage lint bench figures inspect gpu format clean
+.PHONY: build demo tricks docs test test-all test-integrations mutants coverage lint bench figures inspect gpu dist format clean
 
 build: $(SETUP)
 	$(RUN) -m trainops
@@ -95,6 +95,14 @@ gpu: $(VENV)/.requirements
 endif
 gpu:
 	$(RUN) -m benchmarks.gpu_bundle $(if $(BUDGET),--budget $(BUDGET))
+
+# A source distribution, the wheel that it makes, and that wheel in an environment without a compiler. Wheels for other
+# Linuxes than this one: [tool.cibuildwheel] in pyproject.toml.
+dist: $(SETUP)
+	rm -rf dist
+	$(RUN) setup.py --quiet sdist
+	$(RUN) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist dist/*.tar.gz
+	$(RUN) tests/smoke_wheel.py dist/*.whl
 
 format: $(SETUP)
 	$(RUN) -m ruff check --fix .

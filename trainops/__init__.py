@@ -40,4 +40,4 @@ __all__ = [
     "tensor_stats",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
