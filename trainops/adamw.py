@@ -22,7 +22,7 @@ class AdamW(WithMoments, _TorchAdamW):
 
         norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm)    # with max_grad_norm
         if norm.isfinite():                                             # with skip_nonfinite
-            torch.optim.AdamW.step()
+            optimizer.step()                                            # of torch.optim.AdamW
             ema.update()                                                # with ema
 
     in one pass over the gradients for their norm and one over everything for the rest, without waiting for the

@@ -39,7 +39,7 @@ class EMA(KeepsState):
 
     Equivalent to::
 
-        ema = timm.utils.ModelEmaV3(model, decay, ...)      # ema.update(model, step) after every step
+        ema = timm.utils.ModelEmaV3(model, decay)           # ema.update(model, step) after every step
         ema = torch.optim.swa_utils.AveragedModel(
             model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
         )                                                   # ema.update_parameters(model)

@@ -1,9 +1,11 @@
-"""The pages about frameworks: their code runs where the frameworks are."""
+"""The pages and the docstrings about frameworks: their code runs where the frameworks are."""
 
-
+import docstrings
 import pytest
 import torch
 from documentation import ROOT, blocks, run, surroundings
+
+import trainops
 
 PAGES = {page.stem: page for page in sorted((ROOT / "docs" / "frameworks").glob("*.md"))}
 NEEDED = {stem: sorted({block.needs for block in blocks(page)} - {""}) for stem, page in PAGES.items()}
@@ -60,3 +62,36 @@ def test_every_page_says_what_it_needs():
         "timm": ["timm"],
     }
     assert set(GIVEN) <= set(PAGES)
+
+
+@pytest.mark.parametrize("package", ["timm", "diffusers"])
+def test_the_classes_that_an_average_is_equivalent_to(package):
+    pytest.importorskip(package)
+    docstrings.average("EMA", docstrings.snippets(trainops.EMA)[0], of=package)
+
+
+def test_what_lightnings_classes_are_equivalent_to(tmp_path):
+    lightning = pytest.importorskip("lightning")
+    from trainops.integrations.lightning import ClipInStep, EMACallback
+
+    (clip,), (average,) = docstrings.snippets(ClipInStep), docstrings.snippets(EMACallback)
+    assert eval(clip, {"Trainer": lightning.Trainer}).gradient_clip_val == 1.0
+    assert isinstance(eval(average, {"lightning": lightning, "decay": 0.9}), lightning.Callback)
+
+
+def test_what_register_is_equivalent_to():
+    timm = pytest.importorskip("timm")
+    from timm.optim._optim_factory import default_registry
+
+    from trainops.integrations.timm import register
+
+    register()
+    ours = default_registry.get_optimizer_info("trainopsadamw")
+    (code,) = docstrings.snippets(register)
+    default_registry._optimizers.pop("trainopsadamw")
+    try:
+        eval(code, {"default_registry": default_registry, "timm": timm, "trainops": trainops})
+        theirs = default_registry.get_optimizer_info("trainopsadamw")
+    finally:
+        default_registry._optimizers["trainopsadamw"] = ours
+    assert (theirs.opt_class, theirs.has_betas) == (ours.opt_class, ours.has_betas) == (trainops.AdamW, True)
