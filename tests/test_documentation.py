@@ -2,6 +2,9 @@
 
 import ast
 import re
+import runpy
+import sys
+import types
 
 import pytest
 import torch
@@ -109,6 +112,70 @@ def test_nothing_is_loaded_from_the_network():
     for path in [*PAGES, *(ROOT / "docs").rglob("*.css"), *(ROOT / "docs").rglob("*.svg")]:
         text = path.read_text(encoding="utf-8").replace('xmlns="http://www.w3.org/2000/svg"', "")
         assert not re.search(r"(src=|url\(|@import|!\[[^]]*\]\()\s*[\"']?https?:", text), path
+
+
+def test_reasons_why_a_backend_is_missing_are_quoted_as_they_are_given():
+    """With what the program puts into them left out."""
+    page = (ROOT / "docs" / "backends.md").read_text(encoding="utf-8").partition("## Why is a backend missing?")[2]
+    folders = (("trainops", "*.py"), ("csrc/cuda", "*.c*"))
+    sources = [path.read_text() for folder, names in folders for path in (ROOT / folder).rglob(names)]
+    source = " ".join([*sources, (ROOT / "setup.py").read_text()]).replace("`", "")
+    quoted = re.findall(r"^\| `([^`]+)`", page, re.MULTILINE)
+    assert len(quoted) >= 10
+    assert [text for text in quoted if text not in source] == []
+
+
+DOCSTRING = """Move it, as :meth:`update` does.
+
+Equivalent to::
+
+    a = b   # c
+
+        d
+
+and so on.
+
+===========  ======
+one          two
+===========  ======
+``a``        b
+             goes on
+:func:`x.y`  z
+===========  ======
+
+Args:
+    a: see :class:`Other`.
+"""
+MARKDOWN = """Move it, as [`update`][trainops.EMA.update] does.
+
+Equivalent to:
+
+```python
+a = b   # c
+
+    d
+```
+
+and so on.
+
+
+| one | two |
+| --- | --- |
+| ``a`` | b goes on |
+| `x.y` | z |
+
+
+Args:
+    a: see `Other`.
+"""
+
+
+def test_docstrings_become_markdown(monkeypatch):
+    """The reference is made of them."""
+    fake = types.SimpleNamespace(Extension=object, Module=object, Object=object, Alias=object)
+    monkeypatch.setitem(sys.modules, "griffe", fake)
+    markdown = runpy.run_path(str(ROOT / "docs" / "tools" / "rst.py"))["markdown"]
+    assert markdown(DOCSTRING, lambda name: "trainops.EMA.update" if name == "update" else "") == MARKDOWN
 
 
 # Figures: one source for all.

@@ -51,8 +51,7 @@ def markdown(text: str, path: Any) -> str:
         target = path(name)
         return f"[`{name}`][{target}]" if target else f"`{name}`"
 
-    lines = ROLE.sub(link, text).split("\n")
-    return "\n".join(tables(blocks(lines)))
+    return ROLE.sub(link, "\n".join(tables(blocks(text.split("\n")))))
 
 
 def blocks(lines: list[str]) -> list[str]:
