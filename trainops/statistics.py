@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import reference_statistics as specification
 from .adapters import check, select
-from .plain import all_in_memory
+from .plain import all_in_memory, all_plain
 from .reference_statistics import BINS, COUNT, L1, M2, MAX, MEAN, MIN, NONFINITE, ROW, ZEROS
 from .tables import local, summed
 
@@ -204,7 +204,8 @@ def tensor_stats(
             raise TypeError(f"tensors[{i}] must be dense and of floating-point numbers, got {x.dtype}, {x.layout}")
     if not found:
         return TensorStats(torch.zeros(0, len(ROW), dtype=torch.float64), _no_histogram(histogram))
-    own = [local(summed(x)) for x in found]
+    are_plain = all_plain(found)
+    own = found if are_plain else [local(summed(x)) for x in found]
     parts: dict[torch.device, list[int]] = {}
     for i, x in enumerate(own):
         parts.setdefault(x.device, []).append(i)
@@ -214,7 +215,7 @@ def tensor_stats(
         rows, bins = select(backend, device, all_in_memory(part)).statistics(part, histogram)
         measured.append(TensorStats(rows, bins))
     stats = measured[0] if len(measured) == 1 else _in_order(measured, [i for x in parts.values() for i in x])
-    return _over_meshes(stats, found)
+    return stats if are_plain else _over_meshes(stats, found)
 
 
 def _no_histogram(histogram: bool) -> Tensor | None:

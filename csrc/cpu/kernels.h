@@ -14,12 +14,16 @@ namespace trainops::cpu {
 // The instruction set of the kernels, by the loader's rule (parallel.h).
 const char* instruction_set();
 
-// A statistic of each row of a column, and of all of them together as one vector.
+// The results of a statistic of each row of a column, one row after the other, and the first of all of them together
+// as one vector.
 struct Result {
   std::vector<double> rows;
   double total;
 };
 Result reduce(const std::string& statistic, const Table& table, const Chunks& chunks, int64_t column);
+
+// Adds the elements of each row to its kExponentBins counts (math/moments.h).
+void count_exponents(const Table& table, int64_t column, int64_t* counts);
 
 // The settings of each group of rows, as numbers in the order of the rule's names.
 struct GroupSettings {

@@ -47,6 +47,11 @@ double reduce(const PythonTable& table, const std::string& statistic, uintptr_t 
   return result.total;
 }
 
+void count_exponents(const PythonTable& table, uintptr_t counts) {
+  py::gil_scoped_release release;
+  cpu::count_exponents(table.table("reduce"), table.schema().measured, reinterpret_cast<int64_t*>(counts));
+}
+
 void scale(const PythonTable& table, double coefficient) {
   py::gil_scoped_release release;
   cpu::scale(table.table("transform"), coefficient);
@@ -163,6 +168,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("instruction_set", &cpu::instruction_set);
   m.def("threads", &threads);
   m.def("reduce", &reduce, py::arg("table"), py::kw_only(), py::arg("statistic"), py::arg("rows_out"));
+  m.def("count_exponents", &count_exponents, py::arg("table"), py::kw_only(), py::arg("counts"));
   m.def("scale", &scale, py::arg("table"), py::kw_only(), py::arg("coefficient"));
   m.def("clamp", &clamp, py::arg("table"), py::kw_only(), py::arg("bound"));
   m.def("ema", &ema, py::arg("table"), py::kw_only(), py::arg("decay"), py::arg("seed"));

@@ -5,6 +5,7 @@
 #include "../math/statistics.h"
 #include "convert.h"
 #include "kernels.h"
+#include "moments.h"
 
 namespace trainops::cpu {
 namespace {
@@ -62,9 +63,13 @@ TRAINOPS_HOST_DEVICE typename Statistic::State reduce_in(const S* values, int64_
 
 template <typename Isa, typename Statistic, typename S>
 TRAINOPS_HOST_DEVICE typename Statistic::State reduce_values(const S* values, int64_t size) {
-  const auto state = reduce_in<Isa, Statistic, Wide<S>>(values, size);
-  if (std::is_same_v<Wide<S>, double> || !Statistic::is_doubtful(state)) return state;
-  return reduce_in<Isa, Statistic, double>(values, size);
+  if constexpr (Statistic::has_packs) {
+    return moments_of_piece<Isa>(values, size);
+  } else {
+    const auto state = reduce_in<Isa, Statistic, Wide<S>>(values, size);
+    if (std::is_same_v<Wide<S>, double> || !Statistic::is_doubtful(state)) return state;
+    return reduce_in<Isa, Statistic, double>(values, size);
+  }
 }
 
 // One named function for each statistic and type, because only those can be compiled for several instruction sets.
@@ -106,8 +111,14 @@ Result reduce_table(const Table& table, const Chunks& chunks, int64_t column) {
     while (last < partial.size() && pieces[last].row == row) ++last;
     rows[row] = join_all<Statistic>(partial.data() + first, last - first);
   }
-  Result result{{}, Statistic::finish(join_all<Statistic>(rows.data(), rows.size()))};
-  for (const State& row : rows) result.rows.push_back(Statistic::finish(row));
+  double results[Statistic::results];
+  Result result;
+  for (const State& row : rows) {
+    Statistic::finish(row, results);
+    result.rows.insert(result.rows.end(), std::begin(results), std::end(results));
+  }
+  Statistic::finish(join_all<Statistic>(rows.data(), rows.size()), results);
+  result.total = results[0];
   return result;
 }
 
@@ -115,6 +126,20 @@ Result reduce_table(const Table& table, const Chunks& chunks, int64_t column) {
 
 Result reduce(const std::string& statistic, const Table& table, const Chunks& chunks, int64_t column) {
   return with_statistic(statistic, [&](auto its) { return reduce_table<decltype(its)>(table, chunks, column); });
+}
+
+void count_exponents(const Table& table, int64_t column, int64_t* counts) {
+  for_each_in_parallel(table.rows(), [&](int64_t row) {
+    const Cell& cell = table.cell(row, column);
+    with_type({cell}, [&](auto type) {
+      const auto* values = static_cast<const decltype(type)*>(cell.address);
+      int64_t* const own = counts + row * kExponentBins;
+      for (int64_t i = 0; i < table.numel(row); ++i) {
+        const int bin = exponent_bin(widen(values[i]));
+        if (bin >= 0) ++own[bin];
+      }
+    });
+  });
 }
 
 }  // namespace trainops::cpu

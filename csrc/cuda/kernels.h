@@ -60,16 +60,17 @@ struct ReduceCounters : Counters {
   unsigned rows[1];  // one for each row: its chunks that are done
 };
 
-// A statistic of each row of a column and of all of them, divided by `grad_scale`.
+// The results of a statistic (math/statistics.h) of each row of a column and of all of them, divided by `grad_scale`.
 struct ReduceArgs {
   DeviceTable table;
   int64_t column;
   const float* grad_scale;
   ReduceCounters* counters;
-  void* partials;  // room for a State of the statistic per chunk (math/statistics.h)
-  double* total;
-  void* total_out;  // the same, and the rows' results, as float or double
+  void* partials;   // room for a State of the statistic per chunk (math/statistics.h)
+  double* total;    // the first result
+  void* total_out;  // all results, and the rows', as float or double
   void* rows_out;
+  unsigned long long* histogram;  // or null; of Moments: kExponentBins counts for each row, to which are added
   bool out_is_double;
 };
 void reduce(const std::string& statistic, const ReduceArgs& args, const Queue& queue);

@@ -61,7 +61,7 @@ StagedTable stage(const PythonTable& table, const py::object& words, uintptr_t r
 }
 
 void reduce(const StagedTable& staged, const std::string& statistic, uintptr_t grad_scale, uintptr_t counters,
-            uintptr_t partials, uintptr_t total, uintptr_t total_out, uintptr_t rows_out) {
+            uintptr_t partials, uintptr_t total, uintptr_t total_out, uintptr_t rows_out, uintptr_t histogram) {
   cuda::ReduceArgs args{};
   args.table = staged.table;  // of any kind: the column that is measured
   args.column = staged.measured;
@@ -71,6 +71,7 @@ void reduce(const StagedTable& staged, const std::string& statistic, uintptr_t g
   args.total = at<double>(total);
   args.total_out = at<void>(total_out);
   args.rows_out = at<void>(rows_out);
+  args.histogram = at<unsigned long long>(histogram);
   args.out_is_double = staged.has_float64;
   cuda::reduce(statistic, args, staged.queue);
 }
@@ -139,7 +140,8 @@ PYBIND11_MODULE(_cuda, m) {
            py::arg("rows"), py::arg("chunks"), py::arg("chunk_count"), py::arg("all_chunks"), py::arg("stream"));
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   m.def("reduce", &reduce, Unlocked(), py::arg("staged"), py::kw_only(), py::arg("statistic"), py::arg("grad_scale"),
-        py::arg("counters"), py::arg("partials"), py::arg("total"), py::arg("total_out"), py::arg("rows_out"));
+        py::arg("counters"), py::arg("partials"), py::arg("total"), py::arg("total_out"), py::arg("rows_out"),
+        py::arg("histogram") = 0);
   m.def("scale", &scale, Unlocked(), py::arg("staged"), py::kw_only(), py::arg("coefficient"), py::arg("is_float64"),
         py::arg("counters"));
   m.def("clamp", &clamp, Unlocked(), py::arg("staged"), py::kw_only(), py::arg("bound"), py::arg("counters"));

@@ -76,16 +76,20 @@ struct Meeting {
   }
 };
 
-// A thread's runs, one for each place in a pack.
+// A thread's runs, one for each place in a pack; or one, if the statistic gathers packs.
 template <typename Statistic, typename T, typename Wide>
 struct Runs {
-  typename Statistic::template Run<Wide> at[kPack<T>] = {};
+  typename Statistic::template Run<Wide> at[Statistic::has_packs ? 1 : kPack<T>] = {};
 
   // Adds a pack, of which the first `count` elements exist. The others are zeros.
   __device__ void add(const T (&x)[kPack<T>], int count) {
+    if constexpr (Statistic::has_packs) {
+      at[0] = Statistic::join(at[0], Statistic::template gather<Wide>(x, count));
+    } else {
 #pragma unroll
-    for (int j = 0; j < kPack<T>; ++j) {
-      if (Statistic::ignores_zeros || j < count) at[j] = Statistic::add(at[j], static_cast<Wide>(x[j]));
+      for (int j = 0; j < kPack<T>; ++j) {
+        if (Statistic::ignores_zeros || j < count) at[j] = Statistic::add(at[j], static_cast<Wide>(x[j]));
+      }
     }
   }
 };
@@ -183,6 +187,35 @@ __device__ void write(void* out, bool is_double, int64_t i, double x) {
   }
 }
 
+// Writes the results of a state, those of the i-th row. Returns the first.
+template <typename Statistic>
+__device__ double write_results(const typename Statistic::State& state, double grad_scale, void* out, bool is_double,
+                                int64_t i) {
+  double results[Statistic::results];
+  Statistic::finish(state, results);
+#pragma unroll
+  for (int k = 0; k < Statistic::results; ++k) {
+    write(out, is_double, i * Statistic::results + k, results[k] / grad_scale);
+  }
+  return results[0] / grad_scale;
+}
+
+// Counts the exponents of a chunk, whose elements are still in a cache. Integers have no order.
+template <typename T>
+__device__ void count_exponents(const Cell& cell, const Chunk& chunk, unsigned long long* counts) {
+  __shared__ unsigned bins[kExponentBins];
+  for (int bin = threadIdx.x; bin < kExponentBins; bin += kThreads) bins[bin] = 0;
+  __syncthreads();
+  for (int64_t i = chunk.begin + threadIdx.x; i < chunk.end; i += kThreads) {
+    const int bin = exponent_bin(load<T, sizeof(T) == 8>(cell, i));
+    if (bin >= 0) atomicAdd(&bins[bin], 1u);
+  }
+  __syncthreads();
+  for (int bin = threadIdx.x; bin < kExponentBins; bin += kThreads) {
+    if (bins[bin] > 0) atomicAdd(&counts[bin], static_cast<unsigned long long>(bins[bin]));
+  }
+}
+
 // A row's state, once it is known, lies in the place of its first chunk's. Four blocks on a multiprocessor would have
 // too few registers on some cards; three still keep 48 KB of reads on their way.
 template <typename Statistic>
@@ -198,6 +231,13 @@ __global__ void __launch_bounds__(kThreads, 3) reduce_kernel(const __grid_consta
     State state = cell.dtype == DType::float64 ? state_of_chunk<Statistic, double>(cell, chunk, meeting)
                                                : state_of_chunk<Statistic, float>(cell, chunk, meeting);
     if (threadIdx.x == 0) partials[chunk.index()] = state;
+    if constexpr (Statistic::has_packs) {
+      if (args.histogram != nullptr) {
+        unsigned long long* const counts = args.histogram + chunk.row_index * kExponentBins;
+        cell.dtype == DType::float64 ? count_exponents<double>(cell, chunk, counts)
+                                     : count_exponents<float>(cell, chunk, counts);
+      }
+    }
 
     const int64_t count = (chunk.row.numel() + kChunkNumel - 1) / kChunkNumel;
     State* const of_row = partials + chunk.row.words[kFirstChunk];
@@ -207,16 +247,14 @@ __global__ void __launch_bounds__(kThreads, 3) reduce_kernel(const __grid_consta
       if (threadIdx.x == 0) *of_row = state;
     }
     if (threadIdx.x == 0) {
-      write(args.rows_out, args.out_is_double, chunk.row_index, Statistic::finish(state) / grad_scale);
+      write_results<Statistic>(state, grad_scale, args.rows_out, args.out_is_double, chunk.row_index);
     }
   }
   if (!is_last_block(args.counters)) return;
   const State total = meeting.join(join_partials<Statistic>(
       args.table.row_count, [&](int64_t row) { return partials + row_of(args.table, row).words[kFirstChunk]; }));
   if (threadIdx.x != 0) return;
-  const double result = Statistic::finish(total) / grad_scale;
-  *args.total = result;
-  write(args.total_out, args.out_is_double, 0, result);
+  *args.total = write_results<Statistic>(total, grad_scale, args.total_out, args.out_is_double, 0);
 }
 
 }  // namespace

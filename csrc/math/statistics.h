@@ -1,13 +1,14 @@
-// Statistics of tensors: the norms. A NaN stays.
+// Statistics of tensors: the norms, of which a NaN stays, and Moments (moments.h), which counts what is not finite.
 //
 // A statistic gathers elements in two steps. A Run<T> holds a few elements of a tensor. T is the type of their
 // arithmetic: float for float32 and 16 bits, so that no inner loop needs float64, which many GPUs do at 1/64 of the
 // rate. A State holds any number of elements: it is a double, or a struct of doubles and 64-bit integers.
 //
 // add() takes one element into a run, join() combines two runs or two states, widen() makes a state of a run, and
-// finish() returns the result of a state. Run<T>{} and State{} are the beginning: they change nothing that they are
-// joined with. If a statistic `ignores_zeros`, adding 0 changes no run: kernels then need not ask whether each
-// element exists.
+// finish() writes the `results` of a state. If a statistic `has_packs`, it has no add(): gather() makes a run of a
+// pack of elements, which can be looked at twice while they are in registers or in a cache. Run<T>{} and State{} are
+// the beginning: they change nothing that they are joined with. If a statistic `ignores_zeros`, adding 0 changes no
+// run: kernels then need not ask whether each element exists.
 //
 // A run in float rounds every sum, so kernels keep runs short, and join few of them in float. Its range is smaller
 // than that of a double, too: kernels ask whether what they joined of all of a chunk, a run or a state,
@@ -24,6 +25,7 @@
 #include <string>
 
 #include "host_device.h"
+#include "moments.h"
 
 namespace trainops {
 
@@ -37,7 +39,8 @@ struct Sum {
   using State = double;
   template <typename T>
   using Run = T;
-  static constexpr bool ignores_zeros = true;
+  static constexpr bool ignores_zeros = true, has_packs = false;
+  static constexpr int results = 1;
   template <typename T>
   TRAINOPS_HOST_DEVICE static T join(T a, T b) {
     return a + b;
@@ -55,7 +58,7 @@ struct L1Norm : Sum {
   TRAINOPS_HOST_DEVICE static bool is_doubtful(T sum) {
     return sum == T(INFINITY);
   }
-  TRAINOPS_HOST_DEVICE static double finish(State sum) { return sum; }
+  TRAINOPS_HOST_DEVICE static void finish(State sum, double (&out)[1]) { out[0] = sum; }
 };
 
 struct L2Norm : Sum {
@@ -69,14 +72,15 @@ struct L2Norm : Sum {
   TRAINOPS_HOST_DEVICE static bool is_doubtful(T sum) {
     return sum == T(INFINITY) || sum < T(0x1p-100);
   }
-  TRAINOPS_HOST_DEVICE static double finish(State sum) { return std::sqrt(sum); }
+  TRAINOPS_HOST_DEVICE static void finish(State sum, double (&out)[1]) { out[0] = std::sqrt(sum); }
 };
 
 struct InfNorm {
   using State = double;
   template <typename T>
   using Run = T;
-  static constexpr bool ignores_zeros = true;
+  static constexpr bool ignores_zeros = true, has_packs = false;
+  static constexpr int results = 1;
   template <typename T>
   TRAINOPS_HOST_DEVICE static T add(T largest, T x) {
     return join(largest, magnitude(x));
@@ -90,7 +94,7 @@ struct InfNorm {
   TRAINOPS_HOST_DEVICE static bool is_doubtful(T) {
     return false;
   }
-  TRAINOPS_HOST_DEVICE static double finish(State largest) { return largest; }
+  TRAINOPS_HOST_DEVICE static void finish(State largest, double (&out)[1]) { out[0] = largest; }
 };
 
 // Joins a power of 2 of runs in pairs, so that each is rounded only so often as the logarithm of their number.
@@ -105,7 +109,8 @@ TRAINOPS_HOST_DEVICE Run join_runs(const Run (&runs)[count]) {
 }
 
 // Expands macro(Statistic, name) for each.
-#define TRAINOPS_STATISTICS(macro) macro(L1Norm, "l1_norm") macro(L2Norm, "l2_norm") macro(InfNorm, "inf_norm")
+#define TRAINOPS_STATISTICS(macro) \
+  macro(L1Norm, "l1_norm") macro(L2Norm, "l2_norm") macro(InfNorm, "inf_norm") macro(Moments, "moments")
 
 // 64-bit words of a State.
 template <typename Statistic>

@@ -67,8 +67,9 @@ inline unsigned __ballot_sync(unsigned, bool value) {
   return votes;
 }
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
-inline unsigned atomicAdd(unsigned* address, unsigned value) {
-  const unsigned before = *address;
+template <typename T>
+T atomicAdd(T* address, T value) {
+  const T before = *address;
   *address += value;
   return before;
 }

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import core
-from ..reference_statistics import rows_of as statistics  # noqa: F401 (until there is a kernel)
+from ..reference_statistics import BINS, ROW
 from ..tables import staged_table
 from ._drop_path import operations as drop_path_operations
 from ._tables import ema_operations, step_operations
@@ -35,6 +35,18 @@ def reduce(statistic: str, tensors: Sequence[Tensor], unrounded: bool = False) -
         rows = _empty_rows(table)
         total = _cpu.reduce(table, statistic=statistic, rows_out=rows.data_ptr())
     return torch.tensor(total, dtype=rows.dtype, device="cpu"), rows
+
+
+def statistics(tensors: Sequence[Tensor], histogram: bool) -> tuple[Tensor, Tensor | None]:
+    """See :class:`trainops.adapters.interface.Kernels`."""
+    with staged_table("reduce", {"tensor": list(tensors)}, "cpu") as table:
+        table.has_float64 = True
+        rows = torch.empty(table.rows, len(ROW), dtype=torch.float64, device="cpu")
+        _cpu.reduce(table, statistic="moments", rows_out=rows.data_ptr())
+        bins = torch.zeros(table.rows, BINS, dtype=torch.int64, device="cpu") if histogram else None
+        if bins is not None:
+            _cpu.count_exponents(table, counts=bins.data_ptr())
+    return rows, bins
 
 
 def _empty_rows(table: Any) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import core
-from ..reference_statistics import rows_of as statistics  # noqa: F401 (until there is a kernel)
+from ..reference_statistics import BINS, ROW
 from ..tables import staged_table
 from ..uploads import Recent, uploaded
 from ._device import copy_back, device_guard, stage, step_settings, to_device
@@ -140,6 +140,26 @@ def reduce(statistic: str, tensors: Sequence[Tensor], unrounded: bool = False) -
     """See :class:`trainops.adapters.interface.Kernels`."""
     with _staged("reduce", tensors, unrounded) as (table, staged):
         return _reduce(table, staged, _scratch(staged, statistic), statistic)
+
+
+def statistics(tensors: Sequence[Tensor], histogram: bool) -> tuple[Tensor, Tensor | None]:
+    """See :class:`trainops.adapters.interface.Kernels`."""
+    with _staged("reduce", tensors, unrounded=True) as (table, staged):
+        device, scratch = staged.queue.device, _scratch(staged, "moments")
+        total, rows = (torch.empty(n, len(ROW), dtype=torch.float64, device=device) for n in (1, table.rows))
+        bins = torch.zeros(table.rows, BINS, dtype=torch.int64, device=device) if histogram else None
+        _cuda.reduce(
+            staged.table,
+            statistic="moments",
+            grad_scale=0,
+            counters=scratch.counters,
+            partials=scratch.partials,
+            total=scratch.norm,
+            total_out=total.data_ptr(),
+            rows_out=rows.data_ptr(),
+            histogram=core.address(bins),
+        )
+    return rows, bins
 
 
 def _reduce(
