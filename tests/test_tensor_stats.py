@@ -164,7 +164,9 @@ def test_two_ranks_equal_one_process(tmp_path):
 def test_to_dict_has_flat_names():
     stats = tensor_stats([torch.tensor([3.0, -4.0]), torch.zeros(2)])
     found = stats.to_dict(["a", "b"], "grad/")
-    assert found["grad/l2_norm/a"] == 5.0 and found["grad/amax/a"] == 4.0 and found["grad/zeros/b"] == 2.0
+    assert found["grad/l2_norm/a"] == 5.0
+    assert found["grad/amax/a"] == 4.0
+    assert found["grad/zeros/b"] == 2.0
     assert set(stats.to_dict()) == {f"{name}/{i}" for name in STATISTICS for i in range(2)}
     with pytest.raises(ValueError, match="1 names for 2 tensors"):
         stats.to_dict(["a"])
@@ -182,8 +184,11 @@ def test_bad_input():
     with pytest.raises(ValueError, match="unknown backend"):
         tensor_stats([torch.ones(2)], backend="gpu")
     nothing = tensor_stats([], True)
-    assert len(nothing) == 0 and nothing.total().numel.tolist() == [0] and nothing.to_dict() == {}
+    assert len(nothing) == 0
+    assert nothing.total().numel.tolist() == [0]
+    assert nothing.to_dict() == {}
 
 
 def test_dtypes_are_those_of_the_contract():
-    assert len(DTYPES) >= 4 and trainops.tensor_stats is tensor_stats
+    assert len(DTYPES) >= 4
+    assert trainops.tensor_stats is tensor_stats

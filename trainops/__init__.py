@@ -10,6 +10,7 @@ from .ema_schedule import DiffusersDecay, EMAPytorchDecay
 from .ema_update import ema_update_, get_ema_multi_avg_fn
 from .lr_finder import LRFinderResult, lr_finder
 from .sgd import SGD
+from .spike_guard import SpikeGuard
 from .statistics import TensorStats, tensor_stats
 from .stochastic_depth import StochasticDepth, stochastic_depth
 
@@ -24,6 +25,7 @@ __all__ = [
     "DropPathAdd",
     "EMAPytorchDecay",
     "LRFinderResult",
+    "SpikeGuard",
     "StochasticDepth",
     "TensorStats",
     "backends",

@@ -51,9 +51,9 @@ class Adam(WithMoments, _TorchAdam):
         amsgrad: use the largest second moment so far (arXiv:1904.09237).
         decoupled_weight_decay: decay as AdamW instead. One value for all groups.
         options: ``maximize``, ``foreach``, ``capturable``, ``differentiable`` and ``fused``, as in torch, and
-            ``max_grad_norm``, ``skip_nonfinite``, ``norm_group``, ``ema``, ``master``, ``state_dtype``,
-            ``stochastic_rounding``, ``seed`` and ``backend``, all as for :class:`trainops.AdamW`, which also lists
-            the attributes and errors.
+            ``max_grad_norm``, ``skip_nonfinite``, ``spike_guard``, ``norm_group``, ``ema``, ``master``,
+            ``state_dtype``, ``stochastic_rounding``, ``seed``, ``stats``, ``stats_every`` and ``backend``, all as for
+            :class:`trainops.AdamW`, which also lists the attributes and errors.
 
     Raises:
         ValueError: groups differ in ``decoupled_weight_decay``.

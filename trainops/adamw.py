@@ -10,6 +10,7 @@ from .adam import Betas, WithMoments
 from .ema import EMA
 from .optimizer import Params
 from .ranks import NormGroup
+from .spike_guard import SpikeGuard
 from .storage import StateDtype
 
 _TorchAdamW = torch.optim.AdamW  # the name may stand for another class later: `integrations.patch()`
@@ -57,6 +58,11 @@ class AdamW(WithMoments, _TorchAdamW):
         skip_nonfinite: leave everything bit for bit as it was when the norm of the gradients is infinite or NaN. A
             GradScaler's scale is dealt with as by ``max_grad_norm``. PyTorch's schedulers do not see that a step was
             skipped: compare ``skipped_steps``. On a CPU, a warning says so once.
+        spike_guard: leave out steps whose gradients' norm is a spike, as by ``skip_nonfinite``: a
+            :class:`trainops.SpikeGuard`, or the number of deviations from the running mean of log-norms at which one
+            begins (6.0 is a good start). It is judged on the device, by the norm of unscaled gradients before
+            clipping, and the same on all ranks; CUDA graphs may capture it. What it has learned is saved in
+            ``param_groups[0]["trainops"]``. An attribute; may be changed between steps.
         norm_group: the process group over which the norm is taken, or its name (``"world"``: the default one), where
             each of its ranks has other parameters: FSDP1, ZeroRedundancyOptimizer (give it a name: it copies its
             arguments), stages of a pipeline. Plain parameters are then each rank's own, and DTensors are, too, whose
@@ -92,8 +98,8 @@ class AdamW(WithMoments, _TorchAdamW):
 
     Attributes:
         grad_norm: norm of all gradients before clipping, divided by a GradScaler's scale; 0-dim, on the device of
-            the first parameter. None until a step measures it (``max_grad_norm`` or ``skip_nonfinite``); 0.0 where
-            no parameter has a gradient.
+            the first parameter. None until a step measures it (``max_grad_norm``, ``skip_nonfinite`` or
+            ``spike_guard``); 0.0 where no parameter has a gradient.
         grad_norms: the same for each parameter that had a gradient, 1-D, in group order.
         skipped_steps: how many steps ``step()`` has skipped; 0-dim int64, on the device of the first parameter. (With
             PyTorch's arguments alone, a GradScaler leaves out the call.)
@@ -125,6 +131,7 @@ class AdamW(WithMoments, _TorchAdamW):
         fused: bool | None = None,
         max_grad_norm: float | Tensor | None = None,
         skip_nonfinite: bool = False,
+        spike_guard: SpikeGuard | float | None = None,
         norm_group: NormGroup = None,
         ema: EMA | Sequence[EMA] | None = None,
         master: Literal["split", "float32"] | None = None,
@@ -154,6 +161,7 @@ class AdamW(WithMoments, _TorchAdamW):
             **torchs,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
+            spike_guard=spike_guard,
             norm_group=norm_group,
             ema=ema,
             master=master,

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .spike_guard import SpikeGuard
+
 
 class UnscalesInStep(torch.optim.Optimizer):
     """An optimizer whose settings say whether ``step()`` unscales.
@@ -20,11 +22,12 @@ class UnscalesInStep(torch.optim.Optimizer):
 
     max_grad_norm: float | Tensor | None
     skip_nonfinite: bool
+    _spike_guard: SpikeGuard | None
     _unscaling_by_hand: bool | None = None
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether ``step()`` unscales: with ``fused``, ``max_grad_norm`` or ``skip_nonfinite``."""
+        """Whether ``step()`` unscales: with ``fused`` or a setting that measures the norm."""
         if self._unscaling_by_hand is not None:
             return self._unscaling_by_hand
         return not self.defaults["differentiable"] and (bool(self.defaults["fused"]) or self._measures)
@@ -35,7 +38,7 @@ class UnscalesInStep(torch.optim.Optimizer):
 
     @property
     def _measures(self) -> bool:
-        return self.max_grad_norm is not None or self.skip_nonfinite
+        return self.max_grad_norm is not None or self.skip_nonfinite or self._spike_guard is not None
 
     def _unscale_as_fused(self) -> None:
         """After a step that unscaled: leave unscaled gradients behind where PyTorch's fused step would."""

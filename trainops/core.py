@@ -65,6 +65,8 @@ available = _core is not None
 reader: Any = None
 further_averages: list[Column] = []  # of a step with more than one average, behind the rule's state
 step_columns: dict[str, int] = {}  # the places of the columns of every rule, by name; those of its state follow
+GUARD: list[str] = []  # the numbers of a guard against spikes, in the order of memory
+LEAST_DEVIATION = 0.0  # of a guard
 RAISE_FLAG = 0  # the address of a function of C that takes a flag's
 schemas: dict[str, Schema] = {}  # by the kind of table: a rule's name, ``ema``, ``reduce`` or ``transform``
 
@@ -84,6 +86,7 @@ if available:
     further_averages = _columns(_core.FURTHER_AVERAGES)
     step_columns = _core.STEP_COLUMNS
     RAISE_FLAG = _core.RAISE_FLAG
+    GUARD, LEAST_DEVIATION = _core.GUARD, _core.LEAST_DEVIATION
     reader = _core.TensorReader()
     reader.configure(
         api=getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),

@@ -18,6 +18,7 @@ from .ranks import NormGroup
 from .reference import clip_coefficient
 from .rows import complete_state
 from .seeds import HasSeed, check_bfloat16, checked_seed
+from .spike_guard import SpikeGuard, as_guard
 from .step import TakesFusedSteps, checked_norm, setting
 from .storage import StateDtype, check_is_real, check_master, check_masters, check_state_dtype, wants_master
 from .uploads import prepare_capture
@@ -38,6 +39,7 @@ class FusedOptimizer(HasOwnSettings, TakesFusedSteps, HasSeed):
     own_attributes = (
         "_max_grad_norm",
         "skip_nonfinite",
+        "_spike_guard",
         "_norm_group",
         "_averages",
         "master",
@@ -55,7 +57,7 @@ class FusedOptimizer(HasOwnSettings, TakesFusedSteps, HasSeed):
         self = super().__new__(cls)
         self._max_grad_norm = None
         self.skip_nonfinite = self.stochastic_rounding = False
-        self._norm_group = self._repeatable = None
+        self._norm_group = self._repeatable = self._spike_guard = None
         self._averages = ()
         self.master = self.state_dtype = self.backend = None
         self.grad_norm = self.grad_norms = None
@@ -67,6 +69,7 @@ class FusedOptimizer(HasOwnSettings, TakesFusedSteps, HasSeed):
         *args: Any,
         max_grad_norm: float | Tensor | None = None,
         skip_nonfinite: bool = False,
+        spike_guard: SpikeGuard | float | None = None,
         norm_group: NormGroup = None,
         ema: EMA | Sequence[EMA] | None = None,
         master: str | None = None,
@@ -78,12 +81,14 @@ class FusedOptimizer(HasOwnSettings, TakesFusedSteps, HasSeed):
     ) -> None:
         own: dict[str, Any] = {"max_grad_norm": max_grad_norm, "skip_nonfinite": skip_nonfinite or None, "ema": ema}
         own |= {"master": master, "state_dtype": state_dtype, "norm_group": norm_group}
+        own |= {"spike_guard": spike_guard}
         own |= {"stochastic_rounding": stochastic_rounding or None, "seed": seed}
         if options.get("differentiable") and any(x is not None for x in own.values()):
             raise ValueError(f"differentiable=True runs PyTorch's own step, without {', '.join(own)}")
         if not isinstance(skip_nonfinite, bool):
             raise TypeError(f"skip_nonfinite must be True or False, got {skip_nonfinite!r:.60}")
         check(backend)
+        as_guard(spike_guard)
         check_master(master)
         check_state_dtype(state_dtype)
         checked = checked_seed(seed, stochastic_rounding)
@@ -98,6 +103,7 @@ class FusedOptimizer(HasOwnSettings, TakesFusedSteps, HasSeed):
         self._unscaling_by_hand = None  # what PyTorch's constructor has set for fused=True
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
+        self.spike_guard = spike_guard
         self.backend = backend
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self._device())
         self.ema = ema  # last: it is taken from the optimizer that has it

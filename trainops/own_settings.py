@@ -9,6 +9,7 @@ import torch
 OWN_SETTINGS = (
     "max_grad_norm",
     "skip_nonfinite",
+    "spike_guard",
     "norm_group",
     "ema",
     "master",

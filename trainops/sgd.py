@@ -25,8 +25,9 @@ class SGD(FusedOptimizer, _TorchSGD):
         weight_decay: factor of the L2 penalty: ``weight_decay * param`` is added to the gradient after clipping.
         nesterov: look ahead (https://proceedings.mlr.press/v28/sutskever13.html).
         options: ``maximize``, ``foreach``, ``differentiable`` and ``fused``, as in torch, and ``max_grad_norm``,
-            ``skip_nonfinite``, ``norm_group``, ``ema``, ``master``, ``state_dtype``, ``stochastic_rounding``,
-            ``seed`` and ``backend``, all as for :class:`trainops.AdamW`, which also lists the attributes and errors.
+            ``skip_nonfinite``, ``spike_guard``, ``norm_group``, ``ema``, ``master``, ``state_dtype``,
+            ``stochastic_rounding``, ``seed``, ``stats``, ``stats_every`` and ``backend``, all as for
+            :class:`trainops.AdamW`, which also lists the attributes and errors.
     """
 
     rule = "sgd"

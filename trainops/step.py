@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import advice
-from .adapters import Group, Rounding, StepControl, StepResult, select
+from .adapters import Group, Rounding, StepControl, StepResult, judge, select
 from .adapters.interface import AVERAGES
 from .averages import StepAverages
 from .ema import EMA
@@ -17,12 +17,13 @@ from .loading import LoadsState
 from .masters import KeepsMasters
 from .plain import all_in_memory
 from .rows import by_device, gather
+from .spike_guard import HasSpikeGuard
 from .storage import MASTER
 from .tables import count_writes, have_common_memory
 from .torch_step import KnowsTorchStep
 
 
-class TakesFusedSteps(KnowsTorchStep, TakesJointNorm, LoadsState, KeepsMasters):
+class TakesFusedSteps(KnowsTorchStep, TakesJointNorm, LoadsState, KeepsMasters, HasSpikeGuard):
     """An optimizer whose step also unscales, clips, skips and averages.
 
     A subclass names its ``rule`` (``csrc/math/<rule>.h``, ``trainops.reference.<rule>_``), the state and the settings
@@ -63,8 +64,8 @@ class TakesFusedSteps(KnowsTorchStep, TakesJointNorm, LoadsState, KeepsMasters):
         Raises:
             RuntimeError: a gradient is sparse, or another optimizer updates the same ``ema``.
             ValueError: the model no longer matches its ``ema``; or ``total_norm`` has more than one number, comes
-                with a closure, which computes other gradients, or is of no use without ``max_grad_norm`` and
-                ``skip_nonfinite``.
+                with a closure, which computes other gradients, or is of no use without ``max_grad_norm``,
+                ``skip_nonfinite`` and ``spike_guard``.
         """
         if total_norm is not None:
             self._check_total_norm(total_norm, closure)
@@ -89,7 +90,7 @@ class TakesFusedSteps(KnowsTorchStep, TakesJointNorm, LoadsState, KeepsMasters):
         if (not isinstance(total_norm, Tensor) or total_norm.device.type == "cpu") and float(total_norm) < 0.0:
             raise ValueError(f"total_norm must not be negative, got {float(total_norm)}")
         if not self._measures:
-            raise ValueError("total_norm is of no use without max_grad_norm or skip_nonfinite")
+            raise ValueError("total_norm is of no use without max_grad_norm, skip_nonfinite or spike_guard")
 
     def _update(
         self, averages: StepAverages, total_norm: float | Tensor | None
@@ -109,6 +110,7 @@ class TakesFusedSteps(KnowsTorchStep, TakesJointNorm, LoadsState, KeepsMasters):
             self._from_scaler("found_inf"),
             skipped_steps=self.skipped_steps,
             seeds=rounding.seeds,
+            guard=self._guard_on(device),
         )
         known = None if total_norm is None else known_norm(control, total_norm, device)
         control = control if known is None else known.control
@@ -171,6 +173,8 @@ class TakesFusedSteps(KnowsTorchStep, TakesJointNorm, LoadsState, KeepsMasters):
             joint = self._joint_norm(control, {id(param): grad for param, grad in grads})
             control = joint.control
         result = self._empty_step(control) if not groups else StepResult()
+        if groups and len(parts) > 1:
+            control = self._judged(control)
         for device, part in parts.items():
             columns = [column for group in part for column in group.columns.values()]
             in_memory = all_in_memory(x for column in columns for x in column if x is not None)
@@ -178,6 +182,15 @@ class TakesFusedSteps(KnowsTorchStep, TakesJointNorm, LoadsState, KeepsMasters):
             result = kernels.update(self.rule, part, control, ema_decays)
             control = replace(control, skipped_steps=None)  # counted
         return result if joint is None else joint.result(result)
+
+    def _judged(self, control: StepControl) -> StepControl:
+        """The control of a step on several devices, which the guard has judged for all of them."""
+        if control.guard is None or control.total_norm is None:
+            return control
+        found = None if control.found_inf is None else control.found_inf.to(control.guard.device) != 0
+        spike = judge(control.guard, control.total_norm, found)
+        found = spike if found is None else spike | found
+        return replace(control, guard=None, found_inf=found.to(torch.float32))
 
     def _empty_step(self, control: StepControl) -> StepResult:
         """The norm of no gradients is 0, as in torch; a step that a GradScaler wants skipped counts all the same.
@@ -189,6 +202,9 @@ class TakesFusedSteps(KnowsTorchStep, TakesJointNorm, LoadsState, KeepsMasters):
         if control.skip_nonfinite and control.total_norm is not None:
             non_finite = ~torch.isfinite(control.total_norm.to(device))
             skipped = non_finite if skipped is None else non_finite | skipped
+        if control.guard is not None and control.total_norm is not None:
+            spike = judge(control.guard, control.total_norm, skipped)
+            skipped = spike if skipped is None else spike | skipped
         if skipped is not None:
             self.skipped_steps.add_(skipped)
         total_norm, norms = (torch.zeros(shape, dtype=torch.float32, device=device) for shape in ((), 0))

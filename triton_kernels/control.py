@@ -1,7 +1,9 @@
 """Clipping, unscaling and skipping, the same for every rule (``csrc/math/control.h``), and the settings of a step.
 
 coefficient = min(1, max_norm / (norm + 1e-6)) / grad_scale
-skips       = found_inf, or skip_nonfinite and a norm that is infinite or NaN
+skips       = found_inf, or skip_nonfinite and a norm that is infinite or NaN, or a guard's verdict
+
+The guard: ``csrc/math/guard.h``.
 """
 
 import triton
@@ -48,3 +50,35 @@ def decide(settings, norm, inverse_scale, found_inf, CLIP: tl.constexpr, SKIP_NO
     if SKIP_NONFINITE:
         skipped = skipped | (norm != norm) | (tl.abs(norm) == float("inf"))
     return factor, skipped
+
+
+MEAN, VARIANCE, COUNT, SPIKES, VERDICT, LARGEST, DEVIATIONS, DECAY, WARMUP, PATIENCE = (
+    tl.constexpr(i) for i in range(len(core.GUARD))
+)
+LEAST_DEVIATION = tl.constexpr(core.LEAST_DEVIATION)
+
+
+@triton.jit
+def judge(guard, norm, skipped):
+    """Whether a step is a spike, by the numbers of a guard, which are updated. ``skipped``: others skip the step."""
+    mean, variance = tl.load(guard + MEAN), tl.load(guard + VARIANCE)
+    count, spikes = tl.load(guard + COUNT), tl.load(guard + SPIKES)
+    finite = (norm - norm) == 0.0
+    seen = finite & (norm > 0.0)
+    d = tl.log(tl.where(seen, norm, 1.0)) - mean
+    deviation = tl.sqrt(variance)
+    limit = tl.load(guard + DEVIATIONS) * tl.where(deviation > LEAST_DEVIATION, deviation, LEAST_DEVIATION)
+    is_far = seen & (count >= tl.load(guard + WARMUP)) & (d > limit)
+    spike = (finite == 0) | (norm > tl.load(guard + LARGEST)) | is_far
+    forgets = seen & spike & (spikes + 1.0 >= tl.load(guard + PATIENCE))
+    learns = seen & (spike == 0) & (skipped == 0)
+    slow, first = 1.0 - tl.load(guard + DECAY), 1.0 / (count + 1.0)
+    rate = tl.where(slow > first, slow, first)
+    tl.debug_barrier()  # all threads load the numbers, and one stores
+    kept, further = tl.where(forgets, 0.0, 1.0), tl.where(seen & spike, spikes + 1.0, spikes)
+    tl.store(guard + MEAN, tl.where(learns, mean + rate * d, mean * kept))
+    tl.store(guard + VARIANCE, tl.where(learns, (1.0 - rate) * (variance + rate * d * d), variance * kept))
+    tl.store(guard + COUNT, tl.where(learns, count + 1.0, count * kept))
+    tl.store(guard + SPIKES, tl.where(learns, 0.0, further * kept))
+    tl.store(guard + VERDICT, tl.where(spike, 1.0, 0.0))
+    return spike

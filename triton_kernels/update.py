@@ -16,7 +16,7 @@ import triton.language as tl
 from trainops import core
 
 from ._common import ADDRESSES, AVERAGE_PLACE, FIRST_PLACE, GROUP, NUMEL, chunk_of, end_of_body
-from .control import EMA_DECAY, EMA_SEED, GROUPS, SEED, decide
+from .control import EMA_DECAY, EMA_SEED, GROUPS, SEED, decide, judge
 from .ema import move
 from .random import random_of, random_of_param
 from .reduce import chunks_of_row, result_of
@@ -40,6 +40,7 @@ def plan(
     grad_scale,
     found_inf,
     known_norm,
+    guard,
     total_norm,
     norms,
     coefficient,
@@ -58,7 +59,8 @@ def plan(
     """Program 0 decides the coefficient and whether to skip; program i finds the scalars of row i - 1.
 
     ``partials`` (with ``total_norm`` and ``norms``, which are written), ``known_norm``, ``grad_scale``,
-    ``found_inf``, ``skip`` and ``skipped_steps`` may each be None. ``norms`` are those of the unscaled gradients.
+    ``found_inf``, ``guard``, ``skip`` and ``skipped_steps`` may each be None. ``norms`` are those of the unscaled
+    gradients.
     """
     row = tl.program_id(0).to(tl.int64) - 1
     inverse_scale = 1.0
@@ -72,6 +74,8 @@ def plan(
         elif known_norm is not None:
             norm = tl.load(known_norm).to(tl.float64)
         factor, skipped = decide(settings, norm, inverse_scale, found_inf, CLIP, SKIP_NONFINITE)
+        if guard is not None:
+            skipped = skipped | judge(guard, norm, skipped)
         tl.store(coefficient, factor)
         if skip is not None:
             tl.store(skip, skipped)

@@ -1,6 +1,7 @@
 // The Python module trainops._core: builds the tables of all compiled backends and of Triton. It has no kernel.
 #include <cstdlib>
 
+#include "../math/guard.h"
 #include "../math/storage.h"
 #include "device_words.h"
 #include "graph_flags.h"
@@ -97,6 +98,7 @@ bool are_small(const TensorReader& reader, const py::object& branch, const py::o
 }
 
 #define TRAINOPS_WORD(id, name, ...) {name, static_cast<int>(id)},
+#define TRAINOPS_QUOTED(name) #name,
 
 void define_schemas(py::module_& m) {
   py::class_<Column>(m, "Column")
@@ -119,6 +121,8 @@ void define_schemas(py::module_& m) {
       {"step", {TRAINOPS_STEP_WORDS(TRAINOPS_WORD)}},    {"setting", {TRAINOPS_SETTING_WORDS(TRAINOPS_WORD)}},
       {"form", {TRAINOPS_SETTING_FORMS(TRAINOPS_WORD)}},
   };
+  m.attr("GUARD") = std::vector<std::string>{TRAINOPS_GUARD(TRAINOPS_QUOTED)};
+  m.attr("LEAST_DEVIATION") = kLeastDeviation;
 }
 
 }  // namespace

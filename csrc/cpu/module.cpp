@@ -71,7 +71,7 @@ void ema(const PythonTable& table, double decay, uint32_t seed) {
 std::tuple<double, bool> update(const PythonTable& table, const std::vector<std::vector<double>>& settings,
                                 std::optional<double> max_norm, bool skip_nonfinite, double grad_scale,
                                 bool found_inf, std::optional<double> total_norm, std::vector<double> ema_decays,
-                                const Seeds& seeds, uintptr_t norms_out) {
+                                const Seeds& seeds, uintptr_t norms_out, uintptr_t guard_address) {
   if (settings.size() != table.group_rows().size()) throw py::value_error("there is another number of groups");
   for (const auto& group : settings) {
     if (group.size() != table.schema().settings.size())
@@ -91,7 +91,11 @@ std::tuple<double, bool> update(const PythonTable& table, const std::vector<std:
   control.clips = max_norm.has_value();
   control.skip_nonfinite = skip_nonfinite;
   control.max_norm = max_norm.value_or(0.0);
-  const Decision decision = decide(control, norm, grad_scale, found_inf);
+  Decision decision = decide(control, norm, grad_scale, found_inf);
+  if (auto* const guard = reinterpret_cast<Guard*>(guard_address)) {
+    *guard = judged(*guard, norm, decision.skips);
+    decision.skips |= guard->verdict != 0.0;
+  }
   if (!decision.skips) {
     const cpu::GroupSettings groups{table.group_rows(), settings};
     cpu::update(table.schema().name, table.table(), chunks, groups, decision.coefficient, ema_decays, seeds);
@@ -174,7 +178,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("ema", &ema, py::arg("table"), py::kw_only(), py::arg("decay"), py::arg("seed"));
   m.def("update", &update, py::arg("table"), py::kw_only(), py::arg("settings"), py::arg("max_norm"),
         py::arg("skip_nonfinite"), py::arg("grad_scale"), py::arg("found_inf"), py::arg("total_norm"),
-        py::arg("ema_decays"), py::arg("seeds"), py::arg("norms_out"));
+        py::arg("ema_decays"), py::arg("seeds"), py::arg("norms_out"), py::arg("guard"));
   m.def("drop_path", &cpu::drop_path, py::arg("operands"), py::call_guard<py::gil_scoped_release>());
   m.def("drop_path_backward", &cpu::drop_path_backward, py::arg("operands"),
         py::call_guard<py::gil_scoped_release>());

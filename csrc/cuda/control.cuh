@@ -25,7 +25,10 @@ __device__ inline Decision decide_step(const UpdateArgs& args, const int64_t* wo
   control.max_norm = setting(words + kMaxNorm);
   const double norm = args.norm == nullptr ? 0.0 : *args.norm;
   const double grad_scale = args.grad_scale == nullptr ? 1.0 : *args.grad_scale;
-  return decide(control, norm, grad_scale, args.found_inf != nullptr && *args.found_inf != 0.0f);
+  const bool found_inf = args.found_inf != nullptr && *args.found_inf != 0.0f;
+  Decision decision = decide(control, norm, grad_scale, found_inf);
+  decision.skips |= args.guard != nullptr && args.guard->verdict != 0.0;
+  return decision;
 }
 
 template <typename Rule>
@@ -59,14 +62,18 @@ __device__ inline void advance_steps(const DeviceTable& table) {
   }
 }
 
-// Ends a step: the last block advances the step counts and stores whether the step was skipped.
-__device__ inline void finish_step(const UpdateArgs& args, bool skips) {
+// Ends a step that was taken: the last block advances the step counts.
+__device__ inline void finish_step(const UpdateArgs& args) {
   if (!is_last_block(args.counters)) return;
-  if (!skips) advance_steps(args.table);
-  if (threadIdx.x == 0) {
-    if (args.skip != nullptr) *args.skip = skips;
-    if (args.skipped_steps != nullptr && skips) *args.skipped_steps += 1;
-  }
+  advance_steps(args.table);
+  if (threadIdx.x == 0 && args.skip != nullptr) *args.skip = false;
+}
+
+// Ends a step that is skipped. Nobody waits: no block has written what another one reads.
+__device__ inline void skip_step(const UpdateArgs& args) {
+  if (blockIdx.x != 0 || threadIdx.x != 0) return;
+  if (args.skip != nullptr) *args.skip = true;
+  if (args.skipped_steps != nullptr) *args.skipped_steps += 1;
 }
 
 }  // namespace trainops::cuda

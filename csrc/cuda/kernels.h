@@ -11,6 +11,7 @@
 #include "../core/schema.h"
 #include "../core/table.h"
 #include "../math/control.h"
+#include "../math/guard.h"
 
 // The type of device that these kernels run on, as DLPack numbers them. (Tests run them on the CPU.)
 #ifndef TRAINOPS_DEVICE_TYPE
@@ -72,8 +73,18 @@ struct ReduceArgs {
   void* rows_out;
   unsigned long long* histogram;  // or null; of Moments: kExponentBins counts for each row, to which are added
   bool out_is_double;
+  Guard* guard;  // or null; of L2Norm: judges the step, which `found_inf` may skip
+  const float* found_inf;
 };
 void reduce(const std::string& statistic, const ReduceArgs& args, const Queue& queue);
+
+// Judges a step whose norm is known already.
+struct JudgeArgs {
+  Guard* guard;
+  const double* norm;
+  const float* found_inf;  // or null
+};
+void judge(const JudgeArgs& args, const Queue& queue);
 
 // Multiplies by a float or double that lies on the device; 1 leaves the tensors unread.
 void scale(const DeviceTable& table, const Cell& coefficient, Counters* counters, const Queue& queue);
@@ -96,6 +107,7 @@ struct UpdateArgs {
   const float* grad_scale;
   const float* found_inf;
   bool clips, skip_nonfinite;
+  const Guard* guard;      // which has judged the step
   bool* skip;              // written: whether the step was skipped
   int64_t* skipped_steps;  // incremented if the step is skipped
   Counters* counters;

@@ -61,7 +61,8 @@ StagedTable stage(const PythonTable& table, const py::object& words, uintptr_t r
 }
 
 void reduce(const StagedTable& staged, const std::string& statistic, uintptr_t grad_scale, uintptr_t counters,
-            uintptr_t partials, uintptr_t total, uintptr_t total_out, uintptr_t rows_out, uintptr_t histogram) {
+            uintptr_t partials, uintptr_t total, uintptr_t total_out, uintptr_t rows_out, uintptr_t histogram,
+            uintptr_t guard, uintptr_t found_inf) {
   cuda::ReduceArgs args{};
   args.table = staged.table;  // of any kind: the column that is measured
   args.column = staged.measured;
@@ -73,7 +74,13 @@ void reduce(const StagedTable& staged, const std::string& statistic, uintptr_t g
   args.rows_out = at<void>(rows_out);
   args.histogram = at<unsigned long long>(histogram);
   args.out_is_double = staged.has_float64;
+  args.guard = at<Guard>(guard);
+  args.found_inf = at<const float>(found_inf);
   cuda::reduce(statistic, args, staged.queue);
+}
+
+void judge(const StagedTable& staged, uintptr_t guard, uintptr_t norm, uintptr_t found_inf) {
+  cuda::judge({at<Guard>(guard), at<const double>(norm), at<const float>(found_inf)}, staged.queue);
 }
 
 void scale(const StagedTable& staged, uintptr_t coefficient, bool is_float64, uintptr_t counters) {
@@ -91,8 +98,8 @@ void ema(const StagedTable& staged, double decay, uint32_t seed, uintptr_t skip,
 
 // `words`: bytes passed as kernel arguments, or the device address of a longer list.
 void update(const StagedTable& staged, const py::object& words, uintptr_t norm, uintptr_t grad_scale,
-            uintptr_t found_inf, bool clips, bool skip_nonfinite, uintptr_t skip, uintptr_t skipped_steps,
-            uintptr_t counters) {
+            uintptr_t found_inf, bool clips, bool skip_nonfinite, uintptr_t guard, uintptr_t skip,
+            uintptr_t skipped_steps, uintptr_t counters) {
   cuda::UpdateArgs args{};
   args.table = staged.table;
   if (py::isinstance<py::bytes>(words)) {
@@ -107,6 +114,7 @@ void update(const StagedTable& staged, const py::object& words, uintptr_t norm, 
   args.found_inf = at<const float>(found_inf);
   args.clips = clips;
   args.skip_nonfinite = skip_nonfinite;
+  args.guard = at<const Guard>(guard);
   args.skip = at<bool>(skip);
   args.skipped_steps = at<int64_t>(skipped_steps);
   args.counters = at<cuda::Counters>(counters);
@@ -141,15 +149,17 @@ PYBIND11_MODULE(_cuda, m) {
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   m.def("reduce", &reduce, Unlocked(), py::arg("staged"), py::kw_only(), py::arg("statistic"), py::arg("grad_scale"),
         py::arg("counters"), py::arg("partials"), py::arg("total"), py::arg("total_out"), py::arg("rows_out"),
-        py::arg("histogram") = 0);
+        py::arg("histogram") = 0, py::arg("guard") = 0, py::arg("found_inf") = 0);
+  m.def("judge", &judge, Unlocked(), py::arg("staged"), py::kw_only(), py::arg("guard"), py::arg("norm"),
+        py::arg("found_inf"));
   m.def("scale", &scale, Unlocked(), py::arg("staged"), py::kw_only(), py::arg("coefficient"), py::arg("is_float64"),
         py::arg("counters"));
   m.def("clamp", &clamp, Unlocked(), py::arg("staged"), py::kw_only(), py::arg("bound"), py::arg("counters"));
   m.def("ema", &ema, Unlocked(), py::arg("staged"), py::kw_only(), py::arg("decay"), py::arg("seed"), py::arg("skip"),
         py::arg("counters"));
   m.def("update", &update, py::arg("staged"), py::kw_only(), py::arg("words"), py::arg("norm"), py::arg("grad_scale"),
-        py::arg("found_inf"), py::arg("clips"), py::arg("skip_nonfinite"), py::arg("skip"), py::arg("skipped_steps"),
-        py::arg("counters"));
+        py::arg("found_inf"), py::arg("clips"), py::arg("skip_nonfinite"), py::arg("guard"), py::arg("skip"),
+        py::arg("skipped_steps"), py::arg("counters"));
   m.def("drop_path", &drop_path, Unlocked(), py::arg("operands"), py::kw_only(), py::arg("stream"));
   m.def("drop_path_backward", &drop_path_backward, Unlocked(), py::arg("operands"), py::kw_only(),
         py::arg("partials"), py::arg("stream"));

@@ -187,6 +187,8 @@ __device__ void write(void* out, bool is_double, int64_t i, double x) {
   }
 }
 
+__device__ bool is_set(const float* flag) { return flag != nullptr && *flag != 0.0f; }
+
 // Writes the results of a state, those of the i-th row. Returns the first.
 template <typename Statistic>
 __device__ double write_results(const typename Statistic::State& state, double grad_scale, void* out, bool is_double,
@@ -254,7 +256,15 @@ __global__ void __launch_bounds__(kThreads, 3) reduce_kernel(const __grid_consta
   const State total = meeting.join(join_partials<Statistic>(
       args.table.row_count, [&](int64_t row) { return partials + row_of(args.table, row).words[kFirstChunk]; }));
   if (threadIdx.x != 0) return;
-  *args.total = write_results<Statistic>(total, grad_scale, args.total_out, args.out_is_double, 0);
+  const double result = write_results<Statistic>(total, grad_scale, args.total_out, args.out_is_double, 0);
+  *args.total = result;
+  if constexpr (std::is_same_v<Statistic, L2Norm>) {
+    if (args.guard != nullptr) *args.guard = judged(*args.guard, result, is_set(args.found_inf));
+  }
+}
+
+__global__ void judge_kernel(const __grid_constant__ JudgeArgs args) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) *args.guard = judged(*args.guard, *args.norm, is_set(args.found_inf));
 }
 
 }  // namespace
@@ -264,5 +274,7 @@ void reduce(const std::string& statistic, const ReduceArgs& args, const Queue& q
     launch(reduce_kernel<decltype(its)>, statistic.c_str(), args.table.chunk_count, queue, args);
   });
 }
+
+void judge(const JudgeArgs& args, const Queue& queue) { launch(judge_kernel, "judge", 1, queue, args); }
 
 }  // namespace trainops::cuda

@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_consta
   __shared__ SharedDecay ema_decays[kMaxAverages];
   const int64_t* const words = args.words == nullptr ? args.inline_words : args.words;
   const Decision decision = decide_step(args, words);
-  if (decision.skips) return finish_step(args, true);
+  if (decision.skips) return skip_step(args);
   if (threadIdx.x < kMaxAverages) {
     const int i = threadIdx.x;
     ema_decays[i].set(real(words[kEMADecay + i]), static_cast<uint32_t>(words[kEMASeed + i]));
@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_consta
     __syncthreads();  // other threads may have written the weights
     move_averages<is_special, Rule>(queue.current(), averages, ema_decays);
   }
-  finish_step(args, false);
+  finish_step(args);
 }
 
 }  // namespace

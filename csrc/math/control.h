@@ -2,11 +2,12 @@
 // before it updates a parameter. On CUDA, every block evaluates the same decision.
 //
 //   coefficient = min(1, max_norm / (norm + 1e-6)) / grad_scale
-//   skips       = found_inf, or skip_nonfinite and a norm that is infinite or NaN
+//   skips       = found_inf, or skip_nonfinite and a norm that is infinite or NaN, or a guard's verdict (guard.h)
 //
 // Agrees with: torch.nn.utils.clip_grads_with_norm_ (torch/nn/utils/clip_grad.py), torch.amp.GradScaler.
 #pragma once
 
+#include "guard.h"
 #include "host_device.h"
 
 namespace trainops {
@@ -16,8 +17,6 @@ TRAINOPS_HOST_DEVICE double clip_coefficient(double norm, double max_norm) {
   const double coefficient = max_norm / (norm + 1e-6);
   return coefficient > 1.0 ? 1.0 : coefficient;
 }
-
-TRAINOPS_HOST_DEVICE bool is_finite(double x) { return x - x == 0.0; }
 
 // The user's settings.
 struct Control {

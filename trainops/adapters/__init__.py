@@ -12,6 +12,7 @@ from ..plain import is_transformed
 # imported when they are first asked for.
 from . import cpu as _cpu  # noqa: F401
 from . import pytorch as _pytorch
+from ._control import judge
 from .interface import (
     NEAREST,
     TO_NEAREST,
@@ -40,6 +41,7 @@ __all__ = [
     "StepResult",
     "backends",
     "check",
+    "judge",
     "select",
 ]
 

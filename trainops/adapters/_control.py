@@ -9,6 +9,8 @@ from torch import Tensor
 from .. import reference
 from .interface import StepControl, StepResult
 
+LEAST_DEVIATION = 0.05  # as csrc/math/guard.h has it
+
 SumNorms = Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]]
 
 
@@ -18,6 +20,30 @@ class Decision(NamedTuple):
     coefficient: Tensor | float
     skipped: Tensor | None
     result: StepResult
+
+
+def judge(guard: Tensor, norm: Tensor, skips: Tensor | None) -> Tensor:
+    """Whether a step is a spike, by the numbers of a guard, which are updated (``csrc/math/guard.h``).
+
+    ``skips``: whether others skip the step, so that it is not learned.
+    """
+    mean, variance, count, spikes, _, max_norm, deviations, decay, warmup, patience = guard.unbind()
+    norm = norm.to(guard)
+    skips = torch.zeros_like(norm, dtype=torch.bool) if skips is None else skips.to(guard.device)
+    finite = norm.isfinite()
+    seen = finite & (norm > 0)
+    d = torch.where(seen, norm, 1.0).log() - mean
+    is_far = (count >= warmup) & (d > deviations * variance.sqrt().clamp(min=LEAST_DEVIATION))
+    spike = ~finite | (norm > max_norm) | (seen & is_far)
+    further = spikes + 1
+    forgets = seen & spike & (further >= patience)
+    learns = seen & ~spike & ~skips
+    rate = torch.maximum(1 - decay, 1 / (count + 1))
+    learned = torch.stack([mean + rate * d, (1 - rate) * (variance + rate * d * d), count + 1, spikes * 0])
+    known = torch.stack([mean, variance, count, torch.where(seen & spike, further, spikes)])
+    guard[:4] = torch.where(learns, learned, torch.where(forgets, 0.0, known))
+    guard[4] = spike.to(guard)
+    return spike
 
 
 def decide(grads: Sequence[Tensor], control: StepControl, sum_norms: SumNorms) -> Decision:
@@ -42,6 +68,9 @@ def decide(grads: Sequence[Tensor], control: StepControl, sum_norms: SumNorms) -
     if control.skip_nonfinite and total_norm is not None:
         non_finite = ~torch.isfinite(total_norm)
         skipped = non_finite if skipped is None else non_finite | skipped.to(non_finite.device)
+    if control.guard is not None and total_norm is not None:
+        spike = judge(control.guard, total_norm, skipped)
+        skipped = spike if skipped is None else spike | skipped.to(spike.device)
     if skipped is not None and control.skipped_steps is not None:
         control.skipped_steps.add_(skipped.to(control.skipped_steps.device))
     if total_norm is None or norms is None:

@@ -92,6 +92,7 @@ def _update(
         ema_decays=ema_decays,
         seeds=core.seeds(*control.seeds),
         norms_out=0 if norms is None else norms.data_ptr(),
+        guard=core.address(control.guard),
     )
     if skipped and control.skipped_steps is not None:
         control.skipped_steps.add_(1)

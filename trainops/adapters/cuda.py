@@ -163,7 +163,13 @@ def statistics(tensors: Sequence[Tensor], histogram: bool) -> tuple[Tensor, Tens
 
 
 def _reduce(
-    table: Any, staged: _Staged, scratch: _Scratch, statistic: str, grad_scale: Tensor | None = None
+    table: Any,
+    staged: _Staged,
+    scratch: _Scratch,
+    statistic: str,
+    grad_scale: Tensor | None = None,
+    guard: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A statistic of a column and of its rows. Leaves the first in the scratch memory as well, as float64."""
     dtype = torch.float64 if table.has_float64 else torch.float32
@@ -178,6 +184,8 @@ def _reduce(
         total=scratch.norm,
         total_out=total.data_ptr(),
         rows_out=rows.data_ptr(),
+        guard=core.address(guard),
+        found_inf=core.address(found_inf),
     )
     return total, rows
 
@@ -231,7 +239,14 @@ def _update(
     scratch = _scratch(staged, "l2_norm")
     known_norm = to_device(total_norm, device, torch.float64)
     if control.measures:
-        total_norm, norms = _reduce(table, staged, scratch, "l2_norm", grad_scale)
+        total_norm, norms = _reduce(table, staged, scratch, "l2_norm", grad_scale, control.guard, found_inf)
+    elif control.guard is not None:
+        _cuda.judge(
+            staged.table,
+            guard=core.address(control.guard),
+            norm=core.address(known_norm),
+            found_inf=core.address(found_inf),
+        )
     skip = torch.empty((), dtype=torch.bool, device=device) if control.may_skip else None
     counter = None if skip is None else to_device(control.skipped_steps, device)
     words, held = step_settings(rule, groups, control, ema_decays, device)
@@ -244,6 +259,7 @@ def _update(
         found_inf=core.address(found_inf),
         clips=control.max_norm is not None,
         skip_nonfinite=control.skip_nonfinite,
+        guard=core.address(control.guard),
         skip=core.address(skip),
         skipped_steps=core.address(counter),
         counters=scratch.counters,

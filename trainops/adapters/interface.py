@@ -97,16 +97,19 @@ class StepControl:
     total_norm: Tensor | None = None  # of the unscaled gradients, if it is already known
     skipped_steps: Tensor | None = None  # 0-dim int64; incremented if the step is skipped
     seeds: Seeds = NO_SEEDS  # of what is rounded stochastically
+    guard: Tensor | None = None  # against spikes: its numbers (``trainops.spike_guard``), which the step updates
 
     @property
     def measures(self) -> bool:
         """Whether the step needs a pass over the gradients for their norm."""
-        return self.total_norm is None and (self.max_norm is not None or self.skip_nonfinite)
+        return self.total_norm is None and (
+            self.max_norm is not None or self.skip_nonfinite or self.guard is not None
+        )
 
     @property
     def may_skip(self) -> bool:
         """Whether the step could be skipped."""
-        return self.skip_nonfinite or self.found_inf is not None
+        return self.skip_nonfinite or self.found_inf is not None or self.guard is not None
 
 
 class StepResult(NamedTuple):

@@ -159,6 +159,7 @@ def _update(
             to_device(control.grad_scale, device),
             to_device(control.found_inf, device),
             to_device(control.total_norm, device),
+            control.guard,
             total_norm,
             norms,
             coefficient,
