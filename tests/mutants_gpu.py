@@ -383,8 +383,9 @@ TRITON_AND_CUDA = [
         tests_of("adamw", k="cuda-cpu"),
         {
             "cuda: step counts of a skipped step": (
-                "if (!skips) advance_steps(args.table);",
-                "advance_steps(args.table);",
+                "if (blockIdx.x != 0 || threadIdx.x != 0) return;",
+                "if (is_last_block(args.counters)) advance_steps(args.table);\n"
+                "  if (blockIdx.x != 0 || threadIdx.x != 0) return;",
             ),
             "cuda: found_inf ignored": ("*args.found_inf != 0.0f", "*args.found_inf == 3.0f"),
             "cuda: skipped steps are not counted": ("*args.skipped_steps += 1;", "*args.skipped_steps += 0;"),
@@ -481,8 +482,8 @@ TRITON_AND_CUDA = [
                 "",
             ),
             "cuda: norms of rows in another's place": (
-                "args.out_is_double, chunk.row_index,",
-                "args.out_is_double, args.table.row_count - 1 - chunk.row_index,",
+                "args.out_is_double, chunk.row_index)",
+                "args.out_is_double, args.table.row_count - 1 - chunk.row_index)",
             ),
         },
     ),
@@ -495,8 +496,8 @@ TRITON_AND_CUDA = [
                 "const Cell cell = chunk.row.cell(0);",
             ),
             "cuda: the norm keeps the grad scale": (
-                "const double result = Statistic::finish(total) / grad_scale;",
-                "const double result = Statistic::finish(total);",
+                "write_results<Statistic>(total, grad_scale,",
+                "write_results<Statistic>(total, 1.0,",
             ),
         },
     ),
@@ -522,8 +523,8 @@ TRITON_AND_CUDA = [
         tests_of("grad_scale", k="cuda-cpu"),
         {
             "cuda: norms of rows keep the grad scale": (
-                "Statistic::finish(state) / grad_scale);",
-                "Statistic::finish(state));",
+                "write_results<Statistic>(state, grad_scale,",
+                "write_results<Statistic>(state, 1.0,",
             ),
         },
     ),
@@ -626,8 +627,8 @@ TRITON_AND_CUDA = [
                 "args.partials = at<void>(total);\n  args.total = at<double>(partials);",
             ),
             "cuda: the grad scale for found_inf": (
-                "args.found_inf = at<const float>(found_inf)",
-                "args.found_inf = at<const float>(grad_scale)",
+                "args.found_inf = at<const float>(found_inf);\n  args.clips",
+                "args.found_inf = at<const float>(grad_scale);\n  args.clips",
             ),
             "cuda: max_grad_norm is not passed on": ("args.clips = clips;", "args.clips = false;"),
         },

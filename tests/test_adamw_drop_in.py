@@ -64,7 +64,7 @@ def test_repr_is_torchs_with_what_is_added():
     model = make_model([(2,)], torch.float32, "cpu")
     optimizer = trainops.AdamW(model.parameters(), max_grad_norm=1.0, ema=trainops.EMA(model, 0.99))
     assert repr(optimizer) == repr(torch.optim.AdamW(model.parameters()))[:-1] + (
-        "max_grad_norm: 1.0\nskip_nonfinite: False\nnorm_group: None\n"
+        "max_grad_norm: 1.0\nskip_nonfinite: False\nspike_guard: None\nnorm_group: None\n"
         "ema: EMA(Model, decay=0.99, warmup=False, update_after_step=0, update_every=1, step=0)\n"
         "master: None\nstate_dtype: None\nstochastic_rounding: False\nseed: None\nbackend: None\n)"
     )

@@ -12,6 +12,7 @@ from .lr_finder import LRFinderResult, lr_finder
 from .sgd import SGD
 from .spike_guard import SpikeGuard
 from .statistics import TensorStats, tensor_stats
+from .step_stats import StepStats
 from .stochastic_depth import StochasticDepth, stochastic_depth
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "EMAPytorchDecay",
     "LRFinderResult",
     "SpikeGuard",
+    "StepStats",
     "StochasticDepth",
     "TensorStats",
     "backends",

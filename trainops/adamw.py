@@ -94,9 +94,16 @@ class AdamW(WithMoments, _TorchAdamW):
             and its place in ``param_groups``, on an element's index in the whole parameter, and on nothing else: they
             are the same on every backend, on resuming, for replicas of DDP and for shards (DTensors, by their first
             dimension). It is saved in ``param_groups[0]["trainops"]``, and a loaded one holds.
+        stats: collect statistics of the gradients (before clipping, unscaled), the weights and the updates of a
+            step: ``"norms"`` has norms, extremes, means and counts (:class:`trainops.TensorStats`), ``"full"`` also
+            histograms, and the share of updates that rounding loses, which takes several steps' time. Steps that
+            collect keep a copy of the weights meanwhile (of 16-bit weights, in float32). An attribute, ``collects``.
+        stats_every: collect at every so many calls of ``step()``, which checkpoints count on. Between these, it costs
+            nothing. A CUDA graph collects at each replay, or never, as it was at its capture.
         backend: see :func:`trainops.backends`; by default it follows the device.
 
     Attributes:
+        stats: the last statistics, a :class:`trainops.StepStats` on the device; None before the first.
         grad_norm: norm of all gradients before clipping, divided by a GradScaler's scale; 0-dim, on the device of
             the first parameter. None until a step measures it (``max_grad_norm``, ``skip_nonfinite`` or
             ``spike_guard``); 0.0 where no parameter has a gradient.
@@ -138,6 +145,8 @@ class AdamW(WithMoments, _TorchAdamW):
         state_dtype: StateDtype = None,
         stochastic_rounding: bool = False,
         seed: int | None = None,
+        stats: Literal["norms", "full"] | None = None,
+        stats_every: int = 1,
         backend: str | None = None,
     ) -> None:
         torchs: dict[str, Any] = {
@@ -168,6 +177,8 @@ class AdamW(WithMoments, _TorchAdamW):
             state_dtype=state_dtype,
             stochastic_rounding=stochastic_rounding,
             seed=seed,
+            stats=stats,
+            stats_every=stats_every,
             backend=backend,
         )
 

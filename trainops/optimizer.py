@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 from . import advice
-from .adapters import StepControl, check
+from .adapters import check
 from .averages import as_averages
 from .ema import EMA
 from .ema_shards import reshard
 from .lost_updates import share_of_lost_updates
 from .own_settings import OWN_SETTINGS, HasOwnSettings
 from .ranks import NormGroup
-from .reference import clip_coefficient
 from .rows import complete_state
 from .seeds import HasSeed, check_bfloat16, checked_seed
 from .spike_guard import SpikeGuard, as_guard
-from .step import TakesFusedSteps, checked_norm, setting
+from .step import TakesFusedSteps, checked_norm
+from .step_stats import check_stats
 from .storage import StateDtype, check_is_real, check_master, check_masters, check_state_dtype, wants_master
 from .uploads import prepare_capture
 from .wrappers import unwrap
@@ -40,6 +40,9 @@ class FusedOptimizer(HasOwnSettings, TakesFusedSteps, HasSeed):
         "_max_grad_norm",
         "skip_nonfinite",
         "_spike_guard",
+        "collects",
+        "stats_every",
+        "stats",
         "_norm_group",
         "_averages",
         "master",
@@ -58,6 +61,7 @@ class FusedOptimizer(HasOwnSettings, TakesFusedSteps, HasSeed):
         self._max_grad_norm = None
         self.skip_nonfinite = self.stochastic_rounding = False
         self._norm_group = self._repeatable = self._spike_guard = None
+        self.collects, self.stats_every, self.stats = None, 1, None
         self._averages = ()
         self.master = self.state_dtype = self.backend = None
         self.grad_norm = self.grad_norms = None
@@ -76,12 +80,14 @@ class FusedOptimizer(HasOwnSettings, TakesFusedSteps, HasSeed):
         state_dtype: StateDtype = None,
         stochastic_rounding: bool = False,
         seed: int | None = None,
+        stats: str | None = None,
+        stats_every: int = 1,
         backend: str | None = None,
         **options: Any,
     ) -> None:
         own: dict[str, Any] = {"max_grad_norm": max_grad_norm, "skip_nonfinite": skip_nonfinite or None, "ema": ema}
         own |= {"master": master, "state_dtype": state_dtype, "norm_group": norm_group}
-        own |= {"spike_guard": spike_guard}
+        own |= {"spike_guard": spike_guard, "stats": stats}
         own |= {"stochastic_rounding": stochastic_rounding or None, "seed": seed}
         if options.get("differentiable") and any(x is not None for x in own.values()):
             raise ValueError(f"differentiable=True runs PyTorch's own step, without {', '.join(own)}")
@@ -89,13 +95,14 @@ class FusedOptimizer(HasOwnSettings, TakesFusedSteps, HasSeed):
             raise TypeError(f"skip_nonfinite must be True or False, got {skip_nonfinite!r:.60}")
         check(backend)
         as_guard(spike_guard)
+        check_stats(stats, stats_every)
         check_master(master)
         check_state_dtype(state_dtype)
         checked = checked_seed(seed, stochastic_rounding)
         self.norm_group = norm_group
         self.master, self.state_dtype = None, state_dtype  # first: they are asked for each group that is added
         flags = {"skip_nonfinite": skip_nonfinite, "stochastic_rounding": stochastic_rounding}
-        with self._while_constructed({**own, **flags, "backend": backend}):
+        with self._while_constructed({**own, **flags, "stats_every": stats_every, "backend": backend}):
             super().__init__(*args, **options)
         check_masters((p for group in self.param_groups for p in group["params"]), master)
         self.master = master
@@ -104,6 +111,7 @@ class FusedOptimizer(HasOwnSettings, TakesFusedSteps, HasSeed):
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
         self.spike_guard = spike_guard
+        self.collects, self.stats_every = stats, stats_every
         self.backend = backend
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self._device())
         self.ema = ema  # last: it is taken from the optimizer that has it
@@ -215,12 +223,8 @@ class FusedOptimizer(HasOwnSettings, TakesFusedSteps, HasSeed):
         Raises:
             RuntimeError: a gradient is sparse.
         """
-        coefficient: Tensor | float = 1.0
-        if self.max_grad_norm is not None:
-            norm = self._joint_norm(StepControl()).control.total_norm
-            coefficient = 1.0 if norm is None else clip_coefficient(norm, setting(self.max_grad_norm))
         device = self._device()
-        shares = [x.to(device) for x in share_of_lost_updates(self, coefficient)]
+        shares = [x.to(device) for x in share_of_lost_updates(self, self.coefficient())]
         return torch.stack(shares) if shares else torch.zeros(0, device=device)
 
     def prepare_capture(self) -> None:
@@ -240,5 +244,6 @@ class FusedOptimizer(HasOwnSettings, TakesFusedSteps, HasSeed):
             prepare_capture()
 
     def __repr__(self) -> str:
-        own = "".join(f"{name}: {getattr(self, name)}\n" for name in OWN_SETTINGS)
+        named = {name: getattr(self, "collects" if name == "stats" else name) for name in OWN_SETTINGS}
+        own = "".join(f"{name}: {value}\n" for name, value in named.items())
         return super().__repr__().removesuffix(")") + own + ")"

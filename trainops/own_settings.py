@@ -16,6 +16,8 @@ OWN_SETTINGS = (
     "state_dtype",
     "stochastic_rounding",
     "seed",
+    "stats",
+    "stats_every",
     "backend",
 )
 

@@ -130,6 +130,20 @@ class TensorStats:
         histograms = [x.histogram.to(device) for x in every if x.histogram is not None]
         return TensorStats(rows, torch.stack(histograms).sum(0) if histograms else None)
 
+    def divided(self, scale: Tensor) -> "TensorStats":
+        """The statistics of the same elements, divided by a positive number on any device: a GradScaler's scale.
+
+        Exponents are moved by whole bins: of a scale that is no power of 2, by the next smaller one.
+        """
+        scale = scale.to(self.rows.device).reshape(())
+        rows = specification.scaled(self.rows, 1 / scale.to(self.rows))
+        if self.histogram is None:
+            return TensorStats(rows)
+        shift = torch.frexp(scale.float())[1] - 1
+        bins = (torch.arange(BINS, device=self.rows.device) - shift).clamp(0, BINS - 1)
+        moved = torch.zeros_like(self.histogram)
+        return TensorStats(rows, moved.scatter_add_(1, bins.expand_as(self.histogram), self.histogram))
+
     def total(self) -> "TensorStats":
         """The statistics of all tensors taken as one."""
         if len(self) == 0:

@@ -178,7 +178,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("ema", &ema, py::arg("table"), py::kw_only(), py::arg("decay"), py::arg("seed"));
   m.def("update", &update, py::arg("table"), py::kw_only(), py::arg("settings"), py::arg("max_norm"),
         py::arg("skip_nonfinite"), py::arg("grad_scale"), py::arg("found_inf"), py::arg("total_norm"),
-        py::arg("ema_decays"), py::arg("seeds"), py::arg("norms_out"), py::arg("guard"));
+        py::arg("ema_decays"), py::arg("seeds"), py::arg("norms_out"), py::arg("guard") = 0);
   m.def("drop_path", &cpu::drop_path, py::arg("operands"), py::call_guard<py::gil_scoped_release>());
   m.def("drop_path_backward", &cpu::drop_path_backward, py::arg("operands"),
         py::call_guard<py::gil_scoped_release>());
