@@ -66,7 +66,8 @@ def test_repr_is_torchs_with_what_is_added():
     assert repr(optimizer) == repr(torch.optim.AdamW(model.parameters()))[:-1] + (
         "max_grad_norm: 1.0\nskip_nonfinite: False\nspike_guard: None\nnorm_group: None\n"
         "ema: EMA(Model, decay=0.99, warmup=False, update_after_step=0, update_every=1, step=0)\n"
-        "master: None\nstate_dtype: None\nstochastic_rounding: False\nseed: None\nbackend: None\n)"
+        "master: None\nstate_dtype: None\nstochastic_rounding: False\nseed: None\n"
+        "stats: None\nstats_every: 1\nbackend: None\n)"
     )
 
 

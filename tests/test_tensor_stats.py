@@ -192,3 +192,13 @@ def test_bad_input():
 def test_dtypes_are_those_of_the_contract():
     assert len(DTYPES) >= 4
     assert trainops.tensor_stats is tensor_stats
+
+
+def test_tensors_of_several_devices_keep_their_order():
+    """Parts that were measured apart, as on several devices, are put back in order."""
+    tensors = [torch.full((i + 1,), float(i)) for i in range(5)]
+    indices = [0, 2, 4, 1, 3]
+    parts = [tensor_stats([tensors[i] for i in part], True) for part in (indices[:3], indices[3:])]
+    together = trainops.statistics._in_order(parts, indices)
+    assert_stats(together, tensors)
+    assert torch.equal(together.histogram, tensor_stats(tensors, True).histogram)

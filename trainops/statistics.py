@@ -13,6 +13,7 @@ from . import reference_statistics as specification
 from .adapters import check, select
 from .plain import all_in_memory, all_plain
 from .reference_statistics import BINS, COUNT, L1, M2, MAX, MEAN, MIN, NONFINITE, ROW, ZEROS
+from .statistics_shards import over_group, over_meshes, selected
 from .tables import local, summed
 
 # The statistics of a tensor, by the names of their properties.
@@ -52,13 +53,6 @@ class TensorStats:
         """The statistics of some of the tensors, by a slice or a list of indices."""
         histogram = None if self.histogram is None else self.histogram[index]
         return TensorStats(self.rows[index], histogram)
-
-    def _selected(self, indices: Sequence[int]) -> "TensorStats":
-        """A copy of some rows, without uploading an index."""
-        rows = torch.stack([self.rows.select(0, i) for i in indices])
-        if self.histogram is None:
-            return TensorStats(rows)
-        return TensorStats(rows, torch.stack([self.histogram.select(0, i) for i in indices]))
 
     @property
     def numel(self) -> Tensor:
@@ -157,9 +151,7 @@ class TensorStats:
 
         ``group``: as in ``torch.distributed``; the default one if None. All its ranks must call this.
         """
-        rows = specification.join(torch.stack(_gathered(self.rows, group)))
-        histogram = None if self.histogram is None else torch.stack(_gathered(self.histogram, group)).sum(0)
-        return TensorStats(rows, histogram)
+        return TensorStats(*over_group(self.rows, self.histogram, group))
 
     def to_dict(self, names: Sequence[str] | None = None, prefix: str = "") -> dict[str, float]:
         """Plain numbers under the keys ``<prefix><statistic>/<name>``, for any logger. Waits for the device once.
@@ -229,7 +221,7 @@ def tensor_stats(
         rows, bins = select(backend, device, all_in_memory(part)).statistics(part, histogram)
         measured.append(TensorStats(rows, bins))
     stats = measured[0] if len(measured) == 1 else _in_order(measured, [i for x in parts.values() for i in x])
-    return stats if are_plain else _over_meshes(stats, found)
+    return stats if are_plain else TensorStats(*over_meshes(stats.rows, stats.histogram, found))
 
 
 def _no_histogram(histogram: bool) -> Tensor | None:
@@ -241,38 +233,6 @@ def _in_order(parts: list[TensorStats], indices: list[int]) -> TensorStats:
     device, order = parts[0].rows.device, sorted(range(len(indices)), key=indices.__getitem__)
     rows = torch.cat([x.rows.to(device) for x in parts])
     histograms = [x.histogram.to(device) for x in parts if x.histogram is not None]
-    every = TensorStats(rows, torch.cat(histograms) if histograms else None)
-    return every if order == list(range(len(order))) else every._selected(order)
-
-
-def _over_meshes(stats: TensorStats, tensors: Sequence[Tensor]) -> TensorStats:
-    """Merges the shards of DTensors over their meshes. Of copies, one counts."""
-    by_mesh: dict[int, list[int]] = {}
-    for i, x in enumerate(tensors):
-        if (spec := getattr(x, "_spec", None)) is not None:
-            by_mesh.setdefault(id(spec.mesh), []).append(i)
-    for indices in by_mesh.values():
-        spec = tensors[indices[0]]._spec  # type: ignore[attr-defined]
-        coordinate = spec.mesh.get_coordinate() or [0] * spec.mesh.ndim
-        own = stats._selected(indices)
-        for k, i in enumerate(indices):
-            placements = tensors[i]._spec.placements  # type: ignore[attr-defined]
-            if any(p.is_replicate() and at > 0 for p, at in zip(placements, coordinate, strict=True)):
-                own.rows[k] = specification.nothing(own.rows[k])
-                if own.histogram is not None:
-                    own.histogram[k] = 0
-        for dim in range(spec.mesh.ndim):
-            own = own.over(spec.mesh.get_group(dim))
-        if len(indices) == len(tensors):
-            return own
-        for k, i in enumerate(indices):
-            stats.rows[i] = own.rows[k]
-            if stats.histogram is not None and own.histogram is not None:
-                stats.histogram[i] = own.histogram[k]
-    return stats
-
-
-def _gathered(x: Tensor, group: Any) -> list[Tensor]:
-    found = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size(group))]
-    torch.distributed.all_gather(found, x.contiguous(), group=group)
-    return found
+    if order != list(range(len(order))):
+        rows, histograms = selected(rows, order), [selected(torch.cat(histograms), order)] if histograms else []
+    return TensorStats(rows, torch.cat(histograms) if histograms else None)

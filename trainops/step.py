@@ -16,7 +16,6 @@ from .joint_norm import JointNorm, TakesJointNorm, known_norm
 from .loading import LoadsState
 from .masters import KeepsMasters
 from .plain import all_in_memory
-from .reference import clip_coefficient, scalar
 from .rows import by_device, gather
 from .spike_guard import HasSpikeGuard
 from .step_stats import CollectsStats
@@ -85,21 +84,6 @@ class TakesFusedSteps(KnowsTorchStep, TakesJointNorm, LoadsState, KeepsMasters, 
         self._finish_stats(collection)
         self._unscale_as_fused()
         return loss
-
-    def scaler_control(self) -> StepControl:
-        """What a GradScaler has handed over for the step."""
-        return StepControl(grad_scale=self._from_scaler("grad_scale"), found_inf=self._from_scaler("found_inf"))
-
-    def coefficient(self) -> Tensor | float:
-        """What the next step multiplies gradients with, as they are. With ``max_grad_norm``, all ranks must ask."""
-        control = self.scaler_control()
-        clipped: Tensor | float = 1.0
-        if self.max_grad_norm is not None:
-            norm = self._joint_norm(control).control.total_norm
-            clipped = 1.0 if norm is None else clip_coefficient(norm, setting(self.max_grad_norm))
-        if control.grad_scale is None:
-            return clipped
-        return clipped / scalar(control.grad_scale, self._device())
 
     def _check_total_norm(self, total_norm: float | Tensor, closure: Callable[[], float] | None) -> None:
         if isinstance(total_norm, Tensor) and total_norm.numel() != 1:

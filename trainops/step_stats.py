@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .adapters import StepControl
 from .lost_updates import share_of_lost_updates
+from .reference_storage import wide
 from .seeds import OWN_STATE
 from .statistics import TensorStats, tensor_stats
 
@@ -92,6 +94,16 @@ class CollectsStats(torch.optim.Optimizer):
     stats: StepStats | None
     backend: str | None
 
+    def coefficient(self) -> Tensor | float:
+        """What the next step multiplies gradients with, as they are. With ``max_grad_norm``, all ranks must ask."""
+        optimizer: Any = self
+        scale, limit, clipped = optimizer._from_scaler("grad_scale"), optimizer.max_grad_norm, 1.0
+        if limit is not None:
+            norm = optimizer._joint_norm(StepControl(grad_scale=scale)).control.total_norm
+            limit = limit.reshape(()) if isinstance(limit, Tensor) else float(limit)
+            clipped = 1.0 if norm is None else reference.clip_coefficient(norm, limit)
+        return clipped if scale is None else clipped / reference.scalar(scale, optimizer._device())
+
     def _begin_stats(self) -> "Collection | None":
         """What is to be known before a step of which statistics are due."""
         if self.collects is None:
@@ -123,9 +135,9 @@ class Collection:
         self.options: dict[str, Any] = {"histogram": optimizer.collects == "full", "backend": optimizer.backend}
         if any(p.grad.layout is not torch.strided for p in self.params if p.grad is not None):
             raise RuntimeError("there are no statistics of sparse gradients: leave out `stats`")
-        control = optimizer.scaler_control()
+        scale = optimizer._from_scaler("grad_scale")
         grads = tensor_stats([p.grad for p in self.params if p.grad is not None], **self.options)
-        self.grads = grads if control.grad_scale is None else grads.divided(control.grad_scale)
+        self.grads = grads if scale is None else grads.divided(scale)
         self.lost = self._lost_updates() if optimizer.collects == "full" else None
         self.before = [_wide_copy(p, optimizer.float32_weight(p)) for p in self.params]
         self.weights = tensor_stats(self.before, **self.options)
@@ -133,7 +145,7 @@ class Collection:
     def finish(self) -> StepStats:
         """After the step. The copies of the weights become the updates."""
         for old, param in zip(self.before, self.params, strict=True):
-            old.sub_(reference.wide(self.optimizer.float32_weight(param).detach())).neg_()
+            old.sub_(wide(self.optimizer.float32_weight(param).detach())).neg_()
         updates = tensor_stats(self.before, **self.options)
         return StepStats(self.step, tuple(self.places), self.grads, self.weights, updates, self.lost)
 
@@ -145,5 +157,5 @@ class Collection:
 
 def _wide_copy(param: Tensor, weight: Tensor) -> Tensor:
     """A copy of a parameter's weight in the dtype of arithmetic."""
-    wide = reference.wide(weight.detach())
-    return wide.clone() if weight is param and wide.dtype == param.dtype else wide
+    copy = wide(weight.detach())
+    return copy.clone() if weight is param and copy.dtype == param.dtype else copy
