@@ -88,7 +88,7 @@ def constants_of(variant: Variant) -> dict[str, Any]:
     """A variant's constants, and the sizes that its kernel takes."""
     from trainops.triton_kernels import _common
 
-    return variant.constants | {"CHUNK": _common.CHUNK, "BLOCK": variant.block or _common.REDUCTION_BLOCK}
+    return {"CHUNK": _common.CHUNK, "BLOCK": variant.block or _common.REDUCTION_BLOCK} | variant.constants
 
 
 def threads() -> int:

@@ -10,7 +10,7 @@ SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "int16": 2, "u
 POINTERS = {"float32": "*fp32", "float64": "*fp64", "bfloat16": "*bf16", "float16": "*fp16", "int64": "*i64"}
 DTYPES = [dtype for dtype in SIZES if dtype not in ("int16", "uint8")]
 MASTERS = [("bfloat16", "int16"), ("bfloat16", "float32"), ("float16", "float32")]
-STATISTICS = ("l1_norm", "l2_norm", "inf_norm")
+STATISTICS = ("l1_norm", "l2_norm", "inf_norm", "moments")
 
 
 class Variant(NamedTuple):
@@ -84,6 +84,14 @@ def variants() -> Iterator[Variant]:
                 divided_as=("bfloat16",),
                 looks_again=looks_again,
             )
+        yield Variant(
+            "reduce",
+            "count_exponents",
+            dtype,
+            {**TABLE, "counts": "*i64"},
+            {"WORDS": words_of("reduce"), "COLUMN": 0, "BINS": 255, **types},
+            (dtype,),
+        )
         for name in ("scale", "clamp"):
             constants = {"WORDS": words_of("transform"), "CLAMP": name == "clamp", **types}
             arguments = {**TABLE, "operand": "*fp64"}
@@ -91,6 +99,8 @@ def variants() -> Iterator[Variant]:
     for statistic in STATISTICS:
         arguments = {"rows": "*i64", **RESULTS, "total": "*fp32", "results": "*fp32"}
         constants = {"WORDS": words_of("reduce"), "STATISTIC": statistic}
+        if statistic == "moments":
+            constants["BLOCK"] = 256  # MOMENTS_BLOCK
         yield Variant("reduce", "finish_rows", statistic, arguments, constants)
     mixed = [("float32", "bfloat16"), ("float32", "float16"), ("uint8", "uint8")]  # bytes are copied
     place = core.words("row")["first_place"]
@@ -120,10 +130,11 @@ def rule_variants(rule: str) -> Iterator[Variant]:
         arguments = {"rows": "*i64", "settings": "*i64", "coefficient": "*fp64", "scalars": "*fp64"}
         arguments |= {"chunk_count": "i32"}
         arguments |= {"grad_scale": "*fp32", "found_inf": "*fp32", "skip": "*i1", "skipped_steps": "*i64"}
+        of_norm = of_norm | ({"guard": "*fp64"} if of_norm else {})
         constants = {"STORE_SCALARS": f"@{rule}.store_scalars", "SCALARS": scalars_of(rule)}
         constants |= {"WORDS": words_of(rule), "GROUP_WORDS": core.group_words(rule)}
         constants |= {"CLIP": bool(of_norm), "SKIP_NONFINITE": bool(of_norm)}
-        absent = dict.fromkeys(name for name in (*measured, "known_norm") if name not in of_norm)
+        absent = dict.fromkeys(name for name in (*measured, "known_norm", "guard") if name not in of_norm)
         yield Variant("update", "plan", f"{rule}, {label}", arguments | of_norm, constants | absent)
     optional = [column.name for column in state_of(rule) if column.optional]
     states = [(dtype, dtype) for dtype in DTYPES] + [("bfloat16", "float32"), ("float16", "float32")]

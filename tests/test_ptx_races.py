@@ -83,6 +83,20 @@ def skipped_step():
     return [*params, optimizer.skipped_steps]
 
 
+def guarded_steps():
+    """A spike after steps that a guard has learned, measured and with a norm that is known."""
+    params = [nn.Parameter(torch.ones(100)) for _ in range(20)]
+    guard = trainops.SpikeGuard(3.0, warmup=2)
+    optimizer = trainops.AdamW(params, spike_guard=guard, backend="cuda")
+    for size in (1.0, 1.1, 1e3, 1.0):
+        for p in params:
+            p.grad = torch.full_like(p, size)
+        optimizer.step()
+        optimizer.step(total_norm=torch.tensor(45.0 * size))
+    assert optimizer.skipped_steps == 2
+    return [*params, optimizer.skipped_steps, optimizer.param_groups[0]["trainops"]["spike_guard"]]
+
+
 def stage(cuda, kind, tensors):
     """A table of tensors, and its words, which may be changed: by row, and those of the chunks."""
     table = core.table(kind, {"tensor": tensors}, "cpu")
@@ -132,6 +146,7 @@ def norms(cuda):
         tensors = [torch.ones(several, dtype=torch.float64), torch.full((several,), 3e38)]
         tensors += [torch.full((3,), 1e-23, dtype=dtype) for dtype in 130 * [torch.float32, torch.bfloat16]]
         results += select("cuda", "cpu").reduce(kind, [*tensors, torch.ones(several)])
+    results += select("cuda", "cpu").statistics([*tensors, torch.ones(several)], True)
     return results
 
 
@@ -176,6 +191,7 @@ WORK = {
         *after_steps(),
         *step_of_groups(cuda),
         *skipped_step(),
+        *guarded_steps(),
         *after_steps_with_averages(torch.float32),
         *stochastic_steps(),
     ],
@@ -247,7 +263,6 @@ def test_every_barrier_and_fence_is_needed(cuda, every):
 
 
 def test_without_a_fence_the_race_is_told(cuda):
-    # The first is that of a skipped step, in which no block has written anything.
     *_, (stem, site) = ((stem, site) for stem, site in sites() if site.opcode == "membar.gl" and stem == "update")
     with (
         cuda.active(),

@@ -47,7 +47,7 @@ def with_result(change):
     return lambda right, args, named: change(right(*args, **named))
 
 
-STEPS = {"AdamW and average", "clipping and skipping in the step", "Adam and SGD"}
+STEPS = {"AdamW and average", "clipping and skipping in the step", "Adam and SGD", "a guard against spikes"}
 FAULTS = {
     "eps": ("update", with_argument(settings=lambda all_: [[*s[:3], s[3] * 1.01, *s[4:]] for s in all_]), STEPS),
     "beta2": ("update", with_argument(settings=lambda all_: [[*s[:2], s[2] - 1e-4, *s[3:]] for s in all_]), STEPS),
@@ -61,6 +61,9 @@ FAULTS = {
     "scale": ("update", with_argument(grad_scale=lambda scale: 1.0), {"clipping and skipping in the step"}),
     "clip": ("update", with_argument(max_norm=lambda x: x and x * 1.001), {"clipping and skipping in the step"}),
     "norm": ("reduce", with_result(lambda total: total * (1 + 1e-6)), {"norms and clipping"}),
+    "guard": ("update", with_argument(guard=lambda _: 0), {"a guard against spikes"}),
+    "statistic": ("reduce", with_argument(statistic=lambda x: {"moments": "l2_norm"}.get(x, x)), {"statistics"}),
+    "exponents": ("count_exponents", lambda right, args, named: None, {"statistics"}),
     "coefficient": ("scale", with_argument(coefficient=lambda x: x * (1 + 1e-5)), {"norms and clipping"}),
     "bound": ("clamp", with_argument(bound=lambda bound: bound * (1 + 1e-5)), {"norms and clipping"}),
     "average": ("ema", with_argument(decay=lambda decay: decay + 1e-4), {"EMA.update"}),

@@ -77,7 +77,7 @@ def test_a_replay_that_does_nothing_is_noticed(monkeypatch, op):
     assert "after replay 1: element" in run(op, CPU).problem
 
 
-@pytest.mark.parametrize("op", [op for op in CAPTURES if "clip" not in op])
+@pytest.mark.parametrize("op", [op for op in CAPTURES if "clip" not in op and "statistics" not in op])
 def test_a_replay_that_does_it_twice_is_noticed(monkeypatch, op):
     replaying(monkeypatch, twice)
     assert "after replay 1: element" in run(op, CPU).problem

@@ -11,6 +11,7 @@ from trainops import core
 
 CHUNK = 8192  # elements; a multiple of every block
 REDUCTION_BLOCK = 2048  # partial results that a program takes at a time
+MOMENTS_BLOCK = 256  # of those of eight numbers
 THREADS = 128  # of a program
 
 

@@ -66,8 +66,8 @@ def partial_results(
 
 
 @triton.jit
-def result_of(partials, first, last, STATISTIC: tl.constexpr, BLOCK: tl.constexpr):
-    """The statistic over chunks ``first`` to ``last``."""
+def results_of(partials, first, last, STATISTIC: tl.constexpr, BLOCK: tl.constexpr):
+    """The results of a statistic over chunks ``first`` to ``last``."""
     states = start(STATISTIC, BLOCK, tl.float64)
     for offset in range(first, last, BLOCK):
         index = offset + tl.arange(0, BLOCK)
@@ -78,6 +78,12 @@ def result_of(partials, first, last, STATISTIC: tl.constexpr, BLOCK: tl.constexp
             others = others + (number,)  # noqa: RUF005 (Triton has no stars)
         states = join(states, others, STATISTIC)
     return finish(join_lanes(states, STATISTIC), STATISTIC)
+
+
+@triton.jit
+def result_of(partials, first, last, STATISTIC: tl.constexpr, BLOCK: tl.constexpr):
+    """The same of a norm, which has one."""
+    return results_of(partials, first, last, STATISTIC, BLOCK)[0]
 
 
 @triton.jit
@@ -100,10 +106,51 @@ def finish_rows(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program 0: the statistic of everything. Program i: that of row i - 1."""
+    """Program 0: the results of everything. Program i: those of row i - 1."""
     row = tl.program_id(0).to(tl.int64) - 1
     if row < 0:
-        tl.store(total, result_of(partials, 0, chunk_count, STATISTIC, BLOCK))
+        found = results_of(partials, 0, chunk_count, STATISTIC, BLOCK)
+        for i in tl.static_range(len(found)):
+            tl.store(total + i, found[i])
     else:
         first, last = chunks_of_row(rows, row, WORDS, CHUNK)
-        tl.store(results + row, result_of(partials, first, last, STATISTIC, BLOCK))
+        found = results_of(partials, first, last, STATISTIC, BLOCK)
+        for i in tl.static_range(len(found)):
+            tl.store(results + row * len(found) + i, found[i])
+
+
+@triton.jit(do_not_specialize=["first_chunk"])
+def count_exponents(
+    rows,
+    chunks,
+    first_chunk,
+    counts,
+    COLUMN: tl.constexpr,
+    DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    BINS: tl.constexpr,
+    WORDS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Adds the elements of a chunk to its row's counts of binary exponents (``csrc/math/moments.h``)."""
+    row, begin = chunk_of(chunks, first_chunk + tl.program_id(0), CHUNK)
+    words = rows + row * WORDS
+    end = tl.minimum(begin + CHUNK, tl.load(words + NUMEL))
+    address = tl.load(words + ADDRESSES + COLUMN)
+    body = end_of_body(begin, end, address, BLOCK)
+    found = tl.zeros([BINS + 1], tl.int32)
+    for MASKED in tl.static_range(2):
+        for offset in range(body if MASKED else begin, end if MASKED else body, BLOCK):
+            x = load(address, offset, end, DTYPE, WIDE, BLOCK, MASKED)
+            if WIDE == tl.float64:
+                exponents = ((x.to(tl.int64, bitcast=True) >> 52) & 0x7FF) - 1023 + 127
+                bins = tl.minimum(tl.maximum(exponents, 0), BINS - 1).to(tl.int32)
+            else:
+                bins = (x.to(tl.int32, bitcast=True) >> 23) & 0xFF
+            counted = ((x - x) == 0.0) & (x != 0.0)
+            if MASKED:
+                counted = counted & (offset + tl.arange(0, BLOCK) < end)
+            found += tl.histogram(tl.where(counted, bins, BINS), BINS + 1)  # the last: what is not counted
+    index = tl.arange(0, BINS + 1)
+    tl.atomic_add(counts + row * BINS + index, found.to(tl.int64), mask=(index < BINS) & (found > 0))

@@ -19,7 +19,7 @@ MEMORY = re.compile(
     r"(?:\.v(?P<count>2|4))?\.(?P<type>\w+)"
 )
 ATOMIC = re.compile(
-    r"(?P<kind>atom|red)(?:\.(?P<order>relaxed|acquire|release|acq_rel))?(?:\.(?P<scope>cta|gpu|sys))?\.global"
+    r"(?P<kind>atom|red)(?:\.(?P<order>relaxed|acquire|release|acq_rel))?(?:\.(?P<scope>cta|gpu|sys))?\.(?P<space>global|shared)"
     r"(?:\.(?P<late>cta|gpu|sys))?\.add\.(?P<type>[us]32|u64)"
 )
 MATRICES = re.compile(
@@ -179,6 +179,10 @@ class Instructions:
     def memory(self, opcode, operands):
         if found := ATOMIC.fullmatch(opcode):
             target, address, value = operands if found["kind"] == "atom" else ("", *operands)
+            if found["space"] == "shared":  # of this block alone, whatever the scope
+                call = f"t.shared_add<{found['type']}>({self.address(address)}, {self.value(value)}, "
+                call += f"{self.site(opcode)});"
+                return f"{self.value(target)} = {call}" if target else call
             scope = "block" if "cta" in (found["scope"], found["late"]) else "device"
             returns = "true" if target else "false"
             call = f"t.atomic_add<{found['type']}>({self.address(address)}, {self.value(value)}, "

@@ -51,15 +51,23 @@ struct __attribute__((visibility("default"))) Thread {
   // `returns`: whether the kernel is told what was there.
   template <typename T>
   T atomic_add(u64 address, T value, Order order, Scope scope, bool returns, Site& site) {
-    char* const bytes = atomic(address, sizeof(T), order, scope, returns, site);
+    return add(atomic(address, sizeof(T), order, scope, returns, site), value);
+  }
+
+  template <typename T>
+  T shared_add(u32 offset, T value, Site& site) {
+    return add(shared(offset, sizeof(T), Access::atomic_of_block, site), value);
+  }
+
+ private:
+  template <typename T>
+  static T add(char* bytes, T value) {
     T before;
     std::memcpy(&before, bytes, sizeof before);
     const T after = before + value;
     std::memcpy(bytes, &after, sizeof after);
     return before;
   }
-
- private:
   char* atomic(u64 address, u32 size, Order order, Scope scope, bool returns, Site& site);
 };
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import core
-from ..reference_statistics import rows_of as statistics  # noqa: F401 (until there is a kernel)
+from ..reference_statistics import BINS, ROW
 from ..tables import staged_table
 from ..uploads import uploaded
 from . import _triton
@@ -86,6 +86,36 @@ def reduce(statistic: str, tensors: Sequence[Tensor], unrounded: bool = False) -
             **staged.reduction_constants(),
         )
     return total, rows
+
+
+def statistics(tensors: Sequence[Tensor], histogram: bool) -> tuple[Tensor, Tensor | None]:
+    """See :class:`trainops.adapters.interface.Kernels`."""
+    device = tensors[0].device
+    with staged_table("reduce", {"tensor": list(tensors)}, _device_type()) as table, device_guard(device):
+        staged = _triton.Staged("reduce", table, device)
+        total, rows = (torch.empty(n, len(ROW), dtype=torch.float64, device=device) for n in (1, staged.row_count))
+        _triton.launch(
+            _triton.kernels().reduce.finish_rows,
+            1 + staged.row_count,
+            staged.words.rows,
+            staged.partial_results("moments", "tensor"),
+            staged.words.chunk_count,
+            total,
+            rows,
+            STATISTIC="moments",
+            **staged.constants(_triton.kernels()._common.MOMENTS_BLOCK),
+        )
+        bins = torch.zeros(staged.row_count, BINS, dtype=torch.int64, device=device) if histogram else None
+        if bins is not None:
+            staged.over_chunks(
+                _triton.kernels().reduce.count_exponents,
+                bins,
+                types={"DTYPE": "tensor"},
+                wide={"WIDE": ("DTYPE",)},
+                COLUMN=staged.columns["tensor"],
+                BINS=BINS,
+            )
+    return rows, bins
 
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:

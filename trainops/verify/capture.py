@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from ..clip_grad import clip_grad_norm_, clip_grad_value_
 from ..ema import EMA
+from ..seeds import OWN_STATE
+from ..spike_guard import SpikeGuard
+from ..statistics import tensor_stats
 from .compare import Compared, Place, randn, tensors
 from .step import DECAY, Step, grad_of, params_of
 
@@ -95,6 +98,30 @@ def step(place: Place, generator: torch.Generator) -> Work:
     return Work(own.ours.step, [grad_of(param) for param in params_of(own.ours)], results)
 
 
+def guarded(place: Place, generator: torch.Generator) -> Work:
+    """A step that a guard judges."""
+    own = Step(place, generator, spike_guard=SpikeGuard(6.0, warmup=2), capturable=True)
+
+    def results() -> dict[str, Tensor]:
+        learned = own.ours.param_groups[0][OWN_STATE]["spike_guard"]
+        return {what: got for what, got, _ in own.results()} | {"what the guard has learned": learned}
+
+    return Work(own.ours.step, [grad_of(param) for param in params_of(own.ours)], results)
+
+
+def statistics(place: Place, generator: torch.Generator) -> Work:
+    """Statistics of tensors, with histograms."""
+    inputs, found = list(tensors(place, generator).values()), {}
+
+    def call() -> None:
+        stats = tensor_stats(inputs, True, backend=place.backend)
+        found["rows"] = stats.rows
+        if stats.histogram is not None:
+            found["histogram"] = stats.histogram
+
+    return Work(call, inputs, lambda: dict(found))
+
+
 def clip(place: Place, generator: torch.Generator) -> Work:
     """Clipping by the norm, and then by value."""
     params = [nn.Parameter(x) for x in tensors(place, generator).values()]
@@ -118,4 +145,5 @@ def ema(place: Place, generator: torch.Generator) -> Work:
     return Work(average.update, list(model.weights), lambda: {f"average {i}": x for i, x in enumerate(averages)})
 
 
-CAPTURES = {f"{name} in a CUDA graph": check(make) for name, make in (("step", step), ("clip", clip), ("EMA", ema))}
+MAKERS = {"step": step, "guarded step": guarded, "clip": clip, "EMA": ema, "statistics": statistics}
+CAPTURES = {f"{name} in a CUDA graph": check(make) for name, make in MAKERS.items()}

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from .. import reference
 from ..clip_grad import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from ..ema import EMA
+from ..reference_statistics import M2, MEAN, rows_of
 from ..sgd import SGD
+from ..statistics import tensor_stats
 from .compare import Compared, Place, double, layouts, randn, rounded, tensors
-from .step import DECAY, MASTERS, clipped_step, grad_of, other_rules, step, step_with_masters
+from .step import DECAY, MASTERS, clipped_step, grad_of, guarded_step, other_rules, step, step_with_masters
 
 SAMPLES: tuple[tuple[int, ...], ...] = ((4, 1), (5, 7), (3, 33, 31), (2, 3, 5, 7), (6, 257, 64))  # for DropPath
 
@@ -35,6 +37,25 @@ def norms(place: Place, generator: torch.Generator) -> Iterator[Compared]:
     for (name, x), param in zip(grads.items(), params, strict=True):
         clipped = (x * (0.5 / (2.0 + 1e-6))).clamp(-0.1, 0.1)
         yield rounded(f"clipped by value, {name}", grad_of(param), double(clipped), terms=double(x))
+
+
+def statistics(place: Place, generator: torch.Generator) -> Iterator[Compared]:
+    """``tensor_stats`` with histograms, also where an element is not finite."""
+    found = tensors(place, generator)
+    infinite = randn(place, generator, (5000,))
+    infinite[7], infinite[4500] = float("inf"), float("nan")
+    found["not finite"] = infinite
+    stats = tensor_stats(list(found.values()), True, backend=place.backend)
+    for i, (name, x) in enumerate(found.items()):
+        exact = double(x)
+        row, finite = rows_of([exact], True), exact[exact.isfinite()]
+        allowed = row[0][0].abs() * 2.0**-19  # counts, extremes and sums; below: what means and squares are made of
+        magnitude = finite.abs().mean() if finite.numel() else torch.zeros(())
+        allowed[MEAN] = magnitude * 2.0**-19
+        allowed[M2] = (finite.square().sum() + row[0][0, M2]) * 2.0**-19
+        yield Compared(f"statistics of {name}", stats.rows[i], row[0][0], allowed)
+        if stats.histogram is not None and row[1] is not None:
+            yield Compared(f"histogram of {name}", stats.histogram[i], row[1][0], None)
 
 
 def ema(place: Place, generator: torch.Generator) -> Iterator[Compared]:
@@ -110,8 +131,10 @@ def drop_path(place: Place, generator: torch.Generator) -> Iterator[Compared]:
 
 CHECKS: dict[str, Check] = {
     "norms and clipping": norms,
+    "statistics": statistics,
     "AdamW and average": step,
     "clipping and skipping in the step": clipped_step,
+    "a guard against spikes": guarded_step,
     "Adam and SGD": other_rules,
     "a step with masters": step_with_masters,
     "EMA.update": ema,

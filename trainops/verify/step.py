@@ -10,7 +10,9 @@ from ..adam import Adam
 from ..adamw import AdamW
 from ..ema import EMA
 from ..reference_storage import write_weight
+from ..seeds import OWN_STATE
 from ..sgd import SGD
+from ..spike_guard import SpikeGuard
 from ..storage import MASTER
 from .compare import Compared, Place, double, rounded, tensors
 
@@ -158,3 +160,17 @@ def clipped_step(place: Place, generator: torch.Generator) -> Iterator[Compared]
     bad = Step(place, generator, skip_nonfinite=True)
     grad_of(params_of(bad.ours)[-1])[-1] = float("nan")
     yield from bad.skipped()
+
+
+def guarded_step(place: Place, generator: torch.Generator) -> Iterator[Compared]:
+    """A step that a guard takes, and learns from, and one that is a spike."""
+    guarded = Step(place, generator, spike_guard=SpikeGuard(None, max_norm=1e6), eps=1e-3)
+    yield from guarded.taken()
+    learned, exact = (x.param_groups[0][OWN_STATE]["spike_guard"] for x in (guarded.ours, guarded.exact))
+    # The logarithm of a norm, whose sums are partly float32.
+    allowed = torch.full((4,), 1e-6, dtype=torch.float64)
+    yield Compared("what the guard has learned", learned[:4], exact[:4].double(), allowed)
+    grad_of(params_of(guarded.ours)[-1]).mul_(1e4)
+    grad_of(params_of(guarded.ours)[-1])[-1] = 3e4
+    guarded.ours.spike_guard = SpikeGuard(None, max_norm=1e4)
+    yield from guarded.skipped()
