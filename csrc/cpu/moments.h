@@ -1,144 +1,157 @@
 // Gathers Moments (math/moments.h) of a piece of memory: tile by tile, each in two passes, of which the second finds
 // the tile in the first-level cache. 4 bytes per float32 element.
 //
-// Lanes add up at most 8 numbers, and 8 such sums, in the type of the arithmetic; the rest is float64. The order
-// depends on the number of elements alone. A tile of which float holds too little is gathered again in double, and
-// one that has infinities or NaNs, which the fast loops do not ask for, a third time.
+// Lanes add up 8 numbers, and 8 such sums, in the type of the arithmetic; the rest is float64. The order depends on
+// the number of elements alone. A tile of which float holds too little, or that has infinities or NaNs, which the
+// fast loops do not ask for, is gathered again in double.
 #pragma once
 
 #include <type_traits>
 
 #include "../math/moments.h"
+#include "chunks.h"
 #include "convert.h"
 
 namespace trainops::cpu {
 
-constexpr int64_t kMomentLanes = 16, kMomentRun = 8 * kMomentLanes;
-static_assert(kTileNumel % kMomentRun == 0, "tiles are whole runs");
+constexpr int64_t kMomentLanes = 16, kMomentRun = 8 * kMomentLanes, kMomentBlock = 8 * kMomentRun;
+constexpr int64_t kMomentTile = 2 * kMomentBlock;
 
 template <typename T>
 using MomentLanes __attribute__((vector_size(kMomentLanes * sizeof(T)))) = T;
-template <typename T>
-using MomentWord = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
 
-template <typename Isa, typename T, typename S>
-TRAINOPS_HOST_DEVICE void load_lanes(const S* values, MomentLanes<T>& lanes) {
-  if constexpr (std::is_same_v<S, T>) {
-    std::memcpy(&lanes, values, sizeof(lanes));
-  } else {
-    T wide[kMomentLanes];
-    if constexpr (has_halves<Isa, const S*>) {
-      float floats[kMomentLanes];
-      for (int64_t i = 0; i < kMomentLanes; i += Isa::halves) get_block<Isa::halves>(values + i, floats + i);
-      for (int64_t i = 0; i < kMomentLanes; ++i) wide[i] = static_cast<T>(floats[i]);
-    } else {
-      for (int64_t i = 0; i < kMomentLanes; ++i) wide[i] = static_cast<T>(widen(values[i]));
-    }
-    std::memcpy(&lanes, wide, sizeof(lanes));
-  }
+// |x|, of lanes.
+TRAINOPS_HOST_DEVICE void take_magnitudes(MomentLanes<float>& x) {
+  x = reinterpret_cast<MomentLanes<float>>(reinterpret_cast<MomentLanes<uint32_t>>(x) & 0x7fffffffu);
+}
+TRAINOPS_HOST_DEVICE void take_magnitudes(MomentLanes<double>& x) {
+  x = reinterpret_cast<MomentLanes<double>>(reinterpret_cast<MomentLanes<uint64_t>>(x) & 0x7fffffffffffffffu);
+}
+
+// Joins lanes in pairs.
+template <typename T, typename Join>
+TRAINOPS_HOST_DEVICE T join_lanes(const MomentLanes<T>& lanes, Join join) {
+  T joined[kMomentLanes];
+  std::memcpy(joined, &lanes, sizeof(joined));
+  for (int64_t i = 0; i < 8; ++i) joined[i] = join(joined[i], joined[i + 8]);
+  for (int64_t i = 0; i < 4; ++i) joined[i] = join(joined[i], joined[i + 4]);
+  for (int64_t i = 0; i < 2; ++i) joined[i] = join(joined[i], joined[i + 2]);
+  return join(joined[0], joined[1]);
 }
 
 template <typename T>
-TRAINOPS_HOST_DEVICE double sum_of_lanes(const MomentLanes<T>& lanes) {
-  double sums[kMomentLanes];
-  for (int64_t i = 0; i < kMomentLanes; ++i) sums[i] = static_cast<double>(lanes[i]);
-  for (int64_t width = kMomentLanes / 2; width > 0; width /= 2) {
-    for (int64_t i = 0; i < width; ++i) sums[i] += sums[i + width];
+TRAINOPS_HOST_DEVICE T sum_of_lanes(const MomentLanes<T>& lanes) {
+  return join_lanes<T>(lanes, [](T a, T b) TRAINOPS_INLINE { return a + b; });
+}
+
+// Calls body(i, runs) for the lanes of every block, and adds what the runs of each have become to the sums.
+template <typename T, int count, typename Body>
+TRAINOPS_HOST_DEVICE void for_each_run(int64_t size, MomentLanes<double> (&sums)[count], Body body) {
+  using Lanes = MomentLanes<T>;
+  for (int64_t block = 0; block < size; block += kMomentBlock) {
+    const int64_t end_of_block = block + kMomentBlock < size ? block + kMomentBlock : size;
+    Lanes of_block[count] = {};
+    for (int64_t begin = block; begin < end_of_block; begin += kMomentRun) {
+      const int64_t end = begin + kMomentRun < end_of_block ? begin + kMomentRun : end_of_block;
+      Lanes runs[count] = {};
+      for (int64_t i = begin; i < end; i += kMomentLanes) body(i, runs);
+      for (int k = 0; k < count; ++k) of_block[k] += runs[k];
+    }
+    for (int k = 0; k < count; ++k) sums[k] += __builtin_convertvector(of_block[k], MomentLanes<double>);
   }
-  return sums[0];
 }
 
 // Of elements that are finite, `size` being a multiple of kMomentLanes. `l1` is not finite if one is not.
-template <typename Isa, typename T, typename S>
-TRAINOPS_HOST_DEVICE Moments::State moments_of_lanes(const S* values, int64_t size) {
+template <typename T>
+TRAINOPS_HOST_DEVICE Moments::State moments_of_lanes(const T* values, int64_t size) {
   using Lanes = MomentLanes<T>;
-  using Words = MomentLanes<MomentWord<T>>;
-  const Words magnitude = Words{} + (static_cast<MomentWord<T>>(~MomentWord<T>{0}) &
-                                     (sizeof(T) == 4 ? MomentWord<T>(0x7fffffff) : MomentWord<T>(INT64_MAX)));
-  Lanes sum{}, l1{}, least = Lanes{} + T(INFINITY), most = Lanes{} - T(INFINITY);
-  Words zeros{};
-  for (int64_t begin = 0; begin < size; begin += kMomentRun) {
-    const int64_t end = begin + kMomentRun < size ? begin + kMomentRun : size;
-    Lanes run_sum{}, run_l1{};
-    for (int64_t i = begin; i < end; i += kMomentLanes) {
-      Lanes x;
-      load_lanes<Isa, T>(values + i, x);
-      run_sum += x;
-      run_l1 += reinterpret_cast<Lanes>(reinterpret_cast<Words>(x) & magnitude);
-      least = x < least ? x : least;
-      most = x > most ? x : most;
-      zeros -= x == T(0);
-    }
-    sum += run_sum;
-    l1 += run_l1;
-  }
+  Lanes least = Lanes{} + T(INFINITY), most = Lanes{} - T(INFINITY), nearest = least;
+  MomentLanes<double> sums[2] = {}, squares[1] = {};
+  for_each_run<T>(size, sums, [&](int64_t i, Lanes(&runs)[2]) TRAINOPS_INLINE {
+    Lanes x;
+    std::memcpy(&x, values + i, sizeof(x));
+    runs[0] += x;
+    least = x < least ? x : least;
+    most = x > most ? x : most;
+    take_magnitudes(x);
+    runs[1] += x;
+    nearest = x < nearest ? x : nearest;
+  });
+  const auto smaller = [](T a, T b) TRAINOPS_INLINE { return b < a ? b : a; };
   Moments::State state;
   state.count = static_cast<double>(size);
-  state.l1 = sum_of_lanes<T>(l1);
-  for (int64_t i = 0; i < kMomentLanes; ++i) {
-    state.zeros += static_cast<double>(zeros[i]);
-    state.min = static_cast<double>(least[i]) < state.min ? static_cast<double>(least[i]) : state.min;
-    state.max = static_cast<double>(most[i]) > state.max ? static_cast<double>(most[i]) : state.max;
+  state.mean = sum_of_lanes<double>(sums[0]) / state.count;
+  state.l1 = sum_of_lanes<double>(sums[1]);
+  state.min = join_lanes<T>(least, smaller);
+  state.max = join_lanes<T>(most, [](T a, T b) TRAINOPS_INLINE { return b > a ? b : a; });
+  if (join_lanes<T>(nearest, smaller) == T(0)) {
+    for (int64_t i = 0; i < size; ++i) state.zeros += values[i] == T(0) ? 1.0 : 0.0;
   }
-  const T center = static_cast<T>(sum_of_lanes<T>(sum) / state.count);
-  Lanes rest{}, m2{};
-  for (int64_t begin = 0; begin < size; begin += kMomentRun) {
-    const int64_t end = begin + kMomentRun < size ? begin + kMomentRun : size;
-    Lanes run_rest{}, run_m2{};
-    for (int64_t i = begin; i < end; i += kMomentLanes) {
+  const T center = static_cast<T>(state.mean);
+  for_each_run<T>(size, squares, [&](int64_t i, Lanes(&runs)[1]) TRAINOPS_INLINE {
 #if defined(__GNUC__)
-      __builtin_prefetch(values + i + kTileNumel);  // of the next tile, while this one is in the cache
+    __builtin_prefetch(values + i + kMomentTile);  // of the next tile, while this one is in the cache
 #endif
-      Lanes d;
-      load_lanes<Isa, T>(values + i, d);
-      d -= center;
-      run_rest += d;
-      run_m2 += d * d;
-    }
-    rest += run_rest;
-    m2 += run_m2;
-  }
-  const double off = sum_of_lanes<T>(rest) / state.count;  // of the mean, from the center
-  state.mean = static_cast<double>(center) + off;
-  state.m2 = sum_of_lanes<T>(m2) - state.count * off * off;
+    Lanes d;
+    std::memcpy(&d, values + i, sizeof(d));
+    d -= center;
+    runs[0] += d * d;
+  });
+  const double off = state.mean - static_cast<double>(center);
+  state.m2 = sum_of_lanes<double>(squares[0]) - state.count * off * off;
   if (state.m2 < 0.0) state.m2 = 0.0;
   return state;
 }
 
-// Of any elements, one by one.
-template <typename S>
-TRAINOPS_HOST_DEVICE Moments::State moments_of_any(const S* values, int64_t size) {
+// Inner loops of a tile, or of some of it.
+TRAINOPS_MULTIVERSION inline Moments::State moments_of_floats(const float* values, int64_t size) {
+  return moments_of_lanes(values, size);
+}
+TRAINOPS_MULTIVERSION inline Moments::State moments_of_finite_doubles(const double* values, int64_t size) {
+  return moments_of_lanes(values, size);
+}
+
+// Of any elements, also of those that fill no lanes.
+inline Moments::State moments_of_doubles(const double* values, int64_t size) {
+  const int64_t body = size / kMomentLanes * kMomentLanes;
   Moments::State state;
-  for (int64_t begin = 0; begin < size; begin += kMomentLanes) {
-    const int64_t left = size - begin;
-    double pack[kMomentLanes];
+  if (body > 0) state = moments_of_finite_doubles(values, body);
+  const int64_t begin = state.l1 < INFINITY ? body : 0;
+  if (begin == 0) state = {};
+  for (int64_t i = begin; i < size; i += kMomentLanes) {
+    const int64_t left = size - i;
+    double pack[kMomentLanes] = {};
     const int count = static_cast<int>(left < kMomentLanes ? left : kMomentLanes);
-    for (int i = 0; i < kMomentLanes; ++i) {
-      pack[i] = i < count ? static_cast<double>(widen(values[begin + i])) : 0.0;
-    }
+    for (int k = 0; k < count; ++k) pack[k] = values[i + k];
     state = Moments::join(state, Moments::gather<double>(pack, count));
   }
   return state;
 }
 
-template <typename Isa, typename S>
-TRAINOPS_HOST_DEVICE Moments::State moments_of_tile(const S* values, int64_t size) {
-  Moments::State state = moments_of_lanes<Isa, Wide<S>>(values, size);
-  if (!std::is_same_v<Wide<S>, double> && Moments::is_doubtful(state)) {
-    state = moments_of_lanes<Baseline, double>(values, size);
-  }
-  return state.l1 < INFINITY ? state : moments_of_any(values, size);
+// At most a tile.
+inline Moments::State moments_of_tile(const double* values, int64_t size) { return moments_of_doubles(values, size); }
+inline Moments::State moments_of_tile(const float* values, int64_t size) {
+  const int64_t body = size / kMomentLanes * kMomentLanes;
+  Moments::State state;
+  if (body > 0) state = moments_of_floats(values, body);
+  const int64_t begin = Moments::is_doubtful(state) ? 0 : body;
+  if (begin == size) return state;
+  double wide[kMomentTile];
+  for (int64_t i = begin; i < size; ++i) wide[i - begin] = static_cast<double>(values[i]);
+  const Moments::State rest = moments_of_doubles(wide, size - begin);
+  return begin == 0 ? rest : Moments::join(state, rest);
 }
 
-template <typename Isa, typename S>
-TRAINOPS_HOST_DEVICE Moments::State moments_of_piece(const S* values, int64_t size) {
+// 16-bit numbers are widened into a tile of floats.
+template <typename T>
+Moments::State moments_of_piece(const Cell& cell, const Piece& piece) {
   Moments::State state;
-  const int64_t body = size / kMomentLanes * kMomentLanes;
-  for (int64_t begin = 0; begin < body; begin += kTileNumel) {
-    const int64_t left = body - begin;
-    state = Moments::join(state, moments_of_tile<Isa>(values + begin, left < kTileNumel ? left : kTileNumel));
+  for (int64_t done = 0; done < piece.size; done += kMomentTile) {
+    const int64_t left = piece.size - done, size = left < kMomentTile ? left : kMomentTile;
+    T buffer[kMomentTile];
+    state = Moments::join(state, moments_of_tile(load(cell, piece.begin + done, size, buffer), size));
   }
-  return body == size ? state : Moments::join(state, moments_of_any(values + body, size - body));
+  return state;
 }
 
 }  // namespace trainops::cpu

@@ -63,13 +63,9 @@ TRAINOPS_HOST_DEVICE typename Statistic::State reduce_in(const S* values, int64_
 
 template <typename Isa, typename Statistic, typename S>
 TRAINOPS_HOST_DEVICE typename Statistic::State reduce_values(const S* values, int64_t size) {
-  if constexpr (Statistic::has_packs) {
-    return moments_of_piece<Isa>(values, size);
-  } else {
-    const auto state = reduce_in<Isa, Statistic, Wide<S>>(values, size);
-    if (std::is_same_v<Wide<S>, double> || !Statistic::is_doubtful(state)) return state;
-    return reduce_in<Isa, Statistic, double>(values, size);
-  }
+  const auto state = reduce_in<Isa, Statistic, Wide<S>>(values, size);
+  if (std::is_same_v<Wide<S>, double> || !Statistic::is_doubtful(state)) return state;
+  return reduce_in<Isa, Statistic, double>(values, size);
 }
 
 // One named function for each statistic and type, because only those can be compiled for several instruction sets.
@@ -79,7 +75,7 @@ TRAINOPS_HOST_DEVICE typename Statistic::State reduce_values(const S* values, in
   }
 #define TRAINOPS_REDUCE(dtype, S, Statistic) TRAINOPS_VERSIONS(TRAINOPS_REDUCE_FOR, S, Statistic)
 #define TRAINOPS_REDUCE_ALL(Statistic, name) TRAINOPS_DTYPES(TRAINOPS_REDUCE, Statistic)
-TRAINOPS_STATISTICS(TRAINOPS_REDUCE_ALL)
+TRAINOPS_NORMS(TRAINOPS_REDUCE_ALL)
 #undef TRAINOPS_REDUCE_ALL
 #undef TRAINOPS_REDUCE
 #undef TRAINOPS_REDUCE_FOR
@@ -100,10 +96,15 @@ Result reduce_table(const Table& table, const Chunks& chunks, int64_t column) {
   std::vector<State> partial(pieces.size());
   chunks.for_each_piece(Order::kForward, [&](int64_t index, const Piece& piece) {
     const Cell& cell = table.cell(piece.row, column);
-    with_type({cell}, [&](auto type) {
-      const auto* values = static_cast<const decltype(type)*>(cell.address);
-      partial[index] = reduce_piece(Statistic{}, values + piece.begin, piece.size);
-    });
+    if constexpr (Statistic::has_packs) {
+      partial[index] =
+          cell.dtype == DType::float64 ? moments_of_piece<double>(cell, piece) : moments_of_piece<float>(cell, piece);
+    } else {
+      with_type({cell}, [&](auto type) {
+        const auto* values = static_cast<const decltype(type)*>(cell.address);
+        partial[index] = reduce_piece(Statistic{}, values + piece.begin, piece.size);
+      });
+    }
   });
   std::vector<State> rows(table.rows());
   for (size_t first = 0, last = 0; first < partial.size(); first = last) {

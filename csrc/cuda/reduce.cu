@@ -25,7 +25,7 @@ struct Words {
 // Joins the parts of the first `lanes` lanes of a warp. Only the first lane's result is valid.
 template <typename Statistic, int lanes, typename Part>
 __device__ Part join_lanes(Part part) {
-#pragma unroll
+#pragma unroll(Statistic::has_packs ? 1 : lanes)
   for (int distance = lanes / 2; distance > 0; distance /= 2) {
     auto other = bit_cast<Words<Part>>(part);
 #pragma unroll
@@ -139,9 +139,11 @@ __device__ void add_elements(const Cell& cell, const Chunk& chunk, int64_t body,
 template <typename Statistic, typename T>
 __device__ typename Statistic::State state_of_chunk(const Cell& cell, const Chunk& chunk,
                                                     Meeting<Statistic>& meeting) {
-  const int64_t body = chunk.end - (chunk.end - chunk.begin) % kPack<T>;
+  // Few tensors are float64, and a loop over packs of these would be much code where a statistic gathers packs.
+  constexpr bool has_body = !Statistic::has_packs || sizeof(T) == sizeof(float);
+  const int64_t body = has_body ? chunk.end - (chunk.end - chunk.begin) % kPack<T> : chunk.begin;
   Runs<Statistic, T, T> runs;
-  add_packs(cell, chunk.begin, body, runs);
+  if constexpr (has_body) add_packs(cell, chunk.begin, body, runs);
   add_elements(cell, chunk, body, runs);
   auto run = meeting.parts_of_warps(join_runs<Statistic>(runs.at));
   if constexpr (sizeof(T) < sizeof(double)) {
@@ -160,7 +162,7 @@ __device__ typename Statistic::State state_of_chunk(const Cell& cell, const Chun
 template <typename Statistic, typename Partial>
 __device__ typename Statistic::State join_partials(int64_t count, Partial partial) {
   using State = typename Statistic::State;
-  constexpr int ahead = 4;
+  constexpr int ahead = Statistic::has_packs ? 1 : 4;
   State states[ahead] = {};
 #pragma unroll 1
   for (int64_t i = threadIdx.x; i < count; i += ahead * kThreads) {
@@ -219,9 +221,11 @@ __device__ void count_exponents(const Cell& cell, const Chunk& chunk, unsigned l
 }
 
 // A row's state, once it is known, lies in the place of its first chunk's. Four blocks on a multiprocessor would have
-// too few registers on some cards; three still keep 48 KB of reads on their way.
+// too few registers on some cards; three still keep 48 KB of reads on their way. States of several numbers need the
+// registers of two.
 template <typename Statistic>
-__global__ void __launch_bounds__(kThreads, 3) reduce_kernel(const __grid_constant__ ReduceArgs args) {
+__global__ void __launch_bounds__(kThreads, Statistic::has_packs ? 2 : 3)
+    reduce_kernel(const __grid_constant__ ReduceArgs args) {
   using State = typename Statistic::State;
   __shared__ typename Meeting<Statistic>::Shared shared;
   Meeting<Statistic> meeting{shared};
@@ -252,7 +256,7 @@ __global__ void __launch_bounds__(kThreads, 3) reduce_kernel(const __grid_consta
       write_results<Statistic>(state, grad_scale, args.rows_out, args.out_is_double, chunk.row_index);
     }
   }
-  if (!is_last_block(args.counters)) return;
+  if (Statistic::has_packs || !is_last_block(args.counters)) return;  // nobody asks for what packs add up to
   const State total = meeting.join(join_partials<Statistic>(
       args.table.row_count, [&](int64_t row) { return partials + row_of(args.table, row).words[kFirstChunk]; }));
   if (threadIdx.x != 0) return;

@@ -109,8 +109,8 @@ TRAINOPS_HOST_DEVICE Run join_runs(const Run (&runs)[count]) {
 }
 
 // Expands macro(Statistic, name) for each.
-#define TRAINOPS_STATISTICS(macro) \
-  macro(L1Norm, "l1_norm") macro(L2Norm, "l2_norm") macro(InfNorm, "inf_norm") macro(Moments, "moments")
+#define TRAINOPS_NORMS(macro) macro(L1Norm, "l1_norm") macro(L2Norm, "l2_norm") macro(InfNorm, "inf_norm")
+#define TRAINOPS_STATISTICS(macro) TRAINOPS_NORMS(macro) macro(Moments, "moments")
 
 // 64-bit words of a State.
 template <typename Statistic>
