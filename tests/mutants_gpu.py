@@ -168,8 +168,8 @@ TRITON_AND_CUDA = [
         tests_of("ptx_triton", k="a_sample"),
         {
             "triton: lanes are joined in the compiler's order": (
-                "joined = sum_in_pairs(states[0])",
-                "joined = tl.sum(states[0].to(tl.float64), axis=0)",
+                "(sum_in_pairs(states[0]).to(tl.float64),)",
+                "(tl.sum(states[0].to(tl.float64), axis=0),)",
             ),
         },
     ),

@@ -30,6 +30,7 @@ from mutants_queue import QUEUE
 from mutants_rounding import ROUNDING
 from mutants_rules import RULES
 from mutants_shards import SHARDS
+from mutants_statistics import STATISTICS
 from mutants_storage import STORAGE
 from scratch import ROOT, Tree, tracked
 
@@ -45,6 +46,7 @@ MUTANTS = [
     *MODELS,
     *LR_FINDER,
     *SHARDS,
+    *STATISTICS,
     *STORAGE,
     *ROUNDING,
     *TRITON_AND_CUDA,

@@ -137,12 +137,12 @@ def count_exponents(
     row, begin = chunk_of(chunks, first_chunk + tl.program_id(0), CHUNK)
     words = rows + row * WORDS
     end = tl.minimum(begin + CHUNK, tl.load(words + NUMEL))
-    address = tl.load(words + ADDRESSES + COLUMN)
-    body = end_of_body(begin, end, address, BLOCK)
+    elements = tl.load(words + ADDRESSES + COLUMN)
+    body = end_of_body(begin, end, elements, BLOCK)
     found = tl.zeros([BINS + 1], tl.int32)
     for MASKED in tl.static_range(2):
         for offset in range(body if MASKED else begin, end if MASKED else body, BLOCK):
-            x = load(address, offset, end, DTYPE, WIDE, BLOCK, MASKED)
+            x = load(elements, offset, end, DTYPE, WIDE, BLOCK, MASKED)
             if WIDE == tl.float64:
                 exponents = ((x.to(tl.int64, bitcast=True) >> 52) & 0x7FF) - 1023 + 127
                 bins = tl.minimum(tl.maximum(exponents, 0), BINS - 1).to(tl.int32)
