@@ -48,10 +48,10 @@ class SpikeGuard:
 
     def __post_init__(self) -> None:
         for name, least in (("deviations", 0.0), ("max_norm", 0.0), ("decay", 0.0), ("warmup", 2), ("patience", 1)):
-            x = getattr(self, name)
+            x: Any = getattr(self, name)
             if x is None and name in ("deviations", "max_norm"):
                 continue
-            kind = int if name in ("warmup", "patience") else Real
+            kind: type = int if name in ("warmup", "patience") else Real
             if not isinstance(x, kind) or isinstance(x, bool):
                 raise TypeError(f"{name} of a SpikeGuard must be a number, got {x!r:.60}")
             if not x >= least or (name == "decay" and x >= 1.0):
@@ -104,7 +104,7 @@ class HasSpikeGuard(torch.optim.Optimizer):
         if guard is None:
             return None
         group = self.param_groups[0]
-        found = group.get(OWN_STATE, {}).get(KEY)
+        found: Tensor | None = group.get(OWN_STATE, {}).get(KEY)
         device = device or next((p.device for g in self.param_groups for p in g["params"]), torch.device("cpu"))
         made_for = self.__dict__.get("_guard_made_for")
         if found is None or found.device != device or made_for != (guard, id(found)):

@@ -97,7 +97,8 @@ class CollectsStats(torch.optim.Optimizer):
     def coefficient(self) -> Tensor | float:
         """What the next step multiplies gradients with, as they are. With ``max_grad_norm``, all ranks must ask."""
         optimizer: Any = self
-        scale, limit, clipped = optimizer._from_scaler("grad_scale"), optimizer.max_grad_norm, 1.0
+        scale, limit = optimizer._from_scaler("grad_scale"), optimizer.max_grad_norm
+        clipped: Tensor | float = 1.0
         if limit is not None:
             norm = optimizer._joint_norm(StepControl(grad_scale=scale)).control.total_norm
             limit = limit.reshape(()) if isinstance(limit, Tensor) else float(limit)
