@@ -51,11 +51,10 @@ class SpikeGuard:
             x: Any = getattr(self, name)
             if x is None and name in ("deviations", "max_norm"):
                 continue
-            kind: type = int if name in ("warmup", "patience") else Real
+            kind: Any = int if name in ("warmup", "patience") else Real
             if not isinstance(x, kind) or isinstance(x, bool):
                 raise TypeError(f"{name} of a SpikeGuard must be a number, got {x!r:.60}")
-            number = float(x)
-            if not number >= least or (name == "decay" and number >= 1.0):
+            if not x >= least or (name == "decay" and x >= 1.0):
                 raise ValueError(f"{name} of a SpikeGuard is out of range: {x}")
         if self.deviations is None and self.max_norm is None:
             raise ValueError("a SpikeGuard needs deviations or max_norm")
