@@ -18,9 +18,8 @@ from . import moments
 SHORT = tl.constexpr(3)
 MOST = tl.constexpr(20)  # no block has more lanes, as a power of 2
 
-# How many numbers a state has, and how many results.
+# How many numbers a state has.
 NUMBERS = {"l1_norm": 1, "l2_norm": 1, "inf_norm": 1, "moments": 8}
-RESULTS = {"l1_norm": 1, "l2_norm": 1, "inf_norm": 1, "moments": 8}
 
 
 @triton.jit
