@@ -54,7 +54,11 @@ STATISTICS = [
         "csrc/cpu/moments.h",
         CPU,
         {
-            "statistics: what the center is off by, on the CPU": (" - state.count * off * off", ""),
+            "statistics: what the center is off by, on the CPU": (
+                " - state.count * off * off",
+                "",
+                "the center is off by half a unit in its last place, which the bound on deviations allows",
+            ),
             "statistics: rows of non-finite elements are not looked at again": (
                 "Moments::is_doubtful(state) ? 0 : body",
                 "body",
@@ -105,7 +109,11 @@ STATISTICS = [
         "triton_kernels/moments.py",
         TRITON,
         {
-            "statistics: the center of lanes": ("- number * off * off", ""),
+            "statistics: the center of lanes": (
+                "- number * off * off",
+                "",
+                "the center is off by half a unit in its last place, which the bound on deviations allows",
+            ),
             "statistics: lanes that are not finite": ("x = tl.where(seen, x, 0.0)", "x = x"),
             "statistics: chunks without the distance of means": (
                 "tl.where(weight > 0.0, d * d * weight, 0.0)",
