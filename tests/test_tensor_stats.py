@@ -1,5 +1,6 @@
 """Statistics of tensors: the numbers on every backend, against exact ones, and how parts of them join."""
 
+import importlib
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from contract import DTYPES, exact
 from exact import magnitudes
 from process_groups import forks, on_ranks
-from targets import interpreted, over, over_kernels
+from targets import INTERPRETER, interpreted, over, over_kernels
 
 import trainops
 from trainops import TensorStats, reference_statistics, tensor_stats
@@ -202,3 +203,14 @@ def test_tensors_of_several_devices_keep_their_order():
     together = trainops.statistics._in_order(parts, indices)
     assert_stats(together, tensors)
     assert torch.equal(together.histogram, tensor_stats(tensors, True).histogram)
+
+
+@over_kernels
+def test_many_chunks_with_means_of_their_own(target, monkeypatch):
+    """More than a block of a kernel joins at a time."""
+    numel = 1_200_000
+    if target.backend == "triton":
+        monkeypatch.setattr(importlib.import_module("trainops.triton_kernels._common"), "MOMENTS_BLOCK", 2)
+        numel = 5 * 8192 if target == INTERPRETER else numel
+    x = (torch.linspace(-3, 5, numel) + 0.1 * torch.randn(numel)).to(target.device)
+    assert_stats(tensor_stats([x], backend=target.backend), [x])
