@@ -13,7 +13,7 @@ MODELS = [
                 "if False:",
             ),
             "policy: a pattern that fits nothing": (
-                "if not any(_fits(name, pattern) for name in names):",
+                "if not any(fits(name, pattern) for name in names):",
                 "if False:",
             ),
             "policy: the last pattern decides": ("in self._buffers if _fits", "in self._buffers[::-1] if _fits"),

@@ -25,6 +25,7 @@ from mutants_ema import EMA
 from mutants_gpu import TRITON_AND_CUDA
 from mutants_lr_finder import LR_FINDER
 from mutants_models import MODELS
+from mutants_monitor import MONITOR
 from mutants_python import PYTHON
 from mutants_queue import QUEUE
 from mutants_rounding import ROUNDING
@@ -45,6 +46,7 @@ MUTANTS = [
     *AVERAGES,
     *MODELS,
     *LR_FINDER,
+    *MONITOR,
     *SHARDS,
     *STATISTICS,
     *STORAGE,

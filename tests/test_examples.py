@@ -30,6 +30,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
         ("train_fsdp2", ["--steps", "0"], "--steps must be at least 1"),
         ("train_fsdp2", [], "start it by torchrun --nproc-per-node 2 examples/train_fsdp2.py"),
         ("train_bf16", ["--steps", "0"], "--steps must be at least 1"),
+        ("find_exploding_layer", ["--steps", "2"], "--steps must be at least 3"),
         ("train_bf16", ["--device", "meta"], "--device meta: "),
     ],
 )
@@ -90,3 +91,14 @@ def test_the_suggested_learning_rates_train_and_others_do_not(monkeypatch, capsy
     assert len(accuracies) == 4
     assert min(accuracies[1:3]) > 85.0 > 50.0 > max(accuracies[0], accuracies[3])
     assert (tmp_path / "lr.png").stat().st_size > 10000
+
+
+def test_the_layer_that_explodes_is_found_by_name_and_step(monkeypatch, capsys, tmp_path):
+    for needed in ("matplotlib", "rich", "sklearn"):
+        pytest.importorskip(needed)
+    monkeypatch.setattr(sys, "argv", ["find_exploding_layer", "--output", str(tmp_path)])
+    runpy.run_path(str(EXAMPLES / "find_exploding_layer.py"), run_name="__main__")
+    said = re.findall(r"step (\d+): (\S+): the (\w+) explode", capsys.readouterr().out)
+    assert said[0] == ("22", "blocks.7.narrow", "weights")
+    assert {name for _, name, what in said if what == "gradient"} >= {"stem", "blocks.3.widen", "blocks.7.widen"}
+    assert all((tmp_path / name).stat().st_size > 10000 for name in ("norms.png", "distributions.png"))

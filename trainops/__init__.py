@@ -9,6 +9,7 @@ from .ema import EMA
 from .ema_schedule import DiffusersDecay, EMAPytorchDecay
 from .ema_update import ema_update_, get_ema_multi_avg_fn
 from .lr_finder import LRFinderResult, lr_finder
+from .monitor import Monitor
 from .sgd import SGD
 from .spike_guard import SpikeGuard
 from .statistics import TensorStats, tensor_stats
@@ -26,6 +27,7 @@ __all__ = [
     "DropPathAdd",
     "EMAPytorchDecay",
     "LRFinderResult",
+    "Monitor",
     "SpikeGuard",
     "StepStats",
     "StochasticDepth",

@@ -46,22 +46,22 @@ class AveragePolicy:
         self.average_buffers = average_buffers
         self.trainable_only = trainable_only
         parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-        self.include = None if include is None else _checked("include", include, parameters, "parameter")
-        self.exclude = () if exclude is None else _checked("exclude", exclude, parameters, "parameter")
+        self.include = None if include is None else checked_patterns("include", include, parameters, "parameter")
+        self.exclude = () if exclude is None else checked_patterns("exclude", exclude, parameters, "parameter")
         self._buffers = _uses(average_buffers, model)
         self.shared: set[str] = set()  # names of the parameters that the averaged module has of the model itself
 
     def use_of_buffer(self, name: str) -> str:
         """``"average"``, ``"copy"`` or ``"leave"``: the first pattern that fits decides, and else it is averaged."""
-        return next((use for pattern, use in self._buffers if _fits(name, pattern)), "average")
+        return next((use for pattern, use in self._buffers if fits(name, pattern)), "average")
 
     def is_shared(self, names: list[str], param: Tensor) -> bool:
         """Whether a parameter, by all its names, is left out: the averaged module then holds the model's own."""
         if self.trainable_only and not param.requires_grad:
             return True
-        if self.include is not None and not any(_fits(name, x) for name in names for x in self.include):
+        if self.include is not None and not any(fits(name, x) for name in names for x in self.include):
             return True
-        if any(_fits(name, x) for name in names for x in self.exclude):
+        if any(fits(name, x) for name in names for x in self.exclude):
             return True
         # Quantised weights that are never trained.
         return not param.requires_grad and self.device in (None, param.device) and not can_average(param, param)
@@ -138,23 +138,25 @@ def _uses(
         if use not in USES:
             raise ValueError(f"average_buffers must be one of {', '.join(map(repr, USES))}, got {use!r:.60}")
         if names is not None:
-            _checked("average_buffers", [pattern], names, "buffer")
+            checked_patterns("average_buffers", [pattern], names, "buffer")
     return list(average_buffers.items())
 
 
-def _checked(argument: str, patterns: Patterns, names: list[str], what: str) -> tuple[str | re.Pattern[str], ...]:
+def checked_patterns(
+    argument: str, patterns: Patterns, names: list[str], what: str
+) -> tuple[str | re.Pattern[str], ...]:
     """Patterns as a tuple; an error where one fits no name."""
     patterns = (patterns,) if isinstance(patterns, (str, re.Pattern)) else patterns
     found = tuple(patterns) if isinstance(patterns, Iterable) else (patterns,)
     for pattern in found:
         if not isinstance(pattern, (str, re.Pattern)):
             raise TypeError(f"{argument} must be names, or patterns of names, got {pattern!r:.60}")
-        if not any(_fits(name, pattern) for name in names):
+        if not any(fits(name, pattern) for name in names):
             raise ValueError(f"{argument}: the model has no {what} whose name fits {pattern!r:.60}")
     return found
 
 
-def _fits(name: str, pattern: str | re.Pattern[str]) -> bool:
+def fits(name: str, pattern: str | re.Pattern[str]) -> bool:
     """Whether a name is the pattern, lies within the module of that name, or matches it."""
     if isinstance(pattern, re.Pattern):
         return pattern.search(name) is not None

@@ -1,0 +1,80 @@
+"""Faults of the monitor: see ``mutants.py``."""
+
+from mutants import planted, tests_of
+
+MONITOR = [
+    *planted(
+        "trainops/monitor.py",
+        tests_of("monitor"),
+        {
+            "monitor: gradients stay scaled": ("grads = grads.divided(scale)", "grads = grads"),
+            "monitor: weights after the step": (
+                "        weights = tensor_stats(self._before, histogram=True)\n",
+                "        weights = tensor_stats([p.detach() + 1 for p in params.values()], histogram=True)\n",
+            ),
+            "monitor: updates the wrong way": (".neg_()", ""),
+            "monitor: masters are not read": ('hasattr(optimizer, "float32_weight")', "False"),
+            "monitor: every step is looked at": ("return self.steps % self.every == 0", "return True"),
+            "monitor: hooks stay": ("            hook.remove()\n", "            pass\n"),
+            "monitor: names with wrappers": ("innermost(model).named_parameters()", "model.named_parameters()"),
+            "monitor: old histograms are kept": ("self.records[-1].without_histograms()", "self.records[-1]"),
+            "monitor: NaN in JSON": ('x if abs(x) < float("inf") else None', "x"),
+            "monitor: parameters of other optimizers": ("if id(p) in own and", "if"),
+        },
+    ),
+    *planted(
+        "trainops/monitor_activations.py",
+        tests_of("monitor"),
+        {
+            "monitor: evaluation is watched": ("not module.training or ", ""),
+            "monitor: the last batch alone": ("now if before is None else before.merge(now)", "now"),
+            "monitor: dead in one batch": ("self.zero & other.zero if", "self.zero | other.zero if"),
+            "monitor: saturated in the middle": (
+                "(x <= ends[0] + near) | (x >= ends[1] - near)",
+                "(x <= ends[0] + near)",
+            ),
+            "monitor: units of images are columns": ("units = 1 if x.ndim > 3 or", "units = 1 if"),
+            "monitor: activations are never forgotten": ("seen, self._seen = self._seen, {}", "seen = self._seen"),
+        },
+    ),
+    *planted(
+        "trainops/monitor_findings.py",
+        tests_of("monitor"),
+        {
+            "monitor: explosions are not told": ("if x.gradient > exploding * x.weight > 0.0", "if False"),
+            "monitor: layers vanish before the explosion": (
+                "weights' {x.weight:.1e}\"\n        else:\n            others.append(x)",
+                "weights' {x.weight:.1e}\"\n        others.append(x)",
+            ),
+            "monitor: the first record counts": (
+                "Finding(kind, name, record.step, 1, message)\n                if before is None",
+                "Finding(kind, name, record.step, 1, message)\n                if True",
+            ),
+            "monitor: growth is not told": ("if norm > self.growth * usual > 0.0:", "if False:"),
+            "monitor: what has exploded is usual": (
+                "                elif math.isfinite(norm):\n",
+                "                if math.isfinite(norm):\n",
+            ),
+            "monitor: nobody stands still": ("elif x.update < still * x.weight", "elif False"),
+            "monitor: bad weights are not told": (
+                'for what, stats in (("gradient", record.grads), ("weight", record.weights))',
+                'for what, stats in (("gradient", record.weights), ("weight", record.weights))',
+            ),
+        },
+    ),
+    *planted(
+        "trainops/monitor_plots.py",
+        tests_of("monitor"),
+        {
+            "monitor: the norm of a layer is the sum": (
+                "math.hypot(*(values[i] for i in rows))",
+                "sum(values[i] for i in rows)",
+            ),
+            "monitor: colours without a logarithm": ("values.log10()", "values"),
+            "monitor: counts for shares": (
+                "100.0 * counts / counts.sum(1, keepdim=True).clamp(min=1)",
+                "100.0 * counts",
+            ),
+        },
+    ),
+]

@@ -1,0 +1,208 @@
+"""Watch a model train: statistics of gradients, weights, updates and activations, now and then, by name."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .ema_policy import Patterns, checked_patterns, fits
+from .monitor_activations import Activations
+from .monitor_findings import Finding, findings_of
+from .monitor_record import Record, Watched, layer_of
+from .reference_storage import wide
+from .statistics import TensorStats, tensor_stats
+from .wrappers import innermost, unwrap
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+
+class Monitor:
+    """Statistics of a model while an optimizer trains it: of the first step, and of every so many after it.
+
+    Of gradients (before clipping in the step, without a GradScaler's scale), weights and updates, by the names of
+    ``model.named_parameters()``; of the outputs of chosen modules, by their names, over all batches of the step. They
+    stay on the device: nothing waits for it until you read something. Steps in between cost a count.
+
+    Works with any optimizer of PyTorch, with accumulation, under DDP, FSDP2 (statistics are those of all shards, so
+    that every rank has to have a monitor) and ``torch.compile`` (activations need a hook, which the compiled code
+    calls by a graph break). A step that a GradScaler skips is no step.
+
+    Equivalent, but for the waiting, to what ``wandb.watch`` and ``SummaryWriter.add_histogram`` are used for::
+
+        monitor = trainops.Monitor(model, optimizer, every=50, activations=["blocks.*"])
+        ...                                     # training
+        for finding in monitor.findings():      # "step 51: blocks.3.mlp.0: 71% of the units are dead"
+            print(finding)
+        logger.log(monitor.flat())              # {"grad/l2_norm/blocks.0.attn.qkv.weight": 0.031, ...}
+
+    Args:
+        model: the model; inside or outside of wrappers.
+        optimizer: its optimizer, or a framework's wrapper of it.
+        every: statistics are those of steps 1, 1 + every, 1 + 2 * every, ...
+        include: names or patterns of parameters, as for :class:`trainops.EMA`; default: all that the optimizer has.
+        activations: names or patterns of the modules whose outputs are watched, in train mode.
+
+    Attributes:
+        records: the statistics of each step that was looked at, as a list of :class:`Record`. The last one has
+            histograms.
+        steps: how many steps there were.
+
+    Raises:
+        ValueError: ``every`` is less than 1, a pattern fits no name, or the optimizer has none of these parameters.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        *,
+        every: int = 50,
+        include: Patterns | None = None,
+        activations: Patterns = (),
+    ) -> None:
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ValueError(f"every must be an integer of at least 1, got {every!r:.60}")
+        optimizer = unwrap(optimizer)
+        names = dict(innermost(model).named_parameters())
+        chosen = None if include is None else checked_patterns("include", include, list(names), "parameter")
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self._params = {
+            name: p
+            for name, p in names.items()
+            if id(p) in own and (chosen is None or any(fits(name, x) for x in chosen))
+        }
+        if not self._params:
+            raise ValueError("the optimizer has none of these parameters of the model")
+        self.model, self.optimizer, self.every = model, optimizer, every
+        self.records: list[Record] = []
+        self.steps = 0
+        self._begun: tuple[list[str], TensorStats, TensorStats, Watched | None] | None = None
+        self._before: list[Tensor] = []
+        self._activations = Activations(innermost(model), activations, self._is_due)
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._begin_step),
+            optimizer.register_step_post_hook(self._finish_step),
+        ]
+
+    def remove(self) -> None:
+        """Take all hooks away. What was recorded stays."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._activations.remove()
+
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.remove()
+
+    def _is_due(self) -> bool:
+        """Whether the step that comes is looked at."""
+        return self.steps % self.every == 0
+
+    @torch.no_grad()
+    def _begin_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._begun, self._before = None, []
+        if not self._is_due():
+            return
+        seen = self._activations.take()
+        params = {n: p for n, p in self._params.items() if p.grad is not None and p.grad.layout is torch.strided}
+        if not params:
+            return
+        grads = tensor_stats([p.grad for p in params.values() if p.grad is not None], histogram=True)
+        if (scale := getattr(optimizer, "grad_scale", None)) is not None:
+            grads = grads.divided(scale)
+        self._before = [wide(_weight(optimizer, p)).clone() for p in params.values()]
+        weights = tensor_stats(self._before, histogram=True)
+        self._begun = list(params), grads, weights, seen
+
+    @torch.no_grad()
+    def _finish_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self.steps += 1
+        if self._begun is None:
+            return
+        names, grads, weights, seen = self._begun
+        for old, name in zip(self._before, names, strict=True):
+            old.sub_(wide(_weight(optimizer, self._params[name]))).neg_()
+        updates = tensor_stats(self._before, histogram=True)
+        if self.records:
+            self.records[-1] = self.records[-1].without_histograms()
+        self.records.append(Record(self.steps, names, grads, weights, updates, seen))
+        self._begun, self._before = None, []
+
+    # Reading: from here on everything waits for the device.
+
+    def last(self) -> Record:
+        """The last record.
+
+        Raises:
+            RuntimeError: no step was looked at yet.
+        """
+        if not self.records:
+            raise RuntimeError("no step was looked at yet: statistics begin with the first one")
+        return self.records[-1]
+
+    def flat(self, record: Record | None = None) -> dict[str, float]:
+        """The numbers of a record (default: the last) under keys for loggers.
+
+        ``grad/l2_norm/<parameter>``, ``weight/std/<parameter>``, ``update/ratio/<parameter>``,
+        ``activation/mean/<module>`` and so on; ``activation/dead/<module>`` is the share of units that were 0 for all
+        inputs, ``activation/saturated/<module>`` of outputs that are at an end of their range.
+        """
+        return (self.last() if record is None else record).flat()
+
+    def findings(self, **limits: float) -> list[Finding]:
+        """What looks wrong, each with the name and the first step where it was seen; see :func:`findings_of`."""
+        return findings_of(self.records, **limits)
+
+    def write(self, path: str | Path) -> None:
+        """Write JSON lines: an object for each record, with its ``step`` and the keys of :meth:`flat`."""
+        with Path(path).open("w") as file:
+            for record in self.records:
+                file.write(json.dumps({"step": record.step, **_finite(record.flat())}) + "\n")
+
+    def table(self) -> "Table":
+        """The last record by layer, for ``rich.print``."""
+        from .monitor_plots import table
+
+        return table(self.last())
+
+    def plot(self) -> "Figure":
+        """Norms of gradients and of updates as colours, layer against step. Save it by ``.savefig("norms.png")``."""
+        from .monitor_plots import norms
+
+        self.last()
+        return norms(self.records)
+
+    def plot_distributions(self) -> "Figure":
+        """How the magnitudes of the last record are distributed, by layer: gradients, weights and updates."""
+        from .monitor_plots import distributions
+
+        return distributions(self.last())
+
+    def layers(self) -> Iterator[str]:
+        """The names of the layers: parameters are those of one layer if one module has them."""
+        return iter(dict.fromkeys(map(layer_of, self._params)))
+
+    def __repr__(self) -> str:
+        return (
+            f"Monitor({len(self._params)} parameters, {len(self._activations)} modules, every={self.every}, "
+            f"{len(self.records)} records)"
+        )
+
+
+def _weight(optimizer: Any, param: Tensor) -> Tensor:
+    """A parameter's weight: with a master, in full."""
+    weight = optimizer.float32_weight(param) if hasattr(optimizer, "float32_weight") else param
+    return weight.detach()
+
+
+def _finite(numbers: dict[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN and no infinities."""
+    return {key: x if abs(x) < float("inf") else None for key, x in numbers.items()}

@@ -1,0 +1,171 @@
+"""What looks wrong in a training, by name and step."""
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from statistics import median
+from typing import NamedTuple
+
+from .monitor_record import Record
+
+EARLIER = 3  # records that tell what is usual
+
+# In the order in which those of one step are told.
+KINDS = ("nonfinite", "exploding_weights", "exploding", "vanishing", "still", "dead", "saturated")
+
+
+class Finding(NamedTuple):
+    """Something that looks wrong.
+
+    Attributes:
+        kind: one of ``KINDS``.
+        name: of the parameter, the layer or the module.
+        step: where it was first seen.
+        seen: in how many of the records.
+        message: what was seen there, in words.
+    """
+
+    kind: str
+    name: str
+    step: int
+    seen: int
+    message: str
+
+    def __str__(self) -> str:
+        return f"step {self.step}: {self.name}: {self.message}"
+
+
+class _Layer(NamedTuple):
+    name: str
+    gradient: float  # norms over all of its parameters
+    weight: float
+    update: float
+    rms: float  # of the gradient's elements
+
+
+def findings_of(
+    records: Sequence[Record],
+    *,
+    exploding: float = 100.0,
+    growth: float = 30.0,
+    vanishing: float = 1e-4,
+    still: float = 1e-8,
+    share: float = 0.5,
+) -> list[Finding]:
+    """What looks wrong in these records; each kind once for each name.
+
+    Args:
+        records: of a :class:`trainops.Monitor`.
+        exploding: a layer's gradient explodes if its norm is more than so many times the norm of the layer's weights.
+        growth: a layer's gradient explodes, and so do its weights, if their norm is more than so many times what it was
+            in the median of the earlier records, of which there have to be three.
+        vanishing: it vanishes if the root mean square of its elements is less than so many times that of the median
+            layer, of those that do not explode; or if it is 0.
+        still: a layer does not move if its update's norm is less than so many times that of its weights, although it
+            has a gradient. (In bfloat16, rounding may lose every update.)
+        share: units are dead, and outputs saturated, if more than this share of them are.
+    """
+    found: dict[tuple[str, str], Finding] = {}
+    history = _History(growth)
+    for record in records:
+        layers = list(_layers(record))
+        every = chain(
+            _of_tensors(record),
+            _of_layers(layers, history.grown(layers), exploding, vanishing, still),
+            _of_activations(record, share),
+        )
+        for kind, name, message in every:
+            before = found.get((kind, name))
+            found[kind, name] = (
+                Finding(kind, name, record.step, 1, message)
+                if before is None
+                else before._replace(seen=before.seen + 1)
+            )
+    return sorted(found.values(), key=lambda x: (x.step, KINDS.index(x.kind)))
+
+
+class _History:
+    """The norms of layers in earlier records, of those that had not grown."""
+
+    def __init__(self, growth: float) -> None:
+        self.growth = growth
+        self.norms: dict[tuple[str, str], list[float]] = {}
+
+    def grown(self, layers: list[_Layer]) -> dict[tuple[str, str], str]:
+        """What is to be said of the layers that have grown, by kind and name."""
+        said = {}
+        for layer in layers:
+            for kind, what, norm in (
+                ("exploding_weights", "weights explode", layer.weight),
+                ("exploding", "gradient explodes", layer.gradient),
+            ):
+                before = self.norms.setdefault((kind, layer.name), [])
+                usual = median(before) if len(before) >= EARLIER else 0.0
+                if norm > self.growth * usual > 0.0:
+                    said[kind, layer.name] = f"the {what}: from a norm of {usual:.1e} to {norm:.1e}"
+                elif math.isfinite(norm):
+                    before.append(norm)
+        return said
+
+
+def _of_tensors(record: Record) -> Iterator[tuple[str, str, str]]:
+    for what, stats in (("gradient", record.grads), ("weight", record.weights)):
+        for name, count, total in zip(record.names, stats.nonfinite.tolist(), stats.numel.tolist(), strict=True):
+            if count:
+                yield "nonfinite", name, f"{count} of {total} elements of the {what} are infinite or NaN"
+
+
+def _of_layers(
+    layers: list[_Layer], grown: dict[tuple[str, str], str], exploding: float, vanishing: float, still: float
+) -> Iterator[tuple[str, str, str]]:
+    others = []
+    for (kind, name), message in grown.items():
+        yield kind, name, message
+    for x in layers:
+        if ("exploding", x.name) in grown:
+            continue
+        if x.gradient > exploding * x.weight > 0.0:
+            yield (
+                "exploding",
+                x.name,
+                f"the gradient explodes: its norm is {x.gradient:.1e}, the weights' {x.weight:.1e}",
+            )
+        else:
+            others.append(x)
+    usual = median(x.rms for x in others) if others else 0.0
+    for x in others:
+        if x.rms < vanishing * usual:
+            yield (
+                "vanishing",
+                x.name,
+                f"the gradient vanishes: {x.rms:.1e} (rms), where the median layer has {usual:.1e}",
+            )
+        elif x.gradient == 0.0:
+            yield "vanishing", x.name, "the gradient is 0"
+        elif x.update < still * x.weight:
+            yield "still", x.name, f"it does not move: an update of norm {x.update:.1e}, weights of {x.weight:.1e}"
+
+
+def _layers(record: Record) -> Iterator[_Layer]:
+    """The layers, each with the norms over its parameters."""
+    parts = (record.grads, record.weights, record.updates)
+    norms = [x.l2_norm.tolist() for x in parts]
+    numel = record.grads.numel.tolist()
+    for name, rows in record.by_layer().items():
+        gradient, weight, update = (math.hypot(*(x[i] for i in rows)) for x in norms)
+        count = sum(numel[i] for i in rows)
+        yield _Layer(name, gradient, weight, update, gradient / math.sqrt(max(count, 1)))
+
+
+def _of_activations(record: Record, share: float) -> Iterator[tuple[str, str, str]]:
+    if (watched := record.activations) is None:
+        return
+    outputs = watched.outputs
+    columns = (outputs.nonfinite, outputs.numel, watched.dead, watched.saturated)
+    for name, bad, total, dead, saturated in zip(watched.names, *(x.tolist() for x in columns), strict=True):
+        if bad:
+            yield "nonfinite", name, f"{bad} of {total} outputs are infinite or NaN"
+        if dead > share:
+            yield "dead", name, f"{100 * dead:.0f}% of the units are dead: 0 for every input"
+        if saturated > share:
+            yield "saturated", name, f"{100 * saturated:.0f}% of the outputs are saturated"

@@ -1,0 +1,113 @@
+"""Pictures and tables of what a monitor has seen."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import matplotlib
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from rich.table import Table
+from torch import Tensor
+
+from .monitor_record import Record
+
+LEAST_EXPONENT = -127  # of the first bin of a histogram
+VISIBLE = 0.5  # percent
+
+
+def table(record: Record) -> Table:
+    """A line for each layer."""
+    shown = Table(title=f"step {record.step}: norms, and elements of the gradient")
+    shown.add_column("layer", no_wrap=True)
+    for column in ("gradient", "weight", "update/weight", "zeros", "NaN, inf"):
+        shown.add_column(column, justify="right")
+    columns = [record.grads.l2_norm, record.weights.l2_norm, record.updates.l2_norm]
+    counts = [record.grads.zeros, record.grads.numel, record.grads.nonfinite]
+    gradient, weight, update, zeros, numel, bad = (x.tolist() for x in (*columns, *counts))
+    for layer, rows in record.by_layer().items():
+        of_grad, of_weight, of_update = (math.hypot(*(x[i] for i in rows)) for x in (gradient, weight, update))
+        of_zeros, of_numel, of_bad = (sum(x[i] for i in rows) for x in (zeros, numel, bad))
+        shown.add_row(
+            layer,
+            f"{of_grad:.2e}",
+            f"{of_weight:.2e}",
+            f"{of_update / of_weight:.1e}" if of_weight else "-",
+            f"{100 * of_zeros / max(of_numel, 1):.0f}%",
+            str(of_bad) if of_bad else "",
+        )
+    return shown
+
+
+def norms(records: Sequence[Record]) -> Figure:
+    """Log-norms of gradients, and of updates over weights: layer against step."""
+    layers = list(dict.fromkeys(layer for record in records for layer in record.by_layer()))
+    of_grads = _matrix(records, layers, lambda record: record.grads.l2_norm)
+    ratios = _matrix(records, layers, lambda record: record.updates.l2_norm) / _matrix(
+        records, layers, lambda record: record.weights.l2_norm
+    )
+    figure = Figure(figsize=(11.0, 1.6 + 0.2 * len(layers)), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for place, (values, title) in enumerate(
+        ((of_grads, "norm of the gradient"), (ratios, "norm of the update / norm of the weights"))
+    ):
+        image = _image(axes[place], values.log10(), [str(record.step) for record in records], layers)
+        axes[place].set_title(title, fontsize=10)
+        axes[place].set_xlabel("step")
+        figure.colorbar(image, ax=axes[place], label="log10")
+    return figure
+
+
+def distributions(record: Record) -> Figure:
+    """The shares of each layer's elements by magnitude: gradients, weights, updates."""
+    layers = record.by_layer()
+    parts = {"gradients": record.grads, "weights": record.weights, "updates": record.updates}
+    figure = Figure(figsize=(12.0, 1.8 + 0.2 * len(layers)), layout="constrained")
+    axes = figure.subplots(1, len(parts), sharey=True)
+    for place, (title, stats) in enumerate(parts.items()):
+        if stats.histogram is None:
+            raise RuntimeError("this record has no histograms: those of the last one are kept alone")
+        counts = torch.stack([stats.histogram[rows].sum(0) for rows in layers.values()]).double().cpu()
+        shares = 100.0 * counts / counts.sum(1, keepdim=True).clamp(min=1)
+        first, last = _shown(shares)
+        shares[:, first] += shares[:, :first].sum(1)  # what is smaller is shown with the first ones
+        shares = shares[:, first : last + 1]
+        shares[shares == 0] = torch.nan
+        labels = [f"$2^{{{LEAST_EXPONENT + i}}}$" for i in range(first, last + 1)]
+        labels[0] = f"\u2264{labels[0]}" if first else labels[0]
+        image = _image(axes[place], shares, labels, list(layers))
+        axes[place].set_title(title, fontsize=10)
+        axes[place].set_xlabel("magnitude")
+        figure.colorbar(image, ax=axes[place], label="% of the elements")
+    figure.suptitle(f"step {record.step}", fontsize=11)
+    return figure
+
+
+def _shown(shares: Tensor) -> tuple[int, int]:
+    """The first bin that has a visible share of some layer, and the last one that has anything."""
+    seen = shares.sum(0).nonzero().flatten().tolist() or [0]
+    visible = (shares.amax(0) >= VISIBLE).nonzero().flatten().tolist() or seen
+    return visible[0], seen[-1]
+
+
+def _matrix(records: Sequence[Record], layers: list[str], norms_of: Callable[[Record], Tensor]) -> Tensor:
+    """A norm for each layer (rows) and record (columns); NaN where a layer had no gradient."""
+    found = torch.full((len(layers), len(records)), torch.nan, dtype=torch.float64)
+    places = {layer: i for i, layer in enumerate(layers)}
+    for column, record in enumerate(records):
+        values = norms_of(record).tolist()
+        for layer, rows in record.by_layer().items():
+            found[places[layer], column] = math.hypot(*(values[i] for i in rows))
+    return found
+
+
+def _image(axes: Axes, values: Tensor, columns: list[str], rows: list[str]) -> AxesImage:
+    """Colours, with at most a dozen labels below. White is where there is no number."""
+    values = torch.where(values.isfinite(), values, torch.nan)
+    colours = matplotlib.colormaps["viridis"].with_extremes(bad="white")
+    image = axes.imshow(values.numpy(), aspect="auto", cmap=colours, interpolation="nearest")
+    step = max(1, math.ceil(len(columns) / 8))
+    axes.set_xticks(range(0, len(columns), step), columns[::step], fontsize=8)
+    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    return image

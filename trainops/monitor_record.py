@@ -1,0 +1,84 @@
+"""What a monitor has seen of a step."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .statistics import TensorStats
+
+
+class Watched(NamedTuple):
+    """The outputs of modules in the batches of one step.
+
+    Attributes:
+        names: of the modules.
+        outputs: their statistics, a row for each module.
+        dead: the share of units that were 0 for all inputs, for each module; of ReLU and the like.
+        saturated: the share of outputs at an end of their range, for each module; NaN where they have none.
+    """
+
+    names: list[str]
+    outputs: TensorStats
+    dead: Tensor
+    saturated: Tensor
+
+
+class Record(NamedTuple):
+    """Statistics of a step.
+
+    Attributes:
+        step: its number, from 1.
+        names: of the parameters that had a gradient: the rows of the statistics.
+        grads: of the gradients, without a GradScaler's scale.
+        weights: of the weights before the step; with a ``master``, in full.
+        updates: of what the step has added to the weights.
+        activations: of the outputs of modules; None where none are watched.
+    """
+
+    step: int
+    names: list[str]
+    grads: TensorStats
+    weights: TensorStats
+    updates: TensorStats
+    activations: Watched | None
+
+    @property
+    def update_ratios(self) -> Tensor:
+        """The norm of each update over that of its weight."""
+        return self.updates.l2_norm / self.weights.l2_norm
+
+    def without_histograms(self) -> "Record":
+        """The same, in little memory."""
+        watched = self.activations
+        if watched is not None:
+            watched = watched._replace(outputs=TensorStats(watched.outputs.rows))
+        grads, weights, updates = (TensorStats(x.rows) for x in (self.grads, self.weights, self.updates))
+        return Record(self.step, self.names, grads, weights, updates, watched)
+
+    def flat(self) -> dict[str, float]:
+        """All numbers, by keys like ``grad/l2_norm/<name>``."""
+        found = self.grads.to_dict(self.names, "grad/") | self.weights.to_dict(self.names, "weight/")
+        found |= self.updates.to_dict(self.names, "update/") | _keyed("update/ratio", self.names, self.update_ratios)
+        if (watched := self.activations) is not None:
+            found |= watched.outputs.to_dict(watched.names, "activation/")
+            found |= _keyed("activation/dead", watched.names, watched.dead)
+            saturated = _keyed("activation/saturated", watched.names, watched.saturated)
+            found |= {key: x for key, x in saturated.items() if x == x}
+        return found
+
+    def by_layer(self) -> dict[str, list[int]]:
+        """The rows of each layer."""
+        layers: dict[str, list[int]] = {}
+        for row, name in enumerate(self.names):
+            layers.setdefault(layer_of(name), []).append(row)
+        return layers
+
+
+def layer_of(name: str) -> str:
+    """The module that has a parameter; a parameter of the model itself is a layer of its own."""
+    return name.rpartition(".")[0] or name
+
+
+def _keyed(prefix: str, names: list[str], numbers: Tensor) -> dict[str, float]:
+    return {f"{prefix}/{name}": x for name, x in zip(names, numbers.to(torch.float64).tolist(), strict=True)}
