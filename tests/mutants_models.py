@@ -16,7 +16,7 @@ MODELS = [
                 "if not any(fits(name, pattern) for name in names):",
                 "if False:",
             ),
-            "policy: the last pattern decides": ("in self._buffers if _fits", "in self._buffers[::-1] if _fits"),
+            "policy: the last pattern decides": ("in self._buffers if fits", "in self._buffers[::-1] if fits"),
             "policy: a module's name is no pattern": ('or name.startswith(f"{pattern}.") ', ""),
             "policy: subclasses are not tried": (
                 "        _answers[key] = _can_be_moved(average, source)",

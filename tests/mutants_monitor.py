@@ -16,7 +16,7 @@ MONITOR = [
             "monitor: masters are not read": ('hasattr(optimizer, "float32_weight")', "False"),
             "monitor: every step is looked at": ("return self.steps % self.every == 0", "return True"),
             "monitor: hooks stay": ("            hook.remove()\n", "            pass\n"),
-            "monitor: names with wrappers": ("innermost(model).named_parameters()", "model.named_parameters()"),
+            "monitor: names with wrappers": ("innermost(model).named_parameters(", "model.named_parameters("),
             "monitor: old histograms are kept": ("self.records[-1].without_histograms()", "self.records[-1]"),
             "monitor: NaN in JSON": ('x if abs(x) < float("inf") else None', "x"),
             "monitor: parameters of other optimizers": ("if id(p) in own and", "if"),
@@ -43,8 +43,8 @@ MONITOR = [
         {
             "monitor: explosions are not told": ("if x.gradient > exploding * x.weight > 0.0", "if False"),
             "monitor: layers vanish before the explosion": (
-                "weights' {x.weight:.1e}\"\n        else:\n            others.append(x)",
-                "weights' {x.weight:.1e}\"\n        others.append(x)",
+                "        else:\n            others.append(x)",
+                "        others.append(x)",
             ),
             "monitor: the first record counts": (
                 "Finding(kind, name, record.step, 1, message)\n                if before is None",
@@ -75,6 +75,40 @@ MONITOR = [
                 "100.0 * counts / counts.sum(1, keepdim=True).clamp(min=1)",
                 "100.0 * counts",
             ),
+        },
+    ),
+    *planted(
+        "trainops/monitor.py",
+        tests_of("monitor_models"),
+        {
+            "monitor: compiled steps look": (
+                "    @_disable_dynamo\n    @torch.no_grad()\n    def _begin_step",
+                "    @torch.no_grad()\n    def _begin_step",
+            ),
+            "monitor: records without end": ("if len(self.records) > self.keep:", "if False:"),
+            "monitor: other names of parameters": ("remove_duplicate=False", "remove_duplicate=True"),
+            "monitor: hooks that are never called": ("if seen is None and", "if False and"),
+            "monitor: parameters are replaced": ("if id(p) not in own]:", "if False]:"),
+        },
+    ),
+    *planted(
+        "trainops/monitor_activations.py",
+        tests_of("monitor_models"),
+        {
+            "monitor: compiled hooks": ("    @_disable_dynamo  # it", "    # it"),
+            "monitor: copies are watched": (
+                "return _Hook, (None, self.name)",
+                "return _Hook, (self.look, self.name)",
+            ),
+            "monitor: other names of modules": ("remove_duplicate=False", "remove_duplicate=True"),
+        },
+    ),
+    *planted(
+        "trainops/monitor_findings.py",
+        tests_of("monitor_models"),
+        {
+            "monitor: what overflows vanishes": (" or not x.finite:", ":"),
+            "monitor: a skipped step does not move": (" and not skipped", ""),
         },
     ),
 ]

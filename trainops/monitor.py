@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable, which imports no compiler until it is called
 
+from .advice import advise
 from .ema_policy import Patterns, checked_patterns, fits
 from .monitor_activations import Activations
 from .monitor_findings import Finding, findings_of
@@ -45,15 +47,18 @@ class Monitor:
         optimizer: its optimizer, or a framework's wrapper of it.
         every: statistics are those of steps 1, 1 + every, 1 + 2 * every, ...
         include: names or patterns of parameters, as for :class:`trainops.EMA`; default: all that the optimizer has.
-        activations: names or patterns of the modules whose outputs are watched, in train mode.
+        activations: names or patterns of the modules whose outputs are watched, in train mode. Of each rank its own.
+        keep: how many records there may be. One more, and every second one is dropped: pictures show the whole
+            training, its beginning in ever fewer steps.
 
     Attributes:
         records: the statistics of each step that was looked at, as a list of :class:`Record`. The last one has
             histograms.
-        steps: how many steps there were.
+        steps: how many steps there were. After a checkpoint was loaded, set it to go on counting.
 
     Raises:
-        ValueError: ``every`` is less than 1, a pattern fits no name, or the optimizer has none of these parameters.
+        ValueError: ``every`` or ``keep`` is too small, a pattern fits no name, or the optimizer has none of these
+            parameters.
     """
 
     def __init__(
@@ -64,21 +69,22 @@ class Monitor:
         every: int = 50,
         include: Patterns | None = None,
         activations: Patterns = (),
+        keep: int = 500,
     ) -> None:
-        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-            raise ValueError(f"every must be an integer of at least 1, got {every!r:.60}")
+        for name, value, least in (("every", every, 1), ("keep", keep, 2)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r:.60}")
         optimizer = unwrap(optimizer)
-        names = dict(innermost(model).named_parameters())
-        chosen = None if include is None else checked_patterns("include", include, list(names), "parameter")
-        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self._params = {
-            name: p
-            for name, p in names.items()
-            if id(p) in own and (chosen is None or any(fits(name, x) for x in chosen))
-        }
+        named = list(innermost(model).named_parameters(remove_duplicate=False))
+        chosen = None if include is None else checked_patterns("include", include, [n for n, _ in named], "parameter")
+        own, names = _ids(optimizer), dict[Tensor, str]()
+        for name, p in named:
+            if id(p) in own and (chosen is None or any(fits(name, x) for x in chosen)):
+                names.setdefault(p, name)
+        self._params = {name: p for p, name in names.items()}
         if not self._params:
             raise ValueError("the optimizer has none of these parameters of the model")
-        self.model, self.optimizer, self.every = model, optimizer, every
+        self.model, self.optimizer, self.every, self.keep = model, optimizer, every, keep
         self.records: list[Record] = []
         self.steps = 0
         self._begun: tuple[list[str], TensorStats, TensorStats, Watched | None] | None = None
@@ -106,12 +112,14 @@ class Monitor:
         """Whether the step that comes is looked at."""
         return self.steps % self.every == 0
 
+    @_disable_dynamo
     @torch.no_grad()
     def _begin_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._begun, self._before = None, []
         if not self._is_due():
             return
         seen = self._activations.take()
+        self._advise(optimizer, seen)
         params = {n: p for n, p in self._params.items() if p.grad is not None and p.grad.layout is torch.strided}
         if not params:
             return
@@ -122,6 +130,19 @@ class Monitor:
         weights = tensor_stats(self._before, histogram=True)
         self._begun = list(params), grads, weights, seen
 
+    def _advise(self, optimizer: Any, seen: Watched | None) -> None:
+        """Warn of what the monitor cannot see."""
+        own = _ids(optimizer)
+        if lost := [name for name, p in self._params.items() if id(p) not in own]:
+            message = (
+                f"the optimizer no longer has {lost[0]!r} and {len(lost) - 1} other parameters of this Monitor: "
+            )
+            advise(self, "lost", message + "make it after fully_shard(), Accelerator.prepare() and the like")
+        if seen is None and len(self._activations) > 0:
+            message = "no watched module gave an output in train mode before this step: "
+            advise(self, "unseen", message + "make a Monitor before the first call of a compiled model")
+
+    @_disable_dynamo
     @torch.no_grad()
     def _finish_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self.steps += 1
@@ -134,6 +155,8 @@ class Monitor:
         if self.records:
             self.records[-1] = self.records[-1].without_histograms()
         self.records.append(Record(self.steps, names, grads, weights, updates, seen))
+        if len(self.records) > self.keep:
+            del self.records[1:-1:2]
         self._begun, self._before = None, []
 
     # Reading: from here on everything waits for the device.
@@ -195,6 +218,10 @@ class Monitor:
             f"Monitor({len(self._params)} parameters, {len(self._activations)} modules, every={self.every}, "
             f"{len(self.records)} records)"
         )
+
+
+def _ids(optimizer: Any) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
 def _weight(optimizer: Any, param: Tensor) -> Tensor:

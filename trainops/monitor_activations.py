@@ -1,11 +1,11 @@
 """Hooks that look at the outputs of modules."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable, which imports no compiler until it is called
 
 from .ema_policy import Patterns, checked_patterns, fits
 from .monitor_record import Watched
@@ -30,15 +30,18 @@ class Activations:
     """The statistics of the outputs of chosen modules since they were last taken."""
 
     def __init__(self, model: nn.Module, patterns: Patterns, is_due: Callable[[], bool]) -> None:
-        modules = {name: module for name, module in model.named_modules() if name}
-        chosen = checked_patterns("activations", patterns, list(modules), "module")
-        self._modules = {name: m for name, m in modules.items() if any(fits(name, x) for x in chosen)}
+        named = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if name]
+        chosen = checked_patterns("activations", patterns, [name for name, _ in named], "module")
+        names: dict[nn.Module, str] = {}
+        for name, module in named:
+            if any(fits(name, x) for x in chosen):
+                names.setdefault(module, name)
         self._is_due = is_due
         self._seen: dict[str, _Seen] = {}
-        self._hooks = [m.register_forward_hook(partial(self._look, name)) for name, m in self._modules.items()]
+        self._hooks = [m.register_forward_hook(_Hook(self._look, name)) for m, name in names.items()]
 
     def __len__(self) -> int:
-        return len(self._modules)
+        return len(self._hooks)
 
     def remove(self) -> None:
         """Take the hooks away."""
@@ -59,6 +62,7 @@ class Activations:
         saturated = torch.stack([(x.saturated / x.stats.numel[0]).to(device) for x in parts])
         return Watched(list(seen), outputs, dead, saturated)
 
+    @_disable_dynamo  # it would compile again for each step: whether one is due is a number in Python
     @torch.no_grad()
     def _look(self, name: str, module: nn.Module, _: Any, output: Any) -> None:
         if not module.training or not self._is_due():
@@ -69,6 +73,20 @@ class Activations:
         now = _Seen(module, x.detach())
         before = self._seen.get(name)
         self._seen[name] = now if before is None else before.merge(now)
+
+
+class _Hook:
+    """A forward hook. Copies of its module, such as averages, have one that does nothing and holds no monitor."""
+
+    def __init__(self, look: Callable[..., None] | None, name: str) -> None:
+        self.look, self.name = look, name
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.look is not None:
+            self.look(self.name, module, args, output)
+
+    def __reduce__(self) -> tuple[type["_Hook"], tuple[None, str]]:
+        return _Hook, (None, self.name)
 
 
 class _Seen:

@@ -41,6 +41,7 @@ class _Layer(NamedTuple):
     weight: float
     update: float
     rms: float  # of the gradient's elements
+    finite: bool  # whether all elements of the gradient are; norms are those of the others
 
 
 def findings_of(
@@ -57,8 +58,8 @@ def findings_of(
     Args:
         records: of a :class:`trainops.Monitor`.
         exploding: a layer's gradient explodes if its norm is more than so many times the norm of the layer's weights.
-        growth: a layer's gradient explodes, and so do its weights, if their norm is more than so many times what it was
-            in the median of the earlier records, of which there have to be three.
+        growth: a layer's gradient explodes, and so do its weights, if their norm is more than so many times
+            that of the median of the earlier records, of which there have to be three.
         vanishing: it vanishes if the root mean square of its elements is less than so many times that of the median
             layer, of those that do not explode; or if it is 0.
         still: a layer does not move if its update's norm is less than so many times that of its weights, although it
@@ -122,7 +123,7 @@ def _of_layers(
     for (kind, name), message in grown.items():
         yield kind, name, message
     for x in layers:
-        if ("exploding", x.name) in grown:
+        if ("exploding", x.name) in grown or not x.finite:
             continue
         if x.gradient > exploding * x.weight > 0.0:
             yield (
@@ -133,6 +134,7 @@ def _of_layers(
         else:
             others.append(x)
     usual = median(x.rms for x in others) if others else 0.0
+    skipped = not all(x.finite for x in layers) and not any(x.update for x in layers)
     for x in others:
         if x.rms < vanishing * usual:
             yield (
@@ -142,7 +144,7 @@ def _of_layers(
             )
         elif x.gradient == 0.0:
             yield "vanishing", x.name, "the gradient is 0"
-        elif x.update < still * x.weight:
+        elif x.update < still * x.weight and not skipped:
             yield "still", x.name, f"it does not move: an update of norm {x.update:.1e}, weights of {x.weight:.1e}"
 
 
@@ -150,11 +152,12 @@ def _layers(record: Record) -> Iterator[_Layer]:
     """The layers, each with the norms over its parameters."""
     parts = (record.grads, record.weights, record.updates)
     norms = [x.l2_norm.tolist() for x in parts]
-    numel = record.grads.numel.tolist()
+    numel, bad = record.grads.numel.tolist(), record.grads.nonfinite.tolist()
     for name, rows in record.by_layer().items():
         gradient, weight, update = (math.hypot(*(x[i] for i in rows)) for x in norms)
         count = sum(numel[i] for i in rows)
-        yield _Layer(name, gradient, weight, update, gradient / math.sqrt(max(count, 1)))
+        rms = gradient / math.sqrt(max(count, 1))
+        yield _Layer(name, gradient, weight, update, rms, not any(bad[i] for i in rows))
 
 
 def _of_activations(record: Record, share: float) -> Iterator[tuple[str, str, str]]:

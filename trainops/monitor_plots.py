@@ -14,7 +14,7 @@ from torch import Tensor
 from .monitor_record import Record
 
 LEAST_EXPONENT = -127  # of the first bin of a histogram
-VISIBLE = 0.5  # percent
+TAIL = 20.0  # percent of a layer's elements: its smallest ones, which share the first column of a picture
 
 
 def table(record: Record) -> Table:
@@ -52,7 +52,7 @@ def norms(records: Sequence[Record]) -> Figure:
     for place, (values, title) in enumerate(
         ((of_grads, "norm of the gradient"), (ratios, "norm of the update / norm of the weights"))
     ):
-        image = _image(axes[place], values.log10(), [str(record.step) for record in records], layers)
+        image = _image(axes[place], values.log10(), [str(record.step) for record in records], layers, "viridis")
         axes[place].set_title(title, fontsize=10)
         axes[place].set_xlabel("step")
         figure.colorbar(image, ax=axes[place], label="log10")
@@ -76,7 +76,7 @@ def distributions(record: Record) -> Figure:
         shares[shares == 0] = torch.nan
         labels = [f"$2^{{{LEAST_EXPONENT + i}}}$" for i in range(first, last + 1)]
         labels[0] = f"\u2264{labels[0]}" if first else labels[0]
-        image = _image(axes[place], shares, labels, list(layers))
+        image = _image(axes[place], shares, labels, list(layers), "Blues")  # few are pale
         axes[place].set_title(title, fontsize=10)
         axes[place].set_xlabel("magnitude")
         figure.colorbar(image, ax=axes[place], label="% of the elements")
@@ -85,9 +85,10 @@ def distributions(record: Record) -> Figure:
 
 
 def _shown(shares: Tensor) -> tuple[int, int]:
-    """The first bin that has a visible share of some layer, and the last one that has anything."""
+    """The first bin, below which no layer has much, and the last one that has anything."""
     seen = shares.sum(0).nonzero().flatten().tolist() or [0]
-    visible = (shares.amax(0) >= VISIBLE).nonzero().flatten().tolist() or seen
+    below = shares.cumsum(1).amax(0)
+    visible = (below >= TAIL).nonzero().flatten().tolist() or seen
     return visible[0], seen[-1]
 
 
@@ -102,11 +103,11 @@ def _matrix(records: Sequence[Record], layers: list[str], norms_of: Callable[[Re
     return found
 
 
-def _image(axes: Axes, values: Tensor, columns: list[str], rows: list[str]) -> AxesImage:
-    """Colours, with at most a dozen labels below. White is where there is no number."""
+def _image(axes: Axes, values: Tensor, columns: list[str], rows: list[str], colours: str) -> AxesImage:
+    """Colours, with at most eight labels below. White is where there is no number."""
     values = torch.where(values.isfinite(), values, torch.nan)
-    colours = matplotlib.colormaps["viridis"].with_extremes(bad="white")
-    image = axes.imshow(values.numpy(), aspect="auto", cmap=colours, interpolation="nearest")
+    colormap = matplotlib.colormaps[colours].with_extremes(bad="white")
+    image = axes.imshow(values.numpy(), aspect="auto", cmap=colormap, interpolation="nearest")
     step = max(1, math.ceil(len(columns) / 8))
     axes.set_xticks(range(0, len(columns), step), columns[::step], fontsize=8)
     axes.set_yticks(range(len(rows)), rows, fontsize=8)

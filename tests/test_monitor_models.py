@@ -1,0 +1,140 @@
+"""The monitor beside what else people do with their models: copies, compilers, tied weights, skipped steps."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import trainops
+from trainops import Monitor
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def monitored(model, **options):
+    return Monitor(model, torch.optim.SGD(model.parameters(), 0.1), **options)
+
+
+def train(model, monitor, steps=1):
+    for _ in range(steps):
+        monitor.optimizer.zero_grad()
+        model(torch.randn(4, 6)).square().sum().backward()
+        monitor.optimizer.step()
+
+
+@pytest.fixture
+def compiled_once():
+    """Compiling again is an error."""
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda model: trainops.EMA(model, 0.9).module, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["deepcopy", "average", "pickle"],
+)
+def test_copies_of_a_model_are_not_watched(monkeypatch, copied):
+    model = network()
+    monitor = monitored(model, activations="1", every=1)
+    for reach in ("__deepcopy__", "__reduce_ex__"):  # a copy must not reach for the monitor
+        monkeypatch.setattr(Monitor, reach, lambda *_: pytest.fail("the monitor is copied"), raising=False)
+    other = copied(model).train()
+    other(torch.randn(100, 6))
+    train(model, monitor)
+    assert monitor.flat()["activation/numel/1"] == 4 * 8
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's, at a graph break
+def test_steps_of_a_compiled_model_are_not_compiled_again(compiled_once):
+    model = network()
+    compiled = torch.compile(model, backend="eager")
+    monitor = monitored(compiled, activations="1", every=3)
+    train(compiled, monitor, 12)
+    assert [record.activations.outputs.numel.tolist() for record in monitor.records] == 4 * [[4 * 8]]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # PyTorch's own
+def test_a_compiled_step_is_not_compiled_again(compiled_once):
+    model = network()
+    monitor = monitored(model, every=3)
+    step = torch.compile(lambda: monitor.optimizer.step(), backend="eager")
+    model(torch.randn(4, 6)).sum().backward()
+    for _ in range(12):
+        step()
+    assert [record.step for record in monitor.records] == [1, 4, 7, 10]
+
+
+def test_a_model_that_was_compiled_before_is_told():
+    torch.compiler.reset()
+    model = network()
+    compiled = torch.compile(model, backend="eager")
+    compiled(torch.randn(4, 6))
+    monitor = monitored(compiled, activations="1", every=1)
+    with pytest.warns(UserWarning, match="no watched module gave an output") as said:
+        train(compiled, monitor, 3)
+    assert len(said) == 1
+
+
+def test_parameters_that_are_replaced_are_told():
+    model = network()
+    monitor = monitored(model, every=1)
+    model[0].weight = nn.Parameter(torch.randn(8, 6))
+    monitor.optimizer.param_groups[0]["params"] = list(model.parameters())
+    with pytest.warns(UserWarning, match=r"no longer has '0\.weight' and 0 other parameters") as said:
+        train(model, monitor, 3)
+    assert len(said) == 1
+    assert monitor.last().names == ["0.bias", "2.weight", "2.bias"]
+
+
+def test_any_name_of_what_is_used_twice():
+    model, relu = network(), nn.ReLU()
+    model[1] = relu
+    model.append(nn.Linear(3, 3, bias=False))
+    model.append(nn.Linear(3, 3, bias=False))
+    model[4].weight = model[3].weight
+    model.append(relu)
+    monitor = monitored(model, include="4", activations="5", every=1)
+    train(model, monitor)
+    assert monitor.last().names == ["4.weight"]
+    assert monitor.last().activations.names == ["5"]
+    assert int(monitor.last().activations.outputs.numel) == 4 * (8 + 3)
+
+
+@pytest.mark.parametrize("bad", [0, slice(None)], ids=["one", "all"])
+def test_a_step_that_was_skipped_is_told_by_what_is_not_finite_alone(bad):
+    model = network()
+    optimizer = trainops.AdamW(model.parameters(), skip_nonfinite=True)
+    monitor = Monitor(model, optimizer, every=1)
+    model(torch.randn(4, 6)).square().sum().backward()
+    model[0].weight.grad.view(-1)[bad] = torch.inf
+    model[0].bias.grad[bad] = torch.inf
+    optimizer.step()
+    assert {(x.kind, x.name) for x in monitor.findings()} == {("nonfinite", "0.weight"), ("nonfinite", "0.bias")}
+
+
+def test_long_trainings_keep_some_records_of_all_times():
+    model = network()
+    monitor = monitored(model, every=2, keep=4)
+    train(model, monitor, 17)  # 9 records, of steps 1, 3, ..., 17
+    assert [record.step for record in monitor.records] == [
+        1,
+        13,
+        17,
+    ]  # 3 and 7 went after 9; 5 and 11 after 13; 9 and 15 after 17
+    with pytest.raises(ValueError, match="keep must be an integer of at least 2, got 1"):
+        monitored(model, keep=1)
+
+
+def test_steps_go_on_counting_after_a_checkpoint():
+    model = network()
+    monitor = monitored(model, every=5)
+    monitor.steps = 8
+    train(model, monitor, 4)
+    assert [record.step for record in monitor.records] == [11]
