@@ -17,7 +17,6 @@ import importlib.util
 import json
 import os
 import random
-import re
 import statistics
 import tempfile
 import time
@@ -70,12 +69,7 @@ def monitored(subject: Subject) -> None:
 def monitored_with_activations(subject: Subject) -> None:
     """Also the outputs of every block."""
     blocks = [f"blocks.{i}" for i in range(len(subject.model.blocks))]
-    subject.hooks.append(trainops.Monitor(subject.model, subject.optimizer, every=1, activations=exactly(blocks)))
-
-
-def exactly(names: list[str]) -> list["re.Pattern[str]"]:
-    """Patterns of these modules, without those inside of them."""
-    return [re.compile(rf"^{re.escape(name)}$") for name in names]
+    subject.hooks.append(trainops.Monitor(subject.model, subject.optimizer, every=1, activations=blocks))
 
 
 def binned(x: Tensor) -> tuple[list[float], list[float]]:
@@ -150,7 +144,7 @@ def between(blocks: int) -> float:
     def seconds(watch: bool) -> float:
         model = nn.Sequential(*(nn.Identity() for _ in range(blocks)), nn.Linear(1, 1))
         optimizer = trainops.AdamW(model.parameters(), **SETTINGS)
-        names = exactly([str(i) for i in range(blocks)])
+        names = [str(i) for i in range(blocks)]
         if watch:
             monitor = trainops.Monitor(model, optimizer, every=10 * IDLE, activations=names)
         x, times = torch.zeros(1, 1), []

@@ -100,6 +100,7 @@ MONITOR = [
                 "return _Hook, (None, self.name)",
                 "return _Hook, (self.look, self.name)",
             ),
+            "monitor: a name is all that is inside": ("for x in chosen if x not in exact", "for x in chosen"),
             "monitor: other names of modules": ("remove_duplicate=False", "remove_duplicate=True"),
         },
     ),

@@ -107,6 +107,19 @@ def test_any_name_of_what_is_used_twice():
     assert int(monitor.last().activations.outputs.numel) == 4 * (8 + 3)
 
 
+def test_a_modules_name_is_that_module_alone():
+    model = nn.Sequential(network(), nn.Linear(3, 3), network())
+    for activations, expected in (
+        ("0", ["0"]),
+        (["0", "2.1"], ["0", "2.1"]),
+        ("2*", ["2", "2.0", "2.1", "2.2"]),
+        (["1", "*.1"], ["0.1", "1", "2.1"]),
+    ):
+        monitor = monitored(model, activations=activations)
+        assert [name for name, module in model.named_modules() if module._forward_hooks] == expected
+        monitor.remove()
+
+
 @pytest.mark.parametrize("bad", [0, slice(None)], ids=["one", "all"])
 def test_a_step_that_was_skipped_is_told_by_what_is_not_finite_alone(bad):
     model = network()

@@ -28,15 +28,17 @@ class Monitor:
 
     Of gradients (before clipping in the step, without a GradScaler's scale), weights and updates, by the names of
     ``model.named_parameters()``; of the outputs of chosen modules, by their names, over all batches of the step. They
-    stay on the device: nothing waits for it until you read something. Steps in between cost a count.
+    stay on the device: nothing waits for it until you read something. Steps in between cost a count. A step that is
+    looked at copies the weights, in float32.
 
     Works with any optimizer of PyTorch, with accumulation, under DDP, FSDP2 (statistics are those of all shards, so
     that every rank has to have a monitor) and ``torch.compile`` (activations need a hook, which the compiled code
-    calls by a graph break). A step that a GradScaler skips is no step.
+    calls by a graph break). A step that a GradScaler skips is no step, but with ``fused=True``: there, and with
+    ``skip_nonfinite``, its updates are 0. Of a step with a closure, gradients are those from before the closure.
 
     Equivalent, but for the waiting, to what ``wandb.watch`` and ``SummaryWriter.add_histogram`` are used for::
 
-        monitor = trainops.Monitor(model, optimizer, every=50, activations=["blocks.*"])
+        monitor = trainops.Monitor(model, optimizer, every=50, activations=["blocks.*.mlp.0"])
         ...                                     # training
         for finding in monitor.findings():      # "step 51: blocks.3.mlp.0: 71% of the units are dead"
             print(finding)
@@ -47,7 +49,8 @@ class Monitor:
         optimizer: its optimizer, or a framework's wrapper of it.
         every: statistics are those of steps 1, 1 + every, 1 + 2 * every, ...
         include: names or patterns of parameters, as for :class:`trainops.EMA`; default: all that the optimizer has.
-        activations: names or patterns of the modules whose outputs are watched, in train mode. Of each rank its own.
+        activations: the modules whose outputs are watched, in train mode; of each rank its own. A name is that module
+            alone; patterns also fit the names of modules inside of modules.
         keep: how many records there may be. One more, and every second one is dropped: pictures show the whole
             training, its beginning in ever fewer steps.
 

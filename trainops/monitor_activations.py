@@ -32,9 +32,10 @@ class Activations:
     def __init__(self, model: nn.Module, patterns: Patterns, is_due: Callable[[], bool]) -> None:
         named = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if name]
         chosen = checked_patterns("activations", patterns, [name for name, _ in named], "module")
+        exact = {name for name, _ in named}.intersection(x for x in chosen if isinstance(x, str))
         names: dict[nn.Module, str] = {}
         for name, module in named:
-            if any(fits(name, x) for x in chosen):
+            if name in exact or any(fits(name, x) for x in chosen if x not in exact):
                 names.setdefault(module, name)
         self._is_due = is_due
         self._seen: dict[str, _Seen] = {}
