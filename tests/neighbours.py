@@ -5,7 +5,7 @@ import pytest
 import torch
 from contract import TOLERANCES, exact, ulp
 
-from trainops import reference, reference_rounding
+from trainops import reference_rounding, reference_storage
 
 BFLOAT16 = torch.bfloat16
 SHAPES = ((), (0,), (7,), (33, 31), (3, 4099))
@@ -45,7 +45,7 @@ class WrongRounding:
         self.wrong, self.context = wrong, pytest.MonkeyPatch()
 
     def __enter__(self):
-        self.context.setattr(reference, "rounded_stochastically", self.wrong)
+        self.context.setattr(reference_storage, "rounded_stochastically", self.wrong)
 
     def __exit__(self, *_):
         self.context.undo()

@@ -7,7 +7,18 @@ import torch
 from trainops import core
 
 # As csrc/core/table.h numbers them.
-DTYPES = ["float32", "float64", "bfloat16", "float16", "int16", "uint8", "stochastic", None]
+DTYPES = [
+    "float32",
+    "float64",
+    "bfloat16",
+    "float16",
+    "int16",
+    "uint8",
+    "stochastic",
+    "signed_codes",
+    "unsigned_codes",
+    None,
+]
 WORDS = sorted(core.words("row"), key=core.words("row").get)
 CHUNK = 8
 PLACES = ("first_place", "average_place", "average_place2", "average_place3", "average_place4")

@@ -84,16 +84,24 @@ class AdamW(WithMoments, _TorchAdamW):
             (``model.load_state_dict``) wins: with ``"float32"`` it is the weight from then on; with ``"split"`` its
             old remainder stays, which moves the weight by at most half of the parameter's last place. See
             :meth:`load_float32_state_dict`, which loads weights in full.
-        state_dtype: dtype of the moments, ``torch.float32`` or ``torch.bfloat16``, or a pair: of ``exp_avg``, and of
-            ``exp_avg_sq`` with ``max_exp_avg_sq``. Default: their parameter's, as in torch. ``load_state_dict``
-            converts the moments of a checkpoint to it.
+        state_dtype: dtype of the moments, ``torch.float32``, ``torch.bfloat16`` or ``"int8"``, or a pair: of
+            ``exp_avg``, and of ``exp_avg_sq`` with ``max_exp_avg_sq``. Default: their parameter's, as in torch.
+            ``load_state_dict`` converts the moments of a checkpoint to it. ``"int8"`` takes 33/32 bytes for each
+            moment: a floating-point number of 8 bits for each element, and a scale for each 32 elements that follow
+            each other in memory. A stored moment is off by less than an eighth of itself; where it is smaller than
+            2**-14 (``exp_avg``) or 2**-30 (``exp_avg_sq``) of the largest of its block, by less than that share of
+            the largest. It is rounded stochastically, by ``seed``, so that its mean is right. ``state`` has codes
+            under keys of their own, ``exp_avg_codes``; a ``state_dict`` has bfloat16 moments, which hold the values
+            exactly: training resumes bit for bit. Blocks of a DTensor's shard begin with the shard. Change a model's
+            memory format before the first step. float64 parameters have no 8-bit state.
         stochastic_rounding: round bfloat16 parameters without a master up or down at random, so that small updates
             count in the mean, where rounding to nearest loses them. It costs no memory; ``master`` loses nothing.
             float32 and float64 parameters are rounded to nearest.
-        seed: of the random bits, from 0 to 2**63 - 1; default: 0. They depend on it, on a parameter's own step count
-            and its place in ``param_groups``, on an element's index in the whole parameter, and on nothing else: they
-            are the same on every backend, on resuming, for replicas of DDP and for shards (DTensors, by their first
-            dimension). It is saved in ``param_groups[0]["trainops"]``, and a loaded one holds.
+        seed: of the random bits, also of 8-bit state, from 0 to 2**63 - 1; default: 0. They depend on it, on a
+            parameter's own step count and its place in ``param_groups``, on an element's index in the whole
+            parameter, and on nothing else: they are the same on every backend, on resuming, for replicas of DDP and
+            for shards (DTensors, by their first dimension). It is saved in ``param_groups[0]["trainops"]``, and a
+            loaded one holds.
         stats: collect statistics of the gradients (before clipping, unscaled), the weights and the updates of a
             step: ``"norms"`` has norms, extremes, means and counts (:class:`trainops.TensorStats`), ``"full"`` also
             histograms, and the share of updates that rounding loses, which takes several steps' time. Steps that

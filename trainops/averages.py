@@ -61,14 +61,14 @@ class StepAverages:
         every = [update.matched for _, update in self._planned]
         return any(not a.of_buffers.isdisjoint(b.written) for a, b in permutations(every, 2))
 
-    def rounding(self, seed: int | None) -> Rounding:
-        """What the step rounds stochastically, of these averages and, by a ``seed``, of the parameters."""
+    def rounding(self, seed: int | None, params: bool, codes: bool) -> Rounding:
+        """What the step rounds stochastically: of averages and, by a ``seed``, of parameters and 8-bit state."""
         if seed is None and all(x is None for x in self._seeds):
             return TO_NEAREST
         pairs = zip(self._seeds, self._fused.values(), strict=True)
         places: list[dict[int, int]] = [{} if x is None else matched.places for x, matched in pairs]
         seeds = Seeds(0 if seed is None else seed_word(seed), tuple(x or 0 for x in self._seeds))
-        return Rounding(seed is not None, places, seeds)
+        return Rounding(params, places, seeds, codes)
 
     def tensors(self) -> list[Tensor]:
         """The averages that kernels may write."""

@@ -49,6 +49,7 @@ class Column(NamedTuple):
     optional: bool
     one_per_row: bool  # a float32 for the row, not a number for each element
     of_param: bool  # a master: its type has to suit the parameter's
+    codes: str | None  # the type of its codes, where it may be kept in 8 bits
 
 
 class Schema(NamedTuple):
@@ -72,7 +73,7 @@ schemas: dict[str, Schema] = {}  # by the kind of table: a rule's name, ``ema``,
 
 
 def _columns(described: Sequence[Any]) -> list[Column]:
-    return [Column(x.name, x.written, x.optional, x.one_per_row, x.of_param) for x in described]
+    return [Column(x.name, x.written, x.optional, x.one_per_row, x.of_param, x.codes) for x in described]
 
 
 def _places(columns: Sequence[Column]) -> dict[str, int]:
@@ -148,7 +149,7 @@ def table(
     columns: Mapping[str, Sequence[Tensor | None]],
     device_type: str,
     group_rows: Sequence[int] = (),
-    places: Sequence[tuple[int, Sequence[int], int]] = (),
+    places: Sequence[tuple[int, Sequence[int], int, bool]] = (),
 ) -> Any:
     """A table of lists of tensors. Its ``irregular`` rows are those that kernels cannot take as they are.
 
@@ -168,10 +169,11 @@ def collect(
     rounds_params: bool = False,
     average_places: Sequence[Mapping[int, int]] = (),
     origin_of: Callable[[Tensor], int] | None = None,
+    codes: bool = False,
 ) -> Any:
     """The rows of a step straight from an optimizer's containers, if all rows are regular, else None.
 
-    See ``Kernels.collect`` in ``trainops.adapters.interface`` for the arguments. The last three say what is rounded
+    See ``Kernels.collect`` in ``trainops.adapters.interface`` for the arguments. The last four say what is rounded
     stochastically (``csrc/core/rounding.h``).
     """
     found = _core.Table(
@@ -183,7 +185,9 @@ def collect(
         buffers=buffers,
         states=states,
         device_type=device_type,
-        rounding=_core.Rounding(params=rounds_params, average_places=average_places, origin_of=origin_of),
+        rounding=_core.Rounding(
+            params=rounds_params, codes=codes, average_places=average_places, origin_of=origin_of
+        ),
     )
     return found if found.regular else None
 

@@ -1,5 +1,6 @@
 """What an optimizer keeps and takes of a state that is pickled or loaded."""
 
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -7,8 +8,10 @@ import torch
 from torch import Tensor
 
 from . import advice
+from .reference_codes import CODE_OF, CODES, decoded, encoded
 from .rows import check_state
-from .storage import MASTER, StateDtype, dtypes_of_state, loaded_master, wants_master
+from .storage import MASTER, StateDtype, codes_key, dtypes_of_state, loaded_master, wants_master
+from .tables import aligned, local
 
 Dtypes = dict[tuple[Tensor, str], torch.dtype]
 
@@ -32,7 +35,8 @@ class LoadsState(torch.optim.Optimizer):
         # Unpickling and load_state_dict both come here, the latter after its pre-hooks and before anything is set.
         for group in state["param_groups"]:
             for param in group["params"]:
-                check_state(param, state["state"].get(param), self.state_names(group))
+                is_pickled = self._loading is None
+                check_state(param, state["state"].get(param), self.state_names(group), is_pickled)
         if self._loading is not None:
             loaded, held = self._loading
             _keep_dtypes(state, loaded, held | self._chosen_dtypes(state["param_groups"]))
@@ -44,14 +48,27 @@ class LoadsState(torch.optim.Optimizer):
             if ema.optimizer is None:
                 ema.attach_to(self)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as in torch. Moments of 8 bits are bfloat16 tensors, which hold them exactly."""
+        own = self.state
+        if not any(codes_key(name) in its for its in own.values() for name in CODE_OF):
+            return super().state_dict()
+        exported = {x: _exported(x, its) if isinstance(x, Tensor) else its for x, its in own.items()}
+        self.state = defaultdict(dict, exported)
+        try:
+            return super().state_dict()
+        finally:
+            self.state = own
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, as in torch.
 
-        Moments are converted to ``state_dtype``. Without one, state that this optimizer holds in another dtype than
-        its parameter's keeps that dtype, and where there is none yet, it gets the parameter's, as in torch. Masters
-        are converted from one kind to the other, added and left out, as ``master`` asks for: load the model's weights
-        before. Where a master is not that of the parameter, the parameter is taken for the weight. Where the state
-        has no masters, as that of torch's class, those that are here stay.
+        Moments are converted to ``state_dtype``; to 8 bits, they are rounded to nearest. Without one, state that this
+        optimizer holds in another dtype than its parameter's keeps that dtype, and where there is none yet, it gets
+        the parameter's, as in torch. Masters are converted from one kind to the other, added and left out, as
+        ``master`` asks for: load the model's weights before. Where a master is not that of the parameter, the
+        parameter is taken for the weight. Where the state has no masters, as that of torch's class, those that are
+        here stay.
 
         Raises:
             ValueError: the state does not fit the parameters. Nothing has been changed.
@@ -100,8 +117,25 @@ def _keep_dtypes(state: dict[str, Any], loaded: dict[str, Any], dtypes: Dtypes) 
     """Convert what was loaded to these dtypes, from what it was before PyTorch gave it its parameter's."""
     for param, its, theirs in _states(state, loaded) if dtypes else ():
         for name, value in theirs.items():
-            if (dtype := dtypes.get((param, name))) is not None:
+            if (dtype := dtypes.get((param, name))) is None:
+                continue
+            if dtype == CODES:
+                del its[name]
+                shard, layout = local(aligned(value.to(param.device), param)), local(param)
+                its[codes_key(name)] = encoded(shard, CODE_OF[name], layout)
+            else:
                 its[name] = value.to(device=param.device, dtype=dtype, copy=True)
+
+
+def _exported(param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+    """The state of a parameter, with moments of its shape in place of codes."""
+    exported = dict(state)
+    for name, code in CODE_OF.items():
+        codes = exported.pop(codes_key(name), None)
+        if codes is not None:
+            exported[name] = torch.zeros_like(param, dtype=torch.bfloat16)
+            local(exported[name]).copy_(decoded(codes, code, local(param)))
+    return exported
 
 
 def _states(state: dict[str, Any], loaded: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any], dict[str, Any]]]:

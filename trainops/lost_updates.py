@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from . import reference, reference_storage
+from .reference_codes import CODE_OF, decoded
 from .rows import complete_state
-from .storage import MASTER
+from .storage import MASTER, codes_key
 from .tables import aligned, as_real, local
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def share_of_lost_updates(optimizer: "TakesFusedSteps", coefficient: Tensor | fl
             formula(
                 moved,
                 _copy(aligned(param.grad, param)),
-                **{name: _copy(state[name]) for name in names},
+                **{name: _moment(state, name, param) for name in names},
                 step=local(state["step"]).clone().reshape(()).to(moved.device),
                 **settings,
                 coefficient=coefficient.to(moved.device) if isinstance(coefficient, Tensor) else coefficient,
@@ -42,6 +43,11 @@ def share_of_lost_updates(optimizer: "TakesFusedSteps", coefficient: Tensor | fl
             lost = (moved != before) & (moved.to(before.dtype) == before)
             found.append(lost.sum(dtype=torch.float32) / max(1, lost.numel()))
     return found
+
+
+def _moment(state: dict[str, Any], name: str, param: Tensor) -> Tensor:
+    codes = state.get(codes_key(name))
+    return _copy(state[name] if codes is None else decoded(codes, CODE_OF[name], local(param)))
 
 
 def _copy(x: Tensor) -> Tensor:

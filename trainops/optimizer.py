@@ -20,7 +20,16 @@ from .seeds import HasSeed, check_bfloat16, checked_seed
 from .spike_guard import SpikeGuard, as_guard
 from .step import TakesFusedSteps, checked_norm
 from .step_stats import check_stats
-from .storage import StateDtype, check_is_real, check_master, check_masters, check_state_dtype, wants_master
+from .storage import (
+    StateDtype,
+    check_is_real,
+    check_is_served,
+    check_master,
+    check_masters,
+    check_state_dtype,
+    has_codes,
+    wants_master,
+)
 from .uploads import prepare_capture
 from .wrappers import unwrap
 
@@ -98,7 +107,7 @@ class FusedOptimizer(HasOwnSettings, TakesFusedSteps, HasSeed):
         check_stats(stats, stats_every)
         check_master(master)
         check_state_dtype(state_dtype)
-        checked = checked_seed(seed, stochastic_rounding)
+        checked = checked_seed(seed, stochastic_rounding, has_codes(state_dtype))
         self.norm_group = norm_group
         self.master, self.state_dtype = None, state_dtype  # first: they are asked for each group that is added
         flags = {"skip_nonfinite": skip_nonfinite, "stochastic_rounding": stochastic_rounding}
@@ -106,7 +115,7 @@ class FusedOptimizer(HasOwnSettings, TakesFusedSteps, HasSeed):
             super().__init__(*args, **options)
         check_masters((p for group in self.param_groups for p in group["params"]), master)
         self.master = master
-        self._set_stochastic_rounding(checked, master)
+        self._set_stochastic_rounding(checked, stochastic_rounding, master)
         self._unscaling_by_hand = None  # what PyTorch's constructor has set for fused=True
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
@@ -178,7 +187,7 @@ class FusedOptimizer(HasOwnSettings, TakesFusedSteps, HasSeed):
         params = self.param_groups[-1]["params"]
         try:
             if self.state_dtype is not None:
-                check_is_real(params)
+                check_is_served(params, self.state_dtype)
             if self.stochastic_rounding:
                 check_bfloat16("parameters", params, some=False)
             for param in params:

@@ -4,12 +4,13 @@ Random bits are a hash of what they depend on, and no state (``csrc/math/random.
 backend, when training resumes, for replicas and for shards of a parameter. 32-bit numbers lie in int64 here.
 """
 
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 WORD = 0xFFFFFFFF
+OF_CODES = 0x636F6465  # "code"
 Word = TypeVar("Word", int, Tensor)
 
 
@@ -48,9 +49,18 @@ def random_of(
     """
     if place < 0 or x.dtype != torch.bfloat16:
         return None
+    return Random(_key(seed, place, step), indices(layout, origin))
+
+
+def random_of_codes(numel: int, seed: int, place: int, origin: int, step: Tensor) -> Random:
+    """What the random bits of a parameter's 8-bit state depend on, in the order of memory."""
+    key: Any = _key(seed, place, step)  # other bits than those of the parameter itself
+    return Random(mix(key ^ OF_CODES), torch.arange(origin, origin + numel, device=step.device))
+
+
+def _key(seed: int, place: int, step: Tensor | None) -> Tensor | int:
     key: int | Tensor = mix(seed ^ place & WORD)
-    key = key if step is None else mix(step.long() & WORD ^ key)
-    return Random(key, indices(layout, origin))
+    return key if step is None else mix(step.long() & WORD ^ key)
 
 
 def indices(x: Tensor, origin: int) -> Tensor:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .adapters import Group, Places, Rounding
 from .adapters.interface import AVERAGES
-from .storage import MASTER, dtypes_of_state, fits, kind, new_master, wants_master
-from .tables import aligned, origin
+from .reference_codes import CODE_OF, CODES, new_codes, size_of_codes
+from .storage import MASTER, codes_key, dtypes_of_state, fits, keys_of_state, kind, new_master, wants_master
+from .tables import aligned, local, origin
 
 if TYPE_CHECKING:
     from .step import TakesFusedSteps
@@ -49,7 +50,9 @@ def gather(optimizer: "TakesFusedSteps", averages: list[dict[int, Tensor]], roun
             _move_step(its, param)
         columns = {"param": params, "grad": grads}
         columns |= {AVERAGES[i]: list(map(its.get, map(id, params))) for i, its in enumerate(averages)}
-        columns |= {key: [its[key] for its in own] for key in ("step", *names)}
+        columns["step"] = [its["step"] for its in own]
+        keys = keys_of_state(names, optimizer.state_dtype)
+        columns |= {name: [its[key] for its in own] for name, key in zip(names, keys, strict=True)}
         if optimizer.master is not None:
             columns[MASTER] = [its.get(MASTER) for its in own]
         _check_rows(columns)
@@ -60,14 +63,15 @@ def gather(optimizer: "TakesFusedSteps", averages: list[dict[int, Tensor]], roun
 
 def _places(param_groups: list[dict[str, Any]], rounding: Rounding) -> dict[int, Places]:
     """Where parameters stand in the groups, whether they have a gradient or not, by ``id``; empty if nobody asks."""
-    if not rounding.params and not any(rounding.average_places):
+    if not rounding.params and not rounding.codes and not any(rounding.average_places):
         return {}
     params = [param for group in param_groups for param in group["params"]]
     return {
         id(param): Places(
-            place if rounding.params else -1,
+            place if rounding.params or rounding.codes else -1,
             tuple(places.get(id(param), -1) for places in rounding.average_places),
             origin(param),
+            rounding.params,
         )
         for place, param in enumerate(params)
     }
@@ -81,16 +85,27 @@ def complete_state(
     if not optimizer.adopt_state(state, names):
         dtypes = dtypes_of_state(names, optimizer.state_dtype)
         missing["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-        missing |= {name: torch.zeros_like(param, dtype=dtypes.get(name)) for name in names}
+        for name in names:
+            if dtypes.get(name) == CODES:
+                missing[codes_key(name)] = new_codes(local(param))
+            else:
+                missing[name] = torch.zeros_like(param, dtype=dtypes.get(name))
     if optimizer.master is not None and MASTER not in state and wants_master(param, optimizer.master):
         missing[MASTER] = new_master(param, optimizer.master)
     state.update(missing)  # at once: what interrupts this leaves no half of it
 
 
-def check_state(param: Tensor, state: dict[str, Any] | None, names: Sequence[str]) -> None:
-    """ValueError where a state that was loaded is not that of the parameter."""
+def check_state(
+    param: Tensor, state: dict[str, Any] | None, names: Sequence[str], may_have_codes: bool = False
+) -> None:
+    """ValueError where a state that was loaded is not that of the parameter.
+
+    ``may_have_codes``: a pickled state may.
+    """
     if not state:
         return
+    if may_have_codes:
+        names = [name for name in names if codes_key(name) not in state]
     if missing := [name for name in ("step", *names) if name not in state]:
         raise ValueError(f"the state of a parameter of shape {tuple(param.shape)} has no {', '.join(missing)}")
     step = state["step"]
@@ -135,6 +150,8 @@ def _check_rows(columns: dict[str, list[Any]]) -> None:
             if name == "step":
                 if not isinstance(x, Tensor) or x.numel() != 1:
                     raise RuntimeError(f"the state's step must be a one-element tensor, got {x!r:.60}")
+            elif x is not None and name in CODE_OF and x.dtype == CODES:
+                _check_codes(name, x, param)
             elif x is not None and (x.shape != param.shape or x.device != param.device):
                 raise RuntimeError(
                     f"{name} of shape {tuple(x.shape)} on {x.device} does not fit a parameter of "
@@ -148,3 +165,15 @@ def _check_rows(columns: dict[str, list[Any]]) -> None:
                     )
             elif x is not None and kind(x) != kind(param):
                 raise RuntimeError(f"{name} of {x.dtype} does not fit a parameter of {param.dtype}")
+
+
+def _check_codes(name: str, codes: Tensor, param: Tensor) -> None:
+    """Raise where 8-bit state does not fit a parameter, or what it has become."""
+    shape = (size_of_codes(local(param).numel()),)
+    if codes.shape != shape or codes.device != param.device or not codes.is_contiguous():
+        raise RuntimeError(
+            f"codes of {name}, {tuple(codes.shape)} on {codes.device}, do not fit a parameter of shape "
+            f"{tuple(param.shape)} on {param.device}"
+        )
+    if param.dtype == torch.float64 or param.is_complex():
+        raise RuntimeError(f"8-bit {name} is for float32 and 16 bits, but its parameter has become {param.dtype}")

@@ -11,8 +11,8 @@ from torch import Tensor
 OWN_STATE = "trainops"
 
 
-def checked_seed(seed: Any, stochastic_rounding: Any) -> int | None:
-    """The seed, 0 by default; None without stochastic rounding.
+def checked_seed(seed: Any, stochastic_rounding: Any, codes: bool = False) -> int | None:
+    """The seed, 0 by default; None without stochastic rounding, of parameters or of 8-bit state (``codes``).
 
     Raises:
         TypeError: an argument is of another type.
@@ -21,12 +21,12 @@ def checked_seed(seed: Any, stochastic_rounding: Any) -> int | None:
     if not isinstance(stochastic_rounding, bool):
         raise TypeError(f"stochastic_rounding must be True or False, got {stochastic_rounding!r:.60}")
     if seed is None:
-        return 0 if stochastic_rounding else None
+        return 0 if stochastic_rounding or codes else None
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise TypeError(f"seed must be an integer, got {seed!r:.60}")
     if not 0 <= seed < 1 << 63:
         raise ValueError(f"seed must be from 0 to 2**63 - 1, got {seed}")
-    if not stochastic_rounding:
+    if not stochastic_rounding and not codes:
         raise ValueError("seed is of no use without stochastic_rounding")
     return seed
 
@@ -50,22 +50,23 @@ class HasSeed(torch.optim.Optimizer):
 
     @property
     def seed(self) -> int | None:
-        """The seed of stochastic rounding, which the state dict keeps; None without it."""
+        """The seed of stochastic rounding, also of 8-bit state, which the state dict keeps; None without it."""
         groups = self.__dict__.get("param_groups")
         return groups[0].get(OWN_STATE, {}).get("seed") if groups else None
 
-    def _set_stochastic_rounding(self, seed: int | None, master: str | None) -> None:
-        """Round the parameters stochastically by a seed; None: to nearest.
+    def _set_stochastic_rounding(self, seed: int | None, stochastic_rounding: bool, master: str | None) -> None:
+        """Keep a seed, if there is one, and round the parameters stochastically or to nearest.
 
         Raises:
             ValueError: none of the parameters can be rounded so, or not all of the 16-bit ones.
         """
-        if seed is not None:
+        if stochastic_rounding:
             if master is not None:
                 raise ValueError("stochastic_rounding is for parameters without a master: leave out one of the two")
             check_bfloat16("parameters", (p for group in self.param_groups for p in group["params"]))
+        if seed is not None:
             self.param_groups[0][OWN_STATE] = {"seed": seed}
-        self.stochastic_rounding = seed is not None
+        self.stochastic_rounding = stochastic_rounding
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if self.__dict__.get("param_groups") and OWN_STATE in self.param_groups[0]:

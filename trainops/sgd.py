@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .optimizer import FusedOptimizer, Params
 from .step import setting
+from .storage import codes_key
 
 _TorchSGD = torch.optim.SGD  # the name may stand for another class later: `integrations.patch()`
 
@@ -65,7 +66,7 @@ class SGD(FusedOptimizer, _TorchSGD):
 
         The state of PyTorch's class has no step. If it has a buffer, that has had its first step.
         """
-        if not state or any(state.get(name) is None for name in names):
+        if not state or any(state.get(name) is None and codes_key(name) not in state for name in names):
             return False
         if "step" not in state:
             state["step"] = torch.ones((), dtype=torch.float32, device="cpu")

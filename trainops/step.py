@@ -19,7 +19,7 @@ from .plain import all_in_memory
 from .rows import by_device, gather
 from .spike_guard import HasSpikeGuard
 from .step_stats import CollectsStats
-from .storage import MASTER
+from .storage import MASTER, has_codes, keys_of_state
 from .tables import count_writes, have_common_memory
 from .torch_step import KnowsTorchStep
 
@@ -105,7 +105,9 @@ class TakesFusedSteps(KnowsTorchStep, TakesJointNorm, LoadsState, KeepsMasters, 
         device = self._device()
         if self.skipped_steps.device != device:  # the model was moved
             self.skipped_steps = self.skipped_steps.to(device)
-        rounding = averages.rounding(self.seed if self.stochastic_rounding else None)
+        codes = has_codes(self.state_dtype)
+        seed = self.seed if self.stochastic_rounding or codes else None
+        rounding = averages.rounding(seed, self.stochastic_rounding, codes)
         control = StepControl(
             None if self.max_grad_norm is None else checked_norm(self.max_grad_norm),
             self.skip_nonfinite,
@@ -119,7 +121,8 @@ class TakesFusedSteps(KnowsTorchStep, TakesJointNorm, LoadsState, KeepsMasters, 
         control = control if known is None else known.control
         kernels = select(self.backend, device)
         masters = () if self.master is None else (MASTER,)
-        states = [(*self.state_names(group), *masters) for group in self.param_groups]
+        names = [self.state_names(group) for group in self.param_groups]
+        states = [(*keys_of_state(its, self.state_dtype), *masters) for its in names]
         containers = self.param_groups, self.state, averages.params, averages.buffers, states
         table = kernels.collect(self.rule, *containers, rounding)
         if table is not None:

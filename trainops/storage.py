@@ -1,14 +1,16 @@
 """How a parameter and its state are stored: the dtypes of its moments, and the master of a 16-bit weight."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from . import reference_storage
+from .reference_codes import CODES
 
-StateDtype = torch.dtype | tuple[torch.dtype, torch.dtype] | None
+MomentDtype = torch.dtype | Literal["int8"]
+StateDtype = MomentDtype | tuple[MomentDtype, MomentDtype] | None
 MOMENT_DTYPES = (torch.float32, torch.bfloat16)
 
 # The kinds of master: the dtype of its state, and the dtypes of the parameters that have one.
@@ -24,14 +26,22 @@ def check_state_dtype(state_dtype: Any) -> None:
     if state_dtype is None:
         return
     chosen = state_dtype if isinstance(state_dtype, (tuple, list)) else (state_dtype, state_dtype)
-    if len(chosen) != 2 or not all(isinstance(x, torch.dtype) and x in MOMENT_DTYPES for x in chosen):
-        names = " or ".join(map(str, MOMENT_DTYPES))
-        raise ValueError(f"state_dtype must be {names}, or a pair of them, got {state_dtype!r:.60}")
+    if len(chosen) != 2 or not all(map(_is_of_moments, chosen)):
+        names = ", ".join(map(str, MOMENT_DTYPES))
+        raise ValueError(f'state_dtype must be {names} or "int8", or a pair of them, got {state_dtype!r:.60}')
 
 
-def check_is_real(params: Iterable[Tensor]) -> None:
-    """ValueError where a parameter cannot have moments of a ``state_dtype``."""
+def _is_of_moments(x: Any) -> bool:
+    return x in MOMENT_DTYPES if isinstance(x, torch.dtype) else isinstance(x, str) and x == "int8"
+
+
+def check_is_served(params: Iterable[Tensor], state_dtype: StateDtype) -> None:
+    """ValueError where a parameter cannot have moments of a ``state_dtype``, which is one."""
     for param in params:
+        if param.dtype == torch.float64 and has_codes(state_dtype):
+            raise ValueError(
+                f'state_dtype="int8" is for float32 and 16 bits, but a parameter of {tuple(param.shape)} is float64'
+            )
         if not param.is_floating_point():
             raise ValueError(f"state_dtype is for real parameters, but one of {tuple(param.shape)} is {param.dtype}")
 
@@ -39,12 +49,30 @@ def check_is_real(params: Iterable[Tensor]) -> None:
 def dtypes_of_state(names: tuple[str, ...], state_dtype: StateDtype) -> dict[str, torch.dtype]:
     """The dtype of each state by name: of a pair, the first moment has the first, all others have the second.
 
-    Empty where ``state_dtype`` is None: a state then has its parameter's dtype, as in torch.
+    That of 8-bit state is that of its codes. Empty where ``state_dtype`` is None: a state then has its parameter's
+    dtype, as in torch.
     """
     if state_dtype is None:
         return {}
-    first, others = (state_dtype, state_dtype) if isinstance(state_dtype, torch.dtype) else state_dtype
-    return {name: others if i else first for i, name in enumerate(names)}
+    first, others = state_dtype if isinstance(state_dtype, (tuple, list)) else (state_dtype, state_dtype)
+    chosen = {name: others if i else first for i, name in enumerate(names)}
+    return {name: x if isinstance(x, torch.dtype) else CODES for name, x in chosen.items()}
+
+
+def has_codes(state_dtype: StateDtype) -> bool:
+    """Whether some moments are kept in 8 bits."""
+    return "int8" in (state_dtype if isinstance(state_dtype, (tuple, list)) else (state_dtype,))
+
+
+def keys_of_state(names: tuple[str, ...], state_dtype: StateDtype) -> tuple[str, ...]:
+    """The keys under which a parameter's state has these: codes never stand under torch's names."""
+    dtypes = dtypes_of_state(names, state_dtype)
+    return tuple(codes_key(name) if dtypes.get(name) == CODES else name for name in names)
+
+
+def codes_key(name: str) -> str:
+    """The key of the codes of a state."""
+    return f"{name}_codes"
 
 
 def check_master(master: Any) -> None:

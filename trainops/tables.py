@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import core
 from .plain import PLAIN, all_plain
+from .reference_codes import CODES
 
 OptionalTensor = TypeVar("OptionalTensor", Tensor, Tensor | None)
 Columns = Mapping[str, Sequence[Tensor | None]]
@@ -114,7 +115,7 @@ def staged_table(
     columns: Columns,
     device_type: str,
     group_rows: Sequence[int] = (),
-    places: Sequence[tuple[int, Sequence[int], int]] = (),
+    places: Sequence[tuple[int, Sequence[int], int, bool]] = (),
 ) -> Iterator[Any]:
     """A table of ``columns`` in which every row is regular.
 
@@ -150,6 +151,8 @@ def _stage_row(
             continue
         if column.one_per_row:
             scalars.append((column.name, original))
+            continue
+        if column.codes and original.dtype == CODES:
             continue
         source, original = original, as_real(original)
         if column.written and source.is_conj():  # was resolved into a copy

@@ -31,7 +31,8 @@ PythonWords words_of(const py::object& table, int64_t chunk_numel, bool by_kind)
 // Names of dtypes, as torch has them.
 const char* name_of(DType dtype) {
 #define TRAINOPS_DTYPE(name, ...) #name,
-  constexpr const char* names[] = {TRAINOPS_DTYPES(TRAINOPS_DTYPE) "int16", "uint8", "stochastic"};
+  constexpr const char* names[] = {TRAINOPS_DTYPES(TRAINOPS_DTYPE) "int16", "uint8", "stochastic", "signed_codes",
+                                   "unsigned_codes"};
 #undef TRAINOPS_DTYPE
   return dtype == DType::none ? nullptr : names[static_cast<int>(dtype)];
 }
@@ -106,7 +107,8 @@ void define_schemas(py::module_& m) {
       .def_property_readonly("written", &Column::written)
       .def_property_readonly("optional", &Column::optional)
       .def_property_readonly("one_per_row", &Column::one_per_row)
-      .def_property_readonly("of_param", &Column::of_param);
+      .def_property_readonly("of_param", &Column::of_param)
+      .def_property_readonly("codes", [](const Column& self) { return name_of(self.codes()); });
   py::class_<Schema>(m, "Schema")
       .def_readonly("columns", &Schema::columns)
       .def_readonly("settings", &Schema::settings)
@@ -135,10 +137,10 @@ PYBIND11_MODULE(_core, m) {
       .def("configure", &TensorReader::configure, py::kw_only(), py::arg("api"), py::arg("describe"),
            py::arg("plain_types"));
   py::class_<Rounding>(m, "Rounding")
-      .def(py::init([](bool params, std::vector<py::dict> average_places, const py::object& origin_of) {
-             return Rounding{params, std::move(average_places), origin_of};
+      .def(py::init([](bool params, bool codes, std::vector<py::dict> average_places, const py::object& origin_of) {
+             return Rounding{params, codes, std::move(average_places), origin_of};
            }),
-           py::kw_only(), py::arg("params"), py::arg("average_places"), py::arg("origin_of"));
+           py::kw_only(), py::arg("params"), py::arg("codes"), py::arg("average_places"), py::arg("origin_of"));
   py::class_<Seeds>(m, "Seeds")
       .def(py::init([](uint32_t params, const std::vector<uint32_t>& averages) {
              if (averages.size() > kMaxAverages) throw py::value_error("no step has so many averages");

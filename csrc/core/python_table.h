@@ -14,16 +14,17 @@
 
 namespace trainops {
 
-// The places of a row: the first, those of its averages, and the origin.
-using PythonPlaces = std::tuple<int64_t, std::vector<int64_t>, int64_t>;
+// The places of a row: the first, those of its averages, the origin, and whether the first column is rounded.
+using PythonPlaces = std::tuple<int64_t, std::vector<int64_t>, int64_t, bool>;
 
 inline Places places_from(const PythonPlaces& python) {
   Places places;
-  const auto& [first, averages, origin] = python;
+  const auto& [first, averages, origin, rounds_first] = python;
   if (averages.size() > kMaxAverages) throw std::invalid_argument("no row has so many averages");
   places.first = first;
   std::copy(averages.begin(), averages.end(), places.averages);
   places.origin = origin;
+  places.rounds_first = rounds_first;
   return places;
 }
 

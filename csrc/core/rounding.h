@@ -24,6 +24,7 @@ inline PyObject* find(PyObject* dict, PyObject* key) {
 
 struct Rounding {
   bool params;                                 // those of bfloat16, by their place
+  bool codes;                                  // 8-bit state, if there is some, by its parameter's place
   std::vector<pybind11::dict> average_places;  // of each average: the places of its tensors, by id(what it follows)
   pybind11::object origin_of;                  // a function: the index of the first element of a shard, for a DTensor
 

@@ -13,8 +13,17 @@
 
 namespace trainops {
 
-// The use of a column. Without a flag, every row has a tensor there, and kernels only read it.
-enum Use : int { kRead = 0, kWritten = 1, kOptional = 2, kOnePerRow = 4, kOfParam = 8 };
+// The use of a column. Without a flag, every row has a tensor there, and kernels only read it. The last two say that
+// it may be kept in 8 bits, and whether it is of either sign (math/codes.h).
+enum Use : int {
+  kRead = 0,
+  kWritten = 1,
+  kOptional = 2,
+  kOnePerRow = 4,
+  kOfParam = 8,
+  kSignedCodes = 16,
+  kUnsignedCodes = 32
+};
 
 struct Column {
   const char* name;
@@ -24,6 +33,12 @@ struct Column {
   bool optional() const { return use & kOptional; }
   bool one_per_row() const { return use & kOnePerRow; }  // a float32 for the row, not a number for each element
   bool of_param() const { return use & kOfParam; }       // a master: its type has to suit the parameter's
+
+  // The type of the column where it is kept in 8 bits, each with a number for every element, and one for the block of
+  // elements that share a scale; `none` where it cannot be.
+  DType codes() const {
+    return use & kSignedCodes ? DType::signed_codes : use & kUnsignedCodes ? DType::unsigned_codes : DType::none;
+  }
 };
 
 // Lists are written as macros, of which these make enumerators, columns, fields and names.

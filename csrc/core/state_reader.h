@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -47,6 +48,8 @@ class StateReader {
     for (const auto its : averages) averages_.push_back(its.cast<pybind11::dict>());
     for (const Column& column : builder.schema.columns) {
       names_.push_back(take_ownership(PyUnicode_InternFromString(column.name)));
+      const std::string codes = std::string(column.name) + "_codes";
+      names_of_codes_.push_back(take_ownership(PyUnicode_InternFromString(codes.c_str())));
     }
     local_ = take_ownership(PyUnicode_InternFromString("_local_tensor"));
     spec_ = take_ownership(PyUnicode_InternFromString("_spec"));
@@ -60,9 +63,10 @@ class StateReader {
   bool add_group(const pybind11::dict& group, const pybind11::tuple& states) {
     const pybind11::object all = group["params"];
     if (!PyList_Check(all.ptr())) return false;
-    std::vector<bool> used(columns_);
+    std::vector<PyObject*> keys(columns_);
     for (size_t column = kMaster; column < builder_.schema.first_further(); ++column) {
-      used[column] = states.contains(names_[column]);
+      if (states.contains(names_[column])) keys[column] = names_[column].ptr();
+      if (states.contains(names_of_codes_[column])) keys[column] = names_of_codes_[column].ptr();
     }
     const size_t before = params.size();
     reserve(PyList_GET_SIZE(all.ptr()));
@@ -70,7 +74,7 @@ class StateReader {
       const Py_ssize_t count = PyList_GET_SIZE(all.ptr());  // code of Python, which a tensor may run, may change it
       if (i + kAhead < count) prefetch_pointees(PyList_GET_ITEM(all.ptr(), i + kAhead));
       if (i + 2 * kAhead < count) prefetch(PyList_GET_ITEM(all.ptr(), i + 2 * kAhead));
-      if (!add_param(borrowed(PyList_GET_ITEM(all.ptr(), i)), used)) return false;
+      if (!add_param(borrowed(PyList_GET_ITEM(all.ptr(), i)), keys)) return false;
     }
     group_rows.push_back(static_cast<int64_t>(params.size() - before));
     return true;
@@ -118,7 +122,8 @@ class StateReader {
     lacks_master_.reserve(room);
   }
 
-  bool add_param(const pybind11::object& param, const std::vector<bool>& used) {
+  // `keys`: of the state, by column; null where the group uses none.
+  bool add_param(const pybind11::object& param, const std::vector<PyObject*>& keys) {
     const int64_t place = place_++;
     const bool is_plain = builder_.reader.is_plain(param.ptr());
     if (!is_plain && !attribute(param, local_)) return false;
@@ -138,21 +143,22 @@ class StateReader {
     row[kStep] = borrowed(find(own.ptr(), names_[kStep].ptr()));
     if (row[kStep].is_none()) return false;
     for (size_t column = kMaster; column < columns_; ++column) {
-      if (!used[column]) continue;
-      row[column] = borrowed(find(own.ptr(), names_[column].ptr()));
+      if (keys[column] == nullptr) continue;
+      row[column] = borrowed(find(own.ptr(), keys[column]));
       if (row[column].is_none() && column != kMaster) return false;
     }
-    lacks_master_.push_back(used[kMaster] && row[kMaster].is_none());
+    lacks_master_.push_back(keys[kMaster] != nullptr && row[kMaster].is_none());
     params.append(param);
     add_places(param, place, is_plain);
     has_shards |= !is_plain;
-    return is_plain || take_shards(param, row);
+    return is_plain || take_shards(param, row, keys);
   }
 
   void add_places(const pybind11::object& param, int64_t place, bool is_plain) {
     Places places;
-    if (rounding_.params) places.first = place;
-    bool is_random = rounding_.params;
+    bool is_random = rounding_.params || rounding_.codes;
+    if (is_random) places.first = place;
+    places.rounds_first = rounding_.params;
     for (size_t i = 0; i < rounding_.average_places.size(); ++i) {
       places.averages[i] = rounding_.average_place(i, param.ptr());
       is_random |= places.averages[i] >= 0;
@@ -161,12 +167,14 @@ class StateReader {
     places_.push_back(places);
   }
 
-  // Puts the shards of DTensors in their place. False where the shards do not belong together.
-  bool take_shards(const pybind11::object& param, pybind11::object* row) const {
+  // Puts the shards of DTensors in their place. False where the shards do not belong together. Codes are plain
+  // tensors, of a shard's elements.
+  bool take_shards(const pybind11::object& param, pybind11::object* row, const std::vector<PyObject*>& keys) const {
     const pybind11::object spec = attribute(param, spec_);
     if (!spec) return false;
     for (size_t column = 0; column < columns_; ++column) {
       if (row[column].is_none() || builder_.schema.columns[column].one_per_row()) continue;
+      if (keys[column] == names_of_codes_[column].ptr()) continue;
       const pybind11::object local = attribute(row[column], local_), its = attribute(row[column], spec_);
       if (!local || !its) return false;
       if (!its.is(spec) && (!equal(its, spec, mesh_) || !equal(its, spec, placements_))) return false;
@@ -226,7 +234,7 @@ class StateReader {
   int64_t place_ = 0;        // of the next parameter, counted over all groups, whether it has a gradient or not
   Py_ssize_t position_ = 0;  // in the state
   size_t columns_;
-  std::vector<pybind11::object> names_;
+  std::vector<pybind11::object> names_, names_of_codes_;
   pybind11::object local_, spec_, mesh_, placements_;  // attributes of a DTensor
   std::vector<pybind11::object> tensors_;              // row by row
   std::vector<Places> places_;                         // of each row

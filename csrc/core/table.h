@@ -21,13 +21,24 @@ namespace trainops {
 
 // No numbers that loops take are int16, a remainder (storage.h), which belongs to the parameter beside it, and byte,
 // of a tensor of any type that is copied. `stochastic` is bfloat16 that is rounded stochastically where it is
-// written.
+// written. Codes are 8-bit state (math/codes.h).
 #define TRAINOPS_DTYPE(name, ...) name,
-enum class DType : uint8_t { TRAINOPS_DTYPES(TRAINOPS_DTYPE) int16, byte, stochastic, none };
+enum class DType : uint8_t {
+  TRAINOPS_DTYPES(TRAINOPS_DTYPE) int16,
+  byte,
+  stochastic,
+  signed_codes,
+  unsigned_codes,
+  none
+};
 #undef TRAINOPS_DTYPE
 
+TRAINOPS_HOST_DEVICE bool is_codes(DType dtype) {
+  return dtype == DType::signed_codes || dtype == DType::unsigned_codes;
+}
+
 TRAINOPS_HOST_DEVICE int itemsize(DType dtype) {
-  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : is_codes(dtype) ? 1 : 2;
 }
 
 // Whether a parameter of one type may have a master of the other (storage.h).
@@ -40,11 +51,13 @@ constexpr bool may_have_master(DType param, DType master) {
 TRAINOPS_HOST_DEVICE DType stored(DType dtype) { return dtype == DType::stochastic ? DType::bfloat16 : dtype; }
 
 // One tensor in one column. The address may be null if the tensor has no elements. `none`: there is no tensor.
-// `random`: of a cell that is `stochastic`; kernels set it, from the places of the row.
+// `random`: of a cell that is `stochastic`; kernels set it, from the places of the row. `scales`: of a cell of codes;
+// CPU kernels set it.
 struct Cell {
   void* address = nullptr;
   DType dtype = DType::none;
   Random random = {};
+  uint8_t* scales = nullptr;
 };
 
 // Averages that a step moves in one pass.
@@ -54,7 +67,8 @@ constexpr int kMaxAverages = 4;
 struct Places {
   int64_t first = -1;  // of the first column: the parameter's place in `param_groups`, or the average's in its model
   int64_t averages[kMaxAverages] = {-1, -1, -1, -1};  // of averages that a step moves
-  int64_t origin = 0;  // of a shard: the index of its first element in the whole parameter
+  int64_t origin = 0;        // of a shard: the index of its first element in the whole parameter
+  bool rounds_first = true;  // false: the first place is for 8-bit state alone
 };
 
 // The weight of a row: its parameter, and its master if it has one.
@@ -66,8 +80,8 @@ struct Weight {
 };
 
 // The types of a row's columns make one word on a device. The lowest bits are the first column's.
-constexpr int kDTypeBits = 4, kMaxColumns = 64 / kDTypeBits;
-static_assert(static_cast<int>(DType::none) < 1 << (kDTypeBits - 1), "a type fits, and the word's sign stays free");
+constexpr int kDTypeBits = 4, kMaxColumns = 63 / kDTypeBits;  // the word's sign stays free
+static_assert(static_cast<int>(DType::none) < 1 << kDTypeBits, "a type fits");
 
 TRAINOPS_HOST_DEVICE int64_t dtype_bits(DType dtype, int64_t column) {
   return static_cast<int64_t>(dtype) << (kDTypeBits * column);

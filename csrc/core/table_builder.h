@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "../math/codes.h"
 #include "schema.h"
 #include "tensor.h"
 
@@ -34,10 +35,17 @@ class TableBuilder {
         continue;
       }
       Description& description = first == nullptr && !column.one_per_row() ? first_ : next_;
-      if (!reader.is_plain(tensors[i]) || !read(tensors[i], description, column.of_param())) return false;
+      const DType integers = column.of_param()               ? DType::int16
+                             : column.codes() != DType::none ? DType::byte
+                                                             : DType::none;
+      if (!reader.is_plain(tensors[i]) || !read(tensors[i], description, integers)) return false;
       if (column.of_param() && !may_have_master(cells_[kParam].dtype, description.cell.dtype)) return false;
       if (column.one_per_row()) {
         if (description.numel != 1 || description.cell.dtype != DType::float32) return false;
+      } else if (description.cell.dtype == DType::byte) {
+        if (first == nullptr || !are_codes_of(*first, description)) return false;
+        description.cell.dtype = column.codes();
+        is_special = true;
       } else {
         if (maybe_negated(tensors[i], description)) return false;
         if (first == nullptr ? !description.dense() : !description.same_order(*first)) return false;
@@ -46,7 +54,7 @@ class TableBuilder {
       cells_[i] = description.cell;
     }
     has_float64 |= cells_[schema.measured].dtype == DType::float64;
-    if (places.first >= 0) round_stochastically(cells_[0]);
+    if (places.first >= 0 && places.rounds_first) round_stochastically(cells_[0]);
     for (size_t i = 0; i < schema.averages; ++i) {
       if (places.averages[i] >= 0) round_stochastically(cells_[schema.column_of_average(i)]);
     }
@@ -94,7 +102,7 @@ class TableBuilder {
   const TensorReader& reader;
   const Schema schema;
   bool has_float64 = false;  // in the column that is measured
-  bool is_special = false;   // whether some of it is stochastic: kernels have code of their own for this
+  bool is_special = false;   // whether some of it is stochastic or codes: kernels have code of their own for this
   int32_t device_id = -1;    // negative until there is a tensor that is not in host memory
 
  private:
@@ -104,8 +112,14 @@ class TableBuilder {
     is_special = true;
   }
 
-  bool read(PyObject* tensor, Description& description, bool may_be_remainder) {
-    return reader.read(tensor, description, may_be_remainder) && lies_here(description);
+  bool read(PyObject* tensor, Description& description, DType integers) {
+    return reader.read(tensor, description, integers) && lies_here(description);
+  }
+
+  // Whether a tensor has the size of the codes of a parameter, which no arithmetic in float64 works on.
+  bool are_codes_of(const Description& param, const Description& codes) const {
+    return codes.contiguous() && codes.ndim <= 1 && codes.numel == param.numel + count_code_blocks(param.numel) &&
+           cells_[kParam].dtype != DType::float64;
   }
 
   // Whether a tensor lies on the device of the table.

@@ -42,7 +42,7 @@ struct ExchangeAPI {
   void* managed_tensor_functions[3];
   int (*tensor_from_object)(void* object, Tensor* out);
 };
-constexpr uint8_t kInt = 0, kFloat = 2, kBFloat = 4, kComplex = 5;
+constexpr uint8_t kInt = 0, kUInt = 1, kFloat = 2, kBFloat = 4, kComplex = 5;
 constexpr int32_t kCPU = 1, kCUDA = 2, kPinned = 3, kROCM = 10;
 }  // namespace dlpack
 
@@ -135,14 +135,14 @@ class TensorReader {
     return false;
   }
 
-  // False for a tensor that kernels cannot take: one without memory, complex numbers, integers that are no
-  // remainders.
-  bool read(PyObject* object, Description& out, bool may_be_remainder = false) const {
+  // False for a tensor that kernels cannot take: one without memory, complex numbers, integers. `integers`: a type of
+  // them that it may be all the same.
+  bool read(PyObject* object, Description& out, DType integers = DType::none) const {
     if (!describe(object, out)) return false;
     const auto dtype = dtype_from(out.code, out.bits);
     if (!dtype) return false;
     out.cell.dtype = *dtype;
-    return *dtype != DType::int16 || may_be_remainder;
+    return (*dtype != DType::int16 && *dtype != DType::byte) || *dtype == integers;
   }
 
   // The same for a tensor that is to be copied. False for complex numbers, which may be lazily conjugated.
@@ -198,6 +198,7 @@ class TensorReader {
     if (code == dlpack::kFloat && bits == 16) return DType::float16;
     if (code == dlpack::kBFloat && bits == 16) return DType::bfloat16;
     if (code == dlpack::kInt && bits == 16) return DType::int16;
+    if (code == dlpack::kUInt && bits == 8) return DType::byte;
     return std::nullopt;
   }
 

@@ -1,5 +1,6 @@
 #include "convert.h"
 
+#include "codes.h"
 #include "kernels.h"
 
 namespace trainops::cpu {
@@ -87,6 +88,9 @@ const char* instruction_set() {
 
 template <typename T>
 void read(const Cell& cell, int64_t begin, int64_t size, T* values) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (is_codes(cell.dtype)) return read_codes(cell, begin, size, values);
+  }
   with_elements<T>(cell, begin, [&](const auto* elements) { read_tile(elements, values, size); });
 }
 

@@ -6,7 +6,9 @@
 #include <cstring>
 
 #include "../core/rules.h"
+#include "../math/codes.h"
 #include "../math/rule.h"
+#include "codes.h"
 #include "convert.h"
 #include "elements.h"
 #include "ema.h"
@@ -73,6 +75,7 @@ struct Row {
   Weight weight;
   Cell grad, average[kMaxAverages], state[kLength<Rule::kStates>];
   int averages, states;
+  bool has_codes = false;  // among the state
 
   // Its step count is that of this step.
   Row(const Table& table, int64_t row, const Seeds& seeds)
@@ -87,6 +90,10 @@ struct Row {
     if (places.first >= 0) {
       const float step = *static_cast<const float*>(table.cell(row, kStep).address);
       weight.param.random = {random_key(seeds.params, places.first, step), origin};
+    }
+    for (int i = 0; i < states; ++i) {
+      has_codes |= is_codes(state[i].dtype);
+      state[i].scales = static_cast<uint8_t*>(state[i].address) + table.numel(row);
     }
     for (int i = 0; i < averages; ++i)
       average[i].random = {random_key(seeds.averages[i], places.averages[i]), origin};
@@ -112,7 +119,7 @@ void with_loop(const Row<Rule>& row, Function function) {
   const bool is_bfloat16 = row.states > 0 && row.has_states_of(DType::bfloat16);
   if (weight.is_split() && row.grad.dtype == DType::bfloat16) {
     if (is_bfloat16) return function(Loop<SplitWeights, BFloat16, BFloat16>{});
-    if (row.has_states_of(DType::float32)) return function(Loop<SplitWeights, BFloat16, float>{});
+    return function(Loop<SplitWeights, BFloat16, float>{});
   }
   if (weight.param.dtype == DType::stochastic && row.grad.dtype == DType::bfloat16 &&
       row.has_states_of(DType::bfloat16)) {
@@ -146,7 +153,10 @@ void update_piece(const Row<Rule>& row, const Piece& piece, const typename Rule:
   using Weights = typename Its::Weights;
   constexpr bool in_place = !std::is_pointer_v<Weights>;
   const auto scalars = rounded<Rule, Wide<G>>(wide);
+  constexpr bool may_have_codes = std::is_same_v<M, float>;
+  const Random random_codes = random_of_codes(row.weight.param.random);
   M state_buffers[kLength<Rule::kStates>][kTileNumel];
+  uint32_t words[may_have_codes ? kTileNumel : 1];
   G weight_buffer[kTileNumel], grad_buffer[kTileNumel];
   for_each_tile(piece, [&](int64_t begin, int64_t size) {
     const auto weights = [&] {
@@ -161,7 +171,16 @@ void update_piece(const Row<Rule>& row, const Piece& piece, const typename Rule:
     M* state[kLength<Rule::kStates>];
     for (int i = 0; i < row.states; ++i) state[i] = load(row.state[i], begin, size, state_buffers[i]);
     update_tile(Rule{}, weights, load(row.grad, begin, size, grad_buffer), state, row.states, size, scalars);
-    for (int i = 0; i < row.states; ++i) store(row.state[i], begin, size, state[i]);
+    if (may_have_codes && row.has_codes) random_words(random_codes.from(begin), size, words);
+    for (int i = 0; i < row.states; ++i) {
+      if constexpr (may_have_codes) {
+        if (is_codes(row.state[i].dtype)) {
+          write_codes(row.state[i], begin, size, state[i], words);
+          continue;
+        }
+      }
+      store(row.state[i], begin, size, state[i]);
+    }
     if constexpr (!in_place) store(row.weight, begin, size, weights);
     move_averages(row, begin, size, ema_decays);
   });

@@ -27,9 +27,9 @@ TRAINOPS_HOST_DEVICE double bias_correction(double beta, double step) {
 TRAINOPS_HOST_DEVICE float square_root(float x) { return sqrtf(x); }
 TRAINOPS_HOST_DEVICE double square_root(double x) { return sqrt(x); }
 
-#define TRAINOPS_ADAMW_STATE(column)                                             \
-  column(kExpAvg, "exp_avg", kWritten) column(kExpAvgSq, "exp_avg_sq", kWritten) \
-      column(kMaxExpAvgSq, "max_exp_avg_sq", kWritten | kOptional)
+#define TRAINOPS_ADAMW_STATE(column)                                                                             \
+  column(kExpAvg, "exp_avg", kWritten | kSignedCodes) column(kExpAvgSq, "exp_avg_sq", kWritten | kUnsignedCodes) \
+      column(kMaxExpAvgSq, "max_exp_avg_sq", kWritten | kOptional | kUnsignedCodes)
 
 #define TRAINOPS_ADAMW_SETTINGS(setting) \
   setting(lr) setting(beta1) setting(beta2) setting(eps) setting(weight_decay) setting(maximize)

@@ -3,6 +3,7 @@
 //
 //   word of a seed       = mix(mix(0x9e3779b9 ^ its lower half) ^ its upper half)
 //   key of a parameter   = mix(mix(word ^ place) ^ step)
+//   key of 8-bit state   = mix(key of its parameter ^ a constant)
 //   key of an average    = mix(mix(word ^ number of its update) ^ place)
 //   bits of an element   = upper half of mix(key ^ its index)
 //
@@ -38,6 +39,9 @@ struct Random {
   TRAINOPS_HOST_DEVICE uint32_t bits(int64_t i) const {
     return scramble(key ^ (origin + static_cast<uint32_t>(i))) >> 16;
   }
+
+  // 32 bits.
+  TRAINOPS_HOST_DEVICE uint32_t word(int64_t i) const { return mix(key ^ (origin + static_cast<uint32_t>(i))); }
 
   TRAINOPS_HOST_DEVICE Random from(int64_t begin) const { return {key, origin + static_cast<uint32_t>(begin)}; }
 };

@@ -15,7 +15,7 @@
 
 namespace trainops {
 
-#define TRAINOPS_SGD_STATE(column) column(kMomentumBuffer, "momentum_buffer", kWritten | kOptional)
+#define TRAINOPS_SGD_STATE(column) column(kMomentumBuffer, "momentum_buffer", kWritten | kOptional | kSignedCodes)
 
 #define TRAINOPS_SGD_SETTINGS(setting) \
   setting(lr) setting(momentum) setting(dampening) setting(weight_decay) setting(nesterov) setting(maximize)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import advice, reference
 from ..reference import drop_path, drop_path_backward
+from ..reference_codes import CODES
 from ..reference_statistics import rows_of as statistics
 from ..tables import as_real, local
 from . import _foreach_norm
@@ -218,7 +219,7 @@ def _parts(
         row = {name: local(column[i]) for name, column in group.columns.items() if column[i] is not None}
         written = [x for name, x in row.items() if name not in ("grad", "step")]
         is_odd = any(map(_is_odd, written))
-        is_random = bool(group.places) and any(x.dtype == torch.bfloat16 for x in written)
+        is_random = bool(group.places) and any(x.dtype in (torch.bfloat16, CODES) for x in written)
         if is_odd or is_random or "master" in row:  # for the latter two there is no multi-tensor operation
             if is_odd:
                 advice.left_to_reference(row["param"].device)

@@ -30,12 +30,14 @@ AVERAGES = ("average", "average2", "average3", "average4")
 class Places(NamedTuple):
     """What the random bits of a row depend on, beside seed and step (``csrc/core/table.h``).
 
-    With a place, bfloat16 is rounded stochastically; without one, the place is negative.
+    With a place, bfloat16 is rounded stochastically; without one, the place is negative. 8-bit state has random bits
+    in any case, by the first place.
     """
 
     first: int = -1  # the parameter's in ``param_groups``; of an average by itself, its own in its model
     averages: tuple[int, ...] = ()  # of the averages that a step moves
     origin: int = 0  # of a shard: the index of its first element in the whole parameter
+    rounds_first: bool = True  # false: the first place is for 8-bit state alone
 
 
 class Seeds(NamedTuple):
@@ -54,6 +56,7 @@ class Rounding(NamedTuple):
     params: bool = False
     average_places: Sequence[Mapping[int, int]] = ()  # of each average, by ``id`` of what it follows
     seeds: Seeds = NO_SEEDS
+    codes: bool = False  # whether parameters may have 8-bit state, which is always rounded stochastically
 
 
 TO_NEAREST = Rounding()

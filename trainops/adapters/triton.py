@@ -250,6 +250,6 @@ def _follow_buffers(staged: _triton.Staged, settings: Tensor, skip: Tensor | Non
         )
 
 
-collect, update = step_operations(_device_type, _update)
+collect, update = step_operations(_device_type, _update, takes_codes=False)
 
 drop_path, drop_path_backward = operations(launch_drop_path, launch_drop_path_backward)
