@@ -15,7 +15,8 @@ from .report import load, milliseconds
 from .saved import OURS, Case, caption, fastest, medians, ratio, relative, verdict
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "cpu" / "results.json"
+RESULTS = ROOT / "benchmarks" / "results"
+FIRST = "cpu"  # of its folders; others have what is not in it
 BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 
 
@@ -48,10 +49,10 @@ def by_name(cases: list[Case], op: str, group: str) -> dict[str, dict[str, Case]
     return found
 
 
-def step(cases: list[Case]) -> list[str]:
+def step(cases: list[Case], op: str = "step") -> list[str]:
     """The whole step, with the interval of the ratio."""
     rows = []
-    for name, found in by_name(cases, "step", "models").items():
+    for name, found in by_name(cases, op, "models").items():
         case = found["float32"]
         times, best, x = medians(case), fastest(case), ratio(case)
         if best is None or x is None:
@@ -60,6 +61,16 @@ def step(cases: list[Case]) -> list[str]:
         rows.append([*row, f"{told(case)} ({x.low:.2f} to {x.high:.2f})", told(found["bfloat16"])])
     header = ("model", "parameters", "fastest alternative", "its time", "trainops", "ratio (95%)", "bfloat16 ratio")
     return table(header, rows)
+
+
+def adam(cases: list[Case]) -> list[str]:
+    """The whole step with Adam."""
+    return step(cases, "adam")
+
+
+def sgd(cases: list[Case]) -> list[str]:
+    """The whole step with SGD."""
+    return step(cases, "sgd")
 
 
 def step_short(cases: list[Case]) -> list[str]:
@@ -143,6 +154,8 @@ def low_precision(cases: list[Case]) -> list[str]:
 
 TABLES: dict[str, Callable[[list[Case]], list[str]]] = {
     "step": step,
+    "adam": adam,
+    "sgd": sgd,
     "step_short": step_short,
     "share": share,
     "ops": ops,
@@ -153,13 +166,22 @@ TABLES: dict[str, Callable[[list[Case]], list[str]]] = {
 }
 
 
-def written(text: str, path: Path = RESULTS) -> str:
+def written(text: str) -> str:
     """A page with the figures of saved results."""
-    results = load(path)
+    first = load(RESULTS / FIRST / "results.json")
+    cases, ops = list(first["cases"]), {case["op"] for case in first["cases"]}
+    more: dict[str, str] = {}  # where ops of other folders were measured
+    for path in sorted(RESULTS.glob(f"{FIRST}-*/results.json")):
+        results = load(path)
+        new = [case for case in results["cases"] if case["op"] not in ops]
+        cases += new
+        more |= {case["op"]: caption(results) for case in new}
 
     def block(found: re.Match[str]) -> str:
         name = found[2]
-        lines = [caption(results) + "."] if name == "hardware" else TABLES[name](results["cases"])
+        lines = [caption(first) + "."] if name == "hardware" else TABLES[name](cases)
+        if name in more:
+            lines += ["", f"Measured by itself: {more[name]}."]
         return found[1] + "\n" + "\n".join(lines) + "\n\n" + found[3]
 
     return BLOCK.sub(block, text)

@@ -90,7 +90,7 @@ def measured_or_written(page, path):
         return page
     if page.is_relative_to(ROOT / "docs"):
         if path.startswith("measured/"):
-            return ROOT / "benchmarks" / "results" / "cpu" / path.removeprefix("measured/")
+            return ROOT / "benchmarks" / "results" / path.removeprefix("measured/")
         if path in ("contributing.md", "changelog.md"):
             return ROOT / path.replace("contributing", "CONTRIBUTING").replace("changelog", "CHANGELOG")
     return (page.parent / path).resolve()

@@ -8,13 +8,14 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent.parent
-MEASURED = ROOT / "benchmarks" / "results" / "cpu"
+MEASURED = ROOT / "benchmarks" / "results"
 
 
 def on_files(files: Files, config: Any) -> Files:
     """Add them under the names by which the pages link them."""
-    for path in sorted([*MEASURED.glob("*.png"), MEASURED / "report.md"]):
-        files.append(File.generated(config, f"measured/{path.name}", abs_src_path=str(path)))
+    for path in sorted([*MEASURED.glob("*/*.png"), *MEASURED.glob("*/report.md")]):
+        name = path.relative_to(MEASURED).as_posix()
+        files.append(File.generated(config, f"measured/{name}", abs_src_path=str(path)))
     for name in ("CHANGELOG.md", "CONTRIBUTING.md"):
         files.append(File.generated(config, name.lower(), abs_src_path=str(ROOT / name)))
     return files
