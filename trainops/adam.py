@@ -57,6 +57,8 @@ class Adam(WithMoments, _TorchAdam):
 
     Raises:
         ValueError: groups differ in ``decoupled_weight_decay``.
+
+    Source: Kingma and Ba, https://arxiv.org/abs/1412.6980.
     """
 
     def __init__(

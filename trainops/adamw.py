@@ -126,6 +126,8 @@ class AdamW(WithMoments, _TorchAdamW):
             is float16 beside a split master or stochastic rounding, both are asked for, or ``ema`` follows another
             model.
         RuntimeError: the backend is not available; in ``step()``, a gradient is sparse. Nothing has been changed.
+
+    Source: Loshchilov and Hutter, https://arxiv.org/abs/1711.05101.
     """
 
     rule = "adamw"

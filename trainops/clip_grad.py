@@ -67,6 +67,8 @@ def clip_grad_norm_(
 
     Raises:
         RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set; no gradient has been changed.
+
+    Source: Pascanu et al., https://arxiv.org/abs/1211.5063.
     """
     is_generator = isinstance(parameters, types.GeneratorType)
     parameters = _listed(parameters)
@@ -158,6 +160,9 @@ def clip_grads_with_norm_(
         total_norm: their norm, 0-dim.
         foreach: accepted for compatibility.
         backend: see :func:`trainops.backends`; by default it follows the device.
+
+    Raises:
+        ValueError, RuntimeError: there is no such backend, or it is not available.
     """
     check(backend)
     parameters = _listed(parameters)
@@ -192,6 +197,9 @@ def clip_grad_value_(
         clip_value: the largest magnitude that is left alone, in units of the gradients.
         foreach: accepted for compatibility.
         backend: see :func:`trainops.backends`; by default it follows the device.
+
+    Raises:
+        ValueError, RuntimeError: there is no such backend, or it is not available.
     """
     check(backend)
     parameters, clip_value = _listed(parameters), float(clip_value)

@@ -38,6 +38,8 @@ def drop_path(
     Raises:
         TypeError: ``drop_prob`` is no number, or ``x`` no tensor.
         ValueError: ``drop_prob`` is out of range, or ``x`` has no dimension.
+
+    Source: Huang et al., https://arxiv.org/abs/1603.09382.
     """
     if drop_prob == 0.0 or not training:
         return x
@@ -90,6 +92,8 @@ def drop_path_add(
     Raises:
         TypeError: ``drop_prob`` is no number, an operand no tensor, or what is dropped not floating-point.
         ValueError: ``drop_prob`` is out of range, ``branch`` has no dimension, or shapes or devices do not fit.
+
+    Source: Huang et al., https://arxiv.org/abs/1603.09382.
     """
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         if drop_prob == 0.0 or not training:

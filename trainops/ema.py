@@ -126,6 +126,8 @@ class EMA(KeepsState):
         TypeError: an argument is of another type.
         ValueError: an argument is out of range, a pattern fits no name, a parameter has no shape yet, or ``module``
             does not match.
+
+    Source: Tarvainen and Valpola, https://arxiv.org/abs/1703.01780; the warm-up is that of timm/utils/model_ema.py.
     """
 
     _matched: Matched | None = None
