@@ -10,6 +10,7 @@ import pytest
 import torch
 from documentation import LINK, PAGES, ROOT, Block, anchors, blocks, name_of, run, surroundings
 
+import trainops
 from benchmarks import figures
 
 WITH_CODE = [page for page in PAGES if blocks(page)]
@@ -176,6 +177,17 @@ def test_docstrings_become_markdown(monkeypatch):
     monkeypatch.setitem(sys.modules, "griffe", fake)
     markdown = runpy.run_path(str(ROOT / "docs" / "tools" / "rst.py"))["markdown"]
     assert markdown(DOCSTRING, lambda name: "trainops.EMA.update" if name == "update" else "") == MARKDOWN
+
+
+def test_a_release_says_what_it_is():
+    """The changelog has its version, a bug report asks for what `verify` says, and no workflow names another Python."""
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(r"^## \[(.+?)\]", changelog, re.MULTILINE)[1] in ("Unreleased", trainops.__version__)
+    template = (ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text(encoding="utf-8")
+    assert "python -m trainops verify" in template
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    minors = re.findall(r'"Programming Language :: Python :: 3\.(\d+)"', project)
+    assert re.search(r'^build = "(.*)"$', project, re.MULTILINE)[1].split() == [f"cp3{minor}-*" for minor in minors]
 
 
 # Figures: one source for all.
