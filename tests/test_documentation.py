@@ -180,7 +180,7 @@ def test_docstrings_become_markdown(monkeypatch):
 
 
 def test_a_release_says_what_it_is():
-    """The changelog has its version, a bug report asks for what `verify` says, and no workflow names another Python."""
+    """The changelog has its version, bug reports ask for what `verify` says, and wheels are for the Pythons named."""
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert re.search(r"^## \[(.+?)\]", changelog, re.MULTILINE)[1] in ("Unreleased", trainops.__version__)
     template = (ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text(encoding="utf-8")
