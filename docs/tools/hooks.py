@@ -1,4 +1,4 @@
-"""Pages and pictures whose home is elsewhere in the repository: the benchmarks' report, the changelog."""
+"""Pages and pictures whose home is elsewhere in the repository, such as the benchmarks' report."""
 
 import re
 from pathlib import Path

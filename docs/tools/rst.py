@@ -1,4 +1,4 @@
-"""Lets mkdocstrings show docstrings that are written for Sphinx's readers, too: roles, literal blocks and tables."""
+"""Lets mkdocstrings show what docstrings have of Sphinx: roles, literal blocks and tables."""
 
 import re
 from typing import Any
@@ -17,7 +17,11 @@ class Rst(griffe.Extension):
         aliases = {name: member for name, member in pkg.members.items() if member.is_alias}
         self._public = {name: alias.final_target for name, alias in aliases.items()}
         # Functions whose module has their name: there, a path leads to the module.
-        self._hidden = {name for name, member in pkg.members.items() if member.is_module and name in member.members}
+        self._hidden = {
+            name
+            for name, member in pkg.members.items()
+            if member.is_module and name in member.members
+        }
         self._visit(pkg, set())
 
     def _visit(self, obj: griffe.Object | griffe.Alias, seen: set[str]) -> None:
@@ -70,7 +74,9 @@ def blocks(lines: list[str]) -> list[str]:
         while i < len(lines) and not lines[i].strip():
             i += 1
         code: list[str] = []
-        while i < len(lines) and (not lines[i].strip() or len(lines[i]) - len(lines[i].lstrip()) > margin):
+        while i < len(lines) and (
+            not lines[i].strip() or len(lines[i]) - len(lines[i].lstrip()) > margin
+        ):
             code.append(lines[i])
             i += 1
         while code and not code[-1].strip():
@@ -99,7 +105,9 @@ def tables(lines: list[str]) -> list[str]:
                 continue
             cells = [line[a:b].strip() for a, b in zip(starts, [*starts[1:], None], strict=True)]
             if rows and not cells[0]:
-                rows[-1] = [" ".join(filter(None, pair)) for pair in zip(rows[-1], cells, strict=True)]
+                rows[-1] = [
+                    " ".join(filter(None, pair)) for pair in zip(rows[-1], cells, strict=True)
+                ]
             else:
                 rows.append(cells)
         out += ["", *(f"| {' | '.join(row)} |" for row in rows), ""]
