@@ -22,7 +22,6 @@ from .step import TakesFusedSteps, checked_norm
 from .step_stats import check_stats
 from .storage import (
     StateDtype,
-    check_is_real,
     check_is_served,
     check_master,
     check_masters,
