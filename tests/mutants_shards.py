@@ -4,7 +4,40 @@ from mutants import planted, tests_of
 
 AVERAGES = tests_of("sharded_averages")
 SWAPS = tests_of("sharded_swaps")
+RANKS = tests_of("ranks", k="cpu-cpu")
 SHARDS = [
+    *planted(
+        "trainops/ranks.py",
+        RANKS,
+        {
+            "ranks: a norm that has begun is not awaited for all": (
+                "total = order.join(order.total(powers), self.message[-1])",
+                "total = order.total(powers[:1])",
+            ),
+            "ranks: gradients that are placed otherwise are measured": (
+                " or other.placements != first.placements:",
+                " or False:",
+            ),
+            "ranks: copies count once each": (
+                "order.share(powers, mesh.weights[0])",
+                "order.share(powers, 1.0)",
+            ),
+            "ranks: messages differ in size": (
+                "torch.cat([order.share(powers, mesh.weights[0]), powers.new_zeros(1)])",
+                "torch.cat([order.share(powers, mesh.weights[0]), powers.new_zeros(2)])",
+            ),
+        },
+    ),
+    *planted(
+        "trainops/joint_norm.py",
+        RANKS,
+        {
+            "ranks: nothing begins early": (
+                "if not control.measures or self._norm_group is not None or not self._is_spread():",
+                "if True:",
+            ),
+        },
+    ),
     *planted(
         "trainops/ema_shards.py",
         SWAPS,

@@ -186,6 +186,45 @@ def check_missing(rank, backend):
     assert trainops.clip_grad_norm_(params.values(), 1.0, backend=backend) == math.inf
 
 
+def check_alike(rank, backend):
+    """Of parameters placed alike, the all-reduce goes on while rows are collected, on each rank that can do so."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    mesh = distributed.device_mesh.init_device_mesh("cpu", (RANKS,))
+    original, begun = distributed.all_reduce, []
+
+    def counted(*args, async_op=False, **options):
+        begun.append(async_op)
+        return original(*args, async_op=async_op, **options)
+
+    for placement, later in (([Shard(0)], 1), ([Replicate()], 1), ([Shard(0)], 3)):
+        start, grads = whole(0), [whole(1 + i) for i in range(3)]
+        params = {n: torch.nn.Parameter(distribute_tensor(x, mesh, placement)) for n, x in start.items()}
+        true = {n: torch.nn.Parameter(x) for n, x in start.items()}
+        ours, theirs = (trainops.AdamW(x.values(), backend=backend, **OPTIONS) for x in (params, true))
+        distributed.all_reduce = counted
+        for i, step in enumerate(grads):
+            for n, p in params.items():
+                true[n].grad, p.grad = step[n], distribute_tensor(step[n], mesh, placement, src_data_rank=None)
+            if i == later:  # of two rows, which the last ranks have nothing of
+                if later == 1 and placement[0].is_shard() and rank == 3:
+                    params["none"].grad = None
+                if placement[0].is_replicate():
+                    params["both"].grad = DTensor.from_local(step["both"] / RANKS, mesh, [Partial()])
+            begun.clear()
+            ours.step()
+            theirs.step()
+            partial = i == later and placement[0].is_replicate()
+            missing = i == later and rank == 3 and placement[0].is_shard()
+            if i > 0 and backend == "cpu":
+                assert begun == [not (partial or missing)], (i, placement, begun)
+            torch.testing.assert_close(ours.grad_norm, theirs.grad_norm)
+            assert_same_on_all_ranks(ours.grad_norm)
+        distributed.all_reduce = original
+        for n, p in params.items():
+            torch.testing.assert_close(full(p.detach()), true[n].detach())
+
+
 def check_stages(rank, backend):
     """Pipeline stages whose parameters are shards on a mesh of their own, or plain."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -257,6 +296,7 @@ CHECKS = [
     check_orders,
     check_crossing_meshes,
     check_missing,
+    check_alike,
     check_stages,
     check_shared_norm,
 ]

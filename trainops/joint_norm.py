@@ -10,7 +10,7 @@ from torch import Tensor
 from . import reference
 from .adapters import StepControl, StepResult
 from .plain import all_plain
-from .ranks import NormGroup, group_name, group_named, norms_over_ranks
+from .ranks import ComingNorm, NormGroup, begin_norm, group_name, group_named, norms_over_ranks
 from .tables import replicated
 
 
@@ -49,11 +49,24 @@ class TakesJointNorm(torch.optim.Optimizer):
         """Whether there are DTensors, or subclasses whose norm their operations take, or a group of other ranks."""
         return self._norm_group is not None or not all(all_plain(group["params"]) for group in self.param_groups)
 
-    def _joint_norm(self, control: StepControl, grads: Mapping[int, Tensor] | None = None) -> JointNorm:
+    def _begin_joint_norm(self, control: StepControl) -> ComingNorm | None:
+        """Begin to measure what lies on other ranks, too, if that can go on while rows are collected."""
+        if not control.measures or self._norm_group is not None or not self._is_spread():
+            return None
+        return begin_norm([p for group in self.param_groups for p in group["params"]], self.backend)
+
+    def _joint_norm(
+        self, control: StepControl, grads: Mapping[int, Tensor] | None = None, coming: ComingNorm | None = None
+    ) -> JointNorm:
         """Measure, on all ranks at once, also those that have no gradients.
 
-        ``grads``: by the ``id`` of their parameter, placed as it is. Default: the parameters' own.
+        ``grads``: by the ``id`` of their parameter, placed as it is. Default: the parameters' own. ``coming``: what
+        was begun of the same.
         """
+        if coming is not None:
+            total_norm, norms, dtype = coming.finish()
+            total_norm, norms = _unscaled(total_norm, control), _unscaled(norms, control)
+            return JointNorm(_knowing(control, total_norm), total_norm.to(dtype), norms.to(dtype))
         params = [p for group in self.param_groups for p in group["params"]]
         measured = [p.grad for p in params] if grads is None else [grads.get(id(p)) for p in params]
         total_norm, norms, dtype = norms_over_ranks(measured, params, 2.0, self._norm_group, self.backend)

@@ -63,12 +63,16 @@ class NormOrder:
         """One of several copies, of which all together count once."""
         return power if self.is_largest else power * weight
 
+    def reaches(self, group: Any, device: torch.device) -> bool:
+        """Whether tensors on the device can be reduced as they are: not those that FSDP keeps on the CPU."""
+        supported = [x.type for x in getattr(group, "_device_types", ())]
+        return not supported or device.type in supported
+
     def over(self, group: Any, powers: Tensor) -> Tensor:
         """All-reduced. A NaN of any rank stays, also where the largest is sought."""
         device = powers.device
-        supported = [x.type for x in getattr(group, "_device_types", ())]
-        if supported and device.type not in supported:  # parameters that FSDP keeps on the CPU
-            powers = powers.to(supported[0])
+        if not self.reaches(group, device):
+            powers = powers.to(group._device_types[0].type)
         if not self.is_largest:
             powers = powers.clone()
             torch.distributed.all_reduce(powers, group=group)

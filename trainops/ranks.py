@@ -100,8 +100,56 @@ def norms_over_ranks(
     order = NormOrder(norm_type)
     powers = order.powers(own_norms(own, norm_type, backend, device), own)
     total, powers = _joined(order, powers, _meshes(placed), norm_group)
-    is_double = not {torch.float64, torch.complex128}.isdisjoint(x.dtype for x in own)
-    return OverRanks(order.norm(total), order.norm(powers), torch.float64 if is_double else torch.float32)
+    return OverRanks(order.norm(total), order.norm(powers), _result_dtype(own))
+
+
+@dataclass
+class ComingNorm:
+    """The norm of gradients whose all-reduce has begun: see ``begin_norm``."""
+
+    order: NormOrder
+    message: Tensor
+    work: Any
+    dtype: torch.dtype
+
+    def finish(self) -> OverRanks:
+        """Wait for the other ranks; as of ``norms_over_ranks``."""
+        self.work.wait()
+        powers, order = self.message[:-1], self.order
+        total = order.join(order.total(powers), self.message[-1])
+        return OverRanks(order.norm(total), order.norm(powers), self.dtype)
+
+
+def begin_norm(params: Sequence[Tensor], backend: str | None) -> ComingNorm | None:
+    """Begin what ``norms_over_ranks`` does of all parameters' gradients, of order 2, so that it goes on meanwhile.
+
+    None where not all are placed alike, or where a gradient is not there, or is placed otherwise.
+    The message is the same as there: ranks may decide differently.
+    """
+    own: list[Tensor] = []
+    first: Any = getattr(params[0], "_spec", None)
+    for p in params:
+        spec, its = getattr(p, "_spec", None), getattr(p.grad, "_spec", None)
+        shard: Any = getattr(p.grad, "_local_tensor", None)
+        if spec is None or its is None or type(shard) not in PLAIN or shard.layout is not torch.strided:
+            return None
+        for other in (its,) if spec is first else (its, spec):
+            if (other.mesh is not first.mesh and other.mesh != first.mesh) or other.placements != first.placements:
+                return None
+        own.append(shard)
+    (mesh,), order = _meshes(params[:1]), NormOrder(2.0)
+    device = own[0].device
+    if len(mesh.groups) != 1 or not order.reaches(mesh.groups[0], device) or len({x.device for x in own}) != 1:
+        return None
+    powers = order.powers(norms_by(select(backend, device), own, order.p, unrounded=True)[1], own)
+    message = torch.cat([order.share(powers, mesh.weights[0]), powers.new_zeros(1)])
+    work = torch.distributed.all_reduce(message, group=mesh.groups[0], async_op=True)
+    return ComingNorm(order, message, work, _result_dtype(own))
+
+
+def _result_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    is_double = not {torch.float64, torch.complex128}.isdisjoint(x.dtype for x in tensors)
+    return torch.float64 if is_double else torch.float32
 
 
 def own_norms(tensors: Sequence[Tensor], norm_type: float, backend: str | None, device: torch.device) -> Tensor:
@@ -146,7 +194,7 @@ def _meshes(tensors: Sequence[Tensor]) -> list[_Mesh]:
         if type(x) in PLAIN or (spec := getattr(x, "_spec", None)) is None:
             continue
         mesh, placements = spec.mesh, spec.placements
-        if last is None or mesh is not last.mesh or placements != last.placements:
+        if last is None or (spec is not last and (mesh is not last.mesh or placements != last.placements)):
             last, key = spec, (id(mesh), *map(id, placements))
             if key not in known:
                 new = _ranks_of(mesh)

@@ -16,6 +16,7 @@ from .joint_norm import JointNorm, TakesJointNorm, known_norm
 from .loading import LoadsState
 from .masters import KeepsMasters
 from .plain import all_in_memory
+from .ranks import ComingNorm
 from .rows import by_device, gather
 from .spike_guard import HasSpikeGuard
 from .step_stats import CollectsStats
@@ -124,18 +125,19 @@ class TakesFusedSteps(KnowsTorchStep, TakesJointNorm, LoadsState, KeepsMasters, 
         names = [self.state_names(group) for group in self.param_groups]
         states = [(*keys_of_state(its, self.state_dtype), *masters) for its in names]
         containers = self.param_groups, self.state, averages.params, averages.buffers, states
+        coming = self._begin_joint_norm(control)
         table = kernels.collect(self.rule, *containers, rounding)
         if table is not None:
             pairs = zip(self.param_groups, table.group_rows, strict=True)
             groups = [Group(self.settings(group), rows) for group, rows in pairs]
             averaged = averages.collected(table)
             if control.measures and self._is_spread():
-                known = self._joint_norm(control)
+                known = self._joint_norm(control, coming=coming)
                 control = known.control
             count_writes([*table.params, *averages.tensors()], table.has_shards)
             result = kernels.update(self.rule, groups, control, averages.decays, table)
         else:
-            averaged, result = self._update_any(averages, control, rounding)
+            averaged, result = self._update_any(averages, control, rounding, coming)
         if known is not None:
             result = known.result(result)
         if self._measures:
@@ -143,7 +145,7 @@ class TakesFusedSteps(KnowsTorchStep, TakesJointNorm, LoadsState, KeepsMasters, 
         return averaged, result
 
     def _update_any(
-        self, averages: StepAverages, control: StepControl, rounding: Rounding
+        self, averages: StepAverages, control: StepControl, rounding: Rounding, coming: ComingNorm | None = None
     ) -> tuple[list[Collection[int]], StepResult]:
         """The slow path: missing state, several devices, subclasses, other layouts, no gradients at all."""
         known = set(self.state)
@@ -160,7 +162,7 @@ class TakesFusedSteps(KnowsTorchStep, TakesJointNorm, LoadsState, KeepsMasters, 
             if in_turn:  # the averages follow when all rows are done
                 for group in groups:
                     group.columns |= {name: [None] * group.rows for name in AVERAGES}
-            return [] if in_turn else averaged, self._update_groups(groups, control, averages.decays, in_turn)
+            return [] if in_turn else averaged, self._update_groups(groups, control, averages.decays, in_turn, coming)
         except BaseException as error:
             for param in self.state.keys() - known:
                 del self.state[param]
@@ -169,14 +171,19 @@ class TakesFusedSteps(KnowsTorchStep, TakesJointNorm, LoadsState, KeepsMasters, 
             raise
 
     def _update_groups(
-        self, groups: list[Group], control: StepControl, ema_decays: list[float], in_turn: bool
+        self,
+        groups: list[Group],
+        control: StepControl,
+        ema_decays: list[float],
+        in_turn: bool,
+        coming: ComingNorm | None = None,
     ) -> StepResult:
         """``in_turn``: rows share memory, and so come one after the other, as in the reference alone."""
         parts = by_device(groups)
         joint: JointNorm | None = None
         if control.measures and (len(parts) > 1 or self._is_spread()):
             grads = [pair for g in groups for pair in zip(g.columns["param"], g.columns["grad"], strict=True)]
-            joint = self._joint_norm(control, {id(param): grad for param, grad in grads})
+            joint = self._joint_norm(control, {id(param): grad for param, grad in grads}, coming)
             control = joint.control
         result = self._empty_step(control) if not groups else StepResult()
         if groups and len(parts) > 1:

@@ -44,7 +44,8 @@ class StateReader {
         builder_(builder),
         state_(state),
         rounding_(rounding),
-        columns_(builder.schema.columns.size()) {
+        columns_(builder.schema.columns.size()),
+        alike_(columns_) {
     for (const auto its : averages) averages_.push_back(its.cast<pybind11::dict>());
     for (const Column& column : builder.schema.columns) {
       names_.push_back(take_ownership(PyUnicode_InternFromString(column.name)));
@@ -169,7 +170,7 @@ class StateReader {
 
   // Puts the shards of DTensors in their place. False where the shards do not belong together. Codes are plain
   // tensors, of a shard's elements.
-  bool take_shards(const pybind11::object& param, pybind11::object* row, const std::vector<PyObject*>& keys) const {
+  bool take_shards(const pybind11::object& param, pybind11::object* row, const std::vector<PyObject*>& keys) {
     const pybind11::object spec = attribute(param, spec_);
     if (!spec) return false;
     for (size_t column = 0; column < columns_; ++column) {
@@ -177,8 +178,12 @@ class StateReader {
       if (keys[column] == names_of_codes_[column].ptr()) continue;
       const pybind11::object local = attribute(row[column], local_), its = attribute(row[column], spec_);
       if (!local || !its) return false;
-      if (!its.is(spec) && (!equal(its, spec, mesh_) || !equal(its, spec, placements_))) return false;
       row[column] = local;
+      auto& [known, like] = alike_[column];  // those of state are nearly always one object for all parameters
+      if (its.is(spec) || (its.is(known) && spec.is(like))) continue;
+      if (!equal(its, spec, mesh_) || !equal(its, spec, placements_)) return false;
+      known = its;
+      like = spec;
     }
     return true;
   }
@@ -235,9 +240,10 @@ class StateReader {
   Py_ssize_t position_ = 0;  // in the state
   size_t columns_;
   std::vector<pybind11::object> names_, names_of_codes_;
-  pybind11::object local_, spec_, mesh_, placements_;  // attributes of a DTensor
-  std::vector<pybind11::object> tensors_;              // row by row
-  std::vector<Places> places_;                         // of each row
+  pybind11::object local_, spec_, mesh_, placements_;                 // attributes of a DTensor
+  std::vector<std::pair<pybind11::object, pybind11::object>> alike_;  // of each column, two specs found equal
+  std::vector<pybind11::object> tensors_;                             // row by row
+  std::vector<Places> places_;                                        // of each row
   std::vector<bool> lacks_master_;  // of each row: whether its group has masters, and its state has none
 };
 
