@@ -1,7 +1,7 @@
 """The whole tail of a step with SGD: clip by the norm, SGD with momentum, average."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import torch
@@ -22,11 +22,15 @@ SETTINGS = {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}
 BY_TORCH = of_torch(torch.optim.SGD, **SETTINGS)
 
 
-def rightly_fused(work: Work) -> Provider:
-    """PyTorch's fused step, where it gives the right numbers."""
-    if work.device == "cpu" and work.dtype != torch.float32:
-        raise NotHere("PyTorch's fused SGD with momentum gives wrong numbers in 16 bits on a CPU")
-    return BY_TORCH["torch fused"](work)
+def rightly_fused(name: str) -> Callable[[Work], Provider]:
+    """A way with PyTorch's fused step, where that gives the right numbers."""
+
+    def provider(work: Work) -> Provider:
+        if work.device == "cpu" and work.dtype != torch.float32:
+            raise NotHere("PyTorch's fused SGD with momentum gives wrong numbers in 16 bits on a CPU")
+        return BY_TORCH[name](work)
+
+    return provider
 
 
 class SGDWork(StepWork):
@@ -34,7 +38,7 @@ class SGDWork(StepWork):
 
     makers: ClassVar = {
         **BY_TORCH,
-        "torch fused": rightly_fused,
+        **{name: rightly_fused(name) for name in BY_TORCH if "fused" in name},
         OURS: fused(trainops.SGD, **SETTINGS),
     }
     formula = staticmethod(sgd_truth)

@@ -64,18 +64,23 @@ def composed(make: Callable[[Work], Optimizer], loop: bool = False) -> Callable[
     return composition
 
 
-def grad_scaled(work: Work) -> Provider:
-    """PyTorch's best, undocumented: its fused AdamW divides by the loss scale of a GradScaler, which clips here."""
-    optimizer, averages = torch_adamw(work, fused=True), [p.detach().clone() for p in work.params]
-    optimizer.found_inf = torch.zeros((), device=work.device)
+def grad_scaled(make: Callable[[Work], Optimizer]) -> Callable[[Work], Provider]:
+    """PyTorch's best, undocumented: its fused steps divide by the loss scale of a GradScaler, which clips here."""
 
-    def step() -> None:
-        norm = torch.nn.utils.get_total_norm(work.grads(), foreach=True)
-        optimizer.grad_scale = ((norm + 1e-6) / work.max_norm).clamp(min=1.0).float()
-        optimizer.step()
-        lerp_foreach(averages, work.params)
+    def composition(work: Work) -> Provider:
+        optimizer: Any = make(work)
+        averages = [p.detach().clone() for p in work.params]
+        optimizer.found_inf = torch.zeros((), device=work.device)
 
-    return provider(work, optimizer, averages, step)
+        def step() -> None:
+            norm = torch.nn.utils.get_total_norm(work.grads(), foreach=True)
+            optimizer.grad_scale = ((norm + 1e-6) / work.max_norm).clamp(min=1.0).float()
+            optimizer.step()
+            lerp_foreach(averages, work.params)
+
+        return provider(work, optimizer, averages, step)
+
+    return composition
 
 
 def compiled(work: Work) -> Provider:
@@ -138,7 +143,8 @@ def of_torch(cls: Callable[..., Optimizer], **settings: Any) -> dict[str, Callab
     def making(flags: dict[str, bool]) -> Callable[[Work], Optimizer]:
         return lambda work: cls(work.params, **settings, **flags)
 
-    return {name: composed(making(flags), loop=name == "torch loop") for name, flags in ways.items()}
+    found = {name: composed(making(flags), loop=name == "torch loop") for name, flags in ways.items()}
+    return found | {"torch fused, grad_scale": grad_scaled(making(ways["torch fused"]))}
 
 
 class StepWork(Work):
@@ -146,7 +152,7 @@ class StepWork(Work):
 
     makers: ClassVar = {
         **{name: composed(make, loop=name == "torch loop") for name, make in ADAMW.items()},
-        "torch fused, grad_scale": grad_scaled,
+        "torch fused, grad_scale": grad_scaled(lambda work: torch_adamw(work, fused=True)),
         "torch compiled": compiled,
         "Apex FusedAdamSWA": apex_swa,
         OURS: fused(trainops.AdamW, **SETTINGS),
