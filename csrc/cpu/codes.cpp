@@ -22,6 +22,9 @@ TRAINOPS_HOST_DEVICE void decode_blocks(const uint8_t* __restrict codes, const u
   const bool are_finite = largest < last - 1;
   for (int64_t block = 0; block < blocks; ++block, codes += kCodeBlock, values += kCodeBlock) {
     const int32_t first = Code<is_signed>::first(scales[block]);
+#if defined(__GNUC__)
+    if (block % 2 == 0) __builtin_prefetch(codes + 2 * kTileNumel, 1);  // of a later tile, while this one computes
+#endif
     if (are_finite) {
       TRAINOPS_KEEP_LOOP
       for (int i = 0; i < kCodeBlock; ++i) values[i] = Code<is_signed>::decode_finite(codes[i], first);
