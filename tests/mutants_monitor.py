@@ -85,6 +85,10 @@ MONITOR = [
                 "    @_disable_dynamo\n    @torch.no_grad()\n    def _begin_step",
                 "    @torch.no_grad()\n    def _begin_step",
             ),
+            "monitor: a step waits": (
+                "        self._begun = list(params), grads,",
+                "        grads.nonfinite.any().item()\n        self._begun = list(params), grads,",
+            ),
             "monitor: records without end": ("if len(self.records) > self.keep:", "if False:"),
             "monitor: other names of parameters": ("remove_duplicate=False", "remove_duplicate=True"),
             "monitor: hooks that are never called": ("if seen is None and", "if False and"),

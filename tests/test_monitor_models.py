@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import trainops
 from trainops import Monitor
@@ -151,3 +152,28 @@ def test_steps_go_on_counting_after_a_checkpoint():
     monitor.steps = 8
     train(model, monitor, 4)
     assert [record.step for record in monitor.records] == [11]
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations for which a GPU would have to be waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        self.count += function in (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default)
+        return function(*args, **(kwargs or {}))
+
+
+def test_only_reading_waits_for_the_device(monkeypatch):
+    model = network()
+    monitor = Monitor(model, torch.optim.SGD(model.parameters(), 0.1), every=1, activations="1", keep=2)
+    with Waits() as waits, monkeypatch.context() as patched:
+        for reads in ("tolist", "numpy", "__array__"):  # of a CPU's memory, without an operation
+            patched.setattr(torch.Tensor, reads, lambda *_: pytest.fail("the step reads numbers"))
+        train(model, monitor, 4)
+    assert len(monitor.records) == 2
+    assert waits.count == 0
+    with waits:
+        assert float(monitor.last().grads.l2_norm[0]) > 0.0
+    assert waits.count == 1
