@@ -358,8 +358,8 @@ C_PLUS_PLUS = [
         tests_of("adamw", "ema_fused", k="cpu-cpu"),
         {
             "tables: AMSGrad forgotten from the second step on": (
-                "used[column] = states.contains(names_[column])",
-                "used[column] = column + 1 < used.size() && states.contains(names_[column])",
+                "if (states.contains(names_[column])) keys",
+                "if (column + 1 < columns_ && states.contains(names_[column])) keys",
             ),
             "tables: averages found are not counted": (
                 "      averaged[i] += average != nullptr;\n",

@@ -65,8 +65,8 @@ ROUNDING = [
         CPU,
         {
             "stochastic: places are those of the rows": (
-                "if (rounding_.params) places.first = place;",
-                "if (rounding_.params) places.first = places_.size();",
+                "if (is_random) places.first = place;",
+                "if (is_random) places.first = places_.size();",
             ),
         },
     ),

@@ -110,7 +110,7 @@ RULES = [
                 "torch.zeros((), dtype",
             ),
             "SGD: momentum cannot begin later": (
-                "if not state or any(state.get(name) is None for name in names):",
+                "if not state or any(state.get(name) is None and codes_key(name) not in state for name in names):",
                 "if not state:",
             ),
             "SGD: sparse gradients are refused": ("takes_sparse = True", "takes_sparse = False"),

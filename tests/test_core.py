@@ -33,7 +33,7 @@ def test_the_words_of_a_row():
     columns = {"param": params, "grad": grads, "step": steps, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
     words = check_words("adamw", columns | {"max_exp_avg_sq": [None, None]}, [1, 0, 1])
     tensors = params[1], grads[1], None, steps[1], None, moments[0][1], moments[1][1], None
-    its = [20, 1, 2, 0x70070730, *NO_PLACES.values(), *map(core.address, tensors)]
+    its = [20, 1, 2, 0x90090930, *NO_PLACES.values(), *map(core.address, tensors)]
     assert numbers(words.rows, len(WORDS) + 8)[1] == its
     assert numbers(words.chunks, 2) == [[0, 0], [1, 0], [1, 8], [1, 16]]
     types = [("float32", grad, None, "float32", None, *["float32"] * 2, None) for grad in ("float32", "float16")]
@@ -44,7 +44,7 @@ def test_the_places_of_a_row():
     """They are words, and where there is one, bfloat16 has another type."""
     columns = step_columns([torch.ones(9).bfloat16(), torch.ones(9), torch.ones(9).bfloat16()])
     columns["average"] = [torch.ones(9), torch.ones(9).bfloat16(), None]
-    places = [(5, [6, 3], 7), (8, [9], 1 << 40), (-1, [], 0)]
+    places = [(5, [6, 3], 7, True), (8, [9], 1 << 40, True), (-1, [], 0, False)]
     table = core.table("adamw", columns, "cpu", places=places)
     words = table.words(chunk_numel=CHUNK, by_kind=True)
     found = [row[4:10] for row in numbers(words.rows, len(WORDS) + 8)]
@@ -54,7 +54,7 @@ def test_the_places_of_a_row():
     assert table.is_special
     assert not core.table("adamw", columns, "cpu").is_special
     with pytest.raises(ValueError, match="so many averages"):
-        core.table("adamw", columns, "cpu", places=[(0, [0] * 5, 0)] * 3)
+        core.table("adamw", columns, "cpu", places=[(0, [0] * 5, 0, False)] * 3)
     with pytest.raises(ValueError, match="as many places as rows"):
         core.table("adamw", columns, "cpu", places=places[:2])
 

@@ -172,7 +172,24 @@ def everything(dtype, place=lambda x, role: x.clone()):
         dropped += [out, *torch.autograd.grad(out, operands, randn(shape, dtype))]
         dropped.append(trainops.drop_path(branch.detach(), 0.4, True, backend="cuda"))
         dropped += with_rows(*(x.detach() for x in operands))
-    return [*results, *norms, *scaled, *grads, *averages, *dropped]
+    stats = trainops.tensor_stats([*scaled, long_row], histogram=True, backend="cuda")
+    watched = [stats.rows, stats.histogram, guarded_weight(dtype, place)]
+    return [*results, *norms, *scaled, *grads, *averages, *dropped, *watched]
+
+
+def guarded_weight(dtype, place):
+    """A weight after steps with a guard, whose norms are known."""
+    param = nn.Parameter(place(randn((33,), dtype), 0))
+    guard = trainops.SpikeGuard(max_norm=10.0)
+    optimizer = trainops.AdamW([param], 0.1, spike_guard=guard, max_grad_norm=1.0, backend="cuda")
+    weights = []
+    for norm in (1.0, 20.0, 1.0):
+        param.grad = place(randn((33,), dtype), 1)
+        optimizer.step(total_norm=torch.tensor(norm))
+        weights.append(param.detach().clone())
+    assert same_bits(weights[1], weights[0])
+    assert not same_bits(weights[2], weights[1])
+    return weights[2]
 
 
 @functools.cache

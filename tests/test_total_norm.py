@@ -80,7 +80,7 @@ def test_a_norm_of_no_use_is_an_error_that_changes_nothing():
     with pytest.raises(ValueError, match="closure"):
         optimizer.step(lambda: 0.0, total_norm=1.0)
     _, plain = made()
-    with pytest.raises(ValueError, match="no use without max_grad_norm or skip_nonfinite"):
+    with pytest.raises(ValueError, match="no use without max_grad_norm, skip_nonfinite or spike_guard"):
         plain.step(total_norm=1.0)
     assert not optimizer.state
     assert all(map(same_bits, (p.detach() for p in params), before))

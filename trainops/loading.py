@@ -51,7 +51,7 @@ class LoadsState(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state, as in torch. Moments of 8 bits are bfloat16 tensors, which hold them exactly."""
         own = self.state
-        if not any(codes_key(name) in its for its in own.values() for name in CODE_OF):
+        if not any(codes_key(name) in its for its in own.values() if isinstance(its, dict) for name in CODE_OF):
             return super().state_dict()
         exported = {x: _exported(x, its) if isinstance(x, Tensor) else its for x, its in own.items()}
         self.state = defaultdict(dict, exported)
