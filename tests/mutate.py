@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from mutants import C_PLUS_PLUS
 from mutants_averages import AVERAGES
+from mutants_codes import CODES
 from mutants_ema import EMA
 from mutants_gpu import TRITON_AND_CUDA
 from mutants_lr_finder import LR_FINDER
@@ -50,6 +51,7 @@ MUTANTS = [
     *SHARDS,
     *STATISTICS,
     *STORAGE,
+    *CODES,
     *ROUNDING,
     *TRITON_AND_CUDA,
     *QUEUE,
