@@ -229,6 +229,23 @@ def test_backends_have_the_same_codes(target, dtype):
         assert torch.equal(codes.cpu(), its)
 
 
+@over_kernels
+def test_backends_have_the_same_codes_of_second_moments(target):
+    """SGD has first moments alone. Second ones depend on gradients, and on lower bits of the same random words."""
+    found = []
+    for backend in (REFERENCE, target):
+        model, optimizer = make(backend, ADAMW, FLOAT32, average=None, state_dtype=(FLOAT32, "int8"), seed=7)
+        torch.manual_seed(1)
+        for grads in make_grads(SHAPES, FLOAT32, "cpu", 2):
+            for x, value in ((grads[3].view(-1)[40:44], (torch.inf, torch.nan, 1e-9, 1e-25)), (grads[4][64:96], 0.0)):
+                x.copy_(torch.tensor(value))
+            set_grads(model.params, [x.to(backend.device) for x in grads])
+            optimizer.step()
+        found.append([optimizer.state[p]["exp_avg_sq_codes"] for p in model.params])
+    for codes, its in zip(*found, strict=True):
+        assert torch.equal(its.cpu(), codes)
+
+
 def test_seeds_steps_and_places_matter():
     def codes(seed=0, place=0, step=0):
         params = [torch.nn.Parameter(torch.zeros(999)) for _ in range(place + 1)]
