@@ -140,7 +140,17 @@ STORAGE = [
     *planted(
         "csrc/core/tensor.h",
         CPU_MASTERS,
-        {"masters: int16 in any column": ("(*dtype != DType::int16 && *dtype != DType::byte) || *dtype == integers", "true")},
+        {
+            "masters: int16 in any column": (
+                "(*dtype != DType::int16 && *dtype != DType::byte) || *dtype == integers",
+                "true",
+            )
+        },
+            "masters: int16 in any column": (
+                "(*dtype != DType::int16 && *dtype != DType::byte) || *dtype == integers",
+                "true",
+            )
+        },
     ),
     *planted(
         "csrc/cuda/weights.cuh",
