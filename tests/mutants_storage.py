@@ -146,11 +146,6 @@ STORAGE = [
                 "true",
             )
         },
-            "masters: int16 in any column": (
-                "(*dtype != DType::int16 && *dtype != DType::byte) || *dtype == integers",
-                "true",
-            )
-        },
     ),
     *planted(
         "csrc/cuda/weights.cuh",
