@@ -5,6 +5,8 @@ from mutants import planted, tests_of
 SPECIFICATION = tests_of("codes", k="within or again or alone or mean_of_codes or zero_only or of_second_moments")
 
 CODE_STATE = tests_of("code_state", k="others_know")
+REFERENCE = tests_of("codes", "code_state", k="not (triton or cuda or cpu-cpu)")
+CPU = tests_of("codes", "code_state", k="cpu-cpu")
 
 CODES = [
     *planted(
@@ -34,6 +36,71 @@ CODES = [
             "codes: they stay in what is exported": (
                 "exported.pop(codes_key(name), None)",
                 "exported.get(codes_key(name))",
+            ),
+        },
+    ),
+    *planted(
+        "trainops/reference_codes.py",
+        REFERENCE,
+        {
+            "codes: in the order of indices": (
+                "values = torch.empty_like(layout, dtype=torch.float32)",
+                "values = torch.empty(layout.shape, dtype=torch.float32, device=layout.device)",
+            ),
+        },
+    ),
+    *planted(
+        "trainops/loading.py",
+        REFERENCE,
+        {
+            "codes: state dicts are the live state": ("exported = dict(state)", "exported = state"),
+            "codes: a pickled state is refused": ("is_pickled = self._loading is None", "is_pickled = False"),
+        },
+    ),
+    *planted(
+        "trainops/reference_rounding.py",
+        REFERENCE,
+        {
+            "codes: the place is forgotten": (
+                "key: Any = _key(seed, place, step)  # other",
+                "key: Any = _key(seed, 0, step)  # other",
+            ),
+        },
+    ),
+    *planted(
+        "csrc/math/codes.h",
+        CPU,
+        {
+            "codes: C++ forgets the sign of what is odd": (
+                "const uint32_t sign = is_signed ? bits >> 24 & 0x80u : 0u;",
+                "const uint32_t sign = 0u;",
+            ),
+            "codes: C++ rounds a zero up": (
+                "const uint32_t least = size < 1 ? 0u : 1u;",
+                "const uint32_t least = 1u;",
+            ),
+            "codes: C++ has other scales": ("kRoundScale = 0x2fffff", "kRoundScale = 0x1fffff"),
+        },
+    ),
+    *planted(
+        "csrc/cpu/codes.cpp",
+        CPU,
+        {
+            "codes: a block with a NaN is taken for any other": ("if (is_odd == 0) continue;", "continue;"),
+            "codes: the last block's random bits": (
+                "std::copy(words + whole, words + size, last_words);",
+                "",
+            ),
+            "codes: NaN is decoded as a number": ("largest < last - 1;", "largest <= last;"),
+        },
+    ),
+    *planted(
+        "csrc/core/table_builder.h",
+        CPU,
+        {
+            "codes: of another size": (
+                "codes.numel == param.numel + count_code_blocks(param.numel)",
+                "codes.numel >= 0",
             ),
         },
     ),

@@ -13,7 +13,7 @@ from targets import REFERENCE, over_kernels
 from test_state_dtype import make, train
 
 import trainops
-from trainops.reference_codes import CODE_OF, decoded, encoded
+from trainops.reference_codes import CODE_OF, SIGNED, decode, decoded, encoded
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -146,6 +146,8 @@ def test_other_layouts_have_the_same_rule(target):
                 p.grad = p.detach().contiguous() * 0.1
             optimizer.step()
         found.append([x for p in both for x in (p.detach().contiguous(), *optimizer.state[p].values())])
+        first = exported(optimizer)[0]["exp_avg"].permute(0, 2, 3, 1).reshape(-1)
+        assert torch.equal(decode(optimizer.state[both[0]]["exp_avg_codes"], SIGNED), first.float())
     assert all(map(torch.equal, *found))
 
 
