@@ -289,7 +289,7 @@ def test_a_seed_needs_something_that_is_random():
 
 
 @over_kernels
-def test_graphs_hold_no_number_of_the_rounding(target):
+def test_steps_have_random_bits_of_their_own(target):
     """Step counts come from the device: two calls of one table round otherwise."""
     p = torch.nn.Parameter(torch.zeros(999, device=target.device))
     optimizer = trainops.SGD([p], lr=0.0, momentum=0.0, state_dtype="int8", backend=target.backend)
