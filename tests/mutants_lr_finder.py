@@ -8,19 +8,27 @@ LR_FINDER = [
         tests_of("lr_finder"),
         {
             "finder: biased smoothing": ("average / (1.0 - smoothing**i)", "average"),
-            "finder: groups have one learning rate": ('float(group["lr"]) / largest for', "1.0 for"),
-            "finder: gradients are summed": ("loss.reshape(()) / accumulate", "loss.reshape(())"),
+            "finder: groups have one learning rate": (
+                "return [x / max(rates) for x in rates]",
+                "return [1.0 for x in rates]",
+            ),
+            "finder: gradients are summed": ("loss.reshape(()) / len(self.current)", "loss.reshape(())"),
             "finder: linear is exponential": ('if sweep == "linear":', "if False:"),
             "finder: the last step diverges": ("and smoothed[-1] > divergence * least", "and False"),
             "finder: slopes against the learning rate": ("[math.log10(lr) for lr in self.lrs]", "self.lrs"),
             "finder: the steepest after the minimum": ("for i in range(1, end)", "for i in range(1, len(x) - 1)"),
-            "finder: each rank has its own loss": ("float(_mean_over_ranks(self.model, total))", "float(total)"),
+            "finder: each rank has its own loss": (
+                "float(_mean_over_ranks(self.model, self.backward()))",
+                "float(self.backward())",
+            ),
             "finder: iterators are used up": ("if isinstance(batches, Iterator):", "if False:"),
             "finder: the loss is scaled": (
-                "total = loss.detach() if total is None",
-                "loss = loss if self.scaler is None else self.scaler.scale(loss)\n"
-                "            total = loss.detach() if total is None",
+                "losses.append(loss.detach())",
+                "losses.append((loss if self.scaler is None else self.scaler.scale(loss)).detach())",
             ),
+            "finder: closures are forgotten": ("and _needs_closure(self.optimizer)", "and False"),
+            "finder: schedulers that begin at 0": ('("lr", "initial_lr")', '("lr",)'),
+            "finder: losses without a gradient": ("if not loss.requires_grad:", "if False:"),
         },
     ),
     *planted(

@@ -150,6 +150,31 @@ def test_groups_keep_the_ratios_of_their_learning_rates(as_tensor):
         assert group["lr"] is lr
 
 
+def test_where_a_scheduler_warms_up_from_0_the_first_ratios_hold():
+    weights = [nn.Parameter(torch.ones(1)) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": weights[:1], "lr": 0.4}, {"params": weights[1:], "lr": 0.1}], 0.1)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 10)
+    seen = []
+
+    def loss(model, _):
+        seen.append([group["lr"] for group in optimizer.param_groups])
+        return sum(p.sum() for p in model)
+
+    lr_finder(nn.ParameterList(weights), optimizer, range(2), loss, start_lr=1.0, end_lr=2.0, steps=2)
+    assert seen == [pytest.approx(x) for x in ([1.0, 0.25], [2.0, 0.5])]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.0, 0.0]
+
+
+def test_an_optimizer_that_computes_gradients_again():
+    model, _ = quadratic()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+    found = lr_finder(model, optimizer, range(5), square, start_lr=0.1, end_lr=0.5, steps=5, smoothing=0.0)
+    assert len(found.losses) == 5
+    assert found.losses[-1] < 0.5 * found.losses[0]
+    assert model.weight.item() == 1.0
+    assert not optimizer.state
+
+
 def test_accumulation_counts_steps_and_takes_the_mean_of_the_gradients():
     one, many = network().eval(), network().eval()
     for model in (one, many):
@@ -392,8 +417,12 @@ def not_a_number(model, batch):
 BAD = {
     "start": ({"start_lr": 0.0}, ValueError, "0 < start_lr < end_lr"),
     "order": ({"start_lr": 1.0, "end_lr": 0.1}, ValueError, "0 < start_lr < end_lr"),
-    "steps": ({"steps": 1}, ValueError, "steps must be at least 2"),
-    "accumulate": ({"accumulate": 0}, ValueError, "accumulate 1"),
+    "steps": ({"steps": 1}, ValueError, "steps must be an integer of at least 2"),
+    "half": ({"steps": 2.5}, ValueError, "steps must be an integer of at least 2, accumulate of 1, got 2.5 and 1"),
+    "accumulate": ({"accumulate": 0}, ValueError, "accumulate of 1, got 10 and 0"),
+    "frozen": ({"model": nn.Linear(1, 1).requires_grad_(False)}, ValueError, "no parameter of this model that is"),
+    "detached": ({"loss_fn": lambda model, batch: square(model, batch).detach()}, ValueError, "has no gradient"),
+    "complex": ({"loss_fn": lambda model, batch: square(model, batch) * 1j}, TypeError, "must return one number"),
     "sweep": ({"sweep": "cosine"}, ValueError, "sweep must be"),
     "smoothing": ({"smoothing": 1.0}, ValueError, "smoothing must be in"),
     "divergence": ({"divergence": 1.0}, ValueError, "divergence must be more than 1"),
@@ -427,12 +456,6 @@ def test_bad_input_changes_nothing(case):
     assert model.weight.grad is None
     assert not optimizer.state
     assert optimizer.param_groups[0]["lr"] == 1.0
-
-
-def test_learning_rates_of_0_have_no_ratio():
-    model, optimizer = quadratic(lr=0.0)
-    with pytest.raises(ValueError, match="are 0"):
-        lr_finder(model, optimizer, range(10), square, steps=10)
 
 
 # Ranks

@@ -161,6 +161,25 @@ def test_parameters_without_a_gradient_are_left_out():
     assert monitor.last().names == ["0.weight", "0.bias", "4.weight", "4.bias"]
 
 
+def test_sparse_gradients_are_told_and_others_recorded():
+    model = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Linear(4, 2))
+    monitor = Monitor(model, torch.optim.SGD(model.parameters(), 0.1))
+    model(torch.tensor([1, 2])).sum().backward()
+    with pytest.warns(UserWarning, match=r"'0.weight' has sparse gradients"):
+        monitor.optimizer.step()
+    assert monitor.last().names == ["1.weight", "1.bias"]
+
+
+def test_an_output_that_is_sparse_is_not_watched():
+    class Sparse(nn.Module):
+        def forward(self, x):
+            return x.relu().to_sparse()
+
+    model = nn.Sequential(nn.Linear(4, 4), Sparse())
+    Monitor(model, torch.optim.SGD(model.parameters(), 0.1), activations="1")
+    assert model(torch.ones(2, 4)).is_sparse
+
+
 def test_some_names():
     model = network()
     monitor = Monitor(model, torch.optim.SGD(model.parameters(), 0.1), include=["0", "*.bias"])

@@ -214,4 +214,11 @@ def test_bad_input():
     with pytest.raises(RuntimeError, match="no statistics of sparse gradients"):
         optimizer.step()
     assert torch.equal(params[0], before)
+    params[0].grad = torch.ones(3)
+    for name, value in (("stats_every", 0), ("collects", "all")):
+        optimizer = trainops.SGD(params, lr=0.1, stats="norms")
+        setattr(optimizer, name, value)
+        with pytest.raises(ValueError, match="stats"):
+            optimizer.step()
+        assert torch.equal(params[0], before)
     assert len(DTYPES) >= 4

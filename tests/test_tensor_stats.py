@@ -178,6 +178,10 @@ def test_to_dict_has_flat_names():
 def test_bad_input():
     with pytest.raises(TypeError, match=r"tensors\[1\] must be dense"):
         tensor_stats([torch.ones(2), torch.ones(2, dtype=torch.int64)])
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+    for x in (nested, torch.ones(2, device="meta"), torch.ones(2).to(torch.float8_e4m3fn)):
+        with pytest.raises(TypeError, match=r"tensors\[1\] is nested, without memory or of less than 16 bits"):
+            tensor_stats([torch.ones(2), x])
     with pytest.raises(TypeError, match=r"tensors\[0\] must be a tensor"):
         tensor_stats([1.0])
     with pytest.raises(ValueError, match="do not belong together"):

@@ -1,8 +1,10 @@
 """Find a learning rate: train for some steps while it grows, look at the loss, and put everything back."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -104,7 +106,7 @@ def lr_finder(
     Args:
         model: is set to train mode. Under DDP and FSDP2, all ranks call this, and see the mean of their losses.
         optimizer: any optimizer of PyTorch, also in Accelerate's or Lightning's wrapper. Groups keep the ratios of
-            their learning rates.
+            their learning rates; where a scheduler has set all to 0, of those that it began with.
         batches: a loader or a list. It is begun anew; an iterator would be used up, and is refused.
         loss_fn: ``loss_fn(model, batch)`` returns the loss, one number. Autocast is its own affair.
         start_lr: the first learning rate, of the group with the largest one.
@@ -148,8 +150,8 @@ def _check(
 ) -> None:
     if not 0.0 < start_lr < end_lr < math.inf:
         raise ValueError(f"start_lr and end_lr must be such that 0 < start_lr < end_lr, got {start_lr} and {end_lr}")
-    if steps < 2 or accumulate < 1:
-        raise ValueError(f"steps must be at least 2, and accumulate 1, got {steps} and {accumulate}")
+    if not isinstance(steps, int) or not isinstance(accumulate, int) or steps < 2 or accumulate < 1:
+        raise ValueError(f"steps must be an integer of at least 2, accumulate of 1, got {steps} and {accumulate}")
     if sweep not in ("exponential", "linear"):
         raise ValueError(f"sweep must be 'exponential' or 'linear', got {sweep!r}")
     if not 0.0 <= smoothing < 1.0:
@@ -158,11 +160,9 @@ def _check(
         raise ValueError(f"divergence must be more than 1, or None, got {divergence}")
     if isinstance(batches, Iterator):
         raise TypeError("batches is an iterator, which this would use up: give the loader, or a list of batches")
-    own = set(map(id, model.parameters()))
+    own = {id(p) for p in model.parameters() if p.requires_grad}
     if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
-        raise ValueError("the optimizer has no parameter of this model")
-    if not any(float(group["lr"]) > 0.0 for group in optimizer.param_groups):
-        raise ValueError("the learning rates of all groups are 0: there is no ratio to keep")
+        raise ValueError("the optimizer has no parameter of this model that is trained")
 
 
 def _too_few(found: int, steps: int, accumulate: int) -> str:
@@ -201,9 +201,8 @@ class _Trial:
     ) -> None:
         self.model, self.optimizer, self.batches = model, optimizer, batches
         self.loss_fn, self.scaler = loss_fn, scaler
-        largest = max(float(group["lr"]) for group in optimizer.param_groups)
-        self.ratios = [float(group["lr"]) / largest for group in optimizer.param_groups]
-        self.used = 0
+        self.ratios = _ratios(optimizer)
+        self.current: list[Any] = []  # the batches of this step
 
     def set_lr(self, lr: float) -> None:
         """Give each group its share of a learning rate; a tensor stays the tensor that it is."""
@@ -214,31 +213,51 @@ class _Trial:
                 group["lr"] = lr * ratio
 
     def gradients(self, accumulate: int) -> float | None:
-        """Gradients of some batches, and the mean of their losses, which all ranks get; None where batches end."""
+        """Gradients of the next batches, and the mean of their losses, which all ranks get; None where they end."""
+        self.current = list(islice(self.batches, accumulate))
+        if len(self.current) < accumulate:
+            return None
+        return float(_mean_over_ranks(self.model, self.backward()))
+
+    @torch.enable_grad()
+    def backward(self) -> Tensor:
+        """The gradients of the batches of this step, and the mean of their losses."""
         self.optimizer.zero_grad()
-        total = None
-        for _ in range(accumulate):
-            try:
-                batch = next(self.batches)
-            except StopIteration:
-                return None
-            self.used += 1
+        losses = []
+        for batch in self.current:
             loss = self.loss_fn(self.model, batch)
-            if not isinstance(loss, Tensor) or loss.numel() != 1:
+            if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
                 raise TypeError(f"loss_fn must return one number as a tensor, got {loss!r:.60}")
-            loss = loss.reshape(()) / accumulate
+            if not loss.requires_grad:
+                raise ValueError("the loss has no gradient: it was detached, or no parameter takes part in it")
+            loss = loss.reshape(()) / len(self.current)
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-            total = loss.detach() if total is None else total + loss.detach()
-        assert total is not None
-        return float(_mean_over_ranks(self.model, total))
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
 
     def step(self) -> None:
-        """A step of the optimizer."""
-        if self.scaler is None:
+        """A step of the optimizer; LBFGS computes gradients of the same batches again."""
+        if self.scaler is None and _needs_closure(self.optimizer):
+            self.optimizer.step(self.backward)  # type: ignore[arg-type]
+        elif self.scaler is None:
             self.optimizer.step()
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
+
+
+def _ratios(optimizer: torch.optim.Optimizer) -> list[float]:
+    """The learning rate of each group over the largest; where all are 0, that which a scheduler began with."""
+    for key in ("lr", "initial_lr"):
+        rates = [float(group.get(key, 0.0)) for group in optimizer.param_groups]
+        if max(rates) > 0.0:
+            return [x / max(rates) for x in rates]
+    return [1.0] * len(optimizer.param_groups)
+
+
+def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def _mean_over_ranks(model: nn.Module, loss: Tensor) -> Tensor:
@@ -265,7 +284,7 @@ def _run(
         trial.set_lr(lr)
         loss = trial.gradients(accumulate)
         if loss is None:
-            raise ValueError(_too_few(trial.used, len(rates), accumulate))
+            raise ValueError(_too_few((i - 1) * accumulate + len(trial.current), len(rates), accumulate))
         if not math.isfinite(loss):
             if not losses:
                 raise ValueError(f"the loss is {loss} before the first step")

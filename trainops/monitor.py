@@ -123,7 +123,10 @@ class Monitor:
             return
         seen = self._activations.take()
         self._advise(optimizer, seen)
-        params = {n: p for n, p in self._params.items() if p.grad is not None and p.grad.layout is torch.strided}
+        params = {n: p for n, p in self._params.items() if p.grad is not None}
+        if sparse := [n for n, p in params.items() if p.grad is not None and p.grad.layout is not torch.strided]:
+            advise(self, "sparse", f"{sparse[0]!r} has sparse gradients, of which a Monitor has no statistics")
+        params = {n: p for n, p in params.items() if n not in sparse}
         if not params:
             return
         grads = tensor_stats([p.grad for p in params.values() if p.grad is not None], histogram=True)
@@ -168,10 +171,12 @@ class Monitor:
         """The last record.
 
         Raises:
-            RuntimeError: no step was looked at yet.
+            RuntimeError: no step with dense gradients was looked at yet.
         """
         if not self.records:
-            raise RuntimeError("no step was looked at yet: statistics begin with the first one")
+            raise RuntimeError(
+                "no step was looked at yet: statistics begin with the first one that has dense gradients"
+            )
         return self.records[-1]
 
     def flat(self, record: Record | None = None) -> dict[str, float]:

@@ -69,7 +69,7 @@ class Activations:
         if not module.training or not self._is_due():
             return
         x = output[0] if isinstance(output, tuple | list) and output else output
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.numel() == 0:
+        if not isinstance(x, Tensor) or x.layout is not torch.strided or not x.is_floating_point() or x.numel() == 0:
             return
         now = _Seen(module, x.detach())
         before = self._seen.get(name)

@@ -206,6 +206,10 @@ def tensor_stats(
     for i, x in enumerate(found):
         if not isinstance(x, Tensor):
             raise TypeError(f"tensors[{i}] must be a tensor, got {x!r:.60}")
+        if x.is_nested or x.is_meta or x.dtype.itemsize < 2:
+            raise TypeError(
+                f"tensors[{i}] is nested, without memory or of less than 16 bits: there are no statistics"
+            )
         if x.layout is not torch.strided or not (x.is_floating_point() or x.is_complex()):
             raise TypeError(f"tensors[{i}] must be dense and of floating-point numbers, got {x.dtype}, {x.layout}")
     if not found:

@@ -109,6 +109,7 @@ class CollectsStats(torch.optim.Optimizer):
         """What is to be known before a step of which statistics are due."""
         if self.collects is None:
             return None
+        check_stats(self.collects, self.stats_every)  # anybody may set them
         step = self._stats_step() + 1
         return Collection(self, step) if step % self.stats_every == 0 else None  # type: ignore[arg-type]
 
