@@ -386,6 +386,31 @@ def test_an_average_does_not_see_the_trial(warm):
     assert [ema.step for ema in training.averages()] == [2 + 3 * warm] * 2
 
 
+class Outer(torch.optim.Optimizer):
+    """Holds another optimizer, as Lookahead does, and keeps state in a tuple."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1})
+        self.inner = torch.optim.SGD(self.param_groups, 0.1, momentum=0.9)
+
+    def step(self):
+        self.inner.step()
+        for p in self.param_groups[0]["params"]:
+            self.state[p].setdefault("steps", (torch.zeros(()),))[0].add_(1)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_optimizers_inside_of_others_and_tuples_are_put_back(warm):
+    model, _ = quadratic()
+    optimizer = Outer(model.parameters())
+    if warm:
+        square(model, None).backward()
+        optimizer.step()
+    before = copy.deepcopy((list(optimizer.state.values()), list(optimizer.inner.state.values())))
+    lr_finder(model, optimizer, range(5), square, steps=5)
+    assert_same((list(optimizer.state.values()), list(optimizer.inner.state.values())), before)
+
+
 def test_a_loader_that_has_a_state_gets_it_back():
     class Loader(list):
         place = 3

@@ -43,7 +43,16 @@ def remembered(value: Any) -> PutBack:
             return value
 
         return fill_list
-    return lambda: value
+    if isinstance(value, tuple):
+        parts = [remembered(x) for x in value]
+
+        def fill_tuple() -> tuple[Any, ...]:
+            for put_back in parts:
+                put_back()
+            return value
+
+        return fill_tuple
+    return _attributes(value) if isinstance(value, torch.optim.Optimizer) else lambda: value
 
 
 def _elements(tensor: Tensor) -> PutBack:
@@ -116,8 +125,14 @@ def _module(module: nn.Module) -> PutBack:
 
 
 def _attributes(x: Any) -> PutBack:
-    """All attributes: of an optimizer, its state and its groups, too."""
-    return remembered(vars(x))
+    """All attributes: of an optimizer, its state and its groups, too, and an optimizer inside of it."""
+    held = remembered(vars(x))
+
+    def put_back() -> Any:
+        held()
+        return x
+
+    return put_back
 
 
 def _averages_stand_still(optimizer: Any) -> Iterator[PutBack]:
