@@ -101,7 +101,7 @@ def lr_finder(
     Parameters, buffers, gradients and modes of the model, the optimizer's state and groups, its averages, the scaler,
     and random numbers are then what they were, bit for bit and in the same tensors; also after an error. So is the
     state of a loader that has one. Needs memory for one more copy of the model, its gradients and the state. What
-    ``loss_fn`` keeps elsewhere, other hooks of the optimizer, and the random numbers of persistent workers see the steps.
+    ``loss_fn`` keeps elsewhere, other hooks of the optimizer, and random numbers of persistent workers see the steps.
 
     Args:
         model: is set to train mode. Under DDP and FSDP2, all ranks call this, and see the mean of their losses.
