@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import advice
-from .adapters import Group, Rounding, StepControl, StepResult, judge, select
+from .adapters import Group, Rounding, StepControl, StepResult, select, skips
 from .adapters.interface import AVERAGES
 from .averages import StepAverages
 from .ema import EMA
@@ -200,10 +200,8 @@ class TakesFusedSteps(KnowsTorchStep, TakesJointNorm, LoadsState, KeepsMasters, 
         """The control of a step on several devices, which the guard has judged for all of them."""
         if control.guard is None or control.total_norm is None:
             return control
-        found = None if control.found_inf is None else control.found_inf.to(control.guard.device) != 0
-        spike = judge(control.guard, control.total_norm, found)
-        found = spike if found is None else spike | found
-        return replace(control, guard=None, found_inf=found.to(torch.float32))
+        skipped = skips(control, control.total_norm)
+        return control if skipped is None else replace(control, guard=None, found_inf=skipped.to(torch.float32))
 
     def _empty_step(self, control: StepControl) -> StepResult:
         """The norm of no gradients is 0, as in torch; a step that a GradScaler wants skipped counts all the same.
@@ -211,14 +209,9 @@ class TakesFusedSteps(KnowsTorchStep, TakesJointNorm, LoadsState, KeepsMasters, 
         So does one that is skipped because of the gradients of other ranks.
         """
         device = self._device()
-        skipped = None if control.found_inf is None else control.found_inf.to(device) != 0
-        if control.skip_nonfinite and control.total_norm is not None:
-            non_finite = ~torch.isfinite(control.total_norm.to(device))
-            skipped = non_finite if skipped is None else non_finite | skipped
-        if control.guard is not None and control.total_norm is not None:
-            spike = judge(control.guard, control.total_norm, skipped)
-            skipped = spike if skipped is None else spike | skipped
+        skipped = skips(control, None if control.total_norm is None else control.total_norm.to(device))
         if skipped is not None:
+            skipped = skipped.to(device)
             self.skipped_steps.add_(skipped)
         total_norm, norms = (torch.zeros(shape, dtype=torch.float32, device=device) for shape in ((), 0))
         return StepResult(total_norm, norms, skipped)

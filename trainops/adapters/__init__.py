@@ -12,7 +12,7 @@ from ..plain import is_transformed
 # imported when they are first asked for.
 from . import cpu as _cpu  # noqa: F401
 from . import pytorch as _pytorch
-from ._control import judge
+from ._control import skips
 from .interface import (
     NEAREST,
     TO_NEAREST,
@@ -41,8 +41,8 @@ __all__ = [
     "StepResult",
     "backends",
     "check",
-    "judge",
     "select",
+    "skips",
 ]
 
 NAMES = ("reference", "foreach", "cpu", "cuda", "triton")

@@ -46,6 +46,18 @@ def judge(guard: Tensor, norm: Tensor, skips: Tensor | None) -> Tensor:
     return spike
 
 
+def skips(control: StepControl, total_norm: Tensor | None) -> Tensor | None:
+    """Whether a step of this norm is skipped; None where nothing can skip it. A guard learns the norm."""
+    skipped = None if control.found_inf is None else control.found_inf != 0
+    if control.skip_nonfinite and total_norm is not None:
+        non_finite = ~torch.isfinite(total_norm)
+        skipped = non_finite if skipped is None else non_finite | skipped.to(non_finite.device)
+    if control.guard is not None and total_norm is not None:
+        spike = judge(control.guard, total_norm, skipped)
+        skipped = spike if skipped is None else spike | skipped.to(spike.device)
+    return skipped
+
+
 def decide(grads: Sequence[Tensor], control: StepControl, sum_norms: SumNorms) -> Decision:
     """Measure, clip, and decide whether to skip. Counts a step that is skipped. Waits for no device.
 
@@ -64,13 +76,7 @@ def decide(grads: Sequence[Tensor], control: StepControl, sum_norms: SumNorms) -
         coefficient = reference.clip_coefficient(total_norm, control.max_norm)
     if grad_scale is not None:
         coefficient = coefficient / grad_scale
-    skipped = None if control.found_inf is None else control.found_inf != 0
-    if control.skip_nonfinite and total_norm is not None:
-        non_finite = ~torch.isfinite(total_norm)
-        skipped = non_finite if skipped is None else non_finite | skipped.to(non_finite.device)
-    if control.guard is not None and total_norm is not None:
-        spike = judge(control.guard, total_norm, skipped)
-        skipped = spike if skipped is None else spike | skipped.to(spike.device)
+    skipped = skips(control, total_norm)
     if skipped is not None and control.skipped_steps is not None:
         control.skipped_steps.add_(skipped.to(control.skipped_steps.device))
     if total_norm is None or norms is None:
