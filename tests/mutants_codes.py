@@ -30,8 +30,8 @@ CODES = [
         CODE_STATE,
         {
             "codes: exported without their values": (
-                "local(exported[name]).copy_(decoded(codes, code, local(param)))",
-                "pass",
+                "exported[name] = values_of_codes(param, name, codes, torch.bfloat16)",
+                "exported[name] = torch.zeros_like(param, dtype=torch.bfloat16)",
             ),
             "codes: they stay in what is exported": (
                 "exported.pop(codes_key(name), None)",

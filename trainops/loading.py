@@ -8,9 +8,17 @@ import torch
 from torch import Tensor
 
 from . import advice
-from .reference_codes import CODE_OF, CODES, decoded, encoded
+from .reference_codes import CODE_OF, CODES, encoded
 from .rows import check_state
-from .storage import MASTER, StateDtype, codes_key, dtypes_of_state, loaded_master, wants_master
+from .storage import (
+    MASTER,
+    StateDtype,
+    codes_key,
+    dtypes_of_state,
+    loaded_master,
+    values_of_codes,
+    wants_master,
+)
 from .tables import aligned, local
 
 Dtypes = dict[tuple[Tensor, str], torch.dtype]
@@ -130,11 +138,10 @@ def _keep_dtypes(state: dict[str, Any], loaded: dict[str, Any], dtypes: Dtypes) 
 def _exported(param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
     """The state of a parameter, with moments of its shape in place of codes."""
     exported = dict(state)
-    for name, code in CODE_OF.items():
+    for name in CODE_OF:
         codes = exported.pop(codes_key(name), None)
         if codes is not None:
-            exported[name] = torch.zeros_like(param, dtype=torch.bfloat16)
-            local(exported[name]).copy_(decoded(codes, code, local(param)))
+            exported[name] = values_of_codes(param, name, codes, torch.bfloat16)
     return exported
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from . import reference_storage
-from .reference_codes import CODES
+from .reference_codes import CODE_OF, CODES, decoded
+from .tables import local
 
 MomentDtype = torch.dtype | Literal["int8"]
 StateDtype = MomentDtype | tuple[MomentDtype, MomentDtype] | None
@@ -73,6 +74,13 @@ def keys_of_state(names: tuple[str, ...], state_dtype: StateDtype) -> tuple[str,
 def codes_key(name: str) -> str:
     """The key of the codes of a state."""
     return f"{name}_codes"
+
+
+def values_of_codes(param: Tensor, name: str, codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values of a state's codes, in a tensor that is placed as its parameter is."""
+    values = torch.zeros_like(param, dtype=dtype)
+    local(values).copy_(decoded(codes, CODE_OF[name], local(param)))
+    return values
 
 
 def check_master(master: Any) -> None:

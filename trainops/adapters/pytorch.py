@@ -9,9 +9,10 @@ from torch import Tensor
 
 from .. import reference, reference_storage
 from ..reference import drop_path, drop_path_backward
-from ..reference_codes import CODE_OF, CODES, decoded, encoded, random_bits_of
+from ..reference_codes import CODE_OF, CODES, encoded, random_bits_of
 from ..reference_rounding import Random, random_of, random_of_codes
 from ..reference_statistics import rows_of as statistics
+from ..storage import values_of_codes
 from ..tables import as_real, check_no_overlap, local
 from ._control import decide
 from .interface import (
@@ -144,11 +145,12 @@ class Row:
         seeds: Seeds,
     ) -> None:
         device = self.param.device
-        random, bits_of_codes = self._random(seeds), self._random_of_codes(seeds)
+        random = self._random(seeds)
         weight = self.param if random is None else reference_storage.wide(self.param)
         weight = weight if self.master is None else reference_storage.join(self.param, self.master)
         formula = getattr(reference, f"{rule}_")
         coded, state = self._decoded()
+        bits = self._random_bits_of_codes(coded, seeds)
         formula(
             weight,
             self.grad,
@@ -159,7 +161,8 @@ class Row:
             skip=skipped,
         )
         for name, codes in coded.items():
-            self._encode(name, state[name], codes, bits_of_codes, skipped)
+            fresh = encoded(local(state[name]), CODE_OF[name], local(self.param), bits[name])
+            reference_storage.write(codes, fresh, skipped)
         if self.master is not None:
             reference_storage.write_weight(self.param, self.master, weight, skipped)
         if random is not None:
@@ -178,24 +181,19 @@ class Row:
         layout, (place, _, origin, is_rounded) = local(self.param), self.places
         return random_of(layout, layout, seeds.params, place if is_rounded else -1, origin, self.step + 1)
 
-    def _random_of_codes(self, seeds: Seeds) -> Random:
-        """Of 8-bit state."""
+    def _random_bits_of_codes(self, coded: dict[str, Tensor], seeds: Seeds) -> dict[str, Tensor]:
+        """Of 8-bit state, by its name."""
+        if not coded:
+            return {}
         (place, _, origin, _), numel = self.places, local(self.param).numel()
-        return random_of_codes(numel, seeds.params, place, origin, self.step + 1)
+        random = random_of_codes(numel, seeds.params, place, origin, self.step + 1)
+        return {name: random_bits_of(random, CODE_OF[name]) for name in coded}
 
     def _decoded(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What of the state are codes, and the state with their values in their place."""
         coded = {name: x for name, x in self.state.items() if x.dtype == CODES}
-        state = dict(self.state)
-        for name, codes in coded.items():
-            state[name] = torch.zeros_like(self.param, dtype=torch.float32)
-            local(state[name]).copy_(decoded(codes, CODE_OF[name], local(self.param)))
-        return coded, state
-
-    def _encode(self, name: str, x: Tensor, codes: Tensor, random: Random, skipped: Tensor | None) -> None:
-        code = CODE_OF[name]
-        fresh = encoded(local(x), code, local(self.param), random_bits_of(random, code))
-        reference_storage.write(codes, fresh, skipped)
+        values = {name: values_of_codes(self.param, name, x, torch.float32) for name, x in coded.items()}
+        return coded, self.state | values
 
     def _random_of_average(self, i: int, seeds: Seeds) -> Random | None:
         """Of one of the averages."""
