@@ -7,19 +7,28 @@ MONITOR = [
         "trainops/monitor.py",
         tests_of("monitor"),
         {
-            "monitor: gradients stay scaled": ("grads = grads.divided(scale)", "grads = grads"),
-            "monitor: weights after the step": (
-                "        weights = tensor_stats(self._before, histogram=True)\n",
-                "        weights = tensor_stats([p.detach() + 1 for p in params.values()], histogram=True)\n",
-            ),
-            "monitor: updates the wrong way": (".neg_()", ""),
-            "monitor: masters are not read": ('hasattr(optimizer, "float32_weight")', "False"),
+            "monitor: gradients stay scaled": ('getattr(optimizer, "grad_scale", None)', "None"),
             "monitor: every step is looked at": ("return self.steps % self.every == 0", "return True"),
             "monitor: hooks stay": ("            hook.remove()\n", "            pass\n"),
             "monitor: names with wrappers": ("innermost(model).named_parameters(", "model.named_parameters("),
             "monitor: old histograms are kept": ("self.records[-1].without_histograms()", "self.records[-1]"),
             "monitor: NaN in JSON": ('x if abs(x) < float("inf") else None', "x"),
             "monitor: parameters of other optimizers": ("if id(p) in own and", "if"),
+        },
+    ),
+    *planted(
+        "trainops/step_stats.py",
+        tests_of("monitor"),
+        {
+            "monitor: weights after the step": (
+                "self.weights = tensor_stats(self._before, **self._options)",
+                "self.weights = tensor_stats([x + 1 for x in self._before], **self._options)",
+            ),
+            "monitor: updates the wrong way": (".neg_()", ""),
+            "monitor: masters are not read": (
+                'getattr(optimizer, "float32_weight", lambda param: param)',
+                "lambda param: param",
+            ),
         },
     ),
     *planted(
@@ -86,8 +95,8 @@ MONITOR = [
                 "    @torch.no_grad()\n    def _begin_step",
             ),
             "monitor: a step waits": (
-                "        self._begun = list(params), grads,",
-                "        grads.nonfinite.any().item()\n        self._begun = list(params), grads,",
+                "        self._begun = list(params), measured,",
+                "        measured.grads.nonfinite.any().item()\n        self._begun = list(params), measured,",
             ),
             "monitor: records without end": ("if len(self.records) > self.keep:", "if False:"),
             "monitor: other names of parameters": ("remove_duplicate=False", "remove_duplicate=True"),

@@ -129,7 +129,7 @@ STATISTICS = [
             "step statistics: gradients stay scaled": ("grads if scale is None else grads.divided(scale)", "grads"),
             "step statistics: updates with the wrong sign": (").neg_()", ")"),
             "step statistics: the weight without its master": (
-                "wide(self.optimizer.float32_weight(param).detach())",
+                "wide(self._weight_of(param).detach())",
                 "wide(param.detach())",
             ),
             "step statistics: one step early": ("step = self._stats_step() + 1\n", "step = self._stats_step() + 2\n"),

@@ -345,7 +345,7 @@ def test_steps_in_between_look_at_nothing(monkeypatch):
     model = network()
     monitor = Monitor(model, torch.optim.SGD(model.parameters(), 0.1), every=4, activations="1")
     train(model, monitor.optimizer, 1)
-    for module in ("monitor", "monitor_activations"):
+    for module in ("step_stats", "monitor_activations"):
         monkeypatch.setattr(f"trainops.{module}.tensor_stats", None)
     train(model, monitor.optimizer, 3)
     assert monitor.steps == 4

@@ -14,8 +14,7 @@ from .ema_policy import Patterns, checked_patterns, fits
 from .monitor_activations import Activations
 from .monitor_findings import Finding, findings_of
 from .monitor_record import Record, Watched, layer_of
-from .reference_storage import wide
-from .statistics import TensorStats, tensor_stats
+from .step_stats import Measured
 from .wrappers import innermost, unwrap
 
 if TYPE_CHECKING:
@@ -90,8 +89,7 @@ class Monitor:
         self.model, self.optimizer, self.every, self.keep = model, optimizer, every, keep
         self.records: list[Record] = []
         self.steps = 0
-        self._begun: tuple[list[str], TensorStats, TensorStats, Watched | None] | None = None
-        self._before: list[Tensor] = []
+        self._begun: tuple[list[str], Measured, Watched | None] | None = None
         self._activations = Activations(innermost(model), activations, self._is_due)
         self._hooks = [
             optimizer.register_step_pre_hook(self._begin_step),
@@ -118,7 +116,7 @@ class Monitor:
     @_disable_dynamo
     @torch.no_grad()
     def _begin_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        self._begun, self._before = None, []
+        self._begun = None
         if not self._is_due():
             return
         seen = self._activations.take()
@@ -129,12 +127,9 @@ class Monitor:
         params = {n: p for n, p in params.items() if n not in sparse}
         if not params:
             return
-        grads = tensor_stats([p.grad for p in params.values() if p.grad is not None], histogram=True)
-        if (scale := getattr(optimizer, "grad_scale", None)) is not None:
-            grads = grads.divided(scale)
-        self._before = [wide(_weight(optimizer, p)).clone() for p in params.values()]
-        weights = tensor_stats(self._before, histogram=True)
-        self._begun = list(params), grads, weights, seen
+        scale = getattr(optimizer, "grad_scale", None)
+        measured = Measured(optimizer, list(params.values()), scale, histogram=True, backend=None)
+        self._begun = list(params), measured, seen
 
     def _advise(self, optimizer: Any, seen: Watched | None) -> None:
         """Warn of what the monitor cannot see."""
@@ -154,16 +149,12 @@ class Monitor:
         self.steps += 1
         if self._begun is None:
             return
-        names, grads, weights, seen = self._begun
-        for old, name in zip(self._before, names, strict=True):
-            old.sub_(wide(_weight(optimizer, self._params[name]))).neg_()
-        updates = tensor_stats(self._before, histogram=True)
+        (names, its, seen), self._begun = self._begun, None
         if self.records:
             self.records[-1] = self.records[-1].without_histograms()
-        self.records.append(Record(self.steps, names, grads, weights, updates, seen))
+        self.records.append(Record(self.steps, names, its.grads, its.weights, its.updates(), seen))
         if len(self.records) > self.keep:
             del self.records[1:-1:2]
-        self._begun, self._before = None, []
 
     # Reading: from here on everything waits for the device.
 
@@ -230,12 +221,6 @@ class Monitor:
 
 def _ids(optimizer: Any) -> set[int]:
     return {id(p) for group in optimizer.param_groups for p in group["params"]}
-
-
-def _weight(optimizer: Any, param: Tensor) -> Tensor:
-    """A parameter's weight: with a master, in full."""
-    weight = optimizer.float32_weight(param) if hasattr(optimizer, "float32_weight") else param
-    return weight.detach()
 
 
 def _finite(numbers: dict[str, float]) -> dict[str, float | None]:

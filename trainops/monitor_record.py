@@ -2,10 +2,10 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from .statistics import TensorStats
+from .statistics import TensorStats, keyed
+from .step_stats import numbers_of
 
 
 class Watched(NamedTuple):
@@ -58,12 +58,11 @@ class Record(NamedTuple):
 
     def flat(self) -> dict[str, float]:
         """All numbers, by keys like ``grad/l2_norm/<name>``."""
-        found = self.grads.to_dict(self.names, "grad/") | self.weights.to_dict(self.names, "weight/")
-        found |= self.updates.to_dict(self.names, "update/") | _keyed("update/ratio", self.names, self.update_ratios)
+        found = numbers_of(self, self.names)
         if (watched := self.activations) is not None:
             found |= watched.outputs.to_dict(watched.names, "activation/")
-            found |= _keyed("activation/dead", watched.names, watched.dead)
-            saturated = _keyed("activation/saturated", watched.names, watched.saturated)
+            found |= keyed("activation/dead", watched.names, watched.dead)
+            saturated = keyed("activation/saturated", watched.names, watched.saturated)
             found |= {key: x for key, x in saturated.items() if x == x}
         return found
 
@@ -78,7 +77,3 @@ class Record(NamedTuple):
 def layer_of(name: str) -> str:
     """The module that has a parameter; a parameter of the model itself is a layer of its own."""
     return name.rpartition(".")[0] or name
-
-
-def _keyed(prefix: str, names: list[str], numbers: Tensor) -> dict[str, float]:
-    return {f"{prefix}/{name}": x for name, x in zip(names, numbers.to(torch.float64).tolist(), strict=True)}

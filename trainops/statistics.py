@@ -169,8 +169,17 @@ class TensorStats:
         columns = torch.stack([getattr(self, name).to(self.rows) for name in STATISTICS]).tolist()
         found: dict[str, float] = {}
         for statistic, numbers in zip(STATISTICS, columns, strict=True):
-            found |= {f"{prefix}{statistic}/{name}": x for name, x in zip(names, numbers, strict=True)}
+            found |= _keyed(prefix + statistic, names, numbers)
         return found
+
+
+def keyed(key: str, names: Sequence[str], numbers: Tensor) -> dict[str, float]:
+    """Plain numbers under the keys ``<key>/<name>``. Waits for the device."""
+    return _keyed(key, names, numbers.to(torch.float64).tolist())
+
+
+def _keyed(key: str, names: Sequence[str], numbers: Sequence[float]) -> dict[str, float]:
+    return {f"{key}/{name}": x for name, x in zip(names, numbers, strict=True)}
 
 
 @torch.no_grad()

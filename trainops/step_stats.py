@@ -1,6 +1,6 @@
 """Statistics of a step: of the gradients before clipping, of the weights, and of what the step did to them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,13 +9,12 @@ from torch import Tensor
 
 from . import reference
 from .adapters import StepControl
-from .lost_updates import share_of_lost_updates
 from .reference_storage import wide
 from .seeds import OWN_STATE
-from .statistics import TensorStats, tensor_stats
+from .statistics import TensorStats, keyed, tensor_stats
 
 if TYPE_CHECKING:
-    from .step import TakesFusedSteps
+    from .optimizer import FusedOptimizer
 
 KINDS = ("norms", "full")
 KEY = "stats_step"  # of the count of steps, among what the first group keeps
@@ -58,15 +57,41 @@ class StepStats:
         if names is not None and max(self.params, default=-1) >= len(names):
             raise ValueError(f"there are {len(names)} names, but parameter {max(self.params)} was measured")
         own = [str(i) if names is None else names[i] for i in self.params]
-        found = self.grads.to_dict(own, "grad/")
-        found |= self.weights.to_dict(own, "weight/") | self.updates.to_dict(own, "update/")
-        columns = {"ratio": self.update_ratios}
-        if self.lost_updates is not None:
-            columns["lost"] = self.lost_updates
-        for key, column in columns.items():
-            numbers = column.to(torch.float64).tolist()
-            found |= {f"update/{key}/{name}": x for name, x in zip(own, numbers, strict=True)}
-        return found
+        lost = {} if self.lost_updates is None else keyed("update/lost", own, self.lost_updates)
+        return numbers_of(self, own) | lost
+
+
+def numbers_of(stats: Any, names: Sequence[str]) -> dict[str, float]:
+    """What :class:`StepStats` and a monitor's records have in common, under keys like ``grad/l2_norm/<name>``."""
+    found: dict[str, float] = {}
+    for prefix, its in (("grad/", stats.grads), ("weight/", stats.weights), ("update/", stats.updates)):
+        found |= its.to_dict(names, prefix)
+    return found | keyed("update/ratio", names, stats.update_ratios)
+
+
+class Measured:
+    """Statistics of some parameters' gradients and weights before a step, and of what the step then does to them.
+
+    Of any optimizer of PyTorch. Keeps a copy of the weights: with a master, in full; of 16-bit weights, in float32.
+    """
+
+    def __init__(
+        self, optimizer: Any, params: Sequence[Tensor], scale: Tensor | None, histogram: bool, backend: str | None
+    ) -> None:
+        """``scale``: that of a GradScaler, which the gradients still have."""
+        self._params = params
+        self._weight_of: Callable[[Tensor], Tensor] = getattr(optimizer, "float32_weight", lambda param: param)
+        self._options: dict[str, Any] = {"histogram": histogram, "backend": backend}
+        grads = tensor_stats([p.grad for p in params if p.grad is not None], **self._options)
+        self.grads = grads if scale is None else grads.divided(scale)
+        self._before = [_wide_copy(p, self._weight_of(p)) for p in params]
+        self.weights = tensor_stats(self._before, **self._options)
+
+    def updates(self) -> TensorStats:
+        """After the step, once: the copies of the weights become the updates."""
+        for old, param in zip(self._before, self._params, strict=True):
+            old.sub_(wide(self._weight_of(param).detach())).neg_()
+        return tensor_stats(self._before, **self._options)
 
 
 def check_stats(stats: Any, stats_every: Any) -> None:
@@ -129,32 +154,22 @@ class CollectsStats(torch.optim.Optimizer):
 class Collection:
     """Statistics of one step, which begin before it: of its gradients and weights."""
 
-    def __init__(self, optimizer: "TakesFusedSteps", step: int) -> None:
-        self.optimizer, self.step = optimizer, step
+    def __init__(self, optimizer: "FusedOptimizer", step: int) -> None:
+        self.step = step
         params = [p for group in optimizer.param_groups for p in group["params"]]
         self.places = [i for i, p in enumerate(params) if p.grad is not None]
-        self.params = [params[i] for i in self.places]
-        self.options: dict[str, Any] = {"histogram": optimizer.collects == "full", "backend": optimizer.backend}
-        if any(p.grad.layout is not torch.strided for p in self.params if p.grad is not None):
+        measured = [params[i] for i in self.places]
+        if any(p.grad.layout is not torch.strided for p in measured if p.grad is not None):
             raise RuntimeError("there are no statistics of sparse gradients: leave out `stats`")
+        is_full = optimizer.collects == "full"
+        self.lost = optimizer.lost_updates() if is_full else None
         scale = optimizer._from_scaler("grad_scale")
-        grads = tensor_stats([p.grad for p in self.params if p.grad is not None], **self.options)
-        self.grads = grads if scale is None else grads.divided(scale)
-        self.lost = self._lost_updates() if optimizer.collects == "full" else None
-        self.before = [_wide_copy(p, optimizer.float32_weight(p)) for p in self.params]
-        self.weights = tensor_stats(self.before, **self.options)
+        self.measured = Measured(optimizer, measured, scale, is_full, optimizer.backend)
 
     def finish(self) -> StepStats:
-        """After the step. The copies of the weights become the updates."""
-        for old, param in zip(self.before, self.params, strict=True):
-            old.sub_(wide(self.optimizer.float32_weight(param).detach())).neg_()
-        updates = tensor_stats(self.before, **self.options)
-        return StepStats(self.step, tuple(self.places), self.grads, self.weights, updates, self.lost)
-
-    def _lost_updates(self) -> Tensor:
-        shares = share_of_lost_updates(self.optimizer, self.optimizer.coefficient())
-        device = self.grads.rows.device
-        return torch.stack([x.to(device) for x in shares]) if shares else torch.zeros(0, device=device)
+        """After the step."""
+        its = self.measured
+        return StepStats(self.step, tuple(self.places), its.grads, its.weights, its.updates(), self.lost)
 
 
 def _wide_copy(param: Tensor, weight: Tensor) -> Tensor:
