@@ -72,13 +72,19 @@ MONITOR = [
         },
     ),
     *planted(
-        "trainops/monitor_plots.py",
+        "trainops/monitor_record.py",
         tests_of("monitor"),
         {
             "monitor: the norm of a layer is the sum": (
-                "math.hypot(*(values[i] for i in rows))",
-                "sum(values[i] for i in rows)",
+                "math.hypot(*(norms[i] for i in rows))",
+                "sum(norms[i] for i in rows)",
             ),
+        },
+    ),
+    *planted(
+        "trainops/monitor_plots.py",
+        tests_of("monitor"),
+        {
             "monitor: colours without a logarithm": ("values.log10()", "values"),
             "monitor: counts for shares": (
                 "100.0 * counts / counts.sum(1, keepdim=True).clamp(min=1)",

@@ -150,14 +150,11 @@ def _of_layers(
 
 def _layers(record: Record) -> Iterator[_Layer]:
     """The layers, each with the norms over its parameters."""
-    parts = (record.grads, record.weights, record.updates)
-    norms = [x.l2_norm.tolist() for x in parts]
-    numel, bad = record.grads.numel.tolist(), record.grads.nonfinite.tolist()
-    for name, rows in record.by_layer().items():
-        gradient, weight, update = (math.hypot(*(x[i] for i in rows)) for x in norms)
-        count = sum(numel[i] for i in rows)
-        rms = gradient / math.sqrt(max(count, 1))
-        yield _Layer(name, gradient, weight, update, rms, not any(bad[i] for i in rows))
+    gradients, weights, updates = map(record.norms_by_layer, (record.grads, record.weights, record.updates))
+    numel, bad = map(record.sums_by_layer, (record.grads.numel, record.grads.nonfinite))
+    for name, gradient in gradients.items():
+        rms = gradient / math.sqrt(max(numel[name], 1))
+        yield _Layer(name, gradient, weights[name], updates[name], rms, bad[name] == 0)
 
 
 def _of_activations(record: Record, share: float) -> Iterator[tuple[str, str, str]]:

@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from .monitor_record import Record
+from .statistics import TensorStats
 
 LEAST_EXPONENT = -127  # of the first bin of a histogram
 TAIL = 20.0  # percent of a layer's elements: its smallest ones, which share the first column of a picture
@@ -23,19 +24,17 @@ def table(record: Record) -> Table:
     shown.add_column("layer", no_wrap=True)
     for column in ("gradient", "weight", "update/weight", "zeros", "NaN, inf"):
         shown.add_column(column, justify="right")
-    columns = [record.grads.l2_norm, record.weights.l2_norm, record.updates.l2_norm]
-    counts = [record.grads.zeros, record.grads.numel, record.grads.nonfinite]
-    gradient, weight, update, zeros, numel, bad = (x.tolist() for x in (*columns, *counts))
-    for layer, rows in record.by_layer().items():
-        of_grad, of_weight, of_update = (math.hypot(*(x[i] for i in rows)) for x in (gradient, weight, update))
-        of_zeros, of_numel, of_bad = (sum(x[i] for i in rows) for x in (zeros, numel, bad))
+    grads = record.grads
+    gradients, weights, updates = map(record.norms_by_layer, (grads, record.weights, record.updates))
+    zeros, numel, bad = map(record.sums_by_layer, (grads.zeros, grads.numel, grads.nonfinite))
+    for layer, gradient in gradients.items():
         shown.add_row(
             layer,
-            f"{of_grad:.2e}",
-            f"{of_weight:.2e}",
-            f"{of_update / of_weight:.1e}" if of_weight else "-",
-            f"{100 * of_zeros / max(of_numel, 1):.0f}%",
-            str(of_bad) if of_bad else "",
+            f"{gradient:.2e}",
+            f"{weights[layer]:.2e}",
+            f"{updates[layer] / weights[layer]:.1e}" if weights[layer] else "-",
+            f"{100 * zeros[layer] / max(numel[layer], 1):.0f}%",
+            str(bad[layer] or ""),
         )
     return shown
 
@@ -43,9 +42,9 @@ def table(record: Record) -> Table:
 def norms(records: Sequence[Record]) -> Figure:
     """Log-norms of gradients, and of updates over weights: layer against step."""
     layers = list(dict.fromkeys(layer for record in records for layer in record.by_layer()))
-    of_grads = _matrix(records, layers, lambda record: record.grads.l2_norm)
-    ratios = _matrix(records, layers, lambda record: record.updates.l2_norm) / _matrix(
-        records, layers, lambda record: record.weights.l2_norm
+    of_grads = _matrix(records, layers, lambda record: record.grads)
+    ratios = _matrix(records, layers, lambda record: record.updates) / _matrix(
+        records, layers, lambda record: record.weights
     )
     figure = Figure(figsize=(11.0, 1.6 + 0.2 * len(layers)), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
@@ -92,14 +91,13 @@ def _shown(shares: Tensor) -> tuple[int, int]:
     return visible[0], seen[-1]
 
 
-def _matrix(records: Sequence[Record], layers: list[str], norms_of: Callable[[Record], Tensor]) -> Tensor:
+def _matrix(records: Sequence[Record], layers: list[str], stats_of: Callable[[Record], TensorStats]) -> Tensor:
     """A norm for each layer (rows) and record (columns); NaN where a layer had no gradient."""
     found = torch.full((len(layers), len(records)), torch.nan, dtype=torch.float64)
     places = {layer: i for i, layer in enumerate(layers)}
     for column, record in enumerate(records):
-        values = norms_of(record).tolist()
-        for layer, rows in record.by_layer().items():
-            found[places[layer], column] = math.hypot(*(values[i] for i in rows))
+        for layer, norm in record.norms_by_layer(stats_of(record)).items():
+            found[places[layer], column] = norm
     return found
 
 

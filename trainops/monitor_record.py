@@ -1,5 +1,6 @@
 """What a monitor has seen of a step."""
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
@@ -72,6 +73,16 @@ class Record(NamedTuple):
         for row, name in enumerate(self.names):
             layers.setdefault(layer_of(name), []).append(row)
         return layers
+
+    def norms_by_layer(self, stats: TensorStats) -> dict[str, float]:
+        """The norm of all tensors of each layer together."""
+        norms = stats.l2_norm.tolist()
+        return {layer: math.hypot(*(norms[i] for i in rows)) for layer, rows in self.by_layer().items()}
+
+    def sums_by_layer(self, counts: Tensor) -> dict[str, int]:
+        """The sum of a count over the tensors of each layer."""
+        numbers = counts.tolist()
+        return {layer: sum(numbers[i] for i in rows) for layer, rows in self.by_layer().items()}
 
 
 def layer_of(name: str) -> str:
