@@ -29,15 +29,16 @@
 
 namespace trainops::cpu {
 
-// Instruction sets. `halves`: how many float16 numbers one instruction converts; 0 if there is none.
+// Instruction sets. `width`: bytes of a register. `halves`: how many float16 numbers one instruction converts; 0 if
+// there is none.
 struct Baseline {
-  static constexpr int halves = 0;
+  static constexpr int width = 16, halves = 0;
 };
 struct AVX2 {
-  static constexpr int halves = 8;
+  static constexpr int width = 32, halves = 8;
 };
 struct AVX512 {
-  static constexpr int halves = 16;
+  static constexpr int width = 64, halves = 16;
 };
 
 // As many numbers as one instruction converts, 8 or 16.

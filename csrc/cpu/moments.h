@@ -11,6 +11,7 @@
 #include "../math/moments.h"
 #include "chunks.h"
 #include "convert.h"
+#include "halves.h"
 
 namespace trainops::cpu {
 
@@ -26,6 +27,21 @@ TRAINOPS_HOST_DEVICE void take_magnitudes(MomentLanes<float>& x) {
 }
 TRAINOPS_HOST_DEVICE void take_magnitudes(MomentLanes<double>& x) {
   x = reinterpret_cast<MomentLanes<double>>(reinterpret_cast<MomentLanes<uint64_t>>(x) & 0x7fffffffffffffffu);
+}
+
+// Of each lane the smaller number, or the larger. Register by register: GCC chooses one by one in longer vectors.
+template <typename Isa, bool larger, typename T>
+TRAINOPS_HOST_DEVICE void take_extremes(MomentLanes<T>& found, const MomentLanes<T>& lanes) {
+  using Register __attribute__((vector_size(Isa::width))) = T;
+  constexpr int count = sizeof(found) / sizeof(Register);
+  Register its[count], others[count];
+  std::memcpy(its, &found, sizeof(its));
+  std::memcpy(others, &lanes, sizeof(others));
+  for (int i = 0; i < count; ++i) {
+    const Register x = others[i], y = its[i];
+    its[i] = (larger ? x > y : x < y) ? x : y;
+  }
+  std::memcpy(&found, its, sizeof(its));
 }
 
 // Joins lanes in pairs.
@@ -70,7 +86,7 @@ TRAINOPS_HOST_DEVICE void prefetch_moments(const T* values) {
 }
 
 // Of elements that are finite, `size` being a multiple of kMomentLanes. `l1` is not finite if one is not.
-template <typename T>
+template <typename Isa, typename T>
 TRAINOPS_HOST_DEVICE Moments::State moments_of_lanes(const T* values, int64_t size) {
   using Lanes = MomentLanes<T>;
   Lanes least = Lanes{} + T(INFINITY), most = Lanes{} - T(INFINITY), nearest = least;
@@ -80,11 +96,11 @@ TRAINOPS_HOST_DEVICE Moments::State moments_of_lanes(const T* values, int64_t si
     Lanes x;
     std::memcpy(&x, values + i, sizeof(x));
     runs[0] += x;
-    least = x < least ? x : least;
-    most = x > most ? x : most;
+    take_extremes<Isa, false, T>(least, x);
+    take_extremes<Isa, true, T>(most, x);
     take_magnitudes(x);
     runs[1] += x;
-    nearest = x < nearest ? x : nearest;
+    take_extremes<Isa, false, T>(nearest, x);
   });
   const auto smaller = [](T a, T b) TRAINOPS_INLINE { return b < a ? b : a; };
   Moments::State state;
@@ -94,7 +110,9 @@ TRAINOPS_HOST_DEVICE Moments::State moments_of_lanes(const T* values, int64_t si
   state.min = join_lanes<T>(least, smaller);
   state.max = join_lanes<T>(most, [](T a, T b) TRAINOPS_INLINE { return b > a ? b : a; });
   if (join_lanes<T>(nearest, smaller) == T(0)) {
-    for (int64_t i = 0; i < size; ++i) state.zeros += values[i] == T(0) ? 1.0 : 0.0;
+    int zeros = 0;  // a sum of whole numbers may be computed in lanes
+    for (int64_t i = 0; i < size; ++i) zeros += values[i] == T(0);
+    state.zeros = zeros;
   }
   const T center = static_cast<T>(state.mean);
   for_each_run<T>(size, squares, [&](int64_t i, Lanes(&runs)[1]) TRAINOPS_INLINE {
@@ -111,12 +129,11 @@ TRAINOPS_HOST_DEVICE Moments::State moments_of_lanes(const T* values, int64_t si
 }
 
 // Inner loops of a tile, or of some of it.
-TRAINOPS_MULTIVERSION inline Moments::State moments_of_floats(const float* values, int64_t size) {
-  return moments_of_lanes(values, size);
-}
-TRAINOPS_MULTIVERSION inline Moments::State moments_of_finite_doubles(const double* values, int64_t size) {
-  return moments_of_lanes(values, size);
-}
+#define TRAINOPS_GATHER(Isa, target, name, T) \
+  target inline Moments::State name(const T* values, int64_t size) { return moments_of_lanes<Isa>(values, size); }
+TRAINOPS_VERSIONS(TRAINOPS_GATHER, moments_of_floats, float)
+TRAINOPS_VERSIONS(TRAINOPS_GATHER, moments_of_finite_doubles, double)
+#undef TRAINOPS_GATHER
 
 // Of any elements, also of those that fill no lanes.
 inline Moments::State moments_of_doubles(const double* values, int64_t size) {
