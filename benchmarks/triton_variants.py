@@ -101,6 +101,8 @@ def variants() -> Iterator[Variant]:
         constants = {"WORDS": words_of("reduce"), "STATISTIC": statistic}
         if statistic == "moments":
             constants["BLOCK"] = 256  # MOMENTS_BLOCK
+            del arguments["total"]
+            constants["total"] = None
         yield Variant("reduce", "finish_rows", statistic, arguments, constants)
     mixed = [("float32", "bfloat16"), ("float32", "float16"), ("uint8", "uint8")]  # bytes are copied
     place = core.words("row")["first_place"]

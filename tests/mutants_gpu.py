@@ -277,7 +277,7 @@ TRITON_AND_CUDA = [
         },
     ),
     *planted(
-        "triton_kernels/reduce.py",
+        "triton_kernels/_common.py",
         tests_of("adamw", k="triton-cpu"),
         {
             "triton: the norm of another column": (

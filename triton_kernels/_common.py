@@ -52,6 +52,21 @@ def end_of_body(begin, end, addresses, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def elements_of(
+    rows, chunks, index, COLUMN: tl.constexpr, WORDS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A chunk of one column: its row and that row's words, the column's address, and where the chunk's elements lie.
+
+    They begin at the fourth number. The fifth is the end of those that whole blocks can take, the last that of all.
+    """
+    row, begin = chunk_of(chunks, index, CHUNK)
+    words = rows + row * WORDS
+    end = tl.minimum(begin + CHUNK, tl.load(words + NUMEL))
+    address = tl.load(words + ADDRESSES + COLUMN)
+    return row, words, address, begin, end_of_body(begin, end, address, BLOCK), end
+
+
+@triton.jit
 def square_root(x):
     """Correctly rounded."""
     if x.dtype == tl.float64:

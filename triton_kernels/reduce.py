@@ -11,7 +11,7 @@ depends on the sizes alone, and the same values give the same bits in every type
 import triton
 import triton.language as tl
 
-from ._common import ADDRESSES, FIRST_CHUNK, NUMEL, chunk_of, end_of_body
+from ._common import FIRST_CHUNK, NUMEL, elements_of
 from .statistics import add, finish, is_doubtful, join, join_lanes, start
 from .storage import load
 
@@ -51,11 +51,8 @@ def partial_results(
     BLOCK: tl.constexpr,
 ):
     """Program i: the state of chunk ``first_chunk + i``, into ``partials``, which have the order of the rows."""
-    row, begin = chunk_of(chunks, first_chunk + tl.program_id(0), CHUNK)
-    words = rows + row * WORDS
-    end = tl.minimum(begin + CHUNK, tl.load(words + NUMEL))
-    address = tl.load(words + ADDRESSES + COLUMN)
-    body = end_of_body(begin, end, address, BLOCK)
+    chunk = first_chunk + tl.program_id(0)
+    _, words, address, begin, body, end = elements_of(rows, chunks, chunk, COLUMN, WORDS, CHUNK, BLOCK)
     state = gather_chunk(address, begin, body, end, DTYPE, WIDE, STATISTIC, BLOCK)
     if WIDE != tl.float64:
         if is_doubtful(state, STATISTIC):
@@ -106,12 +103,11 @@ def finish_rows(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program 0: the results of everything. Program i: those of row i - 1."""
+    """Program 0: a norm of everything, unless ``total`` is None. Program i: the results of row i - 1."""
     row = tl.program_id(0).to(tl.int64) - 1
     if row < 0:
-        found = results_of(partials, 0, chunk_count, STATISTIC, BLOCK)
-        for i in tl.static_range(len(found)):
-            tl.store(total + i, found[i])
+        if total is not None:
+            tl.store(total, result_of(partials, 0, chunk_count, STATISTIC, BLOCK))
     else:
         first, last = chunks_of_row(rows, row, WORDS, CHUNK)
         found = results_of(partials, first, last, STATISTIC, BLOCK)
@@ -134,15 +130,12 @@ def count_exponents(
     BLOCK: tl.constexpr,
 ):
     """Adds the elements of a chunk to its row's counts of binary exponents (``csrc/math/moments.h``)."""
-    row, begin = chunk_of(chunks, first_chunk + tl.program_id(0), CHUNK)
-    words = rows + row * WORDS
-    end = tl.minimum(begin + CHUNK, tl.load(words + NUMEL))
-    elements = tl.load(words + ADDRESSES + COLUMN)
-    body = end_of_body(begin, end, elements, BLOCK)
+    chunk = first_chunk + tl.program_id(0)
+    row, _, address, begin, body, end = elements_of(rows, chunks, chunk, COLUMN, WORDS, CHUNK, BLOCK)
     found = tl.zeros([BINS + 1], tl.int32)
     for MASKED in tl.static_range(2):
         for offset in range(body if MASKED else begin, end if MASKED else body, BLOCK):
-            x = load(elements, offset, end, DTYPE, WIDE, BLOCK, MASKED)
+            x = load(address, offset, end, DTYPE, WIDE, BLOCK, MASKED)
             if WIDE == tl.float64:
                 exponents = ((x.to(tl.int64, bitcast=True) >> 52) & 0x7FF) - 1023 + 127
                 bins = tl.minimum(tl.maximum(exponents, 0), BINS - 1).to(tl.int32)

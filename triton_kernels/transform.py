@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ._common import ADDRESSES, NUMEL, chunk_of, end_of_body
+from ._common import elements_of
 from .storage import load, store
 
 
@@ -33,11 +33,8 @@ def transform(
         if value == 1:
             return
     value = value.to(WIDE)
-    row, begin = chunk_of(chunks, first_chunk + tl.program_id(0), CHUNK)
-    words = rows + row * WORDS
-    end = tl.minimum(begin + CHUNK, tl.load(words + NUMEL))
-    address = tl.load(words + ADDRESSES)
-    body = end_of_body(begin, end, address, BLOCK)
+    chunk = first_chunk + tl.program_id(0)
+    _, _, address, begin, body, end = elements_of(rows, chunks, chunk, 0, WORDS, CHUNK, BLOCK)
     for MASKED in tl.static_range(2):
         for offset in range(body if MASKED else begin, end if MASKED else body, BLOCK):
             x = load(address, offset, end, DTYPE, WIDE, BLOCK, MASKED)

@@ -145,20 +145,10 @@ def reduce(statistic: str, tensors: Sequence[Tensor], unrounded: bool = False) -
 def statistics(tensors: Sequence[Tensor], histogram: bool) -> tuple[Tensor, Tensor | None]:
     """See :class:`trainops.adapters.interface.Kernels`."""
     with _staged("reduce", tensors, unrounded=True) as (table, staged):
-        device, scratch = staged.queue.device, _scratch(staged, "moments")
-        total, rows = (torch.empty(n, len(ROW), dtype=torch.float64, device=device) for n in (1, table.rows))
+        device = staged.queue.device
+        rows = torch.empty(table.rows, len(ROW), dtype=torch.float64, device=device)
         bins = torch.zeros(table.rows, BINS, dtype=torch.int64, device=device) if histogram else None
-        _cuda.reduce(
-            staged.table,
-            statistic="moments",
-            grad_scale=0,
-            counters=scratch.counters,
-            partials=scratch.partials,
-            total=scratch.norm,
-            total_out=total.data_ptr(),
-            rows_out=rows.data_ptr(),
-            histogram=core.address(bins),
-        )
+        _launch_reduce(staged, _scratch(staged, "moments"), "moments", None, rows, histogram=bins)
     return rows, bins
 
 
@@ -175,6 +165,21 @@ def _reduce(
     dtype = torch.float64 if table.has_float64 else torch.float32
     total = torch.empty((), dtype=dtype, device=staged.queue.device)
     rows = torch.empty(table.rows, dtype=dtype, device=staged.queue.device)
+    _launch_reduce(staged, scratch, statistic, total, rows, grad_scale=grad_scale, guard=guard, found_inf=found_inf)
+    return total, rows
+
+
+def _launch_reduce(
+    staged: _Staged,
+    scratch: _Scratch,
+    statistic: str,
+    total: Tensor | None,
+    rows: Tensor,
+    *,
+    grad_scale: Tensor | None = None,
+    **more: Tensor | None,
+) -> None:
+    """``total`` may be None for a statistic that gathers packs; ``more``: as the binding names them."""
     _cuda.reduce(
         staged.table,
         statistic=statistic,
@@ -182,12 +187,10 @@ def _reduce(
         counters=scratch.counters,
         partials=scratch.partials,
         total=scratch.norm,
-        total_out=total.data_ptr(),
+        total_out=core.address(total),
         rows_out=rows.data_ptr(),
-        guard=core.address(guard),
-        found_inf=core.address(found_inf),
+        **{name: core.address(x) for name, x in more.items()},
     )
-    return total, rows
 
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:

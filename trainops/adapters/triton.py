@@ -74,18 +74,24 @@ def reduce(statistic: str, tensors: Sequence[Tensor], unrounded: bool = False) -
         table.has_float64 |= unrounded
         staged = _triton.Staged("reduce", table, device)
         total, rows = staged.results()
-        _triton.launch(
-            _triton.kernels().reduce.finish_rows,
-            1 + staged.row_count,
-            staged.words.rows,
-            staged.partial_results(statistic, "tensor"),
-            staged.words.chunk_count,
-            total,
-            rows,
-            STATISTIC=statistic,
-            **staged.reduction_constants(),
-        )
+        _finish_rows(staged, statistic, total, rows, staged.reduction_constants())
     return total, rows
+
+
+def _finish_rows(
+    staged: _triton.Staged, statistic: str, total: Tensor | None, rows: Tensor, constants: dict[str, int]
+) -> None:
+    _triton.launch(
+        _triton.kernels().reduce.finish_rows,
+        1 + staged.row_count,
+        staged.words.rows,
+        staged.partial_results(statistic, "tensor"),
+        staged.words.chunk_count,
+        total,
+        rows,
+        STATISTIC=statistic,
+        **constants,
+    )
 
 
 def statistics(tensors: Sequence[Tensor], histogram: bool) -> tuple[Tensor, Tensor | None]:
@@ -93,18 +99,8 @@ def statistics(tensors: Sequence[Tensor], histogram: bool) -> tuple[Tensor, Tens
     device = tensors[0].device
     with staged_table("reduce", {"tensor": list(tensors)}, _device_type()) as table, device_guard(device):
         staged = _triton.Staged("reduce", table, device)
-        total, rows = (torch.empty(n, len(ROW), dtype=torch.float64, device=device) for n in (1, staged.row_count))
-        _triton.launch(
-            _triton.kernels().reduce.finish_rows,
-            1 + staged.row_count,
-            staged.words.rows,
-            staged.partial_results("moments", "tensor"),
-            staged.words.chunk_count,
-            total,
-            rows,
-            STATISTIC="moments",
-            **staged.constants(_triton.kernels()._common.MOMENTS_BLOCK),
-        )
+        rows = torch.empty(staged.row_count, len(ROW), dtype=torch.float64, device=device)
+        _finish_rows(staged, "moments", None, rows, staged.constants(_triton.kernels()._common.MOMENTS_BLOCK))
         bins = torch.zeros(staged.row_count, BINS, dtype=torch.int64, device=device) if histogram else None
         if bins is not None:
             staged.over_chunks(
