@@ -63,7 +63,7 @@ STATISTICS = [
                 "Moments::is_doubtful(state) ? 0 : body",
                 "body",
             ),
-            "statistics: zeros on the CPU": ("values[i] == T(0) ? 1.0 : 0.0", "values[i] == T(1) ? 1.0 : 0.0"),
+            "statistics: zeros on the CPU": ("zeros += values[i] == T(0)", "zeros += values[i] == T(1)"),
             "statistics: the last elements on the CPU": (
                 "if (begin == size) return state;",
                 "if (begin > 0) return state;",
