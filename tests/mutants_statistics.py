@@ -71,6 +71,21 @@ STATISTICS = [
         },
     ),
     *planted(
+        "csrc/cpu/exponents.cpp",
+        tests_of("tensor_stats", k="cpu-cpu"),
+        {
+            "statistics: the last bins are not counted": (
+                "for (int64_t i = body; i < size; ++i) ++",
+                "if (false) for (int64_t i = body; i < size; ++i) ++",
+            ),
+            "statistics: one table of bins counts": (
+                "for (int k = 0; k < kTables; ++k) counts",
+                "for (int k = 0; k < 1; ++k) counts",
+            ),
+            "statistics: bins of another row": ("pieces[index].row * kExponentBins", "index * 0"),
+        },
+    ),
+    *planted(
         "csrc/math/moments.h",
         CUDA,
         {

@@ -23,7 +23,7 @@ struct Result {
 Result reduce(const std::string& statistic, const Table& table, const Chunks& chunks, int64_t column);
 
 // Adds the elements of each row to its kExponentBins counts (math/moments.h).
-void count_exponents(const Table& table, int64_t column, int64_t* counts);
+void count_exponents(const Table& table, const Chunks& chunks, int64_t column, int64_t* counts);
 
 // The settings of each group of rows, as numbers in the order of the rule's names.
 struct GroupSettings {

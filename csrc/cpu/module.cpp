@@ -49,7 +49,8 @@ double reduce(const PythonTable& table, const std::string& statistic, uintptr_t 
 
 void count_exponents(const PythonTable& table, uintptr_t counts) {
   py::gil_scoped_release release;
-  cpu::count_exponents(table.table("reduce"), table.schema().measured, reinterpret_cast<int64_t*>(counts));
+  const cpu::Chunks chunks(table.table("reduce"));
+  cpu::count_exponents(table.table(), chunks, table.schema().measured, reinterpret_cast<int64_t*>(counts));
 }
 
 void scale(const PythonTable& table, double coefficient) {

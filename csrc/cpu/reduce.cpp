@@ -129,18 +129,4 @@ Result reduce(const std::string& statistic, const Table& table, const Chunks& ch
   return with_statistic(statistic, [&](auto its) { return reduce_table<decltype(its)>(table, chunks, column); });
 }
 
-void count_exponents(const Table& table, int64_t column, int64_t* counts) {
-  for_each_in_parallel(table.rows(), [&](int64_t row) {
-    const Cell& cell = table.cell(row, column);
-    with_type({cell}, [&](auto type) {
-      const auto* values = static_cast<const decltype(type)*>(cell.address);
-      int64_t* const own = counts + row * kExponentBins;
-      for (int64_t i = 0; i < table.numel(row); ++i) {
-        const int bin = exponent_bin(widen(values[i]));
-        if (bin >= 0) ++own[bin];
-      }
-    });
-  });
-}
-
 }  // namespace trainops::cpu
