@@ -3,6 +3,7 @@
 // more with AMSGrad and 8 more with each average. (Those beyond the first read the weights of a chunk again, from a
 // cache.) Arithmetic in float32, or float64 for float64 parameters.
 #include "../core/rules.h"
+#include "codes.cuh"
 #include "control.cuh"
 #include "ema.cuh"
 
@@ -31,13 +32,30 @@ struct Cells {
     for (int i = 0; i < Rule::kStates; ++i) states += at[kState + i].address != nullptr;
     return states;
   }
+
+  __device__ bool have_codes() const {
+    bool found = false;
+#pragma unroll
+    for (int i = 0; i < Rule::kStates; ++i) found |= is_codes(at[kState + i].dtype);
+    return found;
+  }
+
+  // Whether codes of a state have a sign.
+  __device__ static bool is_signed(int i) { return kSignedStates<Rule> >> i & 1u; }
+};
+
+// What the random bits of a row depend on.
+struct RowRandom {
+  Random param, codes;
 };
 
 // What the random bits of a parameter depend on is read anew for each pack: else it would take registers that are
 // scarce.
+__device__ inline Random read_again(const volatile Random& random) { return {random.key, random.origin}; }
+
 template <bool is_special>
-__device__ Weight with_random(Weight weight, const volatile Random& random) {
-  if constexpr (is_special) weight.param.random = {random.key, random.origin};
+__device__ Weight with_random(Weight weight, const RowRandom& random) {
+  if constexpr (is_special) weight.param.random = read_again(random.param);
   return weight;
 }
 
@@ -52,12 +70,14 @@ __device__ Cell average_of(const Row& row, const SharedDecay& ema_decay) {
 template <bool is_special, typename Rule, typename T>
 __device__ void update_pack(const Row& row, const Cells<Rule>& cells, const LaneOffset& offset,
                             const typename Rule::template Scalars<T>& scalars, const SharedDecay& ema_decay,
-                            const volatile Random& random) {
+                            const RowRandom& random) {
   constexpr int count = Cells<Rule>::count;
   Raw raw[count];
 #pragma unroll
   for (int column = 0; column < count; ++column) {
-    if (column != kStep && column != kAverage) raw[column] = fetch<T>(cells.at[column], offset);
+    if (column == kStep || column == kAverage) continue;
+    raw[column] = column < kState ? fetch<T>(cells.at[column], offset)
+                                  : fetch_state<is_special, T>(cells.at[column], row.numel(), offset);
   }
   T param[kPack<T>], grad[kPack<T>];
   const Weight weight = cells.weight();
@@ -67,7 +87,9 @@ __device__ void update_pack(const Row& row, const Cells<Rule>& cells, const Lane
     constexpr int states = decltype(formula)::states;
     T state[kLength<states>][kPack<T>];
 #pragma unroll
-    for (int i = 0; i < states; ++i) unpack(raw[kState + i], cells.at[kState + i].dtype, state[i]);
+    for (int i = 0; i < states; ++i) {
+      unpack_state<is_special, T>(raw[kState + i], cells.at[kState + i].dtype, cells.is_signed(i), state[i]);
+    }
 #pragma unroll
     for (int j = 0; j < kPack<T>; ++j) {
       T own[kLength<states>];
@@ -77,9 +99,11 @@ __device__ void update_pack(const Row& row, const Cells<Rule>& cells, const Lane
 #pragma unroll
       for (int i = 0; i < states; ++i) state[i][j] = own[i];
     }
+    PackBits bits;
+    if (kMayHaveCodes<is_special, T> && cells.have_codes()) bits = {read_again(random.codes), offset.first};
 #pragma unroll
     for (int i = 0; i < states; ++i) {
-      put<T>(cells.at[kState + i], offset, pack(state[i], cells.at[kState + i].dtype));
+      put_state<is_special, T>(cells.at[kState + i], row.numel(), offset, cells.is_signed(i), state[i], bits);
     }
   });
   // Only now, when most registers are free again: all columns at once would spill some. That the reads do not all
@@ -103,22 +127,29 @@ __device__ void update_pack(const Row& row, const Cells<Rule>& cells, const Lane
          ema_pack<is_special>(raw[kAverage], average, offset.first, followed, followed_dtype, ema_weight));
 }
 
+// `exists`: false for a lane that has no element, and helps to find scales.
 template <bool is_special, typename Rule, typename T>
-__device__ void update_one(const Row& row, const Cells<Rule>& cells, int64_t i,
+__device__ void update_one(const Row& row, const Cells<Rule>& cells, int64_t i, bool exists,
                            const typename Rule::template Scalars<T>& scalars, const SharedDecay& ema_decay,
-                           const volatile Random& random) {
+                           const RowRandom& random) {
   const Weight weight = cells.weight();
-  T param = load<T>(weight, i);
-  const T grad = load<T>(cells.at[kGrad], i);
+  T param = exists ? load<T>(weight, i) : T(0);
+  const T grad = exists ? load<T>(cells.at[kGrad], i) : T(0);
   Rule::template with_formula<false>(cells.states(), scalars, [&](auto formula) {
     constexpr int states = decltype(formula)::states;
     T state[kLength<states>];
 #pragma unroll
-    for (int k = 0; k < states; ++k) state[k] = load<T>(cells.at[kState + k], i);
+    for (int k = 0; k < states; ++k) {
+      state[k] = load_state<is_special, T>(cells.at[kState + k], row.numel(), i, cells.is_signed(k), exists);
+    }
     formula(param, grad, state, scalars);
 #pragma unroll
-    for (int k = 0; k < states; ++k) store(cells.at[kState + k], i, state[k]);
+    for (int k = 0; k < states; ++k) {
+      store_state<is_special, T>(cells.at[kState + k], row.numel(), i, cells.is_signed(k), exists, state[k],
+                                 random.codes);
+    }
   });
+  if (!exists) return;
   store<is_special>(with_random<is_special>(weight, random), i, param);
   const Cell average = average_of<is_special>(row, ema_decay);
   if (average.address != nullptr) ema_one<is_special>(average, weight, i, ema_decay.decay);
@@ -126,13 +157,13 @@ __device__ void update_one(const Row& row, const Cells<Rule>& cells, int64_t i,
 
 template <bool is_special, typename Rule, typename T>
 __device__ void update_chunk(const Chunk& chunk, const typename Rule::template Scalars<double>& wide,
-                             const SharedDecay& ema_decay, const volatile Random& random) {
+                             const SharedDecay& ema_decay, const RowRandom& random) {
   const auto scalars = rounded<Rule, T>(wide);
   const Cells<Rule> cells(chunk.row);
   VectorRange<T> range(chunk.begin, chunk.end, kThreads);
 #pragma unroll
   for (int column = 0; column < Cells<Rule>::count; ++column) {
-    if (column != kStep) range.add(column == kAverage ? chunk.row.cell(kAverage) : cells.at[column]);
+    if (column != kStep) range.template add<is_special>(column == kAverage ? chunk.row.cell(kAverage) : cells.at[column]);
   }
   // Beside rows that are special, packs of float64 would need more registers than there are.
   range.close(!is_special || sizeof(T) == 4);
@@ -140,8 +171,11 @@ __device__ void update_chunk(const Chunk& chunk, const typename Rule::template S
     const LaneOffset offset(range, tile, threadIdx.x);
     update_pack<is_special, Rule, T>(chunk.row, cells, offset, scalars, ema_decay, random);
   }
-  for (int64_t i = range.body + threadIdx.x; i < range.end; i += kThreads) {
-    update_one<is_special, Rule, T>(chunk.row, cells, i, scalars, ema_decay, random);
+  // Warps with codes stay whole.
+  const int64_t end = kMayHaveCodes<is_special, T> ? range.end + threadIdx.x % kWarp : range.end;
+  for (int64_t i = range.body + threadIdx.x; i < end; i += kThreads) {
+    const bool exists = !kMayHaveCodes<is_special, T> || i < range.end;
+    update_one<is_special, Rule, T>(chunk.row, cells, i, exists, scalars, ema_decay, random);
   }
 }
 
@@ -177,7 +211,7 @@ struct RowScalars {
 template <typename Rule, bool is_special>
 __global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_constant__ UpdateArgs args) {
   __shared__ RowScalars<Rule> of_slots[2];
-  __shared__ Random randoms[is_special ? 2 : 1];  // of the parameters
+  __shared__ RowRandom randoms[is_special ? 2 : 1];
   __shared__ double coefficient;
   __shared__ SharedDecay ema_decays[kMaxAverages];
   const int64_t* const words = args.words == nullptr ? args.inline_words : args.words;
@@ -208,14 +242,15 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_consta
     }
     if constexpr (is_special) {
       const uint32_t seed = static_cast<uint32_t>(words[kSeed]);
-      randoms[slot] = {random_key(seed, row.words[kFirstPlace], step), static_cast<uint32_t>(row.words[kOrigin])};
+      const Random param = {random_key(seed, row.words[kFirstPlace], step), static_cast<uint32_t>(row.words[kOrigin])};
+      randoms[slot] = {param, random_of_codes(param)};
     }
   };
   // Backwards: after a pass over the gradients for their norm, the last are still in the cache.
   ChunkQueue queue(args.table, args.table.all_chunks, &args.counters->chunks, true, prepare);
   for (Chunk chunk; queue.next(chunk);) {
     const auto& scalars = of_slots[chunk.slot].scalars;
-    const Random& random = randoms[is_special ? chunk.slot : 0];
+    const RowRandom& random = randoms[is_special ? chunk.slot : 0];
     const bool is_updated = !is_buffer(chunk.row);
     if (is_updated && chunk.row.cell(kParam).dtype == DType::float64) {
       update_chunk<is_special, Rule, double>(chunk, scalars, ema_decays[0], random);

@@ -277,7 +277,7 @@ def _guarded_update(table: Any, *args: Any) -> StepResult:
         return _update(table, *args)
 
 
-collect, update = step_operations(_device_type, _guarded_update, takes_codes=False)
+collect, update = step_operations(_device_type, _guarded_update)
 
 
 def _launch_drop_path(**operands: Any) -> None:
