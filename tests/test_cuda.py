@@ -14,6 +14,7 @@ from pathlib import Path
 import cuda_shim
 import pytest
 import torch
+from code_steps import every_step
 from contract import DTYPES, same_bits
 from norms import assert_norm, reduced
 from table_fixtures import NO_PLACES, WORDS
@@ -144,6 +145,7 @@ def everything(dtype, place=lambda x, role: x.clone()):
     """What every kernel makes of such tensors."""
     results = after_steps(dtypes=(dtype,) * 3, place=place)
     results += after_steps_with_averages(dtype, place)
+    results += every_step(DEVICE, dtype, place)
     torch.manual_seed(2)
     results += after_steps_of_other_rules(dtype, place)
     torch.manual_seed(1)
