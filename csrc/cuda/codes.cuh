@@ -1,6 +1,6 @@
-// State of a rule, which may be kept in 8 bits (math/codes.h). The elements of a block are those of neighbouring lanes
-// of a warp: 8 of each lane in packs, one of each where elements go one by one. All lanes of a warp look for a scale
-// together, also those that have no elements.
+// State of a rule, which may be kept in 8 bits (math/codes.h). The elements of a block are those of neighbouring
+// lanes of a warp: 8 of each lane in packs, one of each where elements go one by one. All lanes of a warp look for a
+// scale together, also those that have no elements.
 #pragma once
 
 #include "../core/schema.h"
@@ -24,6 +24,13 @@ constexpr unsigned signed_states() {
 }
 template <typename Rule>
 constexpr unsigned kSignedStates = signed_states<Rule>();
+
+// What the random bits of a row depend on. It is in shared memory, and read anew for each pack: else it would take
+// registers that are scarce.
+struct RowRandom {
+  Random param, codes;
+};
+__device__ inline Random read_again(const volatile Random& random) { return {random.key, random.origin}; }
 
 __device__ inline uint8_t& scale_at(const Cell& cell, int64_t numel, int64_t i) {
   return (static_cast<uint8_t*>(cell.address) + numel)[static_cast<uint64_t>(i) / kCodeBlock];
@@ -88,19 +95,15 @@ __device__ void unpack_codes(const Raw& raw, float (&x)[8]) {
   for (int j = 0; j < 8; ++j) x[j] = Code<is_signed>::decode(words[j / 4] >> (8 * (j % 4)) & 0xffu, first);
 }
 
-// The random bits of a pack, from element `first` on, for all state.
-struct PackBits {
-  uint32_t words[8];
-
-  PackBits() = default;
-  __device__ PackBits(const Random& random, int64_t first) {
+// The random bits of a pack's elements, for all state.
+__device__ inline void random_words(const Random& random, int64_t begin, uint32_t (&words)[8]) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) words[j] = random.word(first + j);
-  }
-};
+  for (int j = 0; j < 8; ++j) words[j] = random.word(begin + j);
+}
 
+// Of elements from `begin` on.
 template <bool is_signed>
-__device__ Raw pack_codes(const float (&x)[8], const PackBits& random) {
+__device__ Raw pack_codes(const float (&x)[8], int64_t begin, const Random& random) {
   int32_t largest = 0;
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
@@ -108,22 +111,22 @@ __device__ Raw pack_codes(const float (&x)[8], const PackBits& random) {
     largest = size > largest ? size : largest;
   }
   const int32_t scale = scale_of_lanes<kCodeBlock / 8>(largest), first = Code<is_signed>::first(scale);
-  uint32_t words[2] = {};
+  uint32_t words[8];
+  random_words(random, begin, words);
+  uint32_t codes[2] = {};
   bool is_odd = false;
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     is_odd |= !(fabsf(x[j]) < INFINITY) || Code<is_signed>::is_odd(x[j], first);
-    words[j / 4] |= Code<is_signed>::encode_even(x[j], first, random.words[j]) << (8 * (j % 4));
+    codes[j / 4] |= Code<is_signed>::encode_even(x[j], first, words[j]) << (8 * (j % 4));
   }
   if (is_odd) {
-    words[0] = words[1] = 0;
+    codes[0] = codes[1] = 0;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      words[j / 4] |= Code<is_signed>::encode(x[j], first, random.words[j]) << (8 * (j % 4));
-    }
+    for (int j = 0; j < 8; ++j) codes[j / 4] |= Code<is_signed>::encode(x[j], first, words[j]) << (8 * (j % 4));
   }
   Raw raw{};
-  raw.halves[0] = {words[0], words[1], static_cast<uint32_t>(scale), 0u};
+  raw.halves[0] = {codes[0], codes[1], static_cast<uint32_t>(scale), 0u};
   return raw;
 }
 
@@ -146,10 +149,12 @@ __device__ void unpack_state(const Raw& raw, DType dtype, bool is_signed, T (&x)
 
 template <bool is_special, typename T>
 __device__ void put_state(const Cell& cell, int64_t numel, const LaneOffset& offset, bool is_signed,
-                          const T (&x)[kPack<T>], const PackBits& random) {
+                          const T (&x)[kPack<T>], const RowRandom& random) {
   if constexpr (kMayHaveCodes<is_special, T>) {
     if (is_codes(cell.dtype)) {
-      return put_codes(cell, numel, offset, is_signed ? pack_codes<true>(x, random) : pack_codes<false>(x, random));
+      const Random its = read_again(random.codes);
+      const Raw raw = is_signed ? pack_codes<true>(x, offset.first, its) : pack_codes<false>(x, offset.first, its);
+      return put_codes(cell, numel, offset, raw);
     }
   }
   put<T>(cell, offset, pack(x, cell.dtype));
@@ -181,11 +186,11 @@ __device__ void store_code(const Cell& cell, int64_t numel, int64_t i, bool exis
 
 template <bool is_special, typename T>
 __device__ void store_state(const Cell& cell, int64_t numel, int64_t i, bool is_signed, bool exists, T x,
-                            const Random& random) {
+                            const RowRandom& random) {
   if constexpr (kMayHaveCodes<is_special, T>) {
     if (is_codes(cell.dtype)) {
-      return is_signed ? store_code<true>(cell, numel, i, exists, x, random)
-                       : store_code<false>(cell, numel, i, exists, x, random);
+      return is_signed ? store_code<true>(cell, numel, i, exists, x, random.codes)
+                       : store_code<false>(cell, numel, i, exists, x, random.codes);
     }
   }
   if (exists) store(cell, i, x);

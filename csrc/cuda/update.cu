@@ -3,69 +3,11 @@
 // more with AMSGrad and 8 more with each average. (Those beyond the first read the weights of a chunk again, from a
 // cache.) Arithmetic in float32, or float64 for float64 parameters.
 #include "../core/rules.h"
-#include "codes.cuh"
+#include "cells.cuh"
 #include "control.cuh"
-#include "ema.cuh"
 
 namespace trainops::cuda {
 namespace {
-
-// A row's cells by column. Those of the step count and of the average stay empty.
-template <typename Rule>
-struct Cells {
-  static constexpr int count = kState + Rule::kStates;
-  Cell at[count];
-
-  __device__ explicit Cells(const Row& row) {
-#pragma unroll
-    for (int column = 0; column < count; ++column) {
-      if (column != kStep && column != kAverage) at[column] = row.cell(column);
-    }
-  }
-
-  __device__ Weight weight() const { return {at[kParam], at[kMaster]}; }
-
-  // The number of state columns that the row has. Optional ones are last.
-  __device__ int states() const {
-    int states = 0;
-#pragma unroll
-    for (int i = 0; i < Rule::kStates; ++i) states += at[kState + i].address != nullptr;
-    return states;
-  }
-
-  __device__ bool have_codes() const {
-    bool found = false;
-#pragma unroll
-    for (int i = 0; i < Rule::kStates; ++i) found |= is_codes(at[kState + i].dtype);
-    return found;
-  }
-
-  // Whether codes of a state have a sign.
-  __device__ static bool is_signed(int i) { return kSignedStates<Rule> >> i & 1u; }
-};
-
-// What the random bits of a row depend on.
-struct RowRandom {
-  Random param, codes;
-};
-
-// What the random bits of a parameter depend on is read anew for each pack: else it would take registers that are
-// scarce.
-__device__ inline Random read_again(const volatile Random& random) { return {random.key, random.origin}; }
-
-template <bool is_special>
-__device__ Weight with_random(Weight weight, const RowRandom& random) {
-  if constexpr (is_special) weight.param.random = read_again(random.param);
-  return weight;
-}
-
-// The first average of a row.
-template <bool is_special>
-__device__ Cell average_of(const Row& row, const SharedDecay& ema_decay) {
-  Cell average = row.cell(kAverage);
-  if constexpr (is_special) average.random = row.random(kAveragePlace, ema_decay.seed);
-  return average;
-}
 
 template <bool is_special, typename Rule, typename T>
 __device__ void update_pack(const Row& row, const Cells<Rule>& cells, const LaneOffset& offset,
@@ -99,11 +41,9 @@ __device__ void update_pack(const Row& row, const Cells<Rule>& cells, const Lane
 #pragma unroll
       for (int i = 0; i < states; ++i) state[i][j] = own[i];
     }
-    PackBits bits;
-    if (kMayHaveCodes<is_special, T> && cells.have_codes()) bits = {read_again(random.codes), offset.first};
 #pragma unroll
     for (int i = 0; i < states; ++i) {
-      put_state<is_special, T>(cells.at[kState + i], row.numel(), offset, cells.is_signed(i), state[i], bits);
+      put_state<is_special, T>(cells.at[kState + i], row.numel(), offset, cells.is_signed(i), state[i], random);
     }
   });
   // Only now, when most registers are free again: all columns at once would spill some. That the reads do not all
@@ -145,8 +85,7 @@ __device__ void update_one(const Row& row, const Cells<Rule>& cells, int64_t i, 
     formula(param, grad, state, scalars);
 #pragma unroll
     for (int k = 0; k < states; ++k) {
-      store_state<is_special, T>(cells.at[kState + k], row.numel(), i, cells.is_signed(k), exists, state[k],
-                                 random.codes);
+      store_state<is_special, T>(cells.at[kState + k], row.numel(), i, cells.is_signed(k), exists, state[k], random);
     }
   });
   if (!exists) return;
@@ -163,7 +102,8 @@ __device__ void update_chunk(const Chunk& chunk, const typename Rule::template S
   VectorRange<T> range(chunk.begin, chunk.end, kThreads);
 #pragma unroll
   for (int column = 0; column < Cells<Rule>::count; ++column) {
-    if (column != kStep) range.template add<is_special>(column == kAverage ? chunk.row.cell(kAverage) : cells.at[column]);
+    if (column != kStep)
+      range.template add<is_special>(column == kAverage ? chunk.row.cell(kAverage) : cells.at[column]);
   }
   // Beside rows that are special, packs of float64 would need more registers than there are.
   range.close(!is_special || sizeof(T) == 4);
@@ -207,12 +147,18 @@ struct RowScalars {
   typename Rule::template Scalars<double> scalars;
 };
 
-// `is_special`: whether some of the table is rounded stochastically.
+// What all rows depend on.
+struct ForRows {
+  const int64_t* words;
+  double coefficient;
+};
+
+// `is_special`: whether some of the table is rounded stochastically, or is 8-bit state.
 template <typename Rule, bool is_special>
 __global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_constant__ UpdateArgs args) {
   __shared__ RowScalars<Rule> of_slots[2];
   __shared__ RowRandom randoms[is_special ? 2 : 1];
-  __shared__ double coefficient;
+  __shared__ ForRows for_rows;
   __shared__ SharedDecay ema_decays[kMaxAverages];
   const int64_t* const words = args.words == nullptr ? args.inline_words : args.words;
   const Decision decision = decide_step(args, words);
@@ -222,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_consta
     ema_decays[i].set(real(words[kEMADecay + i]), static_cast<uint32_t>(words[kEMASeed + i]));
   }
   if (threadIdx.x == kThreads - kWarp) {  // the one that prepares rows: it alone reads this
-    coefficient = decision.coefficient;
+    for_rows = {words, decision.coefficient};
     of_slots[1].group = -1;  // which the first row is compared with
     of_slots[1].step = 0.0;
   }
@@ -238,11 +184,13 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_consta
     if (last.group == group && last.step == step) {
       of_slots[slot] = last;
     } else {
-      of_slots[slot] = {group, step, Rule::scalars(settings_of<Rule>(words, group), step, coefficient)};
+      of_slots[slot] = {group, step,
+                        Rule::scalars(settings_of<Rule>(for_rows.words, group), step, for_rows.coefficient)};
     }
     if constexpr (is_special) {
-      const uint32_t seed = static_cast<uint32_t>(words[kSeed]);
-      const Random param = {random_key(seed, row.words[kFirstPlace], step), static_cast<uint32_t>(row.words[kOrigin])};
+      const uint32_t seed = static_cast<uint32_t>(for_rows.words[kSeed]);
+      const Random param = {random_key(seed, row.words[kFirstPlace], step),
+                            static_cast<uint32_t>(row.words[kOrigin])};
       randoms[slot] = {param, random_of_codes(param)};
     }
   };
