@@ -86,9 +86,13 @@ class CudaModule:
         tensor = torch.zeros(1, dtype=torch.float64 if table.has_float64 else torch.float32)
         names = [column.name for column in core.schema(table.kind, table.averages).columns]
         columns = {name: [None if name == "master" else tensor] * table.rows for name in names}
+        places = []
+        if table.is_special:
+            columns[names[0]] = [tensor.bfloat16()] * table.rows
+            places = [(0, [], 0, True)] * table.rows
         place = {"words": None, "rows": rows, "chunks": chunks, "stream": 0}
         place |= {"chunk_count": chunk_count, "all_chunks": all_chunks}
-        staged = self.module.StagedTable(core.table(table.kind, columns, "cpu"), **place)
+        staged = self.module.StagedTable(core.table(table.kind, columns, "cpu", places=places), **place)
         on = self.fake.streams[torch.device("cuda", table.device_index), stream]
         return (staged, rows, chunks, on), (table, words)
 
