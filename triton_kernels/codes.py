@@ -16,7 +16,7 @@ CODE_BLOCK = tl.constexpr(32)  # elements that share a scale
 MANTISSA, NEXT_CODE = tl.constexpr(20), tl.constexpr(1 << 20)  # bits of float32's that codes lack; one code more
 SMALLEST_SCALE, ROUND_SCALE = tl.constexpr(40), tl.constexpr(0x2FFFFF)
 OF_CODES = tl.constexpr(0x636F6465)
-INFINITE, MAGNITUDE = tl.constexpr(0x7F800000), tl.constexpr(0x7FFFFFFF)
+INFINITE, MAGNITUDE, SIGN = tl.constexpr(0x7F800000), tl.constexpr(0x7FFFFFFF), tl.constexpr(-(2**31))
 
 
 @triton.jit
@@ -53,16 +53,13 @@ def scale_pointers(address, numel, offset, BLOCK: tl.constexpr):
 @triton.jit
 def decode(codes, scales):
     """Numbers of codes. ``scales``: int32, of each block."""
-    its = tl.reshape(codes, [codes.shape[0] // CODE_BLOCK, CODE_BLOCK])
+    its = tl.reshape(codes, [codes.shape[0] // CODE_BLOCK, CODE_BLOCK]).to(tl.int32)
     last: tl.constexpr = 127 if codes.dtype == tl.int8 else 255
-    magnitude = its.to(tl.int32) & last
+    magnitude = its & last
     bits = (magnitude << MANTISSA) + first_of(scales, codes.dtype)
     bits = tl.where(magnitude == 0, 0, bits)
     bits = tl.where(magnitude >= last - 1, INFINITE + ((magnitude & 1) << 22), bits)
-    values = tl.reshape(bits, codes.shape).to(tl.float32, bitcast=True)
-    if codes.dtype == tl.int8:
-        values = tl.where(codes < 0, -values, values)
-    return values
+    return tl.reshape(bits | (its & SIGN), codes.shape).to(tl.float32, bitcast=True)
 
 
 @triton.jit
