@@ -194,7 +194,8 @@ def update_variant(
 ) -> Variant:
     """The update for one combination of types, of the optional state that is ``used``, and of averages.
 
-    ``state``: the type of all state, or that of the first moments and that of the second ones. ``is_random``: parameters and averages in bfloat16 are rounded stochastically.
+    ``state``: the type of all state, or that of the first moments and that of the second ones. ``is_random``:
+    parameters and averages in bfloat16 are rounded stochastically.
     """
     from trainops.triton_kernels.update import update
 

@@ -1,7 +1,7 @@
 """Moments in 8 bits: codes and their scales as numbers, and numbers as codes.
 
-Signed codes are int8 here, others uint8. A tensor of codes holds those of all elements, then the scales, so that no
-column has their address. Blocks of elements begin with a block of codes: a program has all elements that share a scale.
+Signed codes are int8 here, others uint8. A tensor of codes holds those of all elements, then the scales, which have no
+address of their own. A block of elements begins with a block of codes, so that a program has all that share a scale.
 
 Agrees with: ``csrc/math/codes.h``, which says what codes are, and ``trainops/reference_codes.py``.
 """
@@ -48,6 +48,12 @@ def scale_pointers(address, numel, offset, BLOCK: tl.constexpr):
     """Pointers to the scales of a block of elements."""
     scales = (address + numel).to(tl.pointer_type(tl.uint8))
     return scales + (offset // CODE_BLOCK + tl.arange(0, BLOCK // CODE_BLOCK))
+
+
+@triton.jit
+def has_scales(offset, end, BLOCK: tl.constexpr):
+    """Which scales of a block of elements are those of elements before the end."""
+    return tl.arange(0, BLOCK // CODE_BLOCK) * CODE_BLOCK < (end - offset).to(tl.int32)
 
 
 @triton.jit
@@ -108,8 +114,7 @@ def load_state(
         codes = load(address, offset, end, DTYPE, DTYPE, BLOCK, MASKED)
         pointers = scale_pointers(address, numel, offset, BLOCK)
         if MASKED:
-            begins = offset + CODE_BLOCK * tl.arange(0, BLOCK // CODE_BLOCK)
-            scales = tl.load(pointers, mask=begins < end, other=SMALLEST_SCALE)
+            scales = tl.load(pointers, mask=has_scales(offset, end, BLOCK), other=SMALLEST_SCALE)
         else:
             scales = tl.load(pointers)
         return decode(codes, scales.to(tl.int32))
@@ -127,8 +132,7 @@ def store_state(
         store_as_is(address, offset, end, codes, BLOCK, MASKED)
         pointers = scale_pointers(address, numel, offset, BLOCK)
         if MASKED:
-            begins = offset + CODE_BLOCK * tl.arange(0, BLOCK // CODE_BLOCK)
-            tl.store(pointers, scales.to(tl.uint8), mask=begins < end)
+            tl.store(pointers, scales.to(tl.uint8), mask=has_scales(offset, end, BLOCK))
         else:
             tl.store(pointers, scales.to(tl.uint8))
     elif DTYPE is not None:
