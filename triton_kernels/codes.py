@@ -1,7 +1,7 @@
 """Moments in 8 bits: codes and their scales as numbers, and numbers as codes.
 
-Signed codes are int8 here, others uint8. A tensor of codes holds those of all elements, then the scales, which have no
-address of their own. A block of elements begins with a block of codes, so that a program has all that share a scale.
+Signed codes are int8 here, others uint8. A tensor of codes holds those of all elements, then the scales. A block of
+elements begins with a block of codes, so that a program has all elements that share a scale.
 
 Agrees with: ``csrc/math/codes.h``, which says what codes are, and ``trainops/reference_codes.py``.
 """
@@ -37,6 +37,15 @@ def random_words(random, offset, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def random_bits_of(words, DTYPE: tl.constexpr):
+    """As many bits as codes lack of a mantissa, int32, for each element, from a word that serves both kinds of code."""
+    if DTYPE == tl.int8:
+        return (words >> (32 - MANTISSA)).to(tl.int32)
+    else:
+        return (words & (NEXT_CODE - 1)).to(tl.int32)
+
+
+@triton.jit
 def first_of(scales, DTYPE: tl.constexpr):
     """The bits of code 0 in blocks of these scales, were it no zero; one in a row for each block."""
     octaves: tl.constexpr = 15 if DTYPE == tl.int8 else 31
@@ -69,8 +78,8 @@ def decode(codes, scales):
 
 
 @triton.jit
-def encode(values, words, DTYPE: tl.constexpr):
-    """Codes of type ``DTYPE``, and scales, of a block of float32 numbers. ``words``: of :func:`random_words`.
+def encode(values, random, DTYPE: tl.constexpr):
+    """Codes of type ``DTYPE``, and scales, of a block of float32 numbers. ``random``: of :func:`random_bits_of`.
 
     What lies beyond the end of a tensor is 0 or NaN, and neither makes a scale larger.
     """
@@ -78,17 +87,15 @@ def encode(values, words, DTYPE: tl.constexpr):
     rows: tl.constexpr = [BLOCK // CODE_BLOCK, CODE_BLOCK]
     last: tl.constexpr = 127 if DTYPE == tl.int8 else 255
     bits = tl.reshape(values.to(tl.int32, bitcast=True), rows)
-    words = tl.reshape(words, rows)
+    random = tl.reshape(random, rows)
     size = bits & MAGNITUDE
     finite = tl.where(size < INFINITE, size, 0)
     scales = tl.maximum((tl.max(finite, axis=1) + ROUND_SCALE) >> 23, SMALLEST_SCALE)
     first = first_of(scales, DTYPE)
     if DTYPE == tl.int8:
-        random = (words >> (32 - MANTISSA)).to(tl.int32)
         unit = (first + NEXT_CODE - (MANTISSA << 23)).to(tl.float32, bitcast=True)
         is_up = finite > (random.to(tl.float32) * unit).to(tl.int32, bitcast=True)
     else:
-        random = (words & (NEXT_CODE - 1)).to(tl.int32)
         is_up = finite > 0
     codes = tl.where(finite < first + NEXT_CODE, is_up.to(tl.int32), (finite + random - first) >> MANTISSA)
     codes = tl.where(size == INFINITE, last - 1, codes)
@@ -128,7 +135,7 @@ def store_state(
 ):
     """Write one block of state, if there is such a column (``DTYPE``). ``words``: of :func:`random_words`."""
     if DTYPE == tl.int8 or DTYPE == tl.uint8:
-        codes, scales = encode(values, words, DTYPE)
+        codes, scales = encode(values, random_bits_of(words, DTYPE), DTYPE)
         store_as_is(address, offset, end, codes, BLOCK, MASKED)
         pointers = scale_pointers(address, numel, offset, BLOCK)
         if MASKED:
