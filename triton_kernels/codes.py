@@ -38,7 +38,7 @@ def random_words(random, offset, BLOCK: tl.constexpr):
 
 @triton.jit
 def random_bits_of(words, DTYPE: tl.constexpr):
-    """As many bits as codes lack of a mantissa, int32, for each element, from a word that serves both kinds of code."""
+    """As many bits as codes lack of a mantissa, as int32, from words that serve both kinds of code."""
     if DTYPE == tl.int8:
         return (words >> (32 - MANTISSA)).to(tl.int32)
     else:

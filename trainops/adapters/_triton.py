@@ -15,7 +15,7 @@ from ._device import Section, stage
 # Types of columns that PyTorch has no name for (``csrc/core/table.h``), and those in which their elements lie.
 STOCHASTIC = "stochastic"  # rounded stochastically
 CODES = {"signed_codes": torch.int8, "unsigned_codes": torch.uint8}
-OF_ELEMENTS = {STOCHASTIC: torch.bfloat16, **CODES}
+OF_ELEMENTS: dict[Any, torch.dtype] = {STOCHASTIC: torch.bfloat16, **CODES}
 
 
 def interpreted() -> bool:
