@@ -20,6 +20,7 @@ from norms import assert_norm, reduced
 from table_fixtures import NO_PLACES, WORDS
 from targets import SHIM, Target, thorough
 from torch import nn
+from training import at_offset
 
 import trainops
 from trainops import core
@@ -36,11 +37,6 @@ STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 def randn(shape, dtype, device=DEVICE):
     return torch.randn(shape).to(device, dtype)
-
-
-def at_offset(x, offset):
-    """A copy of ``x`` that begins so many elements into its memory."""
-    return torch.cat((x.new_zeros(offset), x.flatten()))[offset:].view(x.shape)
 
 
 def make_step(dtypes=(torch.float32,) * 3, place=lambda x, role: x.clone(), device=DEVICE, **options):

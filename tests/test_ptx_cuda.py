@@ -9,8 +9,9 @@ import torch
 from contract import same_bits
 from ptx_fixtures import ARCHITECTURES, backend
 from targets import Target, thorough
-from test_cuda import MIXED, after_steps, at_offset, everything, make_step
+from test_cuda import MIXED, after_steps, everything, make_step
 from torch import nn
+from training import at_offset
 
 import trainops
 from trainops import adapters

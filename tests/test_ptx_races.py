@@ -13,8 +13,9 @@ from ptx.backend import api_of_torch, see_tensors
 from ptx_fixtures import backend
 from scratch import ROOT
 from targets import Target, thorough
-from test_cuda import after_steps, after_steps_with_averages, at_offset, everything, make_step, with_rows
+from test_cuda import after_steps, after_steps_with_averages, everything, make_step, with_rows
 from torch import nn
+from training import at_offset
 
 import trainops
 from trainops import core

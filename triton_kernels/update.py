@@ -16,11 +16,12 @@ import triton.language as tl
 from trainops import core
 
 from ._common import ADDRESSES, AVERAGE_PLACE, FIRST_PLACE, GROUP, NUMEL, chunk_of, end_of_body
+from .codes import load_state, random_of_codes, random_words, store_state
 from .control import EMA_DECAY, EMA_SEED, GROUPS, SEED, decide, judge
 from .ema import move
 from .random import random_of, random_of_param
 from .reduce import chunks_of_row, result_of
-from .storage import load, load_weight, real, store, store_weight
+from .storage import load, load_weight, real, store_weight
 
 PARAM, GRAD, AVERAGE, STEP, MASTER = (
     tl.constexpr(core.step_columns[name]) for name in ("param", "grad", "average", "step", "master")
@@ -148,6 +149,7 @@ def update(
     STATE1_TYPE: tl.constexpr,
     STATE2_TYPE: tl.constexpr,
     STOCHASTIC: tl.constexpr,  # bits: of the parameter, and of each average
+    CODES: tl.constexpr,  # whether some of the state is codes
     FURTHER: tl.constexpr,  # the column of the second average
     WIDE: tl.constexpr,
     WORDS: tl.constexpr,
@@ -164,7 +166,8 @@ def update(
     if begin == 0:
         step = tl.load(addresses + STEP).to(tl.pointer_type(tl.float32))
         tl.store(step, tl.load(row_scalars + NEW_STEP).to(tl.float32))
-    end = tl.minimum(begin + CHUNK, tl.load(words + NUMEL))
+    numel = tl.load(words + NUMEL)
+    end = tl.minimum(begin + CHUNK, numel)
     param_address, grad_address = tl.load(addresses + PARAM), tl.load(addresses + GRAD)
     address_bits, average_address = param_address | grad_address, tl.load(addresses + AVERAGE)
     address_bits |= average_address
@@ -198,6 +201,9 @@ def update(
     random = None
     if STOCHASTIC % 2 != 0:
         random = random_of_param(words, FIRST_PLACE, settings + SEED, tl.load(row_scalars + NEW_STEP))
+    of_codes = None
+    if CODES:
+        of_codes = random_of_codes(words, FIRST_PLACE, settings + SEED, tl.load(row_scalars + NEW_STEP))
     random1 = random_of_average(words, settings, 0, STOCHASTIC)
     random2 = random_of_average(words, settings, 1, STOCHASTIC)
     random3 = random_of_average(words, settings, 2, STOCHASTIC)
@@ -206,19 +212,17 @@ def update(
     for MASKED in tl.static_range(2):
         for offset in range(body if MASKED else begin, end if MASKED else body, BLOCK):
             grad = load(grad_address, offset, end, GRAD_TYPE, WIDE, BLOCK, MASKED)
-            state0 = load(state0_address, offset, end, STATE0_TYPE, WIDE, BLOCK, MASKED)
-            state1 = load(state1_address, offset, end, STATE1_TYPE, WIDE, BLOCK, MASKED)
+            state0 = load_state(state0_address, numel, offset, end, STATE0_TYPE, WIDE, BLOCK, MASKED)
+            state1 = load_state(state1_address, numel, offset, end, STATE1_TYPE, WIDE, BLOCK, MASKED)
             param = load_weight(
                 param_address, master_address, offset, end, PARAM_TYPE, MASTER_TYPE, WIDE, BLOCK, MASKED
             )
-            state2 = load(state2_address, offset, end, STATE2_TYPE, WIDE, BLOCK, MASKED)
+            state2 = load_state(state2_address, numel, offset, end, STATE2_TYPE, WIDE, BLOCK, MASKED)
             state0, state1, state2 = NEW_STATE(param, grad, state0, state1, state2, rule_scalars)
-            if STATE0_TYPE is not None:
-                store(state0_address, offset, end, state0, STATE0_TYPE, BLOCK, MASKED)
-            if STATE1_TYPE is not None:
-                store(state1_address, offset, end, state1, STATE1_TYPE, BLOCK, MASKED)
-            if STATE2_TYPE is not None:
-                store(state2_address, offset, end, state2, STATE2_TYPE, BLOCK, MASKED)
+            bits = random_words(of_codes, offset, BLOCK)
+            store_state(state0_address, numel, offset, end, state0, STATE0_TYPE, bits, BLOCK, MASKED)
+            store_state(state1_address, numel, offset, end, state1, STATE1_TYPE, bits, BLOCK, MASKED)
+            store_state(state2_address, numel, offset, end, state2, STATE2_TYPE, bits, BLOCK, MASKED)
             param = NEW_PARAM(param, state0, state1, state2, rule_scalars)
             weight = store_weight(
                 param_address, master_address, offset, end, param, PARAM_TYPE, MASTER_TYPE, random, BLOCK, MASKED
