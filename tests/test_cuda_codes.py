@@ -6,7 +6,8 @@ from code_steps import CASES, SHAPES, over_cases, take_steps
 from contract import same_values
 from surroundings import MARGIN, Surrounded
 from targets import over
-from test_cuda import DEVICE, SHIM, at_offset, needs_shim
+from test_cuda import DEVICE
+from training import at_offset
 
 PLACES = {
     "aligned": lambda x, role: x.clone(),
