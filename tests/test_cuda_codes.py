@@ -1,8 +1,6 @@
 """8-bit state in the CUDA kernels: the same bits as on the CPU, wherever the codes lie."""
 
-import pytest
-import torch
-from code_steps import CASES, SHAPES, over_cases, take_steps
+from code_steps import SHAPES, over_cases, take_steps
 from contract import same_values
 from surroundings import MARGIN, Surrounded
 from targets import over

@@ -19,8 +19,7 @@ from training import at_offset
 
 import trainops
 from trainops import core
-from trainops.adapters import cuda as adapter
-from trainops.adapters import select
+from trainops.adapters import _cuda_memory, select
 
 
 @pytest.fixture
@@ -56,7 +55,7 @@ def test_few_blocks_at_a_time(cuda, resident):
         true = [x for work in every for x in work(cuda)]
     with cuda.active(), cuda.machine.schedule(resident=resident, seed=resident, races=True):
         results = [x for work in every for x in work(cuda)]
-        assert all(scratch[0].eq(0).all() for scratch in adapter._scratches.values())
+        assert all(scratch[0].eq(0).all() for scratch in _cuda_memory.scratches.values())
     assert all(map(same_bits, results, true))
 
 
@@ -370,5 +369,5 @@ def test_a_grid_one_block_short(cuda, missing):
         averages, others = ([torch.full((100_000,), x)] for x in (1.0, 2.0))
         trainops.ema_update_(averages, others, 0.5, backend="cuda")
         assert averages[0].eq(1.5).all()
-        (scratch,) = adapter._scratches.values()
+        (scratch,) = _cuda_memory.scratches.values()
         assert bool(scratch.counter_words.eq(0).all()) == (missing == 0)

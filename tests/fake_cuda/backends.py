@@ -14,7 +14,7 @@ import torch
 from targets import SHIM, TARGETS
 
 from trainops import adapters, background, copies, core, graphs, plain, uploads
-from trainops.adapters import _triton, cuda, triton
+from trainops.adapters import _cuda_memory, _triton, cuda, triton
 from trainops.uploads import Recent
 
 from . import DeviceTensor, FakeCuda
@@ -140,7 +140,7 @@ def fake_devices(monkeypatch):
 
     monkeypatch.setattr(plain, "_has_function_modes", lambda: False)  # the fake is one, and no onlooker
     monkeypatch.setattr(cuda, "_cuda", CudaModule(fake, cuda._cuda))
-    monkeypatch.setattr(cuda, "_scratches", Recent(32))
+    monkeypatch.setattr(_cuda_memory, "scratches", Recent(32))
     forget_uploads(fake, monkeypatch)
     monkeypatch.setattr(triton, "refusal", lambda device: "" if device.type == "cuda" else "it takes CUDA tensors")
     monkeypatch.setattr(_triton, "launch", functools.partial(launch_triton, fake, _triton.launch))
