@@ -102,8 +102,8 @@ __device__ void update_chunk(const Chunk& chunk, const typename Rule::template S
   VectorRange<T> range(chunk.begin, chunk.end, kThreads);
 #pragma unroll
   for (int column = 0; column < Cells<Rule>::count; ++column) {
-    if (column != kStep)
-      range.template add<is_special>(column == kAverage ? chunk.row.cell(kAverage) : cells.at[column]);
+    if (column == kStep) continue;
+    range.template add<is_special>(column == kAverage ? chunk.row.cell(kAverage) : cells.at[column]);
   }
   // Beside rows that are special, packs of float64 would need more registers than there are.
   range.close(!is_special || sizeof(T) == 4);
@@ -111,10 +111,11 @@ __device__ void update_chunk(const Chunk& chunk, const typename Rule::template S
     const LaneOffset offset(range, tile, threadIdx.x);
     update_pack<is_special, Rule, T>(chunk.row, cells, offset, scalars, ema_decay, random);
   }
-  // Warps with codes stay whole.
-  const int64_t end = kMayHaveCodes<is_special, T> ? range.end + threadIdx.x % kWarp : range.end;
+  // Where a warp looks for scales, lanes behind the last element take part.
+  constexpr bool may_have_codes = kMayHaveCodes<is_special, T>;
+  const int64_t end = may_have_codes ? range.end + threadIdx.x % kWarp : range.end;
   for (int64_t i = range.body + threadIdx.x; i < end; i += kThreads) {
-    const bool exists = !kMayHaveCodes<is_special, T> || i < range.end;
+    const bool exists = !may_have_codes || i < range.end;
     update_one<is_special, Rule, T>(chunk.row, cells, i, exists, scalars, ema_decay, random);
   }
 }
