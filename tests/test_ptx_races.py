@@ -6,6 +6,7 @@ import pytest
 import test_stochastic_averages
 import test_stochastic_rounding
 import torch
+from code_steps import every_step
 from contract import same_bits
 from exact import STATISTICS
 from ptx import build
@@ -180,6 +181,11 @@ def stochastic_steps():
     return [*few, *test_stochastic_rounding.mixed_steps(Target("cuda", "cpu"), 1, shapes=((3, 4099),))]
 
 
+def steps_of_codes():
+    """Of blocks that several lanes share, in packs and one by one."""
+    return every_step("cpu", torch.bfloat16, lambda x, role: x.clone())
+
+
 def stochastic_averages():
     """A variant of the kernel of averages."""
     model, ema = test_stochastic_averages.make(Target("cuda", "cpu"), shapes=((100,),) * 20)
@@ -194,6 +200,7 @@ WORK = {
         *guarded_steps(),
         *after_steps_with_averages(torch.float32),
         *stochastic_steps(),
+        *steps_of_codes(),
     ],
     "reduce": norms,
     "drop_path_backward": drop_paths,
