@@ -1,7 +1,7 @@
 // A step of any rule (math/adamw.h) with clipping, unscaling, skipping and averages (math/ema.h), in one launch:
 // every column is read and, where it is written, written once. With AdamW in float32, that is 28 bytes per element, 8
 // more with AMSGrad and 8 more with each average. (Those beyond the first read the weights of a chunk again, from a
-// cache.) Arithmetic in float32, or float64 for float64 parameters.
+// cache.) A moment in 8 bits has 2.06 in place of 8. Arithmetic in float32, or float64 for float64 parameters.
 #include "../core/rules.h"
 #include "cells.cuh"
 #include "control.cuh"
@@ -154,7 +154,7 @@ struct ForRows {
   double coefficient;
 };
 
-// `is_special`: whether some of the table is rounded stochastically, or is 8-bit state.
+// `is_special`: whether some of the table is rounded stochastically, or holds codes.
 template <typename Rule, bool is_special>
 __global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_constant__ UpdateArgs args) {
   __shared__ RowScalars<Rule> of_slots[2];
