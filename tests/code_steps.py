@@ -33,7 +33,7 @@ def gradients(shape, dtype, seed, are_finite):
     if len(its) > 300:
         its[260] = 1e-30
     if len(its) > 300 and seed % 2 and not are_finite:
-        its[200], its[201], its[202] = torch.inf, torch.nan, -torch.inf
+        its[200], its[210], its[220] = torch.inf, torch.nan, -torch.inf  # in packs of their own
     return x.to(dtype)
 
 
