@@ -95,10 +95,10 @@ __device__ void unpack_codes(const Raw& raw, float (&x)[8]) {
   for (int j = 0; j < 8; ++j) x[j] = Code<is_signed>::decode(words[j / 4] >> (8 * (j % 4)) & 0xffu, first);
 }
 
-// The random bits of a pack's elements, for all state.
-__device__ inline void random_words(const Random& random, int64_t begin, uint32_t (&words)[8]) {
+// The words of random bits of a pack, one for each pair of elements.
+__device__ inline void random_words(const Random& random, int64_t begin, uint32_t (&words)[4]) {
 #pragma unroll
-  for (int j = 0; j < 8; ++j) words[j] = random.word(begin + j);
+  for (int j = 0; j < 4; ++j) words[j] = word_of_codes(random, begin + 2 * j);
 }
 
 // Of elements from `begin` on.
@@ -111,19 +111,23 @@ __device__ Raw pack_codes(const float (&x)[8], int64_t begin, const Random& rand
     largest = size > largest ? size : largest;
   }
   const int32_t scale = scale_of_lanes<kCodeBlock / 8>(largest), first = Code<is_signed>::first(scale);
-  uint32_t words[8];
+  uint32_t words[4];
   random_words(random, begin, words);
   uint32_t codes[2] = {};
   bool is_odd = false;
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
+    const int32_t its = Code<is_signed>::random(words[j / 2], j);
     is_odd |= !(fabsf(x[j]) < INFINITY) || Code<is_signed>::is_odd(x[j], first);
-    codes[j / 4] |= Code<is_signed>::encode_even(x[j], first, words[j]) << (8 * (j % 4));
+    codes[j / 4] |= Code<is_signed>::encode_even(x[j], first, its) << (8 * (j % 4));
   }
   if (is_odd) {
     codes[0] = codes[1] = 0;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) codes[j / 4] |= Code<is_signed>::encode(x[j], first, words[j]) << (8 * (j % 4));
+    for (int j = 0; j < 8; ++j) {
+      const int32_t its = Code<is_signed>::random(words[j / 2], j);
+      codes[j / 4] |= Code<is_signed>::encode(x[j], first, its) << (8 * (j % 4));
+    }
   }
   Raw raw{};
   raw.halves[0] = {codes[0], codes[1], static_cast<uint32_t>(scale), 0u};
@@ -179,8 +183,9 @@ template <bool is_signed>
 __device__ void store_code(const Cell& cell, int64_t numel, int64_t i, bool exists, float x, const Random& random) {
   const int32_t scale = scale_of_lanes<kCodeBlock>(exists ? finite_size(x) : 0);
   if (!exists) return;
-  static_cast<uint8_t*>(cell.address)[i] =
-      static_cast<uint8_t>(Code<is_signed>::encode(x, Code<is_signed>::first(scale), random.word(i)));
+  const int32_t its = Code<is_signed>::random(word_of_codes(random, i), i);
+  const uint32_t code = Code<is_signed>::encode(x, Code<is_signed>::first(scale), its);
+  static_cast<uint8_t*>(cell.address)[i] = static_cast<uint8_t>(code);
   if (i % kCodeBlock == 0) scale_at(cell, numel, i) = static_cast<uint8_t>(scale);
 }
 
