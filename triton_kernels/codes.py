@@ -120,7 +120,7 @@ def load_state(
     if DTYPE == tl.int8 or DTYPE == tl.uint8:
         codes = load(address, offset, end, DTYPE, DTYPE, BLOCK, MASKED)
         pointers = scale_pointers(address, numel, offset, BLOCK)
-        if MASKED:
+        if MASKED != 0:
             scales = tl.load(pointers, mask=has_scales(offset, end, BLOCK), other=SMALLEST_SCALE)
         else:
             scales = tl.load(pointers)
@@ -138,7 +138,7 @@ def store_state(
         codes, scales = encode(values, random_bits_of(words, DTYPE), DTYPE)
         store_as_is(address, offset, end, codes, BLOCK, MASKED)
         pointers = scale_pointers(address, numel, offset, BLOCK)
-        if MASKED:
+        if MASKED != 0:
             tl.store(pointers, scales.to(tl.uint8), mask=has_scales(offset, end, BLOCK))
         else:
             tl.store(pointers, scales.to(tl.uint8))

@@ -1,7 +1,8 @@
 """Reads and writes elements, in the type of each tensor (``csrc/math/storage.h``).
 
 Where all addresses of a row are multiples of 16 bytes, whole blocks are read and written without a mask, which lets
-the compiler use 16-byte accesses; the rest goes through a mask. Both do the same arithmetic.
+the compiler use 16-byte accesses; the rest goes through a mask. Both do the same arithmetic. ``MASKED`` is 0 without a
+mask, 1 with one, and 2 where indices within a block take 32 bits: fewer registers, for kernels that have none to spare.
 """
 
 import triton
@@ -21,15 +22,21 @@ HALF_OF_BFLOAT16 = tl.constexpr(0x8000)
 def elements(address, offset, DTYPE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """Pointers to one block. Their alignment must be stated where it is known."""
     pointer = address.to(tl.pointer_type(DTYPE))
-    if not MASKED:
+    if MASKED == 0:
         pointer = tl.multiple_of(pointer, 16)
-    return pointer + (offset + tl.arange(0, BLOCK))
+    if MASKED == 2:
+        return pointer + offset + tl.arange(0, BLOCK)
+    else:
+        return pointer + (offset + tl.arange(0, BLOCK))
 
 
 @triton.jit
-def inside(offset, end, BLOCK: tl.constexpr):
-    """Which elements of a block are before the end: asked in 32 bits, which take fewer registers."""
-    return tl.arange(0, BLOCK) < (end - offset).to(tl.int32)
+def inside(offset, end, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """Which elements of a block are before the end."""
+    if MASKED == 2:
+        return tl.arange(0, BLOCK) < (end - offset).to(tl.int32)
+    else:
+        return offset + tl.arange(0, BLOCK) < end
 
 
 @triton.jit
@@ -47,8 +54,8 @@ def load(
         return None
     else:
         pointers = elements(address, offset, DTYPE, BLOCK, MASKED)
-        if MASKED:
-            values = tl.load(pointers, mask=inside(offset, end, BLOCK), other=0)
+        if MASKED != 0:
+            values = tl.load(pointers, mask=inside(offset, end, BLOCK, MASKED), other=0)
         else:
             values = tl.load(pointers)
         return values.to(WIDE)
@@ -86,8 +93,8 @@ def store_rounded(
 def store_as_is(address, offset, end, values, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """Write one block of values, which have the type of the tensor."""
     pointers = elements(address, offset, values.dtype, BLOCK, MASKED)
-    if MASKED:
-        tl.store(pointers, values, mask=inside(offset, end, BLOCK))
+    if MASKED != 0:
+        tl.store(pointers, values, mask=inside(offset, end, BLOCK, MASKED))
     else:
         tl.store(pointers, values)
 

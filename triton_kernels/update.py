@@ -195,6 +195,7 @@ def update(
         address_bits |= average4_address
     body = end_of_body(begin, end, address_bits, BLOCK)
 
+    MASK: tl.constexpr = 2 if CODES else 1
     rule_scalars = LOAD_SCALARS(row_scalars + RULE_SCALARS, tl.load(coefficient), WIDE)
     decay, decay2 = real(tl.load(settings + EMA_DECAY)), real(tl.load(settings + EMA_DECAY + 1))
     decay3, decay4 = real(tl.load(settings + EMA_DECAY + 2)), real(tl.load(settings + EMA_DECAY + 3))
@@ -209,8 +210,8 @@ def update(
     random3 = random_of_average(words, settings, 2, STOCHASTIC)
     random4 = random_of_average(words, settings, 3, STOCHASTIC)
 
-    for MASKED in tl.static_range(2):
-        for offset in range(body if MASKED else begin, end if MASKED else body, BLOCK):
+    for MASKED in tl.static_range(0, MASK + 1, MASK):
+        for offset in range(body if MASKED != 0 else begin, end if MASKED != 0 else body, BLOCK):
             grad = load(grad_address, offset, end, GRAD_TYPE, WIDE, BLOCK, MASKED)
             state0 = load_state(state0_address, numel, offset, end, STATE0_TYPE, WIDE, BLOCK, MASKED)
             state1 = load_state(state1_address, numel, offset, end, STATE1_TYPE, WIDE, BLOCK, MASKED)
