@@ -1,8 +1,8 @@
 """Reads and writes elements, in the type of each tensor (``csrc/math/storage.h``).
 
 Where all addresses of a row are multiples of 16 bytes, whole blocks are read and written without a mask, which lets
-the compiler use 16-byte accesses; the rest goes through a mask. Both do the same arithmetic. ``MASKED`` is 0 without a
-mask, 1 with one, and 2 where indices within a block take 32 bits: fewer registers, for kernels that have none to spare.
+the compiler use 16-byte accesses; the rest goes through a mask. Both do the same arithmetic. ``MASKED`` is 0 without
+a mask, 1 with one, and 2 where the indices of a block take 32 bits, which saves registers.
 """
 
 import triton
