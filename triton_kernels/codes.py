@@ -62,7 +62,7 @@ def scale_pointers(address, numel, offset, BLOCK: tl.constexpr):
 @triton.jit
 def has_scales(offset, end, BLOCK: tl.constexpr):
     """Which scales of a block of elements are those of elements before the end."""
-    return tl.arange(0, BLOCK // CODE_BLOCK) * CODE_BLOCK < (end - offset).to(tl.int32)
+    return offset + tl.arange(0, BLOCK // CODE_BLOCK) * CODE_BLOCK < end
 
 
 @triton.jit
@@ -120,7 +120,7 @@ def load_state(
     if DTYPE == tl.int8 or DTYPE == tl.uint8:
         codes = load(address, offset, end, DTYPE, DTYPE, BLOCK, MASKED)
         pointers = scale_pointers(address, numel, offset, BLOCK)
-        if MASKED != 0:
+        if MASKED:
             scales = tl.load(pointers, mask=has_scales(offset, end, BLOCK), other=SMALLEST_SCALE)
         else:
             scales = tl.load(pointers)
@@ -138,7 +138,7 @@ def store_state(
         codes, scales = encode(values, random_bits_of(words, DTYPE), DTYPE)
         store_as_is(address, offset, end, codes, BLOCK, MASKED)
         pointers = scale_pointers(address, numel, offset, BLOCK)
-        if MASKED != 0:
+        if MASKED:
             tl.store(pointers, scales.to(tl.uint8), mask=has_scales(offset, end, BLOCK))
         else:
             tl.store(pointers, scales.to(tl.uint8))

@@ -1,8 +1,7 @@
 """Reads and writes elements, in the type of each tensor (``csrc/math/storage.h``).
 
 Where all addresses of a row are multiples of 16 bytes, whole blocks are read and written without a mask, which lets
-the compiler use 16-byte accesses; the rest goes through a mask. Both do the same arithmetic. ``MASKED`` is 0 without
-a mask, 1 with one, and 2 where the indices of a block take 32 bits, which saves registers.
+the compiler use 16-byte accesses; the rest goes through a mask. Both do the same arithmetic.
 """
 
 import triton
@@ -22,21 +21,9 @@ HALF_OF_BFLOAT16 = tl.constexpr(0x8000)
 def elements(address, offset, DTYPE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """Pointers to one block. Their alignment must be stated where it is known."""
     pointer = address.to(tl.pointer_type(DTYPE))
-    if MASKED == 0:
+    if not MASKED:
         pointer = tl.multiple_of(pointer, 16)
-    if MASKED == 2:
-        return pointer + offset + tl.arange(0, BLOCK)
-    else:
-        return pointer + (offset + tl.arange(0, BLOCK))
-
-
-@triton.jit
-def inside(offset, end, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """Which elements of a block are before the end."""
-    if MASKED == 2:
-        return tl.arange(0, BLOCK) < (end - offset).to(tl.int32)
-    else:
-        return offset + tl.arange(0, BLOCK) < end
+    return pointer + (offset + tl.arange(0, BLOCK))
 
 
 @triton.jit
@@ -54,8 +41,8 @@ def load(
         return None
     else:
         pointers = elements(address, offset, DTYPE, BLOCK, MASKED)
-        if MASKED != 0:
-            values = tl.load(pointers, mask=inside(offset, end, BLOCK, MASKED), other=0)
+        if MASKED:
+            values = tl.load(pointers, mask=offset + tl.arange(0, BLOCK) < end, other=0)
         else:
             values = tl.load(pointers)
         return values.to(WIDE)
@@ -93,8 +80,8 @@ def store_rounded(
 def store_as_is(address, offset, end, values, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """Write one block of values, which have the type of the tensor."""
     pointers = elements(address, offset, values.dtype, BLOCK, MASKED)
-    if MASKED != 0:
-        tl.store(pointers, values, mask=inside(offset, end, BLOCK, MASKED))
+    if MASKED:
+        tl.store(pointers, values, mask=offset + tl.arange(0, BLOCK) < end)
     else:
         tl.store(pointers, values)
 
