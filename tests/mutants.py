@@ -199,8 +199,8 @@ C_PLUS_PLUS = [
         tests_of("tables", "adamw_types", k="cpu"),
         {
             "cpu: exp_avg_sq written to exp_avg": (
-                "store(row.state[i], begin, size, state[i]);",
-                "store(row.state[0], begin, size, state[i]);",
+                "cpu::store(row.state[i], begin, size, columns[i]);",
+                "cpu::store(row.state[0], begin, size, columns[i]);",
             ),
         },
     ),
@@ -209,10 +209,8 @@ C_PLUS_PLUS = [
         CPU_EMA,
         {
             "cpu: EMA before the update, too": (
-                "    M* state[kLength<Rule::kStates>];\n",
-                "    if (row.average.dtype != DType::none)\n"
-                "      ema_tile(row.average, row.weight, begin, size, ema_decay);\n"
-                "    M* state[kLength<Rule::kStates>];\n",
+                "    state.load(row, begin, size);\n",
+                "    move_averages(row, begin, size, ema_decays);\n    state.load(row, begin, size);\n",
             ),
             "cpu: EMA forgotten": ("if (row.average[i].dtype != DType::none) ema_tile", "if (false) ema_tile"),
         },

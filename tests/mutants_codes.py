@@ -20,8 +20,8 @@ CODES = [
             "codes: a small second moment becomes zero": ("is_up = size > 0\n", "is_up = size < 0\n"),
             "codes: an infinity is not known": ("torch.where(magnitude == code.last - 1, torch.inf, value)", "value"),
             "codes: second moments take the bits of first ones": (
-                "(words >> 12) if code.is_signed else",
-                "(words >> 12) if True else",
+                "odd.bool() == code.is_signed",
+                "odd.bool()",
             ),
         },
     ),
@@ -86,12 +86,20 @@ CODES = [
         "csrc/cpu/codes.cpp",
         CPU,
         {
-            "codes: a block with a NaN is taken for any other": ("if (is_odd == 0) continue;", "continue;"),
-            "codes: the last block's random bits": (
-                "std::copy(words + whole, words + size, last_words);",
+            "codes: a block with a NaN is taken for any other": (
+                "if (largest >= static_cast<uint32_t>(kInfinity)) {",
+                "if (false) {",
+            ),
+            "codes: the last block's random bits": ("count_code_blocks(size) * kPairs", "size / kCodeBlock * kPairs"),
+            "codes: NaN is decoded as a number": ("largest < last - 1;", "largest <= last;"),
+            "codes: odd elements are not looked at again": ("(is_signed ? 1 : 0)", "(is_signed ? -1 : 0)"),
+            "codes: odd elements that random bits made a one": ("(is_signed ? 1 : 0)", "0"),
+            "codes: small second moments are not looked at again": ("(is_signed ? 1 : 0)", "(is_signed ? 1 : -1)"),
+            "codes: the other half's random bits": ("(is_signed ? lower_half : upper_half)", "upper_half"),
+            "codes: the last block's neighbours": (
+                "std::fill(even + (size + 1) / 2, even + whole / 2 + kPairs, 0.0f);",
                 "",
             ),
-            "codes: NaN is decoded as a number": ("largest < last - 1;", "largest <= last;"),
         },
     ),
     *planted(

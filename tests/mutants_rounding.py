@@ -50,8 +50,8 @@ ROUNDING = [
         CPU,
         {
             "stochastic: the second of a pair has the bits of the first": (
-                "column.random.bits(i + 1)",
-                "column.random.bits(i)",
+                "column.random.bits(2 * pair + 1)",
+                "column.random.bits(2 * pair)",
             )
         },
     ),

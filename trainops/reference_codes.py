@@ -98,10 +98,15 @@ def encode(x: Tensor, code: Code, random: Tensor | int = NEAREST) -> Tensor:
 
 
 def random_bits_of(random: Random, code: Code) -> Tensor:
-    """20 bits for each element: one hash serves both moments, with its upper and its lower bits."""
+    """20 bits for each element, of which 16 are random; the last that is set makes the mean right.
+
+    A hash serves both moments of two elements: its lower half the first moment of the first element and the second
+    one of the other, its upper half the others.
+    """
     key = random.key.to(random.elements.device) if isinstance(random.key, Tensor) else random.key
-    words = mix(random.elements & WORD ^ key)
-    return ((words >> 12) if code.is_signed else (words & 0xFFFFF)).int()
+    odd = torch.arange(random.elements.numel(), device=random.elements.device) & 1
+    words = mix((random.elements - odd) & WORD ^ key)
+    return (torch.where(odd.bool() == code.is_signed, words >> 16, words & 0xFFFF) << 4 | 8).int()
 
 
 def flat_like(layout: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -89,7 +89,11 @@ const char* instruction_set() {
 template <typename T>
 void read(const Cell& cell, int64_t begin, int64_t size, T* values) {
   if constexpr (std::is_same_v<T, float>) {
-    if (is_codes(cell.dtype)) return read_codes(cell, begin, size, values);
+    if (is_codes(cell.dtype)) {
+      BFloat16 decoded[kTileNumel];
+      read_codes(cell, begin, size, decoded);
+      return read_tile(static_cast<const BFloat16*>(decoded), values, size);
+    }
   }
   with_elements<T>(cell, begin, [&](const auto* elements) { read_tile(elements, values, size); });
 }

@@ -74,46 +74,59 @@ TRAINOPS_HOST_DEVICE void put(float value, StochasticColumn column, int64_t i) {
   narrow(value, column.random.bits(i), column.values[i]);
 }
 
+// A column without its first elements.
+template <typename S>
+TRAINOPS_HOST_DEVICE S* from(S* column, int64_t begin) {
+  return column + begin;
+}
+template <typename Param, typename Rest>
+TRAINOPS_HOST_DEVICE Split<Param, Rest> from(Split<Param, Rest> column, int64_t begin) {
+  return {column.param + begin, column.remainder + begin};
+}
+TRAINOPS_HOST_DEVICE StochasticColumn from(StochasticColumn column, int64_t begin) {
+  return {column.values + begin, column.random.from(begin)};
+}
+
 // Two 16-bit numbers side by side, as the halves of one word: widened and narrowed by shifts and masks within 32
 // bits. Element by element, compilers spread 16-bit lanes over 32-bit ones and gather them again, which takes longer.
 struct Pair {
   float low, high;
 };
 
-TRAINOPS_HOST_DEVICE uint32_t word_at(const void* column, int64_t i) {
+TRAINOPS_HOST_DEVICE uint32_t word_at(const void* column, int64_t pair) {
   uint32_t word;
-  std::memcpy(&word, static_cast<const uint16_t*>(column) + i, sizeof(word));
+  std::memcpy(&word, static_cast<const uint16_t*>(column) + 2 * pair, sizeof(word));
   return word;
 }
-TRAINOPS_HOST_DEVICE void put_word(uint32_t word, void* column, int64_t i) {
-  std::memcpy(static_cast<uint16_t*>(column) + i, &word, sizeof(word));
+TRAINOPS_HOST_DEVICE void put_word(uint32_t word, void* column, int64_t pair) {
+  std::memcpy(static_cast<uint16_t*>(column) + 2 * pair, &word, sizeof(word));
 }
 
-TRAINOPS_HOST_DEVICE Pair get_pair(const BFloat16* column, int64_t i) {
-  const uint32_t word = word_at(column, i);
+TRAINOPS_HOST_DEVICE Pair get_pair(const BFloat16* column, int64_t pair) {
+  const uint32_t word = word_at(column, pair);
   return {bit_cast<float>(word << 16), bit_cast<float>(word & 0xffff0000u)};
 }
 template <typename Param, typename Rest>
-TRAINOPS_HOST_DEVICE Pair get_pair(Split<Param, Rest> column, int64_t i) {
-  const uint32_t word = word_at(column.param, i), rest = word_at(column.remainder, i);
+TRAINOPS_HOST_DEVICE Pair get_pair(Split<Param, Rest> column, int64_t pair) {
+  const uint32_t word = word_at(column.param, pair), rest = word_at(column.remainder, pair);
   return {with_remainder(word << 16, rest), with_remainder(word & 0xffff0000u, rest >> 16)};
 }
 
-TRAINOPS_HOST_DEVICE void put_pair(Pair pair, BFloat16* column, int64_t i) {
-  put_word((round_to_bfloat16(pair.low) >> 16) | (round_to_bfloat16(pair.high) & 0xffff0000u), column, i);
+TRAINOPS_HOST_DEVICE void put_pair(Pair values, BFloat16* column, int64_t pair) {
+  put_word((round_to_bfloat16(values.low) >> 16) | (round_to_bfloat16(values.high) & 0xffff0000u), column, pair);
 }
 TRAINOPS_HOST_DEVICE void put_pair(Pair, const BFloat16*, int64_t) {}
-TRAINOPS_HOST_DEVICE void put_pair(Pair pair, SplitWeights column, int64_t i) {
-  const uint32_t low = bits_to_split(pair.low), high = bits_to_split(pair.high);
-  put_word(((low + kHalfOfBFloat16) >> 16) | ((high + kHalfOfBFloat16) & 0xffff0000u), column.param, i);
-  put_word((low & 0xffffu) | (high << 16), column.remainder, i);
+TRAINOPS_HOST_DEVICE void put_pair(Pair values, SplitWeights column, int64_t pair) {
+  const uint32_t low = bits_to_split(values.low), high = bits_to_split(values.high);
+  put_word(((low + kHalfOfBFloat16) >> 16) | ((high + kHalfOfBFloat16) & 0xffff0000u), column.param, pair);
+  put_word((low & 0xffffu) | (high << 16), column.remainder, pair);
 }
 
-TRAINOPS_HOST_DEVICE Pair get_pair(StochasticColumn column, int64_t i) { return get_pair(column.values, i); }
-TRAINOPS_HOST_DEVICE void put_pair(Pair pair, StochasticColumn column, int64_t i) {
-  const uint32_t low = round_stochastically(pair.low, column.random.bits(i));
-  const uint32_t high = round_stochastically(pair.high, column.random.bits(i + 1));
-  put_word((low >> 16) | (high & 0xffff0000u), column.values, i);
+TRAINOPS_HOST_DEVICE Pair get_pair(StochasticColumn column, int64_t pair) { return get_pair(column.values, pair); }
+TRAINOPS_HOST_DEVICE void put_pair(Pair values, StochasticColumn column, int64_t pair) {
+  const uint32_t low = round_stochastically(values.low, column.random.bits(2 * pair));
+  const uint32_t high = round_stochastically(values.high, column.random.bits(2 * pair + 1));
+  put_word((low >> 16) | (high & 0xffff0000u), column.values, pair);
 }
 
 template <typename Column>
@@ -194,15 +207,16 @@ TRAINOPS_HOST_DEVICE void for_elements(int64_t begin, int64_t end, Formula formu
     for (int64_t i = begin + blocks * size; i < end; ++i) apply(i);
   } else if constexpr ((has_pairs<Column> && ...)) {
     const int64_t pairs = (end - begin) / 2;
-    TRAINOPS_INDEPENDENT
-    for (int64_t pair = 0; pair < pairs; ++pair) {
-      const int64_t i = begin + 2 * pair;
-      [&](auto... values) TRAINOPS_INLINE {
-        formula(values.low...);
-        formula(values.high...);
-        (put_pair(values, columns, i), ...);
-      }(get_pair(columns, i)...);
-    }
+    [&](auto... rest) TRAINOPS_INLINE {
+      TRAINOPS_INDEPENDENT
+      for (int64_t pair = 0; pair < pairs; ++pair) {
+        [&](auto... values) TRAINOPS_INLINE {
+          formula(values.low...);
+          formula(values.high...);
+          (put_pair(values, rest, pair), ...);
+        }(get_pair(rest, pair)...);
+      }
+    }(from(columns, begin)...);
     if ((end - begin) % 2 == 1) apply(end - 1);
   } else {
     TRAINOPS_INDEPENDENT

@@ -19,7 +19,7 @@ namespace {
 
 // Applies a formula that takes the columns of state `i...`.
 template <typename Isa, typename Formula, typename Weights, typename G, typename M, typename Scalars, size_t... i>
-TRAINOPS_HOST_DEVICE void apply(Formula formula, Weights weights, const G* grad, M* const* state, int64_t size,
+TRAINOPS_HOST_DEVICE void apply(Formula formula, Weights weights, const G* grad, M const* state, int64_t size,
                                 const Scalars& s, std::index_sequence<i...>) {
   using T = Wide<G>;
   const auto element = [&](T& weight, T g, auto&... values) TRAINOPS_INLINE {
@@ -31,26 +31,27 @@ TRAINOPS_HOST_DEVICE void apply(Formula formula, Weights weights, const G* grad,
 }
 
 template <typename Isa, typename Rule, typename Weights, typename G, typename M>
-TRAINOPS_HOST_DEVICE void update_run(Weights weights, const G* grad, M* const* state, int states, int64_t size,
+TRAINOPS_HOST_DEVICE void update_run(Weights weights, const G* grad, M const* state, int states, int64_t size,
                                      const typename Rule::template Scalars<Wide<G>> s) {
   Rule::template with_formula<true>(states, s, [&](auto formula) TRAINOPS_INLINE {
     apply<Isa>(formula, weights, grad, state, size, s, std::make_index_sequence<decltype(formula)::states>{});
   });
 }
 
-// Expands macro(weights, gradient, state, Rule) for the types that have loops of their own. CONTRIBUTING.md says
+// Expands macro(weights, gradient, state, Rule) for the columns that have loops of their own. CONTRIBUTING.md says
 // which.
-#define TRAINOPS_SAME_TYPE(dtype, S, macro, Rule) macro(S*, S, S, Rule)
-#define TRAINOPS_LOOPS(macro, Rule)                                                  \
-  TRAINOPS_DTYPES(TRAINOPS_SAME_TYPE, macro, Rule)                                   \
-  macro(float*, float, BFloat16, Rule) macro(SplitWeights, BFloat16, BFloat16, Rule) \
-      macro(SplitWeights, BFloat16, float, Rule) macro(StochasticColumn, BFloat16, BFloat16, Rule)
+#define TRAINOPS_SAME_TYPE(dtype, S, macro, Rule) macro(S*, S, S*, Rule)
+#define TRAINOPS_LOOPS(macro, Rule)                                                                \
+  TRAINOPS_DTYPES(TRAINOPS_SAME_TYPE, macro, Rule)                                                 \
+  macro(float*, float, BFloat16*, Rule) macro(SplitWeights, BFloat16, BFloat16*, Rule)             \
+      macro(SplitWeights, BFloat16, float*, Rule) macro(SplitWeights, BFloat16, CodesColumn, Rule) \
+          macro(StochasticColumn, BFloat16, BFloat16*, Rule)
 
 // One named function for each, because only those can be compiled for several instruction sets.
-#define TRAINOPS_UPDATE_FOR(Isa, target, Weights, G, M, Rule)                                              \
-  target void update_tile(Rule, Weights weights, const G* grad, M* const* state, int states, int64_t size, \
-                          const Rule::Scalars<Wide<G>>& s) {                                               \
-    update_run<Isa, Rule>(weights, grad, state, states, size, s);                                          \
+#define TRAINOPS_UPDATE_FOR(Isa, target, Weights, G, M, Rule)                                             \
+  target void update_tile(Rule, Weights weights, const G* grad, M const* state, int states, int64_t size, \
+                          const Rule::Scalars<Wide<G>>& s) {                                              \
+    update_run<Isa, Rule>(weights, grad, state, states, size, s);                                         \
   }
 #define TRAINOPS_UPDATE(Weights, G, M, Rule) TRAINOPS_VERSIONS(TRAINOPS_UPDATE_FOR, Weights, G, M, Rule)
 #define TRAINOPS_UPDATE_ALL(Rule, name) TRAINOPS_LOOPS(TRAINOPS_UPDATE, Rule)
@@ -102,9 +103,70 @@ struct Row {
   bool has_states_of(DType dtype) const {
     return std::all_of(state, state + states, [&](const Cell& cell) { return cell.dtype == dtype; });
   }
+  bool has_codes_alone() const {
+    return states > 0 && std::all_of(state, state + states, [](const Cell& cell) { return is_codes(cell.dtype); });
+  }
 };
 
-// The types of a loop. Columns of other types go through tiles: those of float, or of double.
+// The state of a tile: its columns where they lie, or the buffers through which they go.
+template <typename Rule, typename Column>
+class State {
+  using M = std::remove_pointer_t<Column>;
+
+ public:
+  void load(const Row<Rule>& row, int64_t begin, int64_t size) {
+    for (int i = 0; i < row.states; ++i) columns[i] = cpu::load(row.state[i], begin, size, buffers_[i]);
+  }
+
+  void store(const Row<Rule>& row, int64_t begin, int64_t size) {
+    if (may_have_codes && row.has_codes) random_words(random_of_codes(row.weight.param.random), begin, size, words_);
+    for (int i = 0; i < row.states; ++i) {
+      if constexpr (may_have_codes) {
+        if (is_codes(row.state[i].dtype)) {
+          float even[kTileNumel / 2], odd[kTileNumel / 2];
+          const CodesColumn apart{nullptr, even, odd};
+          for (int64_t k = 0; k < size; ++k) put(columns[i][k], apart, k);
+          write_codes(row.state[i], begin, size, even, odd, words_);
+          continue;
+        }
+      }
+      cpu::store(row.state[i], begin, size, columns[i]);
+    }
+  }
+
+  Column columns[kLength<Rule::kStates>];
+
+ private:
+  static constexpr bool may_have_codes = std::is_same_v<M, float>;
+  M buffers_[kLength<Rule::kStates>][kTileNumel];
+  uint32_t words_[may_have_codes ? kTileNumel / 2 : 1];
+};
+
+// State that is codes alone.
+template <typename Rule>
+class State<Rule, CodesColumn> {
+ public:
+  void load(const Row<Rule>& row, int64_t begin, int64_t size) {
+    for (int i = 0; i < row.states; ++i) {
+      read_codes(row.state[i], begin, size, before_[i]);
+      columns[i] = {before_[i], even_[i], odd_[i]};
+    }
+  }
+
+  void store(const Row<Rule>& row, int64_t begin, int64_t size) {
+    random_words(random_of_codes(row.weight.param.random), begin, size, words_);
+    for (int i = 0; i < row.states; ++i) write_codes(row.state[i], begin, size, even_[i], odd_[i], words_);
+  }
+
+  CodesColumn columns[kLength<Rule::kStates>];
+
+ private:
+  BFloat16 before_[kLength<Rule::kStates>][kTileNumel];
+  float even_[kLength<Rule::kStates>][kTileNumel / 2], odd_[kLength<Rule::kStates>][kTileNumel / 2];
+  uint32_t words_[kTileNumel / 2];
+};
+
+// The columns of a loop. Those of other types go through tiles: of float, or of double.
 template <typename W, typename G, typename M>
 struct Loop {
   using Weights = W;
@@ -118,21 +180,22 @@ void with_loop(const Row<Rule>& row, Function function) {
   const Weight& weight = row.weight;
   const bool is_bfloat16 = row.states > 0 && row.has_states_of(DType::bfloat16);
   if (weight.is_split() && row.grad.dtype == DType::bfloat16) {
-    if (is_bfloat16) return function(Loop<SplitWeights, BFloat16, BFloat16>{});
-    return function(Loop<SplitWeights, BFloat16, float>{});
+    if (is_bfloat16) return function(Loop<SplitWeights, BFloat16, BFloat16*>{});
+    if (row.has_codes_alone()) return function(Loop<SplitWeights, BFloat16, CodesColumn>{});
+    return function(Loop<SplitWeights, BFloat16, float*>{});
   }
   if (weight.param.dtype == DType::stochastic && row.grad.dtype == DType::bfloat16 &&
       row.has_states_of(DType::bfloat16)) {
-    return function(Loop<StochasticColumn, BFloat16, BFloat16>{});
+    return function(Loop<StochasticColumn, BFloat16, BFloat16*>{});
   }
   if (weight.param.dtype == DType::float32 && row.grad.dtype == DType::float32 && is_bfloat16) {
-    return function(Loop<float*, float, BFloat16>{});
+    return function(Loop<float*, float, BFloat16*>{});
   }
   Cell cells[3 + Rule::kStates] = {weight.param, weight.master, row.grad};
   std::copy(row.state, row.state + row.states, cells + 3);
   with_type(cells, cells + 3 + row.states, [&](auto type) {
     using S = decltype(type);
-    function(Loop<S*, S, S>{});
+    function(Loop<S*, S, S*>{});
   });
 }
 
@@ -149,14 +212,10 @@ template <typename Rule, typename Its>
 void update_piece(const Row<Rule>& row, const Piece& piece, const typename Rule::template Scalars<double>& wide,
                   const std::vector<double>& ema_decays) {
   using G = typename Its::Grad;
-  using M = typename Its::State;
   using Weights = typename Its::Weights;
   constexpr bool in_place = !std::is_pointer_v<Weights>;
   const auto scalars = rounded<Rule, Wide<G>>(wide);
-  constexpr bool may_have_codes = std::is_same_v<M, float>;
-  const Random random_codes = random_of_codes(row.weight.param.random);
-  M state_buffers[kLength<Rule::kStates>][kTileNumel];
-  uint32_t words[may_have_codes ? kTileNumel : 1];
+  State<Rule, typename Its::State> state;
   G weight_buffer[kTileNumel], grad_buffer[kTileNumel];
   for_each_tile(piece, [&](int64_t begin, int64_t size) {
     const auto weights = [&] {
@@ -168,19 +227,10 @@ void update_piece(const Row<Rule>& row, const Piece& piece, const typename Rule:
         return load(row.weight, begin, size, weight_buffer);
       }
     }();
-    M* state[kLength<Rule::kStates>];
-    for (int i = 0; i < row.states; ++i) state[i] = load(row.state[i], begin, size, state_buffers[i]);
-    update_tile(Rule{}, weights, load(row.grad, begin, size, grad_buffer), state, row.states, size, scalars);
-    if (may_have_codes && row.has_codes) random_words(random_codes.from(begin), size, words);
-    for (int i = 0; i < row.states; ++i) {
-      if constexpr (may_have_codes) {
-        if (is_codes(row.state[i].dtype)) {
-          write_codes(row.state[i], begin, size, state[i], words);
-          continue;
-        }
-      }
-      store(row.state[i], begin, size, state[i]);
-    }
+    state.load(row, begin, size);
+    const G* const grad = load(row.grad, begin, size, grad_buffer);
+    update_tile(Rule{}, weights, grad, state.columns, row.states, size, scalars);
+    state.store(row, begin, size);
     if constexpr (!in_place) store(row.weight, begin, size, weights);
     move_averages(row, begin, size, ema_decays);
   });

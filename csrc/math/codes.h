@@ -57,9 +57,11 @@ struct Code {
     return bit_cast<float>(is_signed ? bits | (code & 0x80u) << 24 : bits);
   }
 
-  // As many random bits as codes lack of a mantissa, from a word that serves both kinds.
-  TRAINOPS_HOST_DEVICE static int32_t random(uint32_t word) {
-    return static_cast<int32_t>(is_signed ? word >> (32 - kCodeMantissa) : word & ((1u << kCodeMantissa) - 1));
+  // Of the element i of a tensor: 16 of the 20 bits that codes lack of a mantissa. Two elements share a word, and so
+  // do both kinds. The bit below makes the mean right.
+  TRAINOPS_HOST_DEVICE static int32_t random(uint32_t word, int64_t i) {
+    const uint32_t half = (i & 1) == (is_signed ? 0 : 1) ? word & 0xffffu : word >> 16;
+    return static_cast<int32_t>(half << 4 | 8u);
   }
 
   // Whether encode_even does not serve an element that is finite.
@@ -68,25 +70,25 @@ struct Code {
     return is_signed && size - 1u < static_cast<uint32_t>(first) + (1u << kCodeMantissa) - 1u;
   }
 
-  TRAINOPS_HOST_DEVICE static uint32_t encode_even(float x, int32_t first, uint32_t word) {
+  TRAINOPS_HOST_DEVICE static uint32_t encode_even(float x, int32_t first, int32_t random) {
     const uint32_t bits = bit_cast<uint32_t>(x);
     const auto size = static_cast<int32_t>(bits & 0x7fffffffu);
-    const int32_t above = size + random(word) - first;
+    const int32_t above = size + random - first;
     const uint32_t code = static_cast<uint32_t>(above > 0 ? above : 0) >> kCodeMantissa;
     if constexpr (is_signed) return code | (bits >> 24 & 0x80u);
     const uint32_t least = size < 1 ? 0u : 1u;
     return code > least ? code : least;
   }
 
-  TRAINOPS_HOST_DEVICE static uint32_t encode(float x, int32_t first, uint32_t word) {
+  TRAINOPS_HOST_DEVICE static uint32_t encode(float x, int32_t first, int32_t random) {
     const uint32_t bits = bit_cast<uint32_t>(x);
     const auto size = static_cast<int32_t>(bits & 0x7fffffffu);
     if (size > kInfinity) return static_cast<uint32_t>(last);
     const uint32_t sign = is_signed ? bits >> 24 & 0x80u : 0u;
     if (size == kInfinity) return sign | (last - 1u);
-    if (!is_odd(x, first)) return encode_even(x, first, word);
+    if (!is_odd(x, first)) return encode_even(x, first, random);
     const float unit = bit_cast<float>(first + (1 << kCodeMantissa) - (kCodeMantissa << 23));
-    return sign | (size > bit_cast<int32_t>(static_cast<float>(random(word)) * unit) ? 1u : 0u);
+    return sign | (size > bit_cast<int32_t>(static_cast<float>(random) * unit) ? 1u : 0u);
   }
 };
 
@@ -102,7 +104,8 @@ TRAINOPS_HOST_DEVICE int32_t scale_of(int32_t largest) {
   return scale > kSmallestScale ? scale : kSmallestScale;
 }
 
-// What the random bits of a parameter's codes depend on.
+// What the random bits of a parameter's codes depend on. The word of an element is that of the even one of its pair.
 TRAINOPS_HOST_DEVICE Random random_of_codes(const Random& param) { return {mix(param.key ^ kOfCodes), param.origin}; }
+TRAINOPS_HOST_DEVICE uint32_t word_of_codes(const Random& random, int64_t i) { return random.word(i & ~int64_t{1}); }
 
 }  // namespace trainops

@@ -5,7 +5,7 @@
 //   key of a parameter   = mix(mix(word ^ place) ^ step)
 //   key of 8-bit state   = mix(key of its parameter ^ a constant)
 //   key of an average    = mix(mix(word ^ number of its update) ^ place)
-//   bits of an element   = upper half of mix(key ^ its index)
+//   bits of an element   = upper half of mix(key ^ its index); in 8-bit state, see codes.h
 //
 // mix is a bijection of 32 bits (https://github.com/skeeto/hash-prospector, "lowbias32"). A flip of any bit of the
 // seed, place, step or element flips each bit of the result in half of all cases; tests/test_random_bits.py counts.
