@@ -7,13 +7,13 @@ TRITON_AND_CUDA = [
         "triton_kernels/storage.py",
         tests_of("ends", k="triton-cpu"),
         {
-            "triton: a masked access takes one element more": (
-                "tl.arange(0, BLOCK) < (end - offset).to(tl.int32)",
-                "tl.arange(0, BLOCK) <= (end - offset).to(tl.int32)",
+            "triton: a masked store takes one element more": (
+                "tl.store(pointers, values, mask=offset + tl.arange(0, BLOCK) < end)",
+                "tl.store(pointers, values, mask=offset + tl.arange(0, BLOCK) <= end)",
             ),
-            "triton: a masked load takes all": (
-                "mask=inside(offset, end, BLOCK), other=0)",
-                "mask=offset >= 0, other=0)",
+            "triton: a masked load takes one element more": (
+                "tl.load(pointers, mask=offset + tl.arange(0, BLOCK) < end, other=0)",
+                "tl.load(pointers, mask=offset + tl.arange(0, BLOCK) <= end, other=0)",
             ),
         },
     ),

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from targets import TARGETS, over
 
 import trainops
+from trainops.storage import codes_key
 
 # Averages of 16 bits with a large decay are drawn as well.
 pytestmark = pytest.mark.filterwarnings("ignore:an average in .* stalls:UserWarning")
@@ -99,13 +100,13 @@ def test_steps_of_triton(target, case):
 # Bad input: the same error everywhere, and nothing has changed
 
 SPOIL = {
-    "shape": lambda state: state.update(exp_avg=state["exp_avg"].new_zeros(4, 5)),
-    "integers": lambda state: state.update(exp_avg_sq=torch.zeros_like(state["exp_avg_sq"], dtype=torch.int64)),
-    "complex": lambda state: state.update(exp_avg=state["exp_avg"].to(torch.complex64)),
-    "overlap": lambda state: state.update(exp_avg=state["exp_avg"].new_zeros(1).expand(state["exp_avg"].shape)),
-    "number": lambda state: state.update(step=1),
-    "two steps": lambda state: state.update(step=state["step"].new_zeros(2)),
-    "missing": lambda state: state.pop("exp_avg_sq"),
+    "shape": lambda state, m, _: state.update({m: state[m].new_zeros(4, 5)}),
+    "integers": lambda state, _, v: state.update({v: torch.zeros_like(state[v], dtype=torch.int64)}),
+    "complex": lambda state, m, _: state.update({m: state[m].to(torch.complex64)}),
+    "overlap": lambda state, m, _: state.update({m: state[m].new_zeros(1).expand(state[m].shape)}),
+    "number": lambda state, *_: state.update(step=1),
+    "two steps": lambda state, *_: state.update(step=state["step"].new_zeros(2)),
+    "missing": lambda state, _, v: state.pop(v),
     "sparse": None,
     "average": None,
 }
@@ -119,7 +120,8 @@ def spoil(world, how, i):
     elif how == "average":
         world.ema.module.params[i] = torch.nn.Parameter(param.new_zeros(4, 5), requires_grad=False)
     else:
-        SPOIL[how](world.optimizer.state[param])
+        state = world.optimizer.state[param]
+        SPOIL[how](state, *(codes_key(x) if codes_key(x) in state else x for x in ("exp_avg", "exp_avg_sq")))
 
 
 def everything(world):

@@ -62,7 +62,7 @@ def scale_pointers(address, numel, offset, BLOCK: tl.constexpr):
 @triton.jit
 def has_scales(offset, end, BLOCK: tl.constexpr):
     """Which scales of a block of elements are those of elements before the end."""
-    return tl.arange(0, BLOCK // CODE_BLOCK) * CODE_BLOCK < (end - offset).to(tl.int32)
+    return offset + tl.arange(0, BLOCK // CODE_BLOCK) * CODE_BLOCK < end
 
 
 @triton.jit

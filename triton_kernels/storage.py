@@ -27,12 +27,6 @@ def elements(address, offset, DTYPE: tl.constexpr, BLOCK: tl.constexpr, MASKED: 
 
 
 @triton.jit
-def inside(offset, end, BLOCK: tl.constexpr):
-    """Which elements of a block are before the end: asked in 32 bits, which take fewer registers."""
-    return tl.arange(0, BLOCK) < (end - offset).to(tl.int32)
-
-
-@triton.jit
 def load(
     address,
     offset,
@@ -48,7 +42,7 @@ def load(
     else:
         pointers = elements(address, offset, DTYPE, BLOCK, MASKED)
         if MASKED:
-            values = tl.load(pointers, mask=inside(offset, end, BLOCK), other=0)
+            values = tl.load(pointers, mask=offset + tl.arange(0, BLOCK) < end, other=0)
         else:
             values = tl.load(pointers)
         return values.to(WIDE)
@@ -87,7 +81,7 @@ def store_as_is(address, offset, end, values, BLOCK: tl.constexpr, MASKED: tl.co
     """Write one block of values, which have the type of the tensor."""
     pointers = elements(address, offset, values.dtype, BLOCK, MASKED)
     if MASKED:
-        tl.store(pointers, values, mask=inside(offset, end, BLOCK))
+        tl.store(pointers, values, mask=offset + tl.arange(0, BLOCK) < end)
     else:
         tl.store(pointers, values)
 

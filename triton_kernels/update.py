@@ -16,7 +16,7 @@ import triton.language as tl
 from trainops import core
 
 from ._common import ADDRESSES, AVERAGE_PLACE, FIRST_PLACE, GROUP, NUMEL, chunk_of, end_of_body
-from .codes import load_state, random_of_codes, random_words, store_state
+from .codes import CODE_BLOCK, load_state, random_of_codes, random_words, store_state
 from .control import EMA_DECAY, EMA_SEED, GROUPS, SEED, decide, judge
 from .ema import move
 from .random import random_of, random_of_param
@@ -195,6 +195,8 @@ def update(
         address_bits |= average4_address
     body = end_of_body(begin, end, address_bits, BLOCK)
 
+    # Masks and codes together leave too few registers for a whole block.
+    TAIL: tl.constexpr = BLOCK // 4 if CODES and BLOCK >= 4 * CODE_BLOCK else BLOCK
     rule_scalars = LOAD_SCALARS(row_scalars + RULE_SCALARS, tl.load(coefficient), WIDE)
     decay, decay2 = real(tl.load(settings + EMA_DECAY)), real(tl.load(settings + EMA_DECAY + 1))
     decay3, decay4 = real(tl.load(settings + EMA_DECAY + 2)), real(tl.load(settings + EMA_DECAY + 3))
@@ -210,24 +212,25 @@ def update(
     random4 = random_of_average(words, settings, 3, STOCHASTIC)
 
     for MASKED in tl.static_range(2):
-        for offset in range(body if MASKED else begin, end if MASKED else body, BLOCK):
-            grad = load(grad_address, offset, end, GRAD_TYPE, WIDE, BLOCK, MASKED)
-            state0 = load_state(state0_address, numel, offset, end, STATE0_TYPE, WIDE, BLOCK, MASKED)
-            state1 = load_state(state1_address, numel, offset, end, STATE1_TYPE, WIDE, BLOCK, MASKED)
-            param = load_weight(
-                param_address, master_address, offset, end, PARAM_TYPE, MASTER_TYPE, WIDE, BLOCK, MASKED
-            )
-            state2 = load_state(state2_address, numel, offset, end, STATE2_TYPE, WIDE, BLOCK, MASKED)
-            state0, state1, state2 = NEW_STATE(param, grad, state0, state1, state2, rule_scalars)
-            bits = random_words(of_codes, offset, BLOCK)
-            store_state(state0_address, numel, offset, end, state0, STATE0_TYPE, bits, BLOCK, MASKED)
-            store_state(state1_address, numel, offset, end, state1, STATE1_TYPE, bits, BLOCK, MASKED)
-            store_state(state2_address, numel, offset, end, state2, STATE2_TYPE, bits, BLOCK, MASKED)
-            param = NEW_PARAM(param, state0, state1, state2, rule_scalars)
-            weight = store_weight(
-                param_address, master_address, offset, end, param, PARAM_TYPE, MASTER_TYPE, random, BLOCK, MASKED
-            )
-            follow(average_address, offset, end, weight, decay, random1, AVERAGE_TYPE, PARAM_TYPE, BLOCK, MASKED)
-            follow(average2_address, offset, end, weight, decay2, random2, AVERAGE2_TYPE, PARAM_TYPE, BLOCK, MASKED)
-            follow(average3_address, offset, end, weight, decay3, random3, AVERAGE3_TYPE, PARAM_TYPE, BLOCK, MASKED)
-            follow(average4_address, offset, end, weight, decay4, random4, AVERAGE4_TYPE, PARAM_TYPE, BLOCK, MASKED)
+        for SIZE in tl.static_range(TAIL if MASKED else BLOCK, 1 + (TAIL if MASKED else BLOCK)):  # names a constant
+            for offset in range(body if MASKED else begin, end if MASKED else body, SIZE):
+                grad = load(grad_address, offset, end, GRAD_TYPE, WIDE, SIZE, MASKED)
+                state0 = load_state(state0_address, numel, offset, end, STATE0_TYPE, WIDE, SIZE, MASKED)
+                state1 = load_state(state1_address, numel, offset, end, STATE1_TYPE, WIDE, SIZE, MASKED)
+                param = load_weight(
+                    param_address, master_address, offset, end, PARAM_TYPE, MASTER_TYPE, WIDE, SIZE, MASKED
+                )
+                state2 = load_state(state2_address, numel, offset, end, STATE2_TYPE, WIDE, SIZE, MASKED)
+                state0, state1, state2 = NEW_STATE(param, grad, state0, state1, state2, rule_scalars)
+                bits = random_words(of_codes, offset, SIZE)
+                store_state(state0_address, numel, offset, end, state0, STATE0_TYPE, bits, SIZE, MASKED)
+                store_state(state1_address, numel, offset, end, state1, STATE1_TYPE, bits, SIZE, MASKED)
+                store_state(state2_address, numel, offset, end, state2, STATE2_TYPE, bits, SIZE, MASKED)
+                param = NEW_PARAM(param, state0, state1, state2, rule_scalars)
+                weight = store_weight(
+                    param_address, master_address, offset, end, param, PARAM_TYPE, MASTER_TYPE, random, SIZE, MASKED
+                )
+                follow(average_address, offset, end, weight, decay, random1, AVERAGE_TYPE, PARAM_TYPE, SIZE, MASKED)
+                follow(average2_address, offset, end, weight, decay2, random2, AVERAGE2_TYPE, PARAM_TYPE, SIZE, MASKED)
+                follow(average3_address, offset, end, weight, decay3, random3, AVERAGE3_TYPE, PARAM_TYPE, SIZE, MASKED)
+                follow(average4_address, offset, end, weight, decay4, random4, AVERAGE4_TYPE, PARAM_TYPE, SIZE, MASKED)
