@@ -6,8 +6,8 @@ import pytest
 import torch
 
 pytest.importorskip("hypothesis")
+import codes
 import fuzz
-from codes import WRONG, WrongCodes
 from contract import same_bits
 from controls import AVERAGE_CONTROLS, STEP_CONTROLS, leaving, must_fail, truncated, wrong_decay, wrong_norm
 from drop_path_controls import wrong_forward, wrong_gradient
@@ -388,11 +388,11 @@ def test_steps_with_a_fault_are_noticed(target, fault):
 
 
 @on(CPU)
-@over("wrong", WRONG)
+@over("wrong", codes.WRONG)
 def test_steps_with_wrong_codes_are_noticed(target, wrong):
     case = fixed_case(torch.float32, state_dtype="int8")
     go_through(case, target)
-    must_fail(lambda: WrongCodes(wrong), go_through, case, target)
+    must_fail(lambda: codes.WrongCodes(wrong), go_through, case, target)
 
 
 @on(CPU)
