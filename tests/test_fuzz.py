@@ -388,7 +388,7 @@ def test_steps_with_a_fault_are_noticed(target, fault):
 
 
 @on(CPU)
-@over("wrong", codes.WRONG)
+@over("wrong", {f.__name__: f for f in (codes.next_code, codes.next_scale)})
 def test_steps_with_wrong_codes_are_noticed(target, wrong):
     case = fixed_case(torch.float32, state_dtype="int8")
     go_through(case, target)
