@@ -6,8 +6,9 @@ SPECIFICATION = tests_of("codes", k="within or again or alone or mean_of_codes o
 
 CODE_STATE = tests_of("code_state", k="others_know")
 REFERENCE = tests_of("codes", "code_state", k="not (triton or cuda or cpu-cpu)")
-CUDA = tests_of("cuda_codes")
 CPU = tests_of("codes", "code_state", k="cpu-cpu")
+
+TRITON = tests_of("codes", "triton_bits", k="(triton-cpu and same_codes) or code")
 
 CODES = [
     *planted(
@@ -114,69 +115,53 @@ CODES = [
         },
     ),
     *planted(
-        "csrc/cuda/codes.cuh",
-        CUDA,
+        "triton_kernels/codes.py",
+        TRITON,
         {
-            "codes: cuda: a scale of some lanes of a block": (
-                "scale_of_lanes<kCodeBlock / 8>(largest)",
-                "scale_of_lanes<kCodeBlock / 16>(largest)",
+            "codes: Triton has other scales": ("tl.constexpr(0x2FFFFF)", "tl.constexpr(0x1FFFFF)"),
+            "codes: Triton has other bits than the parameter's": (
+                "return mix(key ^ tl.full((), OF_CODES, tl.uint32)), origin",
+                "return mix(key), origin",
             ),
-            "codes: cuda: a scale of half a warp, one by one": (
-                "scale_of_lanes<kCodeBlock>(exists",
-                "scale_of_lanes<kCodeBlock / 2>(exists",
+            "codes: Triton gives both moments the same halves": (
+                "tl.interleave(upper, lower)",
+                "tl.interleave(lower, upper)",
             ),
-            "codes: cuda: random bits of the pack's place are not used": (
-                "words[j] = word_of_codes(random, begin + 2 * j);",
-                "words[j] = word_of_codes(random, 2 * j);",
+            "codes: Triton rounds small first moments up": (
+                "is_up = finite > (random.to(tl.float32) * unit).to(tl.int32, bitcast=True)",
+                "is_up = finite > 0",
             ),
-            "codes: cuda: a pack with small numbers is taken for any other": (
-                "|| Code<is_signed>::is_odd(x[j], first);",
-                ";",
+            "codes: Triton makes a small second moment zero": (
+                "        is_up = finite > 0\n",
+                "        is_up = finite < 0\n",
             ),
-            "codes: cuda: a pack with a NaN is taken for any other": ("!(fabsf(x[j]) < INFINITY) ||", "false ||"),
-            "codes: cuda: infinity is decoded as a number": ("+ 0x02020202u;", "+ 0x01010101u;"),
-            "codes: cuda: unaligned codes in the other order": (
-                "codes |= static_cast<uint64_t>(address[j]) << (8 * j);",
-                "codes |= static_cast<uint64_t>(address[j]) << (8 * (7 - j));",
+            "codes: Triton takes the scale of an infinity": (
+                "finite = tl.where(size < INFINITE, size, 0)",
+                "finite = tl.minimum(size, INFINITE - 1)",
             ),
-            "codes: cuda: wide reads of codes at multiples of 4": (
-                "if (is_multiple(address, 8)) {\n    codes =",
-                "if (is_multiple(address, 4)) {\n    codes =",
+            "codes: Triton writes infinities as numbers": ("codes = tl.where(size == INFINITE, last - 1, codes)", ""),
+            "codes: Triton writes NaN as a number": ("codes = tl.where(size > INFINITE, last, codes)", ""),
+            "codes: Triton forgets signs": ("codes = codes | ((bits >> 24) & 0x80)", "codes = codes | 0"),
+            "codes: Triton reads NaN as a number": ("magnitude >= last - 1, INFINITE", "magnitude > last, INFINITE"),
+            "codes: Triton reads a zero as the smallest": ("bits = tl.where(magnitude == 0, 0, bits)", ""),
+            "codes: Triton keeps the scale of a last block that is short": (
+                "return offset + tl.arange(0, BLOCK // CODE_BLOCK) * CODE_BLOCK < end",
+                "return offset + (1 + tl.arange(0, BLOCK // CODE_BLOCK)) * CODE_BLOCK <= end",
             ),
-            "codes: cuda: wide writes of codes at multiples of 4": (
-                "if (is_multiple(address, 8)) {\n    *reinterpret_cast",
-                "if (is_multiple(address, 4)) {\n    *reinterpret_cast",
+            "codes: Triton takes the scales of the first block": (
+                "(offset // CODE_BLOCK + tl.arange(0, BLOCK // CODE_BLOCK))",
+                "tl.arange(0, BLOCK // CODE_BLOCK)",
             ),
         },
     ),
     *planted(
-        "csrc/cuda/cells.cuh",
-        CUDA,
-        {"codes: cuda: all have a sign": ("kSignedStates<Rule> >> i & 1u", "true")},
-    ),
-    *planted(
-        "csrc/cuda/lanes.cuh",
-        CUDA,
+        "triton_kernels/update.py",
+        TRITON,
         {
-            "codes: cuda: packs take some of a block": ("has_codes_ ? kCodeBlock : stride", "stride"),
-            "codes: cuda: halves of a pack of codes far apart": (
-                "itemsize(cell.dtype) <= 2",
-                "itemsize(cell.dtype) == 2",
-            ),
-        },
-    ),
-    *planted(
-        "csrc/cuda/update.cu",
-        CUDA,
-        {
-            "codes: cuda: lanes behind the end stay away": ("range.end + threadIdx.x % kWarp :", "range.end :"),
-            "codes: cuda: lanes behind the end write": (
-                "!may_have_codes || i < range.end;",
-                "true;",
-            ),
-            "codes: cuda: the random bits of the parameter": (
-                "randoms[slot] = {param, random_of_codes(param)};",
-                "randoms[slot] = {param, param};",
+            "codes: Triton's blocks are shorter than those of codes": ("CODES and BLOCK >= 4 * CODE_BLOCK", "CODES"),
+            "codes: Triton takes the scales for codes": (
+                "numel = tl.load(words + NUMEL)",
+                "numel = tl.load(words + NUMEL) * 0",
             ),
         },
     ),

@@ -28,21 +28,23 @@ def random_of_codes(words, place: tl.constexpr, seed, step):
 
 @triton.jit
 def random_words(random, offset, BLOCK: tl.constexpr):
-    """32 bits for each element of a block, which serve all state of a parameter; None without ``random``."""
+    """32 bits for each two elements of a block, which serve all state of a parameter; None without ``random``."""
     if random is None:
         return None
     else:
         key, origin = random
-        return mix(key ^ (origin + (offset + tl.arange(0, BLOCK)).to(tl.uint32)))
+        return mix(key ^ (origin + (offset + 2 * tl.arange(0, BLOCK // 2)).to(tl.uint32)))
 
 
 @triton.jit
 def random_bits_of(words, DTYPE: tl.constexpr):
-    """As many bits as codes lack of a mantissa, as int32, from words that serve both kinds of code."""
+    """20 bits for each element, of which 16 are random, as int32. The halves of a word go to two elements."""
+    lower, upper = words & 0xFFFF, words >> 16
     if DTYPE == tl.int8:
-        return (words >> (32 - MANTISSA)).to(tl.int32)
+        halves = tl.interleave(lower, upper)
     else:
-        return (words & (NEXT_CODE - 1)).to(tl.int32)
+        halves = tl.interleave(upper, lower)
+    return (halves << 4 | 8).to(tl.int32)
 
 
 @triton.jit

@@ -212,25 +212,25 @@ def update(
     random4 = random_of_average(words, settings, 3, STOCHASTIC)
 
     for MASKED in tl.static_range(2):
-        for SIZE in tl.static_range(TAIL if MASKED else BLOCK, 1 + (TAIL if MASKED else BLOCK)):  # names a constant
-            for offset in range(body if MASKED else begin, end if MASKED else body, SIZE):
-                grad = load(grad_address, offset, end, GRAD_TYPE, WIDE, SIZE, MASKED)
-                state0 = load_state(state0_address, numel, offset, end, STATE0_TYPE, WIDE, SIZE, MASKED)
-                state1 = load_state(state1_address, numel, offset, end, STATE1_TYPE, WIDE, SIZE, MASKED)
+        for N in tl.static_range(TAIL if MASKED else BLOCK, 1 + (TAIL if MASKED else BLOCK)):  # names a constant
+            for offset in range(body if MASKED else begin, end if MASKED else body, N):
+                grad = load(grad_address, offset, end, GRAD_TYPE, WIDE, N, MASKED)
+                state0 = load_state(state0_address, numel, offset, end, STATE0_TYPE, WIDE, N, MASKED)
+                state1 = load_state(state1_address, numel, offset, end, STATE1_TYPE, WIDE, N, MASKED)
                 param = load_weight(
-                    param_address, master_address, offset, end, PARAM_TYPE, MASTER_TYPE, WIDE, SIZE, MASKED
+                    param_address, master_address, offset, end, PARAM_TYPE, MASTER_TYPE, WIDE, N, MASKED
                 )
-                state2 = load_state(state2_address, numel, offset, end, STATE2_TYPE, WIDE, SIZE, MASKED)
+                state2 = load_state(state2_address, numel, offset, end, STATE2_TYPE, WIDE, N, MASKED)
                 state0, state1, state2 = NEW_STATE(param, grad, state0, state1, state2, rule_scalars)
-                bits = random_words(of_codes, offset, SIZE)
-                store_state(state0_address, numel, offset, end, state0, STATE0_TYPE, bits, SIZE, MASKED)
-                store_state(state1_address, numel, offset, end, state1, STATE1_TYPE, bits, SIZE, MASKED)
-                store_state(state2_address, numel, offset, end, state2, STATE2_TYPE, bits, SIZE, MASKED)
+                bits = random_words(of_codes, offset, N)
+                store_state(state0_address, numel, offset, end, state0, STATE0_TYPE, bits, N, MASKED)
+                store_state(state1_address, numel, offset, end, state1, STATE1_TYPE, bits, N, MASKED)
+                store_state(state2_address, numel, offset, end, state2, STATE2_TYPE, bits, N, MASKED)
                 param = NEW_PARAM(param, state0, state1, state2, rule_scalars)
                 weight = store_weight(
-                    param_address, master_address, offset, end, param, PARAM_TYPE, MASTER_TYPE, random, SIZE, MASKED
+                    param_address, master_address, offset, end, param, PARAM_TYPE, MASTER_TYPE, random, N, MASKED
                 )
-                follow(average_address, offset, end, weight, decay, random1, AVERAGE_TYPE, PARAM_TYPE, SIZE, MASKED)
-                follow(average2_address, offset, end, weight, decay2, random2, AVERAGE2_TYPE, PARAM_TYPE, SIZE, MASKED)
-                follow(average3_address, offset, end, weight, decay3, random3, AVERAGE3_TYPE, PARAM_TYPE, SIZE, MASKED)
-                follow(average4_address, offset, end, weight, decay4, random4, AVERAGE4_TYPE, PARAM_TYPE, SIZE, MASKED)
+                follow(average_address, offset, end, weight, decay, random1, AVERAGE_TYPE, PARAM_TYPE, N, MASKED)
+                follow(average2_address, offset, end, weight, decay2, random2, AVERAGE2_TYPE, PARAM_TYPE, N, MASKED)
+                follow(average3_address, offset, end, weight, decay3, random3, AVERAGE3_TYPE, PARAM_TYPE, N, MASKED)
+                follow(average4_address, offset, end, weight, decay4, random4, AVERAGE4_TYPE, PARAM_TYPE, N, MASKED)
