@@ -166,8 +166,7 @@ def update(
     if begin == 0:
         step = tl.load(addresses + STEP).to(tl.pointer_type(tl.float32))
         tl.store(step, tl.load(row_scalars + NEW_STEP).to(tl.float32))
-    numel = tl.load(words + NUMEL)
-    end = tl.minimum(begin + CHUNK, numel)
+    end = tl.minimum(begin + CHUNK, tl.load(words + NUMEL))
     param_address, grad_address = tl.load(addresses + PARAM), tl.load(addresses + GRAD)
     address_bits, average_address = param_address | grad_address, tl.load(addresses + AVERAGE)
     address_bits |= average_address
@@ -203,8 +202,9 @@ def update(
     random = None
     if STOCHASTIC % 2 != 0:
         random = random_of_param(words, FIRST_PLACE, settings + SEED, tl.load(row_scalars + NEW_STEP))
-    of_codes = None
+    numel, of_codes = None, None
     if CODES:
+        numel = tl.load(words + NUMEL)
         of_codes = random_of_codes(words, FIRST_PLACE, settings + SEED, tl.load(row_scalars + NEW_STEP))
     random1 = random_of_average(words, settings, 0, STOCHASTIC)
     random2 = random_of_average(words, settings, 1, STOCHASTIC)
