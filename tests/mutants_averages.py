@@ -79,7 +79,7 @@ AVERAGES = [
     ),
     *planted(
         "trainops/averages.py",
-        tests_of("ema_several", k="cpu-cpu or foreach"),
+        tests_of("ema_several", k="cpu-cpu or foreach or moved_beside"),
         {
             "averages: one that follows another moves with it": (" or self._follow_each_other():", ":"),
             "averages: buffers that kernels leave are forgotten": (".difference(left[i])", ""),

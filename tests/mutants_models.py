@@ -118,7 +118,7 @@ MODELS = [
                 f"{SNAPSHOT} if len(places) > 1 else _flat(tensors[places[0]])",
             ),
             "host: the step waits": ('flat.to("cpu", non_blocking=True), flat', 'flat.to("cpu"), flat'),
-            "host: float8 as numbers": ("return x if x.dtype in _NUMBERS else", "return x if x.itemsize > 1 else"),
+            "host: float8 as numbers": ("return x if x.dtype in _NUMBERS else", "return x if x.itemsize == 1 else"),
         },
     ),
     *planted(

@@ -253,6 +253,18 @@ def test_an_average_that_was_made_in_inference_mode():
     assert ema.step == 2
 
 
+def test_a_buffer_that_came_in_inference_mode_is_followed_outside():
+    model = nn.Linear(4, 3)
+    ema = trainops.EMA(model, 0.5)
+    model.register_buffer("late", torch.ones(2))
+    with torch.inference_mode():
+        ema.update()
+    assert not ema.module.late.is_inference()
+    model.late.fill_(3)
+    ema.update()
+    assert ema.module.late.tolist() == [2.0, 2.0]
+
+
 def test_swap_into_a_buffer_of_inference_mode():
     model = with_buffer(lambda: torch.ones(2))()
     ema = trainops.EMA(model, 0.5)
@@ -351,6 +363,36 @@ def test_a_hook_that_needs_memory_has_it():
     other = Extra()
     ema.load_state_dict({"module": other.state_dict(), "step": 1})
     assert same_bits(ema.module.linear.weight, other.linear.weight)
+
+
+def test_the_rehearsal_with_memory_has_the_last_word():
+    """A hook that reads memory, and renames keys that do not fit before."""
+
+    def rename(module, state_dict, *_):
+        if module.linear.weight.isfinite().all().item() and "old_grows" in state_dict:
+            state_dict["grows"] = state_dict.pop("old_grows")
+
+    ema = trainops.EMA(Extra())
+    ema.module.register_load_state_dict_pre_hook(rename)
+    other = Extra()
+    state = other.state_dict()
+    state["old_grows"] = state.pop("grows")
+    ema.load_state_dict({"module": state, "step": 1})
+    assert same_bits(ema.module.linear.weight, other.linear.weight)
+    assert same_bits(ema.module.grows, other.grows)
+
+
+def test_hooks_know_the_versions_of_modules():
+    class Versioned(nn.Linear):
+        _version = 3
+
+        def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+            self.seen = local_metadata.get("version")
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    ema = trainops.EMA(Versioned(4, 3))
+    ema.load_state_dict(ema.state_dict())
+    assert ema.module.seen == 3
 
 
 def test_a_module_without_copies_is_looked_at():

@@ -11,6 +11,7 @@ from targets import REFERENCE, interpreted, over, over_kernels
 from torch import nn
 
 import trainops
+from trainops.averages import StepAverages
 
 BFLOAT16, FLOAT32, FLOAT64 = torch.bfloat16, torch.float32, torch.float64
 NAN = float("nan")
@@ -215,6 +216,17 @@ def test_an_average_that_follows_another_comes_after_it(target):
                 ema.update()
         found.append(snapshot(emas[1].module))
     assert same_tensors(*found)
+
+
+def test_buffers_of_an_average_that_follows_another_are_not_moved_beside_it():
+    """On a GPU nobody knows which of the two a launch would move first."""
+    model = nn.ModuleDict({"student": of_layers("cpu")})
+    teacher = trainops.EMA(model["student"], lambda step: 0.5)
+    optimizer = trainops.AdamW(model.parameters(), backend="reference")
+    alone = StepAverages(optimizer, [teacher, trainops.EMA(model, lambda step: 0.75)])
+    assert all(alone.buffers)
+    model["teacher"] = teacher.module
+    assert StepAverages(optimizer, [teacher, trainops.EMA(model, lambda step: 0.75)]).buffers == []
 
 
 # How they are given, taken, kept

@@ -227,6 +227,13 @@ def test_every_bit_is_copied(fake, dtype):
         assert torch.equal(got.view(torch.uint8), source.view(torch.uint8))
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.uint16, torch.uint64, torch.float32], ids=str)
+def test_what_is_put_together_is_of_numbers_that_every_device_takes(dtype):
+    flat = copies._flat(torch.zeros(2, 3).to(dtype))
+    assert flat.shape == (6,)
+    assert flat.dtype in copies._NUMBERS
+
+
 def test_masters_are_read_in_full(fake, gpu_backend):
     model = nn.ParameterList([nn.Parameter(fake.on(torch.ones(5, dtype=torch.bfloat16)))])
     ema = trainops.EMA(model, 0.0, device="cpu", dtype=torch.float32)
