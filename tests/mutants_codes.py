@@ -159,9 +159,9 @@ CODES = [
         TRITON,
         {
             "codes: Triton's blocks are shorter than those of codes": ("CODES and BLOCK >= 4 * CODE_BLOCK", "CODES"),
-            "codes: Triton takes the scales for codes": (
-                "numel = tl.load(words + NUMEL)",
-                "numel = tl.load(words + NUMEL) * 0",
+            "codes: Triton takes codes for scales": (
+                "        numel = tl.load(words + NUMEL)\n",
+                "        numel = tl.load(words + NUMEL) * 0\n",
             ),
         },
     ),

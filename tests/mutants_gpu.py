@@ -47,8 +47,8 @@ TRITON_AND_CUDA = [
         tests_of("adamw_types", k="triton-cpu"),
         {
             "triton: exp_avg written to exp_avg_sq": (
-                "store(state1_address, offset, end, state1, STATE1_TYPE",
-                "store(state1_address, offset, end, state0, STATE1_TYPE",
+                "store_state(state1_address, numel, offset, end, state1, STATE1_TYPE",
+                "store_state(state1_address, numel, offset, end, state0, STATE1_TYPE",
             ),
             "triton: the last element left out": (
                 "end = tl.minimum(begin + CHUNK, tl.load(words + NUMEL))",

@@ -15,10 +15,8 @@ LR_FINDER = [
             "finder: gradients are summed": ("loss.reshape(()) / len(self.current)", "loss.reshape(())"),
             "finder: linear is exponential": ('if sweep == "linear":', "if False:"),
             "finder: the last step diverges": ("and smoothed[-1] > divergence * least", "and False"),
-            "finder: slopes against the learning rate": ("[math.log10(lr) for lr in self.lrs]", "self.lrs"),
-            "finder: the steepest after the minimum": ("for i in range(1, end)", "for i in range(1, len(x) - 1)"),
             "finder: each rank has its own loss": (
-                "float(_mean_over_ranks(self.model, self.backward()))",
+                "float(self.ranks.mean(self.backward()))",
                 "float(self.backward())",
             ),
             "finder: iterators are used up": ("if isinstance(batches, Iterator):", "if False:"),
@@ -29,6 +27,29 @@ LR_FINDER = [
             "finder: closures are forgotten": ("and _needs_closure(self.optimizer)", "and False"),
             "finder: schedulers that begin at 0": ('("lr", "initial_lr")', '("lr",)'),
             "finder: losses without a gradient": ("if not loss.requires_grad:", "if False:"),
+        },
+    ),
+    *planted(
+        "trainops/lr_finder_result.py",
+        tests_of("lr_finder"),
+        {
+            "finder: slopes against the learning rate": ("[math.log10(lr) for lr in self.lrs]", "self.lrs"),
+            "finder: the steepest after the minimum": ("for i in range(1, end)", "for i in range(1, len(x) - 1)"),
+        },
+    ),
+    *planted(
+        "trainops/training_ranks.py",
+        tests_of("lr_finder", k="ranks"),
+        {
+            "finder: DDP within a model is not seen": ("for module in model.modules():", "for module in [model]:"),
+            "finder: the mean over all ranks": (
+                "group = mesh.get_group(dim)",
+                "group = torch.distributed.group.WORLD",
+            ),
+            "finder: a rank without batches goes on alone": (
+                "return not lacking.item() if self.groups else has",
+                "return has",
+            ),
         },
     ),
     *planted(

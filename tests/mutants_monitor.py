@@ -33,7 +33,7 @@ MONITOR = [
     ),
     *planted(
         "trainops/monitor_activations.py",
-        tests_of("monitor"),
+        tests_of("monitor", "monitor_activations"),
         {
             "monitor: evaluation is watched": ("not module.training or ", ""),
             "monitor: the last batch alone": ("now if before is None else before.merge(now)", "now"),
@@ -42,13 +42,30 @@ MONITOR = [
                 "(x <= ends[0] + near) | (x >= ends[1] - near)",
                 "(x <= ends[0] + near)",
             ),
-            "monitor: units of images are columns": ("units = 1 if x.ndim > 3 or", "units = 1 if"),
+            "monitor: units of images are columns": (
+                "    if isinstance(module, FEATURES_SECOND):\n        return 1\n",
+                "",
+            ),
+            "monitor: units of convolutions are places": ("return -len(module.kernel_size) - 1", "return -1"),
+            "monitor: an activation function has units of its own": (
+                "(*within[::-1], *before[::-1])",
+                "within[::-1]",
+            ),
+            "monitor: a block's first layer says its units": ("(*within[::-1],", "(*within,"),
+            "monitor: outputs of a skipped step count": (
+                "            self.take()  # of a step",
+                "            pass  #",
+            ),
+            "monitor: two forward passes are two steps": (
+                "if self._has_gradient and self._first is not None",
+                "if self._first is not None",
+            ),
             "monitor: activations are never forgotten": ("seen, self._seen = self._seen, {}", "seen = self._seen"),
         },
     ),
     *planted(
         "trainops/monitor_findings.py",
-        tests_of("monitor"),
+        tests_of("monitor", "monitor_activations"),
         {
             "monitor: explosions are not told": ("if x.gradient > exploding * x.weight > 0.0", "if False"),
             "monitor: layers vanish before the explosion": (
@@ -73,7 +90,7 @@ MONITOR = [
     ),
     *planted(
         "trainops/monitor_record.py",
-        tests_of("monitor"),
+        tests_of("monitor", "monitor_activations"),
         {
             "monitor: the norm of a layer is the sum": (
                 "math.hypot(*(norms[i] for i in rows))",
@@ -83,7 +100,7 @@ MONITOR = [
     ),
     *planted(
         "trainops/monitor_plots.py",
-        tests_of("monitor"),
+        tests_of("monitor", "monitor_activations"),
         {
             "monitor: colours without a logarithm": ("values.log10()", "values"),
             "monitor: counts for shares": (
@@ -101,8 +118,8 @@ MONITOR = [
                 "    @torch.no_grad()\n    def _begin_step",
             ),
             "monitor: a step waits": (
-                "        self._begun = list(params), measured,",
-                "        measured.grads.nonfinite.any().item()\n        self._begun = list(params), measured,",
+                "        self._begun = _Begun(",
+                "        measured.grads.nonfinite.any().item()\n        self._begun = _Begun(",
             ),
             "monitor: records without end": ("if len(self.records) > self.keep:", "if False:"),
             "monitor: other names of parameters": ("remove_duplicate=False", "remove_duplicate=True"),
@@ -128,7 +145,12 @@ MONITOR = [
         tests_of("monitor_models"),
         {
             "monitor: what overflows vanishes": (" or not x.finite:", ":"),
-            "monitor: a skipped step does not move": (" and not skipped", ""),
+            "monitor: a skipped step does not move": ("0.0 if _is_skipped(record, layers) else still", "still"),
+            "monitor: a step that the optimizer does not count is none": (
+                "return not all(x.finite for x in layers) and not any(x.update for x in layers)",
+                "return False",
+            ),
+            "monitor: without a learning rate a layer does not move": (" and not x.rests", ""),
         },
     ),
 ]

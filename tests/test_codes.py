@@ -238,7 +238,7 @@ def test_backends_have_the_same_codes(target, dtype):
 
 @over_kernels
 def test_backends_have_the_same_codes_of_second_moments(target):
-    """SGD has first moments alone. Second ones depend on gradients, and on the other halves of random words."""
+    """SGD has first moments alone. Second ones depend on gradients, and on other halves of the same random words."""
     found = []
     for backend in (REFERENCE, target):
         model, optimizer = make(backend, ADAMW, FLOAT32, average=None, state_dtype=(FLOAT32, "int8"), seed=7)

@@ -515,3 +515,59 @@ def check_ranks(rank, kind):
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_ranks_find_what_one_process_finds(tmp_path, kind):
     on_ranks(2, tmp_path, check_ranks, kind)
+
+
+class Unsized:
+    """Batches without a length, as those of a stream."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def check_uneven(rank, sized):
+    torch.manual_seed(0)
+    inner = nn.parallel.DistributedDataParallel(nn.Linear(FEATURES, CLASSES))
+    model = nn.Sequential(inner, nn.Identity())  # DDP within, as of a part of a model
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    mine = list(data())[: 6 - 2 * rank]
+    before = [p.detach().clone() for p in model.parameters()]
+    reason = "there are 4" if rank == 1 else "another rank has fewer"
+    with pytest.raises(ValueError, match=f"5 steps of 1 batches need 5 batches, {reason}"):
+        lr_finder(model, optimizer, mine if sized else Unsized(mine), loss_of, steps=5)
+    assert all(same_bits(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    found = lr_finder(model, optimizer, mine, loss_of, steps=4)
+    assert_same_on_all_ranks(torch.tensor(found.losses))
+
+
+@forks
+@pytest.mark.parametrize("sized", [True, False], ids=["lists", "streams"])
+def test_ranks_with_another_number_of_batches(tmp_path, sized):
+    on_ranks(2, tmp_path, check_uneven, sized)
+
+
+def check_meshes(rank):
+    """Two models, each on two ranks: losses are means over those alone."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("model", "shard"))
+    which = rank // 2
+    torch.manual_seed(which)
+    model = fully_shard(nn.Linear(FEATURES, CLASSES), mesh=mesh["shard"])
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    whole = list(data())
+    mine = [(x[rank % 2 :: 2], y[rank % 2 :: 2]) for x, y in whole]
+    options = {"start_lr": 1e-3, "end_lr": 1e-1, "steps": 4}
+    found = lr_finder(model, optimizer, mine, loss_of, **options)
+    torch.manual_seed(which)
+    alone = nn.Linear(FEATURES, CLASSES)
+    expected = lr_finder(alone, torch.optim.SGD(alone.parameters(), 0.1), whole, loss_of, **options)
+    assert found.losses == pytest.approx(expected.losses, rel=1e-3)
+
+
+@forks
+def test_ranks_of_another_model_do_not_count(tmp_path):
+    on_ranks(4, tmp_path, check_meshes)

@@ -113,6 +113,23 @@ def test_full_has_histograms_and_lost_updates(target):
     assert optimizer.stats.to_dict()["update/lost/2"] == lost[2].item()
 
 
+@over("scale", {"unscaled": None, "scaled": 64.0})
+def test_lost_updates_are_those_of_the_norm_that_the_step_was_given(target, scale):
+    """A large one clips to next to nothing, all of which is lost."""
+    lost = []
+    for given in (None, 1e7):
+        params = parameters(target, torch.bfloat16)
+        optimizer = trainops.SGD(params, lr=1.0, stats="full", max_grad_norm=1.0, backend=target.backend)
+        if scale is not None:
+            optimizer.grad_scale = torch.tensor(scale, device=target.device)
+            optimizer.found_inf = torch.tensor(0.0, device=target.device)
+        give_grads(params, factor=scale or 1.0)
+        optimizer.step(total_norm=given)
+        lost.append(optimizer.stats.lost_updates)
+    assert lost[0].max() < 0.5
+    assert lost[1].tolist() == [1.0, 0.0, 1.0, 1.0]  # the second one has no elements
+
+
 @over("scale", {"power_of_2": 1024.0, "other": 1000.0})
 def test_scaled_gradients(target, scale):
     params = parameters(target)
@@ -195,6 +212,36 @@ def sharded(rank):
 @forks
 def test_shards_are_merged(tmp_path):
     on_ranks(2, tmp_path, sharded)
+
+
+def some_missing(rank, kind):
+    """A parameter has a gradient on one rank alone, another one on none."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(1)
+    wholes = [torch.randn(7, 3), torch.randn(9), torch.randn(5, 2)]
+    params = [nn.Parameter(distribute_tensor(x, mesh, [Shard(0)])) for x in wholes]
+    params[0].grad = distribute_tensor(wholes[0].clone(), mesh, [Shard(0)])
+    if rank == 0:
+        params[1].grad = DTensor.from_local(torch.full((5,), 2.0), mesh, [Shard(0)], shape=(9,), stride=(1,))
+    optimizer = trainops.AdamW(params, lr=0.1, stats="full" if kind == "stats" else None)
+    monitor = trainops.Monitor(nn.ParameterList(params), optimizer) if kind == "monitor" else None
+    optimizer.step()
+    grads = optimizer.stats.grads if monitor is None else monitor.last().grads
+    assert grads.numel.tolist() == [21, 5, 0]
+    torch.testing.assert_close(grads.l2_norm[:2].tolist(), [wholes[0].norm().item(), math.sqrt(20.0)])
+    if monitor is None:
+        assert optimizer.stats.lost_updates.shape == (3,)
+    else:
+        assert not [finding for finding in monitor.findings() if finding.name.startswith("2")]
+
+
+@forks
+@pytest.mark.parametrize("kind", ["stats", "monitor"])
+def test_gradients_that_some_ranks_lack(tmp_path, kind):
+    on_ranks(2, tmp_path, some_missing, kind)
 
 
 def test_bad_input():

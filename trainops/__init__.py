@@ -8,7 +8,8 @@ from .drop_path import DropPath, DropPathAdd, drop_path, drop_path_add
 from .ema import EMA
 from .ema_schedule import DiffusersDecay, EMAPytorchDecay
 from .ema_update import ema_update_, get_ema_multi_avg_fn
-from .lr_finder import LRFinderResult, lr_finder
+from .lr_finder import lr_finder
+from .lr_finder_result import LRFinderResult
 from .monitor import Monitor
 from .sgd import SGD
 from .spike_guard import SpikeGuard

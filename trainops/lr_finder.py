@@ -3,81 +3,16 @@
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sized
-from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .lr_finder_result import LRFinderResult
+from .training_ranks import TrainingRanks
 from .training_state import restored
 from .wrappers import unwrap
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-
-@dataclass(frozen=True)
-class LRFinderResult:
-    """The losses of a sweep over learning rates.
-
-    Attributes:
-        lrs: the learning rate of each step: that of the group with the largest one.
-        losses: the loss of each step, before the update with that learning rate; means over accumulated batches and
-            over ranks.
-        smoothed: the same as an exponential moving average without bias.
-        diverged: whether the sweep ended early, because the loss grew.
-    """
-
-    lrs: list[float]
-    losses: list[float]
-    smoothed: list[float]
-    diverged: bool
-
-    @property
-    def steepest(self) -> float | None:
-        """The learning rate where the smoothed loss falls fastest against log10(lr), before its minimum.
-
-        None where it never falls.
-        """
-        end = self._minimum
-        x = [math.log10(lr) for lr in self.lrs]
-        slopes = [((self.smoothed[i + 1] - self.smoothed[i - 1]) / (x[i + 1] - x[i - 1]), i) for i in range(1, end)]
-        slope, place = min(slopes, default=(0.0, 0))
-        return self.lrs[place] if slope < 0.0 else None
-
-    @property
-    def tenth_of_minimum(self) -> float | None:
-        """A tenth of the learning rate where the smoothed loss is least; None where that is the first one."""
-        return self.lrs[self._minimum] / 10 if self._minimum > 0 else None
-
-    @property
-    def _minimum(self) -> int:
-        return min(range(len(self.smoothed)), key=self.smoothed.__getitem__)
-
-    def plot(self) -> "Figure":
-        """The losses against the learning rates, with both suggestions. ``plot().savefig("lr.png")`` saves it."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-        axes = figure.subplots()
-        axes.plot(self.lrs, self.losses, color="0.75", linewidth=1.0, label="loss of a step")
-        axes.plot(self.lrs, self.smoothed, color="tab:blue", label="smoothed")
-        for lr, color, name in (
-            (self.steepest, "tab:orange", "steepest descent"),
-            (self.tenth_of_minimum, "tab:green", "a tenth of the minimum's"),
-        ):
-            if lr is not None:
-                axes.axvline(lr, color=color, linestyle="--", label=f"{name}: {lr:.1e}")
-        before = [x for losses in (self.losses, self.smoothed) for x in losses[: self._minimum + 1]]
-        low, high = min(before), max(before)  # what diverges leaves the picture
-        if high > low:
-            axes.set_ylim(low - 0.1 * (high - low), high + 0.5 * (high - low))
-        axes.set_xscale("log")
-        axes.set_xlabel("learning rate")
-        axes.set_ylabel("loss")
-        axes.legend()
-        return figure
 
 
 def lr_finder(
@@ -104,7 +39,7 @@ def lr_finder(
     ``loss_fn`` keeps elsewhere, other hooks of the optimizer, and random numbers of persistent workers see the steps.
 
     Args:
-        model: is set to train mode. Under DDP and FSDP2, all ranks call this, and see the mean of their losses.
+        model: is set to train mode. Under DDP and FSDP, all ranks call this, and see the mean of their losses.
         optimizer: any optimizer of PyTorch, also in Accelerate's or Lightning's wrapper. Groups keep the ratios of
             their learning rates; where a scheduler has set all to 0, of those that it began with.
         batches: a loader or a list. It is begun anew; an iterator would be used up, and is refused.
@@ -121,18 +56,21 @@ def lr_finder(
         scaler: a GradScaler.
 
     Raises:
-        ValueError: an argument makes no sense; the optimizer has no parameter of the model; ``batches`` are too few;
-            the first loss is not finite. Everything is as it was.
+        ValueError: an argument makes no sense; the optimizer has no parameter of the model; ``batches`` are too few,
+            on any rank; the first loss is not finite. Everything is as it was.
         TypeError: ``batches`` is an iterator, or ``loss_fn`` returns something else than one number.
     """
     optimizer = unwrap(optimizer)
     _check(model, optimizer, batches, start_lr, end_lr, steps, sweep, accumulate, smoothing, divergence)
-    if not repeat and isinstance(batches, Sized) and len(batches) < steps * accumulate:
-        raise ValueError(_too_few(len(batches), steps, accumulate))
+    ranks = TrainingRanks(model)
+    found = len(batches) if not repeat and isinstance(batches, Sized) else math.inf
+    if not ranks.all_have(found >= steps * accumulate, _device_of(model)):
+        raise ValueError(_too_few(found, steps, accumulate))
     rates = _rates(start_lr, end_lr, steps, sweep)
     with restored(model, optimizer, scaler, batches):
         model.train()
-        trial = _Trial(model, optimizer, _endless(batches) if repeat else iter(batches), loss_fn, scaler)
+        every = _endless(batches) if repeat else iter(batches)
+        trial = _Trial(model, ranks, optimizer, every, loss_fn, scaler)
         return _run(trial, rates, accumulate, smoothing, divergence)
 
 
@@ -165,11 +103,17 @@ def _check(
         raise ValueError("the optimizer has no parameter of this model that is trained")
 
 
-def _too_few(found: int, steps: int, accumulate: int) -> str:
+def _too_few(found: float, steps: int, accumulate: int) -> str:
+    needed = steps * accumulate
+    there_are = f"there are {found}" if found < needed else "another rank has fewer"
     return (
-        f"{steps} steps of {accumulate} batches need {steps * accumulate} batches, there are {found}: give more, or "
-        "fewer steps, or repeat=True"
+        f"{steps} steps of {accumulate} batches need {needed} batches, {there_are}: give more, or fewer steps, or "
+        "repeat=True"
     )
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(p.device for p in model.parameters() if p.requires_grad)
 
 
 def _rates(start: float, end: float, steps: int, sweep: str) -> list[float]:
@@ -194,12 +138,13 @@ class _Trial:
     def __init__(
         self,
         model: nn.Module,
+        ranks: TrainingRanks,
         optimizer: torch.optim.Optimizer,
         batches: Iterator[Any],
         loss_fn: Callable[[nn.Module, Any], Tensor],
         scaler: Any,
     ) -> None:
-        self.model, self.optimizer, self.batches = model, optimizer, batches
+        self.model, self.ranks, self.optimizer, self.batches = model, ranks, optimizer, batches
         self.loss_fn, self.scaler = loss_fn, scaler
         self.ratios = _ratios(optimizer)
         self.current: list[Any] = []  # the batches of this step
@@ -213,11 +158,11 @@ class _Trial:
                 group["lr"] = lr * ratio
 
     def gradients(self, accumulate: int) -> float | None:
-        """Gradients of the next batches, and the mean of their losses, which all ranks get; None where they end."""
+        """Gradients of the next batches, and the mean loss over ranks; None where one of them has no more batches."""
         self.current = list(islice(self.batches, accumulate))
-        if len(self.current) < accumulate:
+        if not self.ranks.all_have(len(self.current) == accumulate, _device_of(self.model)):
             return None
-        return float(_mean_over_ranks(self.model, self.backward()))
+        return float(self.ranks.mean(self.backward()))
 
     @torch.enable_grad()
     def backward(self) -> Tensor:
@@ -260,19 +205,6 @@ def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
     return closure is not None and closure.default is inspect.Parameter.empty
 
 
-def _mean_over_ranks(model: nn.Module, loss: Tensor) -> Tensor:
-    """The mean over the ranks that train a model together: those of DDP, or all where there are DTensors."""
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        group = model.process_group
-    elif any(hasattr(p, "device_mesh") for p in model.parameters()):
-        group = None
-    else:
-        return loss
-    loss = loss.clone()
-    torch.distributed.all_reduce(loss, group=group)
-    return loss / torch.distributed.get_world_size(group)
-
-
 def _run(
     trial: _Trial, rates: list[float], accumulate: int, smoothing: float, divergence: float | None
 ) -> LRFinderResult:
@@ -284,7 +216,9 @@ def _run(
         trial.set_lr(lr)
         loss = trial.gradients(accumulate)
         if loss is None:
-            raise ValueError(_too_few((i - 1) * accumulate + len(trial.current), len(rates), accumulate))
+            found = (i - 1) * accumulate + len(trial.current)
+            own = found if len(trial.current) < accumulate else math.inf
+            raise ValueError(_too_few(own, len(rates), accumulate))
         if not math.isfinite(loss):
             if not losses:
                 raise ValueError(f"the loss is {loss} before the first step")

@@ -14,7 +14,8 @@ from .ema_policy import Patterns, checked_patterns, fits
 from .monitor_activations import Activations
 from .monitor_findings import Finding, findings_of
 from .monitor_record import Record, Watched, layer_of
-from .step_stats import Measured
+from .step_stats import Measured, is_measured
+from .tables import local
 from .wrappers import innermost, unwrap
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ class Monitor:
         every: statistics are those of steps 1, 1 + every, 1 + 2 * every, ...
         include: names or patterns of parameters, as for :class:`trainops.EMA`; default: all that the optimizer has.
         activations: the modules whose outputs are watched, in train mode; of each rank its own. A name is that module
-            alone; patterns also fit the names of modules inside of modules.
+            alone; patterns also fit the names of modules inside of modules. Units are the channels of convolutions
+            and of their norms, else the last dimension; an activation function has those of the layer before it.
         keep: how many records there may be. One more, and every second one is dropped: pictures show the whole
             training, its beginning in ever fewer steps.
 
@@ -89,8 +91,8 @@ class Monitor:
         self.model, self.optimizer, self.every, self.keep = model, optimizer, every, keep
         self.records: list[Record] = []
         self.steps = 0
-        self._begun: tuple[list[str], Measured, Watched | None] | None = None
-        self._activations = Activations(innermost(model), activations, self._is_due)
+        self._begun: _Begun | None = None
+        self._activations = Activations(innermost(model), activations, self._params.values(), self._is_due)
         self._hooks = [
             optimizer.register_step_pre_hook(self._begin_step),
             optimizer.register_step_post_hook(self._finish_step),
@@ -121,7 +123,7 @@ class Monitor:
             return
         seen = self._activations.take()
         self._advise(optimizer, seen)
-        params = {n: p for n, p in self._params.items() if p.grad is not None}
+        params = {n: p for n, p in self._params.items() if is_measured(p)}
         if sparse := [n for n, p in params.items() if p.grad is not None and p.grad.layout is not torch.strided]:
             advise(self, "sparse", f"{sparse[0]!r} has sparse gradients, of which a Monitor has no statistics")
         params = {n: p for n, p in params.items() if n not in sparse}
@@ -129,7 +131,7 @@ class Monitor:
             return
         scale = getattr(optimizer, "grad_scale", None)
         measured = Measured(optimizer, list(params.values()), scale, histogram=True, backend=None)
-        self._begun = list(params), measured, seen
+        self._begun = _Begun(optimizer, params, measured, seen)
 
     def _advise(self, optimizer: Any, seen: Watched | None) -> None:
         """Warn of what the monitor cannot see."""
@@ -149,10 +151,10 @@ class Monitor:
         self.steps += 1
         if self._begun is None:
             return
-        (names, its, seen), self._begun = self._begun, None
+        begun, self._begun = self._begun, None
         if self.records:
             self.records[-1] = self.records[-1].without_histograms()
-        self.records.append(Record(self.steps, names, its.grads, its.weights, its.updates(), seen))
+        self.records.append(begun.finish(self.steps))
         if len(self.records) > self.keep:
             del self.records[1:-1:2]
 
@@ -217,6 +219,32 @@ class Monitor:
             f"Monitor({len(self._params)} parameters, {len(self._activations)} modules, every={self.every}, "
             f"{len(self.records)} records)"
         )
+
+
+class _Begun:
+    """A step that is looked at, before it is taken."""
+
+    def __init__(self, optimizer: Any, params: dict[str, Tensor], measured: Measured, seen: Watched | None) -> None:
+        self.optimizer, self.names, self.measured, self.seen = optimizer, list(params), measured, seen
+        self.first = next((p for p in params.values() if p.grad is not None), None)
+        self.counted = self._count(0)
+        lr_of = {p: group["lr"] for group in optimizer.param_groups for p in group["params"] if "lr" in group}
+        self.lrs = tuple(_own(lr_of.get(p, 1.0)) for p in params.values())
+
+    def _count(self, default: Any) -> Any:
+        """How many steps the optimizer has counted of a parameter; most keep that as its state."""
+        return default if self.first is None else _own(self.optimizer.state.get(self.first, {}).get("step", default))
+
+    def finish(self, step: int) -> Record:
+        """The record, when the step was taken."""
+        its, count = self.measured, self._count(None)
+        skipped = None if count is None else count == self.counted
+        return Record(step, self.names, its.grads, its.weights, its.updates(), self.seen, skipped, self.lrs)
+
+
+def _own(x: Any) -> Any:
+    """A number; of one on a device, which may be written in place, a copy."""
+    return local(x.detach()).clone().reshape(()) if isinstance(x, Tensor) else x
 
 
 def _ids(optimizer: Any) -> set[int]:

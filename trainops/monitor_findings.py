@@ -42,6 +42,7 @@ class _Layer(NamedTuple):
     update: float
     rms: float  # of the gradient's elements
     finite: bool  # whether all elements of the gradient are; norms are those of the others
+    rests: bool  # its learning rate is 0
 
 
 def findings_of(
@@ -63,7 +64,8 @@ def findings_of(
         vanishing: it vanishes if the root mean square of its elements is less than so many times that of the median
             layer, of those that do not explode; or if it is 0.
         still: a layer does not move if its update's norm is less than so many times that of its weights, although it
-            has a gradient. (In bfloat16, rounding may lose every update.)
+            has a gradient and a learning rate, and the step was not skipped. (In bfloat16, rounding may lose every
+            update.)
         share: units are dead, and outputs saturated, if more than this share of them are.
     """
     found: dict[tuple[str, str], Finding] = {}
@@ -72,7 +74,9 @@ def findings_of(
         layers = list(_layers(record))
         every = chain(
             _of_tensors(record),
-            _of_layers(layers, history.grown(layers), exploding, vanishing, still),
+            _of_layers(
+                layers, history.grown(layers), exploding, vanishing, 0.0 if _is_skipped(record, layers) else still
+            ),
             _of_activations(record, share),
         )
         for kind, name, message in every:
@@ -134,7 +138,6 @@ def _of_layers(
         else:
             others.append(x)
     usual = median(x.rms for x in others) if others else 0.0
-    skipped = not all(x.finite for x in layers) and not any(x.update for x in layers)
     for x in others:
         if x.rms < vanishing * usual:
             yield (
@@ -144,17 +147,28 @@ def _of_layers(
             )
         elif x.gradient == 0.0:
             yield "vanishing", x.name, "the gradient is 0"
-        elif x.update < still * x.weight and not skipped:
+        elif x.update < still * x.weight and not x.rests:
             yield "still", x.name, f"it does not move: an update of norm {x.update:.1e}, weights of {x.weight:.1e}"
 
 
+def _is_skipped(record: Record, layers: list[_Layer]) -> bool:
+    """Whether the step was skipped; of an optimizer that counts no steps, whether it looks so."""
+    if record.skipped is not None:
+        return bool(record.skipped)
+    return not all(x.finite for x in layers) and not any(x.update for x in layers)
+
+
 def _layers(record: Record) -> Iterator[_Layer]:
-    """The layers, each with the norms over its parameters."""
+    """The layers that have a gradient on some rank, each with the norms over its parameters."""
     gradients, weights, updates = map(record.norms_by_layer, (record.grads, record.weights, record.updates))
     numel, bad = map(record.sums_by_layer, (record.grads.numel, record.grads.nonfinite))
+    rows = record.by_layer()
     for name, gradient in gradients.items():
+        if numel[name] + bad[name] == 0:
+            continue
         rms = gradient / math.sqrt(max(numel[name], 1))
-        yield _Layer(name, gradient, weights[name], updates[name], rms, bad[name] == 0)
+        rests = bool(record.lrs) and all(float(record.lrs[i]) == 0.0 for i in rows[name])
+        yield _Layer(name, gradient, weights[name], updates[name], rms, bad[name] == 0, rests)
 
 
 def _of_activations(record: Record, share: float) -> Iterator[tuple[str, str, str]]:

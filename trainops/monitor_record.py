@@ -35,6 +35,9 @@ class Record(NamedTuple):
         weights: of the weights before the step; with a ``master``, in full.
         updates: of what the step has added to the weights.
         activations: of the outputs of modules; None where none are watched.
+        skipped: whether the step left all weights as they were, because it was skipped: by a GradScaler, or by
+            ``skip_nonfinite`` or ``spike_guard``; None where the optimizer counts no steps. May be a tensor.
+        lrs: the learning rate of each parameter.
     """
 
     step: int
@@ -43,6 +46,8 @@ class Record(NamedTuple):
     weights: TensorStats
     updates: TensorStats
     activations: Watched | None
+    skipped: Tensor | bool | None = None
+    lrs: tuple[Tensor | float, ...] = ()
 
     @property
     def update_ratios(self) -> Tensor:
@@ -55,7 +60,7 @@ class Record(NamedTuple):
         if watched is not None:
             watched = watched._replace(outputs=TensorStats(watched.outputs.rows))
         grads, weights, updates = (TensorStats(x.rows) for x in (self.grads, self.weights, self.updates))
-        return Record(self.step, self.names, grads, weights, updates, watched)
+        return self._replace(grads=grads, weights=weights, updates=updates, activations=watched)
 
     def flat(self) -> dict[str, float]:
         """All numbers, by keys like ``grad/l2_norm/<name>``."""

@@ -128,7 +128,9 @@ class HasSpikeGuard(torch.optim.Optimizer):
         held = own[0].get(OWN_STATE, {}).get(KEY) if own else None
         super().__setstate__(state)
         if held is not None:  # the tensor stays, because captured steps know its address
-            if loaded is not None:
+            if loaded is None:  # saved without a guard: this one begins anew
+                held[:LEARNED] = 0
+            else:
                 held[:LEARNED] = loaded[:LEARNED].to(held)
             group = self.param_groups[0]
             group[OWN_STATE] = {**group.get(OWN_STATE, {}), KEY: held}

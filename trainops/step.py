@@ -79,10 +79,10 @@ class TakesFusedSteps(KnowsTorchStep, TakesJointNorm, LoadsState, KeepsMasters, 
                 loss = closure()
         advice.before_step(self)
         averages = StepAverages(self, self._averages)
-        collection = self._begin_stats()
+        collection = self._begin_stats(total_norm)
         averaged, result = self._update(averages, total_norm)
         averages.finish(averaged, result.skipped)
-        self._finish_stats(collection)
+        self._finish_stats(collection, result.skipped)
         self._unscale_as_fused()
         return loss
 

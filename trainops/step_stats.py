@@ -1,17 +1,21 @@
 """Statistics of a step: of the gradients before clipping, of the weights, and of what the step did to them."""
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from . import reference
 from .adapters import StepControl
+from .joint_norm import known_norm
+from .lost_updates import share_of_lost_updates
 from .reference_storage import wide
 from .seeds import OWN_STATE
 from .statistics import TensorStats, keyed, tensor_stats
+from .tables import local
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -24,6 +28,8 @@ KEY = "stats_step"  # of the count of steps, among what the first group keeps
 class StepStats:
     """What ``stats="norms"`` or ``"full"`` collects of a step, one row for each parameter that has a gradient.
 
+    A DTensor has a row wherever one rank may have a gradient; where none has, it is a row of no elements.
+
     Attributes:
         step: which call of ``step()`` it was, from 1, counted by the optimizer; checkpoints keep the count.
         params: for each row, the place of its parameter among all of the optimizer, in group order.
@@ -32,6 +38,7 @@ class StepStats:
         updates: of what the step added to the weights, as they are stored; zeros if it was skipped.
         lost_updates: with ``"full"``, the share of each parameter's elements whose update rounding has lost: see
             ``lost_updates()``. Else None.
+        skipped: whether the step was skipped, as a tensor on the device; None if nothing could have skipped it.
     """
 
     step: int
@@ -40,6 +47,7 @@ class StepStats:
     weights: TensorStats
     updates: TensorStats
     lost_updates: Tensor | None = None
+    skipped: Tensor | None = None
 
     @property
     def update_ratios(self) -> Tensor:
@@ -82,7 +90,7 @@ class Measured:
         self._params = params
         self._weight_of: Callable[[Tensor], Tensor] = getattr(optimizer, "float32_weight", lambda param: param)
         self._options: dict[str, Any] = {"histogram": histogram, "backend": backend}
-        grads = tensor_stats([p.grad for p in params if p.grad is not None], **self._options)
+        grads = tensor_stats([_gradient(p) for p in params], **self._options)
         self.grads = grads if scale is None else grads.divided(scale)
         self._before = [_wide_copy(p, self._weight_of(p)) for p in params]
         self.weights = tensor_stats(self._before, **self._options)
@@ -119,31 +127,40 @@ class CollectsStats(torch.optim.Optimizer):
     stats: StepStats | None
     backend: str | None
 
-    def coefficient(self) -> Tensor | float:
-        """What the next step multiplies gradients with, as they are. With ``max_grad_norm``, all ranks must ask."""
+    def coefficient(self, total_norm: float | Tensor | None = None) -> Tensor | float:
+        """What the next step multiplies gradients with, as they are. With ``max_grad_norm``, all ranks must ask.
+
+        ``total_norm``: as for ``step()``.
+        """
         optimizer: Any = self
         scale, limit = optimizer._from_scaler("grad_scale"), optimizer.max_grad_norm
         clipped: Tensor | float = 1.0
         if limit is not None:
-            norm = optimizer._joint_norm(StepControl(grad_scale=scale)).control.total_norm
+            control = StepControl(grad_scale=scale)
+            if total_norm is None:
+                norm = optimizer._joint_norm(control).control.total_norm
+            else:
+                norm = known_norm(control, total_norm, optimizer._device()).control.total_norm
             limit = limit.reshape(()) if isinstance(limit, Tensor) else float(limit)
             clipped = 1.0 if norm is None else reference.clip_coefficient(norm, limit)
         return clipped if scale is None else clipped / reference.scalar(scale, optimizer._device())
 
-    def _begin_stats(self) -> "Collection | None":
-        """What is to be known before a step of which statistics are due."""
+    def _begin_stats(self, total_norm: float | Tensor | None) -> "Collection | None":
+        """What is to be known before a step of which statistics are due; ``total_norm``: what the step was given."""
         if self.collects is None:
             return None
         check_stats(self.collects, self.stats_every)  # anybody may set them
         step = self._stats_step() + 1
-        return Collection(self, step) if step % self.stats_every == 0 else None  # type: ignore[arg-type]
+        if step % self.stats_every != 0:
+            return None
+        return Collection(self, step, total_norm)  # type: ignore[arg-type]
 
-    def _finish_stats(self, collection: "Collection | None") -> None:
+    def _finish_stats(self, collection: "Collection | None", skipped: Tensor | None) -> None:
         """Count a step, and look at what it has done."""
         if self.collects is None:
             return
         if collection is not None:
-            self.stats = collection.finish()
+            self.stats = collection.finish(skipped)
         group = self.param_groups[0]
         group[OWN_STATE] = {**group.get(OWN_STATE, {}), KEY: self._stats_step() + 1}
 
@@ -154,22 +171,46 @@ class CollectsStats(torch.optim.Optimizer):
 class Collection:
     """Statistics of one step, which begin before it: of its gradients and weights."""
 
-    def __init__(self, optimizer: "FusedOptimizer", step: int) -> None:
+    def __init__(self, optimizer: "FusedOptimizer", step: int, total_norm: float | Tensor | None) -> None:
         self.step = step
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        self.places = [i for i, p in enumerate(params) if p.grad is not None]
+        self.places = [i for i, p in enumerate(params) if is_measured(p)]
         measured = [params[i] for i in self.places]
         if any(p.grad.layout is not torch.strided for p in measured if p.grad is not None):
             raise RuntimeError("there are no statistics of sparse gradients: leave out `stats`")
         is_full = optimizer.collects == "full"
-        self.lost = optimizer.lost_updates() if is_full else None
+        self.lost = self._lost(optimizer, measured, total_norm) if is_full else None
         scale = optimizer._from_scaler("grad_scale")
         self.measured = Measured(optimizer, measured, scale, is_full, optimizer.backend)
 
-    def finish(self) -> StepStats:
+    @staticmethod
+    def _lost(optimizer: "FusedOptimizer", params: list[Tensor], total_norm: float | Tensor | None) -> Tensor:
+        """The share of each parameter's updates that rounding loses; 0 where this rank has no gradient."""
+        device = optimizer._device()
+        shares = iter(share_of_lost_updates(optimizer, optimizer.coefficient(total_norm)))
+        found = [torch.zeros((), device=device) if p.grad is None else next(shares).to(device) for p in params]
+        return torch.stack(found) if found else torch.zeros(0, device=device)
+
+    def finish(self, skipped: Tensor | None) -> StepStats:
         """After the step."""
         its = self.measured
-        return StepStats(self.step, tuple(self.places), its.grads, its.weights, its.updates(), self.lost)
+        own = None if skipped is None else skipped.clone()
+        return StepStats(self.step, tuple(self.places), its.grads, its.weights, its.updates(), self.lost, own)
+
+
+def is_measured(param: Tensor) -> bool:
+    """Whether there are statistics of a parameter: it has a gradient here, or may have one on other ranks."""
+    return param.grad is not None or (param.requires_grad and hasattr(param, "_spec"))
+
+
+def _gradient(param: Tensor) -> Tensor:
+    """A parameter's gradient, or one without elements where this rank of a DTensor's mesh has none."""
+    if param.grad is not None:
+        return param.grad
+    spec, empty = cast(Any, param)._spec, local(param).new_empty(0)
+    dtensor = importlib.import_module("torch.distributed.tensor").DTensor
+    shape = {"shape": param.shape, "stride": param.stride()}
+    return cast(Tensor, dtensor.from_local(empty, spec.mesh, spec.placements, run_check=False, **shape))
 
 
 def _wide_copy(param: Tensor, weight: Tensor) -> Tensor:

@@ -1,0 +1,41 @@
+"""The ranks that train a model together, and what they agree on."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class TrainingRanks:
+    """The ranks over which DDP, FSDP or the meshes of DTensors train a model; none where it is trained alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        groups: dict[int, Any] = {}
+        for module in model.modules():
+            if isinstance(module, nn.parallel.DistributedDataParallel) or _is_fsdp1(module):
+                groups.setdefault(id(module.process_group), module.process_group)
+        for param in model.parameters():
+            if (mesh := getattr(param, "device_mesh", None)) is not None:
+                for dim in range(mesh.ndim):
+                    group = mesh.get_group(dim)
+                    groups.setdefault(id(group), group)
+        self.groups = list(groups.values())
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean of a number over the ranks, all of which must call this."""
+        for group in self.groups:
+            x = x.clone()
+            torch.distributed.all_reduce(x, group=group)
+            x = x / torch.distributed.get_world_size(group)
+        return x
+
+    def all_have(self, has: bool, device: torch.device) -> bool:
+        """Whether all ranks have something, all of which must call this."""
+        lacking = torch.tensor(0.0 if has else 1.0, device=device)
+        for group in self.groups:
+            torch.distributed.all_reduce(lacking, op=torch.distributed.ReduceOp.MAX, group=group)
+        return not lacking.item() if self.groups else has
+
+
+def _is_fsdp1(module: nn.Module) -> bool:
+    return type(module).__name__ == "FullyShardedDataParallel" and hasattr(module, "process_group")
