@@ -64,7 +64,7 @@ class Task(NamedTuple):
 
 CAPTION = (
     "registers per thread; bytes spilled per thread; accesses of 16 bytes that the code has, and how many it must "
-    "have in its loops over whole blocks, or a multiple where they are unrolled"
+    "have in its loops over whole blocks, or a multiple where they are unrolled (codes are accessed by 8 bytes)"
 )
 
 

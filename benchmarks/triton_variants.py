@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 from trainops import core
 
-SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "int16": 2, "uint8": 1}
+SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "int16": 2, "int8": 1, "uint8": 1}
 POINTERS = {"float32": "*fp32", "float64": "*fp64", "bfloat16": "*bf16", "float16": "*fp16", "int64": "*i64"}
-DTYPES = [dtype for dtype in SIZES if dtype not in ("int16", "uint8")]
+DTYPES = [dtype for dtype in SIZES if "int" not in dtype]
+CODES = {"signed_codes": "int8", "unsigned_codes": "uint8"}
+CODED = [("float32", None, None), ("float32", "float32", None), ("bfloat16", "float32", "int16")]  # with 8-bit state
 MASTERS = [("bfloat16", "int16"), ("bfloat16", "float32"), ("float16", "float32")]
 STATISTICS = ("l1_norm", "l2_norm", "inf_norm", "moments")
 
@@ -150,6 +152,15 @@ def rule_variants(rule: str) -> Iterator[Variant]:
         for used in range(len(optional) + 1):
             yield update_variant(rule, param, "bfloat16", optional[:used], "float32", master)
             yield update_variant(rule, param, "bfloat16", optional[:used], "float32", master, (param, "float32"))
+    for used in range(len(optional) + 1):
+        if len(optional) == len(state_of(rule)) and used == 0:  # no state
+            continue
+        for param, average, master in CODED:
+            yield update_variant(rule, param, "8-bit", optional[:used], average, master)
+        yield update_variant(rule, "bfloat16", "8-bit", optional[:used], "bfloat16", is_random=True)
+    if len(state_of(rule)) > 1:
+        for state in (("8-bit", "bfloat16"), ("bfloat16", "8-bit")):
+            yield update_variant(rule, "bfloat16", state, [], "float32", "int16")
     for param in DTYPES:
         yield update_variant(
             rule, param, param, [], param, further=("float32",) if param == "float32" else (param,) * 3
@@ -166,10 +177,15 @@ def scalars_of(rule: str) -> int:
     return int(importlib.import_module(f"trainops.triton_kernels.{rule}").SCALARS)
 
 
+def type_of_state(column: Any, dtype: str) -> str:
+    """The type of the elements of a column of state. ``dtype``: ``"8-bit"``, or itself."""
+    return CODES[column.codes] if dtype == "8-bit" else dtype
+
+
 def update_variant(
     rule: str,
     param: str,
-    state: str,
+    state: str | tuple[str, str],
     used: list[str],
     average: str | None,
     master: str | None = None,
@@ -178,21 +194,28 @@ def update_variant(
 ) -> Variant:
     """The update for one combination of types, of the optional state that is ``used``, and of averages.
 
-    ``is_random``: parameters and averages in bfloat16 are rounded stochastically.
+    ``state``: the type of all state, or that of the first moments and that of the second ones. ``is_random``:
+    parameters and averages in bfloat16 are rounded stochastically.
     """
     from trainops.triton_kernels.update import update
 
-    of_state = [state if not column.optional or column.name in used else None for column in state_of(rule)]
+    first, second = (state, state) if isinstance(state, str) else state
+    of_state = [
+        type_of_state(column, second if i > 0 else first) if not column.optional or column.name in used else None
+        for i, column in enumerate(state_of(rule))
+    ]
     slots = [name for name in update.arg_names if name.startswith("STATE")]
     types = dict.fromkeys(slots) | dict(zip(slots, of_state, strict=False))
     types |= {"PARAM_TYPE": param, "GRAD_TYPE": param, "AVERAGE_TYPE": average, "MASTER_TYPE": master}
     types |= {"WIDE": wide(param), **{f"AVERAGE{i + 2}_TYPE": x for i, x in enumerate(further)}}
     types |= dict.fromkeys(f"AVERAGE{i}_TYPE" for i in range(len(further) + 2, 5))
-    options = [f"{state} state"] * (state != param) + used + [f"{average} average"] * (average is not None)
+    own = first if first == second else f"{first} and {second}"
+    options = [f"{own} state"] * (own != param) + used + [f"{average} average"] * (average is not None)
     options += [f"{dtype} average" for dtype in further] + [f"{master} master"] * (master is not None)
     options += ["stochastic"] * is_random
     rounded = sum((dtype == "bfloat16") << i for i, dtype in enumerate((param, average, *further)))
     writes = tuple(dtype for dtype in (param, *of_state, average, *further, master) if dtype is not None)
+    has_codes = any(dtype in CODES.values() for dtype in of_state)
     functions = {"LOAD_SCALARS": f"@{rule}.load_scalars", "NEW_STATE": f"@{rule}.new_state"}
     functions["NEW_PARAM"] = f"@{rule}.new_param"
     return Variant(
@@ -202,9 +225,11 @@ def update_variant(
         {**TABLE, "settings": "*i64", "scalars": "*fp64", "coefficient": "*fp64", "skip": "*i1"},
         {"WORDS": words_of(rule) + len(further), "FURTHER": len(columns_of(rule)), "SCALARS": scalars_of(rule)}
         | {**functions, "STOCHASTIC": rounded if is_random else 0}
+        | {"CODES": has_codes}
         | {k: None if v is None else f":{v}" for k, v in types.items()},
         (param, *writes),
         writes,
+        divided_as=("bfloat16",) if has_codes else (),  # in 16 bytes of codes, threads run out of registers
     )
 
 

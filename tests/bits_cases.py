@@ -24,6 +24,8 @@ GROUPS = {
     "tensor lr": {"lr": torch.tensor(0.02), "weight_decay": 0.1},
     "float64 lr": {"lr": torch.tensor([0.02], dtype=F64), "amsgrad": True},
 }
+# Types of parameters, and their masters, that 8-bit state is for.
+STORED = [(F32, None), (BF16, None), (BF16, "split"), (F16, "float32")]
 
 
 # Optimizers
@@ -97,6 +99,13 @@ def optimizers():
         how = steps(10, {i: {"before": before, "layout": LAYOUTS[i % len(LAYOUTS)]} for i in (2, 5, 6)})
         own = {"steps": how, "settings": clipped, "ema": {"decay": 0.9}, "groups": two}
         yield named("between steps", before, dtype, rows=rows([(), (127,), (33, 31)], dtype, 2), **own)
+    pairs = ("int8", ("int8", BF16), (F32, "int8"), None)
+    for (dtype, master), state_dtype, averages in itertools.product(STORED, pairs, (False, True)):
+        is_random = dtype == BF16 and master is None
+        own = {"settings": clipped | {"state_dtype": state_dtype, "master": master, "stochastic_rounding": is_random}}
+        own |= {"ema": {"decay": 0.9, "dtype": dtype, "stochastic_rounding": is_random} if averages else None}
+        how = steps(8, {2: {"poison": NAN}, 4: {"before": "reload"}, 6: {"before": "late"}})
+        yield named("stored", dtype, master, state_dtype, averages, rows=rows(MIXED, dtype, 2), steps=how, **own)
     lists = {dtype: rows(MIXED, dtype, 2) for dtype in FLOATS}
     lists |= {"all dtypes": [row for dtype in [*FLOATS, *COMPLEX] for row in rows(MIXED[:8], dtype, 2)]}
     lists |= {
@@ -112,6 +121,8 @@ def optimizers():
         yield named("list", which, missing, rows=tensors, settings=clipped, ema={"decay": 0.9}, **own)
     for i in range(300):
         yield named("random", i, **drawn(random.Random(f"bits {i}")))
+    for i in range(100):
+        yield named("random storage", i, **with_storage(random.Random(f"storage {i}")))
 
 
 def drawn(rng):
@@ -154,6 +165,17 @@ def drawn(rng):
         "fused": rng.random() < 0.8,
         "steps": [step() for _ in range(rng.randint(3, 7))],
     }
+
+
+def with_storage(rng):
+    """The same, with what says how state and weights are stored, as far as the parameters' dtypes allow it."""
+    case = drawn(rng)
+    state_dtypes = ["int8", ("int8", BF16), (F32, "int8"), (BF16, "int8"), BF16, None]
+    own = {"state_dtype": rng.choice(state_dtypes), "stochastic_rounding": rng.random() < 0.5}
+    case["settings"] |= own | {"master": rng.choice([None, None, "split", "float32"])}
+    if case["ema"] is not None:
+        case["ema"]["stochastic_rounding"] = rng.random() < 0.5
+    return case
 
 
 # Functions of tensors

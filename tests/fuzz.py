@@ -10,9 +10,11 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from surroundings import MARGIN, Surrounded
 from targets import Target
-from training import Model
+from training import MOMENTS, Model
 
 import trainops
+from trainops.reference_codes import CODE_OF
+from trainops.storage import codes_key, has_codes, values_of_codes
 
 # The same cases in every run, or with `--thorough` ten thousand others in each. ``max_examples`` is in percent of the
 # number that each test asks for: see ``examples`` in test_fuzz.py.
@@ -139,26 +141,37 @@ GROUPS = st.fixed_dictionaries(
         "maximize": st.booleans(),
     },
 )
-SETTINGS = st.fixed_dictionaries(
-    {},
-    optional={
-        "max_grad_norm": st.sampled_from([0.5, 0.0, 1e-3, 1e9, float("inf"), torch.tensor([0.25])]),
-        "skip_nonfinite": st.booleans(),
-        "state_dtype": st.sampled_from([torch.float32, torch.bfloat16, (torch.bfloat16, torch.float32)]),
-        "master": st.sampled_from(["split", "float32"]),
-    },
-)
-AVERAGES = st.fixed_dictionaries(
-    {"decay": st.sampled_from([0.9, 0.0, 0.3, 0.5, 0.9999, 1.0])},
-    optional={
-        "dtype": st.sampled_from(FLOATS),
-        "warmup": st.booleans(),
-        "min_decay": st.sampled_from([0.0, 0.6]),
-        "update_after_step": st.sampled_from([-2, 0, 1]),
-        "update_every": st.sampled_from([1, 2]),
-        "average_buffers": st.booleans(),
-    },
-)
+OF_STEPS: dict[str, Any] = {
+    "max_grad_norm": st.sampled_from([0.5, 0.0, 1e-3, 1e9, float("inf"), torch.tensor([0.25])]),
+    "skip_nonfinite": st.booleans(),
+    "state_dtype": st.sampled_from([torch.float32, torch.bfloat16, (torch.bfloat16, torch.float32)]),
+    "master": st.sampled_from(["split", "float32"]),
+}
+OF_AVERAGES: dict[str, Any] = {
+    "dtype": st.sampled_from(FLOATS),
+    "warmup": st.booleans(),
+    "min_decay": st.sampled_from([0.0, 0.6]),
+    "update_after_step": st.sampled_from([-2, 0, 1]),
+    "update_every": st.sampled_from([1, 2]),
+    "average_buffers": st.booleans(),
+}
+EIGHT_BITS = st.sampled_from(["int8", (torch.float32, "int8"), ("int8", torch.bfloat16)])
+STOCHASTIC = {"stochastic_rounding": st.booleans()}
+
+
+def settings_of_steps(may_be_random: bool = True) -> Any:
+    """Those of an optimizer; ``may_be_random``: 8-bit state and stochastic rounding among them."""
+    state_dtype = OF_STEPS["state_dtype"] | EIGHT_BITS
+    more = {"state_dtype": state_dtype, **STOCHASTIC} if may_be_random else {}
+    return st.fixed_dictionaries({}, optional=OF_STEPS | more)
+
+
+def averages(may_be_random: bool = True) -> Any:
+    """None, or the options of an average, which may be rounded stochastically."""
+    decay = {"decay": st.sampled_from([0.9, 0.0, 0.3, 0.5, 0.9999, 1.0])}
+    return st.none() | st.fixed_dictionaries(decay, optional=OF_AVERAGES | (STOCHASTIC if may_be_random else {}))
+
+
 NOTHING = ["nothing"] * 4
 STEPS = st.builds(
     Step,
@@ -173,7 +186,7 @@ STEPS = st.builds(
 )
 
 
-def cases(shapes: Any, most_rows: int = 6, most_steps: int = 4) -> Any:
+def cases(shapes: Any, most_rows: int = 6, most_steps: int = 4, may_be_random: bool = True) -> Any:
     """Cases over parameters of some shapes: of one dtype, of several, or complex ones among them."""
     dtypes = [
         *(st.just(dtype) for dtype in FLOATS),
@@ -184,8 +197,8 @@ def cases(shapes: Any, most_rows: int = 6, most_steps: int = 4) -> Any:
         Case,
         rows=st.sampled_from(dtypes).flatmap(lambda dtype: lists_of_rows(shapes, dtype, most_rows)),
         groups=st.lists(GROUPS, min_size=1, max_size=3),
-        settings=SETTINGS,
-        ema=st.none() | AVERAGES,
+        settings=settings_of_steps(may_be_random),
+        ema=averages(may_be_random),
         fused=st.booleans(),
         steps=st.lists(STEPS, min_size=1, max_size=most_steps),
         seed=st.integers(0, 7),
@@ -210,7 +223,7 @@ class World:
         self.model = Model(tensors)
         self.model.register_buffer("buffer", torch.randn(3, generator=generator).to(self.target.device))
         self.model.register_buffer("count", torch.zeros((), dtype=torch.int64, device=self.target.device))
-        self.ema = None if case.ema is None else trainops.EMA(self.model, **case.ema, backend=self.target.backend)
+        self.ema = None if case.ema is None else self.make_average(case.ema)
         if self.ema is not None:
             for average, row in zip(self.ema.module.params, case.rows, strict=True):
                 layout = "gaps" if row.grad_layout in ("expanded", "lazy") else row.grad_layout
@@ -218,17 +231,27 @@ class World:
             self.ema.reset()
         self.optimizer = self.make_optimizer()
 
+    def make_average(self, options: dict[str, Any]) -> trainops.EMA:
+        dtypes = {row.dtype for row in self.case.rows}
+        if (chosen := options.get("dtype")) is not None:
+            dtypes = {dtype if dtype.is_complex else chosen for dtype in dtypes}
+        own = dict(options) if may_be_stochastic(dtypes) else options | {"stochastic_rounding": False}
+        return trainops.EMA(self.model, **own, backend=self.target.backend)
+
     def make_optimizer(self) -> trainops.AdamW:
         groups = [{**copy.deepcopy(group), "params": []} for group in self.case.groups]
         for param, row in zip(self.model.params, self.case.rows, strict=True):
             groups[row.group % len(groups)]["params"].append(param)
         own = {**copy.deepcopy(self.case.settings), "ema": self.ema if self.case.fused else None}
         dtypes = {row.dtype for row in self.case.rows}
-        if any(dtype.is_complex for dtype in dtypes):
-            own.pop("state_dtype", None)  # is for real parameters
+        now = dtypes | {p.dtype for p in self.model.params}
+        if any(dtype.is_complex for dtype in dtypes) or (torch.float64 in now and has_codes(own.get("state_dtype"))):
+            own.pop("state_dtype", None)  # is for real parameters; 8 bits for arithmetic in float32
         takes = (torch.float16 not in dtypes, torch.bfloat16 in dtypes)
         if not (all(takes) if own.get("master") == "split" else any(takes[1:]) or not takes[0]):
             own.pop("master", None)
+        if "master" in own or not may_be_stochastic(now):
+            own.pop("stochastic_rounding", None)
         return trainops.AdamW(groups, **own, backend=self.target.backend)
 
     def prepare(self, step: Step) -> None:
@@ -245,11 +268,12 @@ class World:
         elif step.before in ("replace", "cast"):
             for param in self.model.params:
                 casts = step.before == "cast" and not param.is_complex() and optimizer.master is None
+                casts &= step.dtype != torch.float64 or not has_codes(optimizer.state_dtype)
                 param.grad = None
                 param.data = self.guards.place(param.data.to(step.dtype) if casts else param.data, step.layout)
         elif step.before == "restate":
             for state in optimizer.state.values():
-                for name in state.keys() - {"step", "master"}:
+                for name in state.keys() - {"step", "master", *map(codes_key, CODE_OF)}:
                     x = state[name]
                     state[name] = self.guards.place(x if x.is_complex() else x.to(step.dtype), step.layout)
         elif step.before == "late":
@@ -291,6 +315,9 @@ class World:
         found = {f"param {i}": p.detach() for i, p in enumerate(self.model.params)}
         for i, param in enumerate(self.model.params):
             found |= {f"{name} {i}": x for name, x in self.optimizer.state.get(param, {}).items()}
+            for name in MOMENTS:
+                if (codes := found.get(f"{codes_key(name)} {i}")) is not None:
+                    found[f"{name} {i}"] = values_of_codes(param, name, codes, torch.float32)
             if f"master {i}" in found:
                 found[f"weight {i}"] = self.optimizer.float32_weight(param)
         if self.ema is not None:
@@ -305,6 +332,11 @@ class World:
             x.copy_(theirs[name])
         if self.ema is not None:
             self.ema._remember_weights()  # these are no weights that somebody has loaded
+
+
+def may_be_stochastic(dtypes: set[torch.dtype]) -> bool:
+    """Whether tensors of these dtypes may be rounded stochastically."""
+    return torch.bfloat16 in dtypes and torch.float16 not in dtypes
 
 
 def randoms(shape: Any, dtype: torch.dtype, generator: torch.Generator, scale: float = 1.0) -> torch.Tensor:

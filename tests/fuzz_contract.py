@@ -1,8 +1,9 @@
 """What the results of a fuzzed step are held to: one step in extended precision, from what was stored before it."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
+import codes
 import numpy as np
 import torch
 from contract import TOLERANCES, exact, real, same_bits
@@ -11,7 +12,8 @@ from fuzz import Step, World
 from norms import rounding_share
 from targets import Target
 
-from trainops import reference_storage
+from trainops import reference_codes, reference_storage
+from trainops.storage import codes_key
 
 UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 DOUBLES = (torch.float64, torch.complex128)
@@ -52,6 +54,52 @@ class Expected:
             raise AssertionError(f"{what} is {ours[at]!r} at {at}, expected {wanted}")
 
 
+class Neighbours(Expected):
+    """What bfloat16 may hold that is rounded stochastically: one of the two numbers next to what is expected."""
+
+    @np.errstate(all="ignore")
+    def check(self, what: str, got: torch.Tensor, dtype: torch.dtype) -> None:
+        finite = np.isfinite(self.exact)
+        slack, ours = np.where(finite, self.slack, 0), exact(got)
+        low, high = (beside(x, up) for x, up in ((self.exact - slack, False), (self.exact + slack, True)))
+        assert got.dtype == dtype, what
+        good = (low <= ours) & (ours <= high) | (np.isnan(ours) & np.isnan(self.exact))
+        assert good.all(), f"{what} is no neighbour of the exact result"
+
+
+def beside(x: np.ndarray, up: bool) -> np.ndarray:
+    """The number of bfloat16 that is next to a number, above or below."""
+    nearest = torch.from_numpy(np.asarray(x, np.float64)).float().bfloat16()
+    is_beyond = nearest.double().numpy() < x if up else nearest.double().numpy() > x
+    other = torch.nextafter(nearest, torch.full_like(nearest, np.inf if up else -np.inf))
+    return np.where(is_beyond, other.double().numpy(), nearest.double().numpy())
+
+
+@dataclass
+class Coded(Expected):
+    """What the values of 8-bit state may be: one of the two next to what is expected."""
+
+    name: str
+    layout: torch.Tensor
+
+    @np.errstate(all="ignore")
+    def check(self, what: str, got: torch.Tensor, dtype: torch.dtype) -> None:
+        assert got.dtype == dtype, what
+        ours, true, slack = (
+            reference_codes.flat_like(self.layout, torch.from_numpy(np.asarray(x, np.float64)))[1].double().numpy()
+            for x in (exact(got), self.exact, self.slack)
+        )
+        finite = np.isfinite(true)
+        near = np.abs(ours - true) <= codes.allowed(np.where(finite, true, 0), is_signed(self.name)) + slack
+        same = (ours == true) | (np.isnan(ours) & np.isnan(true))
+        assert np.where(finite, near, same).all(), f"{what} is no neighbour of the exact result"
+        assert is_signed(self.name) or (ours != 0)[finite & (true - slack > 0)].all(), f"{what} is zero"
+
+
+def is_signed(name: str) -> bool:
+    return reference_codes.CODE_OF[name].is_signed
+
+
 @np.errstate(all="ignore")
 def expected_adamw(
     group: dict[str, Any], step: float, g: np.ndarray, slack: float, stored: dict[str, np.ndarray]
@@ -64,9 +112,12 @@ def expected_adamw(
 
 
 @np.errstate(all="ignore")
-def expected_average(average: torch.Tensor, source: torch.Tensor, decay: float) -> Expected:
+def expected_average(
+    average: torch.Tensor, source: torch.Tensor, decay: float, is_stochastic: bool = False
+) -> Expected:
     moved = ema(exact(average), exact(source), decay)
-    return Expected(moved.value, TOLERANCES[arithmetic(average, source)].terms * moved.terms)
+    kind = Neighbours if is_stochastic and average.dtype == torch.bfloat16 else Expected
+    return kind(moved.value, TOLERANCES[arithmetic(average, source)].terms * moved.terms)
 
 
 @dataclass
@@ -135,29 +186,35 @@ def check_step(world: World, step: Step, before: dict[str, torch.Tensor], others
         count = before.get(f"step {i}", torch.zeros(())).item() + 1
         g = grads[i] * norms.coefficient
         for name, x in expected_adamw(groups[params[i]], count, g, slack, stored).items():
-            expected[f"{name} {i}"] = x
+            is_coded = f"{codes_key(name)} {i}" in after
+            expected[f"{name} {i}"] = Coded(x.exact, x.slack, name, params[i]) if is_coded else x
         if (weight := after.get(f"weight {i}")) is not None:
             expected[f"weight {i}"] = expected[f"param {i}"]
             for name, x in zip(("param", "master"), parts_of(weight, params[i], after[f"master {i}"]), strict=True):
                 expected[f"{name} {i}"] = Expected(exact(x), np.zeros(x.shape))
+        if world.optimizer.stochastic_rounding and params[i].dtype == torch.bfloat16:
+            expected[f"param {i}"] = Neighbours(*astuple(expected[f"param {i}"]))
         shape = after[f"step {i}"].shape
         expected[f"step {i}"] = Expected(np.full(shape, np.longdouble(count)), np.zeros(shape))
     if world.ema is not None and not (world.case.fused and norms.skipped):
         count = world.ema.step
         if count % world.ema.update_every == 0:
-            decay = world.ema.decay_at(count)
+            decay, is_random = world.ema.decay_at(count), world.ema.seed is not None
             for i in range(len(params)):
                 weight = after[f"param {i}"]
                 if world.case.fused:  # `ema.update()` alone sees the parameter
                     weight = after.get(f"weight {i}", weight)
-                expected[f"average {i}"] = expected_average(before[f"average {i}"], weight, decay)
+                expected[f"average {i}"] = expected_average(before[f"average {i}"], weight, decay, is_random)
             buffers = before["average of buffer"], world.model.buffer
-            expected["average of buffer"] = expected_average(*buffers, decay if world.ema.average_buffers else 0.0)
+            of_buffers = decay if world.ema.average_buffers else 0.0
+            expected["average of buffer"] = expected_average(*buffers, of_buffers, is_random)
             expected["average of count"] = expected_average(before["average of count"], world.model.count, 0.0)
     assert expected.keys() <= after.keys()
     for name, x in after.items():
         if name in expected:
             expected[name].check(name, x, others[name].dtype)
+        elif name.replace("_codes", "") in expected:
+            assert x.dtype == reference_codes.CODES, name  # its values are checked
         elif name in before:
             assert same_bits(x, before[name]), f"{name} has changed"
         else:

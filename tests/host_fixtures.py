@@ -27,10 +27,10 @@ def gpu_backend(request):
 class Training:
     """A model on a fake device, and its twin on the CPU, with the same gradients."""
 
-    def __init__(self, fake, backend, device=0, **options):
+    def __init__(self, fake, backend, device=0, dtype=torch.float32, **options):
         options = {"lr": 0.1, "max_grad_norm": 1.0, "skip_nonfinite": True} | options
         self.fake = fake
-        values = [torch.randn(shape) for shape in SHAPES]
+        values = [torch.randn(shape).to(dtype) for shape in SHAPES]
         self.params, self.twins = ([nn.Parameter(make(x)) for x in values] for make in (self.on(device), torch.clone))
         self.models = [nn.ParameterList(params) for params in (self.params, self.twins)]
         self.emas = [
@@ -49,7 +49,7 @@ class Training:
     def set_grads(self):
         """New values in the same gradients."""
         for p, twin in zip(self.params, self.twins, strict=True):
-            twin.grad = torch.randn(twin.shape)
+            twin.grad = torch.randn(twin.shape).to(twin.dtype)
             p.grad.copy_(self.fake.on(twin.grad, p.device))
 
     def step(self, step=None):

@@ -8,6 +8,8 @@ CODE_STATE = tests_of("code_state", k="others_know")
 REFERENCE = tests_of("codes", "code_state", k="not (triton or cuda or cpu-cpu)")
 CPU = tests_of("codes", "code_state", k="cpu-cpu")
 
+TRITON = tests_of("codes", "triton_bits", k="(triton-cpu and same_codes) or code")
+
 CODES = [
     *planted(
         "trainops/reference_codes.py",
@@ -109,6 +111,57 @@ CODES = [
             "codes: of another size": (
                 "codes.numel == param.numel + count_code_blocks(param.numel)",
                 "codes.numel >= 0",
+            ),
+        },
+    ),
+    *planted(
+        "triton_kernels/codes.py",
+        TRITON,
+        {
+            "codes: Triton has other scales": ("tl.constexpr(0x2FFFFF)", "tl.constexpr(0x1FFFFF)"),
+            "codes: Triton has other bits than the parameter's": (
+                "return mix(key ^ tl.full((), OF_CODES, tl.uint32)), origin",
+                "return mix(key), origin",
+            ),
+            "codes: Triton gives both moments the same halves": (
+                "tl.interleave(upper, lower)",
+                "tl.interleave(lower, upper)",
+            ),
+            "codes: Triton rounds small first moments up": (
+                "is_up = finite > (random.to(tl.float32) * unit).to(tl.int32, bitcast=True)",
+                "is_up = finite > 0",
+            ),
+            "codes: Triton makes a small second moment zero": (
+                "        is_up = finite > 0\n",
+                "        is_up = finite < 0\n",
+            ),
+            "codes: Triton takes the scale of an infinity": (
+                "finite = tl.where(size < INFINITE, size, 0)",
+                "finite = tl.minimum(size, INFINITE - 1)",
+            ),
+            "codes: Triton writes infinities as numbers": ("codes = tl.where(size == INFINITE, last - 1, codes)", ""),
+            "codes: Triton writes NaN as a number": ("codes = tl.where(size > INFINITE, last, codes)", ""),
+            "codes: Triton forgets signs": ("codes = codes | ((bits >> 24) & 0x80)", "codes = codes | 0"),
+            "codes: Triton reads NaN as a number": ("magnitude >= last - 1, INFINITE", "magnitude > last, INFINITE"),
+            "codes: Triton reads a zero as the smallest": ("bits = tl.where(magnitude == 0, 0, bits)", ""),
+            "codes: Triton keeps the scale of a last block that is short": (
+                "return offset + tl.arange(0, BLOCK // CODE_BLOCK) * CODE_BLOCK < end",
+                "return offset + (1 + tl.arange(0, BLOCK // CODE_BLOCK)) * CODE_BLOCK <= end",
+            ),
+            "codes: Triton takes the scales of the first block": (
+                "(offset // CODE_BLOCK + tl.arange(0, BLOCK // CODE_BLOCK))",
+                "tl.arange(0, BLOCK // CODE_BLOCK)",
+            ),
+        },
+    ),
+    *planted(
+        "triton_kernels/update.py",
+        TRITON,
+        {
+            "codes: Triton's blocks are shorter than those of codes": ("CODES and BLOCK >= 4 * CODE_BLOCK", "CODES"),
+            "codes: Triton takes codes for scales": (
+                "        numel = tl.load(words + NUMEL)\n",
+                "        numel = tl.load(words + NUMEL) * 0\n",
             ),
         },
     ),

@@ -47,8 +47,8 @@ TRITON_AND_CUDA = [
         tests_of("adamw_types", k="triton-cpu"),
         {
             "triton: exp_avg written to exp_avg_sq": (
-                "store(state1_address, offset, end, state1, STATE1_TYPE",
-                "store(state1_address, offset, end, state0, STATE1_TYPE",
+                "store_state(state1_address, numel, offset, end, state1, STATE1_TYPE",
+                "store_state(state1_address, numel, offset, end, state0, STATE1_TYPE",
             ),
             "triton: the last element left out": (
                 "end = tl.minimum(begin + CHUNK, tl.load(words + NUMEL))",
@@ -315,16 +315,16 @@ TRITON_AND_CUDA = [
         tests_of("adamw_types", k="cuda-cpu"),
         {
             "cuda: the last element left out": (
-                "for (int64_t i = range.body + threadIdx.x; i < range.end; i += kThreads) {\n    update_one",
-                "for (int64_t i = range.body + threadIdx.x; i < range.end - 1; i += kThreads) {\n    update_one",
+                "range.end + threadIdx.x % kWarp : range.end;",
+                "range.end + threadIdx.x % kWarp : range.end - 1;",
             ),
             "cuda: exp_avg written to exp_avg_sq": (
-                "pack(state[i], cells.at[kState + i].dtype)",
-                "pack(state[0], cells.at[kState + i].dtype)",
+                "cells.is_signed(i), state[i], random);",
+                "cells.is_signed(i), state[0], random);",
             ),
             "cuda: exp_avg_sq read as exp_avg's type": (
-                "unpack(raw[kState + i], cells.at[kState + i].dtype, state[i]);",
-                "unpack(raw[kState + i], cells.at[kState].dtype, state[i]);",
+                "(raw[kState + i], cells.at[kState + i].dtype,",
+                "(raw[kState + i], cells.at[kState].dtype,",
             ),
             "cuda: float64 in float32": (
                 "if (is_updated && chunk.row.cell(kParam).dtype == DType::float64)",
@@ -431,8 +431,8 @@ TRITON_AND_CUDA = [
                 "ChunkQueue queue(args.table, args.table.all_chunks - 1, ",
             ),
             "cuda: the first group's settings for all": (
-                "settings_of<Rule>(words, group)",
-                "settings_of<Rule>(words, 0)",
+                "settings_of<Rule>(for_rows.words, group)",
+                "settings_of<Rule>(for_rows.words, 0)",
             ),
         },
     ),
@@ -533,8 +533,8 @@ TRITON_AND_CUDA = [
         tests_of("ends", k="cuda-cpu"),
         {
             "cuda: an element too many is updated": (
-                "for (int64_t i = range.body + threadIdx.x; i < range.end; i += kThreads) {\n    update_one",
-                "for (int64_t i = range.body + threadIdx.x; i <= range.end; i += kThreads) {\n    update_one",
+                "range.end + threadIdx.x % kWarp : range.end;",
+                "range.end + threadIdx.x % kWarp : range.end + 1;",
             ),
         },
     ),
@@ -608,7 +608,7 @@ TRITON_AND_CUDA = [
         tests_of("cuda", "adamw_types", "ends", k="cuda"),
         {
             "cuda: halves of a 16-bit pack far apart": (
-                "second = has_16_bit_ ? kHalf<T> : kHalf<T> * threads_",
+                "second = has_narrow_ ? kHalf<T> : kHalf<T> * threads_",
                 "second = kHalf<T> * threads_",
             ),
             "cuda: second halves beyond the end": ("sizeof(T) == 4 && second < range.body", "sizeof(T) == 4"),

@@ -449,6 +449,12 @@ PYTHON = [
                 "step_settings(rule, groups, control, ema_decays, device)\n",
                 "step_settings(rule, groups, control, ema_decays, device)[0], None\n",
             ),
+        },
+    ),
+    *planted(
+        "trainops/adapters/_cuda_memory.py",
+        tests_of("host_side"),
+        {
             "host side: cuda: scratch memory of another stream": (
                 "key = queue, threading.get_ident()",
                 "key = queue.device, threading.get_ident()",

@@ -91,7 +91,7 @@ ROUNDING = [
         },
     ),
     *planted(
-        "csrc/cuda/update.cu",
+        "csrc/cuda/cells.cuh",
         CUDA,
         {
             "stochastic: an average with the place of its parameter": (

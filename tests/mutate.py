@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from mutants import C_PLUS_PLUS
 from mutants_averages import AVERAGES
 from mutants_codes import CODES
+from mutants_cuda_codes import CUDA_CODES
 from mutants_ema import EMA
 from mutants_gpu import TRITON_AND_CUDA
 from mutants_lr_finder import LR_FINDER
@@ -52,6 +53,7 @@ MUTANTS = [
     *STATISTICS,
     *STORAGE,
     *CODES,
+    *CUDA_CODES,
     *ROUNDING,
     *TRITON_AND_CUDA,
     *QUEUE,

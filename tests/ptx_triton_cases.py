@@ -14,6 +14,7 @@ import norms
 import pytest
 import test_adamw
 import test_adamw_types
+import test_codes
 import test_drop_path_gradients
 import test_drop_path_rows
 import test_ema_fused
@@ -26,8 +27,8 @@ from contract import assert_contract, same_bits
 from ptx.triton_driver import WithoutBarriers, through_ptx
 from ptx_fixtures import OPS, once_more
 from targets import INTERPRETER, thorough
-from test_cuda import MIXED, at_offset
-from training import RULES
+from test_cuda import MIXED
+from training import ADAMW, RULES, SGD, at_offset
 
 import trainops
 from benchmarks import triton_variants
@@ -35,6 +36,7 @@ from trainops.adapters import select
 
 MORE = {
     test_adamw_types: ["a_step_of_any_types_is_exact"],
+    test_codes: ["backends_have_the_same_codes", "backends_have_the_same_codes_of_second_moments"],
     test_drop_path_gradients: ["gradients_of_mixed_dtypes"],
     test_drop_path_rows: ["rows_of_the_branch", "rows_of_the_gradient"],
     test_ema_fused: ["fused_is_step_then_update"],
@@ -100,6 +102,14 @@ def test_rounds_of_adamw(target, dtype, place, monkeypatch):
 def test_rounds_of_adamw_of_any_types(target, types, place, monkeypatch):
     monkeypatch.setattr(test_adamw_types, "SHAPES", (LONG,))
     test_adamw_types.check_types(target, types, PLACES[place] == 0)
+
+
+@pytest.mark.parametrize("master", [None, "split"])
+@over_places
+def test_rounds_of_codes(target, place, master):
+    how = {"shapes": (LONG,), "offset": PLACES[place], "state_dtype": "int8", "amsgrad": True, "master": master}
+    dtype = torch.float32 if master is None else torch.bfloat16
+    test_codes.check_steps(target, ADAMW, dtype, 2, **how)
 
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, float("inf")])
@@ -190,11 +200,25 @@ def types_of(variant, *names):
     return [None if x is None else getattr(torch, x[1:]) for x in types]
 
 
+def check_codes(target, variant, rule):
+    """Two steps of a variant with 8-bit state."""
+    states = [None if x is None else "int8" if x.itemsize == 1 else x for x in types_of(variant, "STATE0", "STATE1")]
+    param, average, master, third = types_of(variant, "PARAM", "AVERAGE", "MASTER", "STATE2")
+    options = {"momentum": 0.9} if rule is SGD else {"amsgrad": third is not None}
+    options |= {"state_dtype": states[0] if states[1] in (states[0], None) else tuple(states), "skip_nonfinite": True}
+    options |= {"average": average, "master": None if master is None else "split"}
+    options |= {"stochastic_rounding": variant.constants["STOCHASTIC"] > 0}
+    test_codes.check_steps(target, rule, param, 2, (LONG,), **options)
+
+
 @over_variants("update")
 def test_every_update(target, variant, monkeypatch):
     """With a step that may be skipped, as in all variants."""
+    rule = next(rule for rule in RULES if rule.ours.__name__.lower() == variant.label.partition(",")[0])
+    if variant.constants["CODES"]:
+        check_codes(target, variant, rule)
+        return
     if variant.constants["STOCHASTIC"]:
-        rule = next(rule for rule in RULES if rule.ours.__name__.lower() == variant.label.partition(",")[0])
         state, average = types_of(variant, "STATE0", "AVERAGE")
         options = {"state_dtype": state, "average": average, "skip_nonfinite": True}
         test_stochastic_rounding.check_neighbours(target, rule, 2, (LONG,), **options)

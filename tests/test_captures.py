@@ -32,6 +32,25 @@ def test_the_usual_pattern(fake, gpu_backend, where):
     training.check()
 
 
+RANDOM = {
+    "codes": {"state_dtype": "int8"},
+    "codes_and_masters": {"state_dtype": "int8", "dtype": torch.bfloat16, "master": "split"},
+    "parameters": {"stochastic_rounding": True, "dtype": torch.bfloat16},
+}
+
+
+@over("options", RANDOM)
+def test_replays_have_random_bits_of_their_own(fake, gpu_backend, options):
+    """The step count is on the device, and the random bits are those of each step: the bits of the twin."""
+    training = Training(fake, gpu_backend, max_grad_norm=None, **options)
+    training.warm_up(torch.cuda.Stream())
+    graph = training.capture()
+    fake.synchronizations.clear()
+    replay(training, graph, 3)
+    assert fake.synchronizations == []
+    training.check()
+
+
 def test_numbers_on_the_device_are_read_at_each_replay(fake, gpu_backend):
     training = Training(fake, gpu_backend, capturable=True)
     group, other = training.optimizer.param_groups[0], training.twin.param_groups[0]

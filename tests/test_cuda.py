@@ -14,11 +14,13 @@ from pathlib import Path
 import cuda_shim
 import pytest
 import torch
+from code_steps import every_step
 from contract import DTYPES, same_bits
 from norms import assert_norm, reduced
 from table_fixtures import NO_PLACES, WORDS
 from targets import SHIM, Target, thorough
 from torch import nn
+from training import at_offset
 
 import trainops
 from trainops import core
@@ -35,11 +37,6 @@ STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 def randn(shape, dtype, device=DEVICE):
     return torch.randn(shape).to(device, dtype)
-
-
-def at_offset(x, offset):
-    """A copy of ``x`` that begins so many elements into its memory."""
-    return torch.cat((x.new_zeros(offset), x.flatten()))[offset:].view(x.shape)
 
 
 def make_step(dtypes=(torch.float32,) * 3, place=lambda x, role: x.clone(), device=DEVICE, **options):
@@ -144,6 +141,7 @@ def everything(dtype, place=lambda x, role: x.clone()):
     """What every kernel makes of such tensors."""
     results = after_steps(dtypes=(dtype,) * 3, place=place)
     results += after_steps_with_averages(dtype, place)
+    results += every_step(DEVICE, dtype, place)
     torch.manual_seed(2)
     results += after_steps_of_other_rules(dtype, place)
     torch.manual_seed(1)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("hypothesis")
+import codes
 import fuzz
 from contract import same_bits
 from controls import AVERAGE_CONTROLS, STEP_CONTROLS, leaving, must_fail, truncated, wrong_decay, wrong_norm
@@ -14,9 +15,11 @@ from fuzz import World
 from fuzz_contract import check_step, check_total_norm, clipped_exactly, expected_average, is_finite, total_norm
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from neighbours import WrongRounding, two_units_up
 from targets import TARGETS, over
 
 import trainops
+from trainops.storage import codes_key
 
 # Averages of 16 bits with a large decay are drawn as well.
 pytestmark = pytest.mark.filterwarnings("ignore:an average in .* stalls:UserWarning")
@@ -75,8 +78,8 @@ def test_steps(target, case):
     go_through(case, target)
 
 
-@on("foreach")
-@given(case=fuzz.cases(st.sampled_from([*fuzz.SHAPES * 10, (65_537,)])))
+@on("foreach")  # leaves what is random to the specification
+@given(case=fuzz.cases(st.sampled_from([*fuzz.SHAPES * 10, (65_537,)]), may_be_random=False))
 @examples(60)
 def test_steps_of_foreach(target, case):
     go_through(case, target)
@@ -99,13 +102,13 @@ def test_steps_of_triton(target, case):
 # Bad input: the same error everywhere, and nothing has changed
 
 SPOIL = {
-    "shape": lambda state: state.update(exp_avg=state["exp_avg"].new_zeros(4, 5)),
-    "integers": lambda state: state.update(exp_avg_sq=torch.zeros_like(state["exp_avg_sq"], dtype=torch.int64)),
-    "complex": lambda state: state.update(exp_avg=state["exp_avg"].to(torch.complex64)),
-    "overlap": lambda state: state.update(exp_avg=state["exp_avg"].new_zeros(1).expand(state["exp_avg"].shape)),
-    "number": lambda state: state.update(step=1),
-    "two steps": lambda state: state.update(step=state["step"].new_zeros(2)),
-    "missing": lambda state: state.pop("exp_avg_sq"),
+    "shape": lambda state, m, _: state.update({m: state[m].new_zeros(4, 5)}),
+    "integers": lambda state, _, v: state.update({v: torch.zeros_like(state[v], dtype=torch.int64)}),
+    "complex": lambda state, m, _: state.update({m: state[m].to(torch.complex64)}),
+    "overlap": lambda state, m, _: state.update({m: state[m].new_zeros(1).expand(state[m].shape)}),
+    "number": lambda state, *_: state.update(step=1),
+    "two steps": lambda state, *_: state.update(step=state["step"].new_zeros(2)),
+    "missing": lambda state, _, v: state.pop(v),
     "sparse": None,
     "average": None,
 }
@@ -119,7 +122,8 @@ def spoil(world, how, i):
     elif how == "average":
         world.ema.module.params[i] = torch.nn.Parameter(param.new_zeros(4, 5), requires_grad=False)
     else:
-        SPOIL[how](world.optimizer.state[param])
+        state = world.optimizer.state[param]
+        SPOIL[how](state, *(codes_key(x) if codes_key(x) in state else x for x in ("exp_avg", "exp_avg_sq")))
 
 
 def everything(world):
@@ -159,7 +163,7 @@ WRONG = st.builds(
     fuzz.Case,
     rows=REAL_ROWS,
     groups=st.lists(fuzz.GROUPS, min_size=1, max_size=2),
-    settings=fuzz.SETTINGS,
+    settings=fuzz.settings_of_steps(),
     ema=st.just({"decay": 0.5}),
     fused=st.just(True),
     steps=st.lists(PLAIN_STEP, min_size=1, max_size=1),
@@ -381,6 +385,21 @@ def test_steps_with_a_fault_are_noticed(target, fault):
     case = fixed_case(torch.bfloat16 if fault is truncated else torch.float32, max_grad_norm=1.0)
     go_through(case, target)
     must_fail(fault, go_through, case, target)
+
+
+@on(CPU)
+@over("wrong", {f.__name__: f for f in (codes.next_code, codes.next_scale)})
+def test_steps_with_wrong_codes_are_noticed(target, wrong):
+    case = fixed_case(torch.float32, state_dtype="int8")
+    go_through(case, target)
+    must_fail(lambda: codes.WrongCodes(wrong), go_through, case, target)
+
+
+@on(CPU)
+def test_steps_with_wrong_neighbours_are_noticed(target):
+    case = fixed_case(torch.bfloat16, stochastic_rounding=True)
+    go_through(case, target)
+    must_fail(lambda: WrongRounding(two_units_up), go_through, case, target)
 
 
 PLAIN_ROW = fuzz.Row((7, 3), torch.float32, "plain", "plain", 0, None)

@@ -11,7 +11,7 @@ from torch import nn
 
 import trainops
 from trainops import uploads
-from trainops.adapters import _device, cuda, select, triton
+from trainops.adapters import _cuda_memory, _device, cuda, select, triton
 from trainops.uploads import Recent
 
 pytestmark = needs_shim
@@ -236,7 +236,7 @@ def uploads_are_shared(monkeypatch):
 
 
 def scratch_is_shared(monkeypatch):
-    monkeypatch.setattr(cuda, "_scratches", Forgetful(32))
+    monkeypatch.setattr(_cuda_memory, "scratches", Forgetful(32))
 
 
 def settings_are_freed_before_the_launch(monkeypatch):

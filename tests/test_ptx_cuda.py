@@ -6,11 +6,13 @@ import pytest
 import test_stochastic_averages
 import test_stochastic_rounding
 import torch
-from contract import same_bits
+from code_steps import over_cases, take_steps
+from contract import same_bits, same_values
 from ptx_fixtures import ARCHITECTURES, backend
-from targets import Target, thorough
-from test_cuda import MIXED, after_steps, at_offset, everything, make_step
+from targets import Target, over, thorough
+from test_cuda import MIXED, after_steps, everything, make_step
 from torch import nn
+from training import at_offset
 
 import trainops
 from trainops import adapters
@@ -74,6 +76,16 @@ def test_stochastic_rounding_gives_the_bits_of_the_shim(cuda):
     assert all(map(same_bits, results, true))
 
 
+@over_cases
+@over("place", PLACES)
+def test_codes_give_the_bits_of_the_shim(cuda, case, place):
+    """Those of infinities and NaN among them."""
+    true = take_steps("cuda", "cpu", case)
+    with cuda.active():
+        results = take_steps("cuda", "cpu", case, place)
+    assert all(map(same_values, results, true))
+
+
 @the_first
 @thorough(lambda seed, dtype, **_: seed > 2 or dtype != torch.float32)
 @pytest.mark.parametrize("seed", range(1, 26))  # in each of four dtypes
@@ -112,6 +124,27 @@ def test_an_unaligned_tensor_alone_has_narrow_accesses(cuda, dtype, unaligned, o
     width = 2 if offset * dtype.itemsize % 4 else 4
     assert found[width] - 16 // width * of_column * narrow in range(100)  # the others are of a table's words
     assert param.eq(param[0]).all()
+
+
+@the_first
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_aligned_codes_have_accesses_of_eight_bytes(cuda, dtype):
+    found = []
+    for offset in (0, 8, 1):
+        with cuda.active():
+            param = nn.Parameter(torch.ones(NUMEL, dtype=dtype))
+            param.grad = torch.ones_like(param)
+            optimizer = trainops.AdamW([param], state_dtype="int8", backend="cuda")
+            optimizer.init_state()
+            its = optimizer.state[param]
+            its |= {name: at_offset(its[name], offset) for name in ("exp_avg_codes", "exp_avg_sq_codes")}
+            cuda.machine.accesses()
+            optimizer.step()
+            found.append(cuda.machine.accesses())
+    aligned, also_aligned, unaligned = found
+    moved = 2 * 2 * NUMEL  # two moments, read and written
+    assert aligned == also_aligned
+    assert [aligned[width] - unaligned[width] for width in (16, 8, 1)] == [0, moved // 8, -moved]
 
 
 @the_first

@@ -6,6 +6,7 @@ import pytest
 import test_stochastic_averages
 import test_stochastic_rounding
 import torch
+from code_steps import every_step
 from contract import same_bits
 from exact import STATISTICS
 from ptx import build
@@ -13,13 +14,13 @@ from ptx.backend import api_of_torch, see_tensors
 from ptx_fixtures import backend
 from scratch import ROOT
 from targets import Target, thorough
-from test_cuda import after_steps, after_steps_with_averages, at_offset, everything, make_step, with_rows
+from test_cuda import after_steps, after_steps_with_averages, everything, make_step, with_rows
 from torch import nn
+from training import at_offset
 
 import trainops
 from trainops import core
-from trainops.adapters import cuda as adapter
-from trainops.adapters import select
+from trainops.adapters import _cuda_memory, select
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_few_blocks_at_a_time(cuda, resident):
         true = [x for work in every for x in work(cuda)]
     with cuda.active(), cuda.machine.schedule(resident=resident, seed=resident, races=True):
         results = [x for work in every for x in work(cuda)]
-        assert all(scratch[0].eq(0).all() for scratch in adapter._scratches.values())
+        assert all(scratch[0].eq(0).all() for scratch in _cuda_memory.scratches.values())
     assert all(map(same_bits, results, true))
 
 
@@ -180,6 +181,11 @@ def stochastic_steps():
     return [*few, *test_stochastic_rounding.mixed_steps(Target("cuda", "cpu"), 1, shapes=((3, 4099),))]
 
 
+def steps_of_codes():
+    """Of blocks that several lanes share, in packs and one by one."""
+    return every_step("cpu", torch.bfloat16, lambda x, role: x.clone())
+
+
 def stochastic_averages():
     """A variant of the kernel of averages."""
     model, ema = test_stochastic_averages.make(Target("cuda", "cpu"), shapes=((100,),) * 20)
@@ -194,6 +200,7 @@ WORK = {
         *guarded_steps(),
         *after_steps_with_averages(torch.float32),
         *stochastic_steps(),
+        *steps_of_codes(),
     ],
     "reduce": norms,
     "drop_path_backward": drop_paths,
@@ -369,5 +376,5 @@ def test_a_grid_one_block_short(cuda, missing):
         averages, others = ([torch.full((100_000,), x)] for x in (1.0, 2.0))
         trainops.ema_update_(averages, others, 0.5, backend="cuda")
         assert averages[0].eq(1.5).all()
-        (scratch,) = adapter._scratches.values()
+        (scratch,) = _cuda_memory.scratches.values()
         assert bool(scratch.counter_words.eq(0).all()) == (missing == 0)

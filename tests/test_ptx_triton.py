@@ -30,6 +30,8 @@ KERNELS += ["transform", "update"]
 # Every kernel in float32, bfloat16 and float16, where barriers stand between rounds.
 SAMPLE = """
     rounds_of_adamw and not any_types and not float64
+    or rounds_of_codes and split
+    or backends_have_the_same_codes
     or rounds_of_norms and not float64 and 2.0 or rounds_of_norms and float32
     or rounds_of_scaling and not float64
     or rounds_of_ema and not float64

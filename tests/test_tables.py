@@ -7,6 +7,7 @@ import torch
 from contract import same_bits
 from targets import over_cpu_targets, thorough
 from torch import nn
+from training import at_offset
 
 import trainops
 from trainops import core
@@ -16,11 +17,6 @@ DLPACK_API = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 PLAIN_TYPES = (torch.Tensor, nn.Parameter)
 
 sixteen_bits = pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-
-
-def at_offset(x, offset):
-    """A copy of ``x`` that begins so many elements into its memory."""
-    return torch.cat((x.new_zeros(offset), x.flatten()))[offset:].view(x.shape)
 
 
 # The same numbers, otherwise arranged.

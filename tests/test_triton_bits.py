@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from contract import exact, same_bits
-from training import Model
+from training import Model, at_offset
 from triton_fixtures import (
     BFLOAT16,
     FLOAT32,
@@ -28,11 +28,6 @@ from trainops.adapters import _triton, triton
 from trainops.uploads import uploaded
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
-
-
-def at_offset(x, offset):
-    """A copy of ``x`` that begins so many elements into aligned memory."""
-    return torch.cat((x.new_zeros(offset), x.flatten()))[offset:].view(x.shape)
 
 
 def placed_step(device, dtype, numel, places):
@@ -107,6 +102,39 @@ def test_unaligned_tensors_give_the_same_bits_in_other_functions(device, dtype):
     trainops.clip_grad_value_(params, 0.01, backend="triton")
     assert sources[0].abs().max() <= torch.tensor(0.01, dtype=FLOAT64).to(dtype)
     assert all(same_bits(source, sources[0]) for source in sources)
+
+
+def coded_steps(params, grads, place=lambda x: x.clone()):
+    """What two steps with 8-bit state make of parameters, whose tensors lie where ``place`` says."""
+    model = Model([place(p) for p in params])
+    ema = trainops.EMA(model, 0.9, update_after_step=-2, backend="triton")
+    optimizer = adamw(model, amsgrad=True, state_dtype="int8", seed=3, ema=ema)
+    optimizer.init_state()
+    for p, average, grad in zip(model.params, ema.module.params, grads, strict=True):
+        p.grad, average.data = place(grad), place(average.data)
+        optimizer.state[p] |= {name: place(x) for name, x in optimizer.state[p].items() if name.endswith("_codes")}
+    for _ in range(2):
+        optimizer.step()
+    return everything(optimizer)
+
+
+@pytest.mark.usefixtures("tiny_blocks")
+def test_unaligned_tensors_give_the_same_codes(device):
+    numel = 3 * 32 + 5 if device.type == "cpu" else 2500
+    params, grads = [torch.randn(numel).to(device)], [torch.randn(numel).to(device)]
+    aligned = coded_steps(params, grads)
+    assert aligned[1].any()
+    for offset in range(1, 17):
+        assert_same(coded_steps(params, grads, lambda x, offset=offset: at_offset(x, offset)), aligned)
+
+
+def test_the_division_into_blocks_and_chunks_changes_no_code(device, divide):
+    shapes, results = [(300,), (), (0,), (31,), (33, 31)], []
+    params, grads = ([torch.randn(shape).to(device) for shape in shapes] for _ in range(2))
+    for division in ((32, 64), (64, 1024), (512, 512), (1024, 8192)):
+        divide(*division)
+        results.append(coded_steps(params, grads))
+        assert_same(results[-1], results[0])
 
 
 def test_channels_last_gives_the_bits_of_contiguous(device, dtype):

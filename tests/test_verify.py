@@ -11,7 +11,7 @@ import torch
 from targets import INTERPRETER, SHIM, TARGETS, thorough
 
 import trainops
-from trainops import __main__, verify
+from trainops import __main__, core, reference_codes, verify
 from trainops.adapters import cpu
 from trainops.optimizer import FusedOptimizer
 from trainops.verify import DTYPES, checks_of
@@ -47,9 +47,14 @@ def with_result(change):
     return lambda right, args, named: change(right(*args, **named))
 
 
-STEPS = {"AdamW and average", "clipping and skipping in the step", "Adam and SGD", "a guard against spikes"}
+SKIPPED = {"clipping and skipping in the step", "8-bit state"}
+STEPS = {"AdamW and average", "Adam and SGD", "a guard against spikes", *SKIPPED}
 FAULTS = {
-    "eps": ("update", with_argument(settings=lambda all_: [[*s[:3], s[3] * 1.01, *s[4:]] for s in all_]), STEPS),
+    "eps": (
+        "update",
+        with_argument(settings=lambda all_: [[*s[:3], s[3] * 1.01, *s[4:]] for s in all_]),
+        STEPS - {"8-bit state"},
+    ),
     "beta2": ("update", with_argument(settings=lambda all_: [[*s[:2], s[2] - 1e-4, *s[3:]] for s in all_]), STEPS),
     "no_decay": ("update", with_argument(settings=lambda all_: [[*s[:4], 0.0, *s[5:]] for s in all_]), STEPS),
     "decay_of_average": (
@@ -57,7 +62,7 @@ FAULTS = {
         with_argument(ema_decays=lambda x: [x[0] + 1e-4, *x[1:]]),
         {*STEPS, "several averages and buffers"},
     ),
-    "no_skip": ("update", with_argument(skip_nonfinite=lambda _: False), {"clipping and skipping in the step"}),
+    "no_skip": ("update", with_argument(skip_nonfinite=lambda _: False), SKIPPED),
     "scale": ("update", with_argument(grad_scale=lambda scale: 1.0), {"clipping and skipping in the step"}),
     "clip": ("update", with_argument(max_norm=lambda x: x and x * 1.001), {"clipping and skipping in the step"}),
     "norm": ("reduce", with_result(lambda total: total * (1 + 1e-6)), {"norms and clipping"}),
@@ -79,7 +84,7 @@ def test_what_is_wrong_is_noticed(monkeypatch, name, change, ops, dtype):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         place = Place("cpu", CPU, dtype)
-        assert {op for op in checks_of(place) if verify.run(op, place).problem} == ops
+        assert {op for op in checks_of(place) if verify.run(op, place).problem} == ops & checks_of(place).keys()
 
 
 @pytest.mark.parametrize("dtype", MASTERS, ids=str)
@@ -102,6 +107,20 @@ def test_a_master_that_stays_is_noticed(monkeypatch, dtype):
     wrong(monkeypatch, "update", keep)
     found = verify.run("a step with masters", Place("cpu", CPU, dtype))
     assert found.problem.startswith("weight ")
+
+
+@pytest.mark.parametrize("op", ["8-bit state", "stochastic rounding"])
+def test_other_random_bits_are_noticed(monkeypatch, op):
+    wrong(monkeypatch, "update", with_argument(seeds=lambda _: core.seeds(1, [2, 3, 4, 5])))
+    found = verify.run(op, Place("cpu", CPU, torch.bfloat16))
+    assert " instead of " in found.problem
+
+
+@pytest.mark.parametrize("wrong", [{"octaves": 14}, {"is_signed": False}], ids=str)
+def test_other_codes_are_noticed(monkeypatch, wrong):
+    right = reference_codes.SIGNED
+    monkeypatch.setitem(reference_codes.CODE_OF, "exp_avg", right._replace(**wrong))
+    assert verify.run("8-bit state", Place("cpu", CPU, torch.float32)).problem
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -51,6 +51,11 @@ class Model(torch.nn.Module):
         self.params = torch.nn.ParameterList(torch.nn.Parameter(x) for x in tensors)
 
 
+def at_offset(x, offset):
+    """A copy of ``x`` that begins so many elements into aligned memory."""
+    return torch.cat((x.new_zeros(offset), x.flatten()))[offset:].view(x.shape)
+
+
 def randn(shape, dtype, device):
     return torch.randn(shape, dtype=torch.float64, device=device).to(dtype)
 

@@ -61,8 +61,9 @@ LEAST_DEVIATION = tl.constexpr(core.LEAST_DEVIATION)
 @triton.jit
 def judge(guard, norm, skipped):
     """Whether a step is a spike, by the numbers of a guard, which are updated. ``skipped``: others skip the step."""
-    mean, variance = tl.load(guard + MEAN), tl.load(guard + VARIANCE)
-    count, spikes = tl.load(guard + COUNT), tl.load(guard + SPIKES)
+    count = tl.load(guard + COUNT)
+    first = 1.0 / (count + 1.0)  # first: it takes many registers, and with all numbers loaded some would spill
+    mean, variance, spikes = tl.load(guard + MEAN), tl.load(guard + VARIANCE), tl.load(guard + SPIKES)
     finite = (norm - norm) == 0.0
     seen = finite & (norm > 0.0)
     d = tl.log(tl.where(seen, norm, 1.0)) - mean
@@ -72,7 +73,7 @@ def judge(guard, norm, skipped):
     spike = (finite == 0) | (norm > tl.load(guard + LARGEST)) | is_far
     forgets = seen & spike & (spikes + 1.0 >= tl.load(guard + PATIENCE))
     learns = seen & (spike == 0) & (skipped == 0)
-    slow, first = 1.0 - tl.load(guard + DECAY), 1.0 / (count + 1.0)
+    slow = 1.0 - tl.load(guard + DECAY)
     rate = tl.where(slow > first, slow, first)
     tl.debug_barrier()  # all threads load the numbers, and one stores
     kept, further = tl.where(forgets, 0.0, 1.0), tl.where(seen & spike, spikes + 1.0, spikes)

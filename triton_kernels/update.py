@@ -3,7 +3,7 @@
 Two launches after the partial results of the norm (``reduce.py``). ``plan`` finishes the norm, decides the
 coefficient and whether the step is skipped, and evaluates each row's scalars in float64. ``update`` reads and writes
 every column once. With AdamW in float32, that is 28 bytes per element, 8 more with AMSGrad and 8 more with each
-average. Arithmetic in float32, or float64 for float64 parameters.
+average; 16.1 with 8-bit state (``codes.py``). Arithmetic in float32, or float64 for float64 parameters.
 
 A rule is a file like ``adamw.py``. Its functions are constants of these kernels: ``STORE_SCALARS``, ``LOAD_SCALARS``,
 ``NEW_STATE`` and ``NEW_PARAM``; so is ``SCALARS``, how many float64 slots its scalars take for each row. Its state
@@ -16,11 +16,12 @@ import triton.language as tl
 from trainops import core
 
 from ._common import ADDRESSES, AVERAGE_PLACE, FIRST_PLACE, GROUP, NUMEL, chunk_of, end_of_body
+from .codes import CODE_BLOCK, load_state, random_of_codes, random_words, store_state
 from .control import EMA_DECAY, EMA_SEED, GROUPS, SEED, decide, judge
 from .ema import move
 from .random import random_of, random_of_param
 from .reduce import chunks_of_row, result_of
-from .storage import load, load_weight, real, store, store_weight
+from .storage import load, load_weight, real, store_weight
 
 PARAM, GRAD, AVERAGE, STEP, MASTER = (
     tl.constexpr(core.step_columns[name]) for name in ("param", "grad", "average", "step", "master")
@@ -148,6 +149,7 @@ def update(
     STATE1_TYPE: tl.constexpr,
     STATE2_TYPE: tl.constexpr,
     STOCHASTIC: tl.constexpr,  # bits: of the parameter, and of each average
+    CODES: tl.constexpr,  # whether some of the state is codes
     FURTHER: tl.constexpr,  # the column of the second average
     WIDE: tl.constexpr,
     WORDS: tl.constexpr,
@@ -192,38 +194,43 @@ def update(
         address_bits |= average4_address
     body = end_of_body(begin, end, address_bits, BLOCK)
 
+    # Masks and codes together leave too few registers for a whole block.
+    TAIL: tl.constexpr = BLOCK // 4 if CODES and BLOCK >= 4 * CODE_BLOCK else BLOCK
     rule_scalars = LOAD_SCALARS(row_scalars + RULE_SCALARS, tl.load(coefficient), WIDE)
     decay, decay2 = real(tl.load(settings + EMA_DECAY)), real(tl.load(settings + EMA_DECAY + 1))
     decay3, decay4 = real(tl.load(settings + EMA_DECAY + 2)), real(tl.load(settings + EMA_DECAY + 3))
     random = None
     if STOCHASTIC % 2 != 0:
         random = random_of_param(words, FIRST_PLACE, settings + SEED, tl.load(row_scalars + NEW_STEP))
+    numel, of_codes = None, None
+    if CODES:
+        numel = tl.load(words + NUMEL)
+        of_codes = random_of_codes(words, FIRST_PLACE, settings + SEED, tl.load(row_scalars + NEW_STEP))
     random1 = random_of_average(words, settings, 0, STOCHASTIC)
     random2 = random_of_average(words, settings, 1, STOCHASTIC)
     random3 = random_of_average(words, settings, 2, STOCHASTIC)
     random4 = random_of_average(words, settings, 3, STOCHASTIC)
 
     for MASKED in tl.static_range(2):
-        for offset in range(body if MASKED else begin, end if MASKED else body, BLOCK):
-            grad = load(grad_address, offset, end, GRAD_TYPE, WIDE, BLOCK, MASKED)
-            state0 = load(state0_address, offset, end, STATE0_TYPE, WIDE, BLOCK, MASKED)
-            state1 = load(state1_address, offset, end, STATE1_TYPE, WIDE, BLOCK, MASKED)
-            param = load_weight(
-                param_address, master_address, offset, end, PARAM_TYPE, MASTER_TYPE, WIDE, BLOCK, MASKED
-            )
-            state2 = load(state2_address, offset, end, STATE2_TYPE, WIDE, BLOCK, MASKED)
-            state0, state1, state2 = NEW_STATE(param, grad, state0, state1, state2, rule_scalars)
-            if STATE0_TYPE is not None:
-                store(state0_address, offset, end, state0, STATE0_TYPE, BLOCK, MASKED)
-            if STATE1_TYPE is not None:
-                store(state1_address, offset, end, state1, STATE1_TYPE, BLOCK, MASKED)
-            if STATE2_TYPE is not None:
-                store(state2_address, offset, end, state2, STATE2_TYPE, BLOCK, MASKED)
-            param = NEW_PARAM(param, state0, state1, state2, rule_scalars)
-            weight = store_weight(
-                param_address, master_address, offset, end, param, PARAM_TYPE, MASTER_TYPE, random, BLOCK, MASKED
-            )
-            follow(average_address, offset, end, weight, decay, random1, AVERAGE_TYPE, PARAM_TYPE, BLOCK, MASKED)
-            follow(average2_address, offset, end, weight, decay2, random2, AVERAGE2_TYPE, PARAM_TYPE, BLOCK, MASKED)
-            follow(average3_address, offset, end, weight, decay3, random3, AVERAGE3_TYPE, PARAM_TYPE, BLOCK, MASKED)
-            follow(average4_address, offset, end, weight, decay4, random4, AVERAGE4_TYPE, PARAM_TYPE, BLOCK, MASKED)
+        for N in tl.static_range(TAIL if MASKED else BLOCK, 1 + (TAIL if MASKED else BLOCK)):  # names a constant
+            for offset in range(body if MASKED else begin, end if MASKED else body, N):
+                grad = load(grad_address, offset, end, GRAD_TYPE, WIDE, N, MASKED)
+                state0 = load_state(state0_address, numel, offset, end, STATE0_TYPE, WIDE, N, MASKED)
+                state1 = load_state(state1_address, numel, offset, end, STATE1_TYPE, WIDE, N, MASKED)
+                param = load_weight(
+                    param_address, master_address, offset, end, PARAM_TYPE, MASTER_TYPE, WIDE, N, MASKED
+                )
+                state2 = load_state(state2_address, numel, offset, end, STATE2_TYPE, WIDE, N, MASKED)
+                state0, state1, state2 = NEW_STATE(param, grad, state0, state1, state2, rule_scalars)
+                bits = random_words(of_codes, offset, N)
+                store_state(state0_address, numel, offset, end, state0, STATE0_TYPE, bits, N, MASKED)
+                store_state(state1_address, numel, offset, end, state1, STATE1_TYPE, bits, N, MASKED)
+                store_state(state2_address, numel, offset, end, state2, STATE2_TYPE, bits, N, MASKED)
+                param = NEW_PARAM(param, state0, state1, state2, rule_scalars)
+                weight = store_weight(
+                    param_address, master_address, offset, end, param, PARAM_TYPE, MASTER_TYPE, random, N, MASKED
+                )
+                follow(average_address, offset, end, weight, decay, random1, AVERAGE_TYPE, PARAM_TYPE, N, MASKED)
+                follow(average2_address, offset, end, weight, decay2, random2, AVERAGE2_TYPE, PARAM_TYPE, N, MASKED)
+                follow(average3_address, offset, end, weight, decay3, random3, AVERAGE3_TYPE, PARAM_TYPE, N, MASKED)
+                follow(average4_address, offset, end, weight, decay4, random4, AVERAGE4_TYPE, PARAM_TYPE, N, MASKED)

@@ -42,7 +42,7 @@ struct Queue {
 
 // A table in the device's memory (core/device_words.h). Its first `whole_chunks` chunks have kChunkNumel elements. Of
 // its `all_chunks`, those of buffers follow the first `chunk_count`; their rows follow the first `row_count`.
-// `is_special`: whether some of it is rounded stochastically.
+// `is_special`: whether some of it is rounded stochastically, or holds codes.
 struct DeviceTable {
   const int64_t* rows;
   const int64_t* chunks;

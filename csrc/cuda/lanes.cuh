@@ -5,6 +5,7 @@
 // and written in narrower accesses, whatever the others of its row are.
 #pragma once
 
+#include "../math/codes.h"
 #include "common.cuh"
 
 namespace trainops::cuda {
@@ -17,34 +18,36 @@ template <typename T>
 constexpr int kPack = sizeof(T) == 8 ? kHalf<T> : 2 * kHalf<T>;
 
 // Assigns the elements of [begin, end) to threads. If no tensor is 16-bit, adjacent threads read adjacent halves. A
-// 16-bit tensor needs both halves of a pack adjacent.
+// 16-bit tensor, or one of codes, needs both halves of a pack adjacent. Codes are taken in whole blocks.
 template <typename T>
 struct VectorRange {
   int64_t begin, body, end;  // [begin, body): in whole halves or packs; [body, end): one by one
   int stride, second;        // of a thread's first half from its neighbour's; of its second half from its first
 
   __device__ VectorRange(int64_t from, int64_t to, int threads) : begin(from), end(to) {
-    has_16_bit_ = mixes_float64_ = false;
+    has_narrow_ = has_codes_ = mixes_float64_ = false;
     threads_ = threads;
   }
 
+  template <bool may_have_codes = false>
   __device__ void add(const Cell& cell) {
     if (cell.address == nullptr) return;
-    has_16_bit_ |= itemsize(cell.dtype) == 2;
+    has_narrow_ |= itemsize(cell.dtype) <= 2;
+    has_codes_ |= may_have_codes && is_codes(cell.dtype);
     // Packs cannot mix 8-byte types with others, so such rows go element by element.
     mixes_float64_ |= (itemsize(cell.dtype) == 8) != (sizeof(T) == 8);
   }
 
   // Called after all tensors are added. If not `regular`, elements go one by one.
   __device__ void close(bool regular = true) {
-    const int64_t granule = has_16_bit_ ? kPack<T> : kHalf<T>;
+    stride = has_narrow_ ? kPack<T> : kHalf<T>;
+    second = has_narrow_ ? kHalf<T> : kHalf<T> * threads_;
+    const int64_t granule = has_codes_ ? kCodeBlock : stride;
     body = mixes_float64_ || !regular ? begin : begin + ((end - begin) & -granule);
-    stride = static_cast<int>(granule);
-    second = has_16_bit_ ? kHalf<T> : kHalf<T> * threads_;
   }
 
  private:
-  bool has_16_bit_, mixes_float64_;
+  bool has_narrow_, has_codes_, mixes_float64_;
   int threads_;
 };
 

@@ -1,63 +1,25 @@
 // A step of any rule (math/adamw.h) with clipping, unscaling, skipping and averages (math/ema.h), in one launch:
 // every column is read and, where it is written, written once. With AdamW in float32, that is 28 bytes per element, 8
 // more with AMSGrad and 8 more with each average. (Those beyond the first read the weights of a chunk again, from a
-// cache.) Arithmetic in float32, or float64 for float64 parameters.
+// cache.) A moment in 8 bits has 2.06 in place of 8. Arithmetic in float32, or float64 for float64 parameters.
 #include "../core/rules.h"
+#include "cells.cuh"
 #include "control.cuh"
-#include "ema.cuh"
 
 namespace trainops::cuda {
 namespace {
 
-// A row's cells by column. Those of the step count and of the average stay empty.
-template <typename Rule>
-struct Cells {
-  static constexpr int count = kState + Rule::kStates;
-  Cell at[count];
-
-  __device__ explicit Cells(const Row& row) {
-#pragma unroll
-    for (int column = 0; column < count; ++column) {
-      if (column != kStep && column != kAverage) at[column] = row.cell(column);
-    }
-  }
-
-  __device__ Weight weight() const { return {at[kParam], at[kMaster]}; }
-
-  // The number of state columns that the row has. Optional ones are last.
-  __device__ int states() const {
-    int states = 0;
-#pragma unroll
-    for (int i = 0; i < Rule::kStates; ++i) states += at[kState + i].address != nullptr;
-    return states;
-  }
-};
-
-// What the random bits of a parameter depend on is read anew for each pack: else it would take registers that are
-// scarce.
-template <bool is_special>
-__device__ Weight with_random(Weight weight, const volatile Random& random) {
-  if constexpr (is_special) weight.param.random = {random.key, random.origin};
-  return weight;
-}
-
-// The first average of a row.
-template <bool is_special>
-__device__ Cell average_of(const Row& row, const SharedDecay& ema_decay) {
-  Cell average = row.cell(kAverage);
-  if constexpr (is_special) average.random = row.random(kAveragePlace, ema_decay.seed);
-  return average;
-}
-
 template <bool is_special, typename Rule, typename T>
 __device__ void update_pack(const Row& row, const Cells<Rule>& cells, const LaneOffset& offset,
                             const typename Rule::template Scalars<T>& scalars, const SharedDecay& ema_decay,
-                            const volatile Random& random) {
+                            const RowRandom& random) {
   constexpr int count = Cells<Rule>::count;
   Raw raw[count];
 #pragma unroll
   for (int column = 0; column < count; ++column) {
-    if (column != kStep && column != kAverage) raw[column] = fetch<T>(cells.at[column], offset);
+    if (column == kStep || column == kAverage) continue;
+    raw[column] = column < kState ? fetch<T>(cells.at[column], offset)
+                                  : fetch_state<is_special, T>(cells.at[column], row.numel(), offset);
   }
   T param[kPack<T>], grad[kPack<T>];
   const Weight weight = cells.weight();
@@ -67,7 +29,9 @@ __device__ void update_pack(const Row& row, const Cells<Rule>& cells, const Lane
     constexpr int states = decltype(formula)::states;
     T state[kLength<states>][kPack<T>];
 #pragma unroll
-    for (int i = 0; i < states; ++i) unpack(raw[kState + i], cells.at[kState + i].dtype, state[i]);
+    for (int i = 0; i < states; ++i) {
+      unpack_state<is_special, T>(raw[kState + i], cells.at[kState + i].dtype, cells.is_signed(i), state[i]);
+    }
 #pragma unroll
     for (int j = 0; j < kPack<T>; ++j) {
       T own[kLength<states>];
@@ -79,7 +43,7 @@ __device__ void update_pack(const Row& row, const Cells<Rule>& cells, const Lane
     }
 #pragma unroll
     for (int i = 0; i < states; ++i) {
-      put<T>(cells.at[kState + i], offset, pack(state[i], cells.at[kState + i].dtype));
+      put_state<is_special, T>(cells.at[kState + i], row.numel(), offset, cells.is_signed(i), state[i], random);
     }
   });
   // Only now, when most registers are free again: all columns at once would spill some. That the reads do not all
@@ -103,22 +67,28 @@ __device__ void update_pack(const Row& row, const Cells<Rule>& cells, const Lane
          ema_pack<is_special>(raw[kAverage], average, offset.first, followed, followed_dtype, ema_weight));
 }
 
+// `exists`: false for a lane that has no element, and helps to find scales.
 template <bool is_special, typename Rule, typename T>
-__device__ void update_one(const Row& row, const Cells<Rule>& cells, int64_t i,
+__device__ void update_one(const Row& row, const Cells<Rule>& cells, int64_t i, bool exists,
                            const typename Rule::template Scalars<T>& scalars, const SharedDecay& ema_decay,
-                           const volatile Random& random) {
+                           const RowRandom& random) {
   const Weight weight = cells.weight();
-  T param = load<T>(weight, i);
-  const T grad = load<T>(cells.at[kGrad], i);
+  T param = exists ? load<T>(weight, i) : T(0);
+  const T grad = exists ? load<T>(cells.at[kGrad], i) : T(0);
   Rule::template with_formula<false>(cells.states(), scalars, [&](auto formula) {
     constexpr int states = decltype(formula)::states;
     T state[kLength<states>];
 #pragma unroll
-    for (int k = 0; k < states; ++k) state[k] = load<T>(cells.at[kState + k], i);
+    for (int k = 0; k < states; ++k) {
+      state[k] = load_state<is_special, T>(cells.at[kState + k], row.numel(), i, cells.is_signed(k), exists);
+    }
     formula(param, grad, state, scalars);
 #pragma unroll
-    for (int k = 0; k < states; ++k) store(cells.at[kState + k], i, state[k]);
+    for (int k = 0; k < states; ++k) {
+      store_state<is_special, T>(cells.at[kState + k], row.numel(), i, cells.is_signed(k), exists, state[k], random);
+    }
   });
+  if (!exists) return;
   store<is_special>(with_random<is_special>(weight, random), i, param);
   const Cell average = average_of<is_special>(row, ema_decay);
   if (average.address != nullptr) ema_one<is_special>(average, weight, i, ema_decay.decay);
@@ -126,13 +96,14 @@ __device__ void update_one(const Row& row, const Cells<Rule>& cells, int64_t i,
 
 template <bool is_special, typename Rule, typename T>
 __device__ void update_chunk(const Chunk& chunk, const typename Rule::template Scalars<double>& wide,
-                             const SharedDecay& ema_decay, const volatile Random& random) {
+                             const SharedDecay& ema_decay, const RowRandom& random) {
   const auto scalars = rounded<Rule, T>(wide);
   const Cells<Rule> cells(chunk.row);
   VectorRange<T> range(chunk.begin, chunk.end, kThreads);
 #pragma unroll
   for (int column = 0; column < Cells<Rule>::count; ++column) {
-    if (column != kStep) range.add(column == kAverage ? chunk.row.cell(kAverage) : cells.at[column]);
+    if (column == kStep) continue;
+    range.template add<is_special>(column == kAverage ? chunk.row.cell(kAverage) : cells.at[column]);
   }
   // Beside rows that are special, packs of float64 would need more registers than there are.
   range.close(!is_special || sizeof(T) == 4);
@@ -140,8 +111,12 @@ __device__ void update_chunk(const Chunk& chunk, const typename Rule::template S
     const LaneOffset offset(range, tile, threadIdx.x);
     update_pack<is_special, Rule, T>(chunk.row, cells, offset, scalars, ema_decay, random);
   }
-  for (int64_t i = range.body + threadIdx.x; i < range.end; i += kThreads) {
-    update_one<is_special, Rule, T>(chunk.row, cells, i, scalars, ema_decay, random);
+  // Where a warp looks for scales, lanes behind the last element take part.
+  constexpr bool may_have_codes = kMayHaveCodes<is_special, T>;
+  const int64_t end = may_have_codes ? range.end + threadIdx.x % kWarp : range.end;
+  for (int64_t i = range.body + threadIdx.x; i < end; i += kThreads) {
+    const bool exists = !may_have_codes || i < range.end;
+    update_one<is_special, Rule, T>(chunk.row, cells, i, exists, scalars, ema_decay, random);
   }
 }
 
@@ -173,12 +148,18 @@ struct RowScalars {
   typename Rule::template Scalars<double> scalars;
 };
 
-// `is_special`: whether some of the table is rounded stochastically.
+// What all rows depend on.
+struct ForRows {
+  const int64_t* words;
+  double coefficient;
+};
+
+// `is_special`: whether some of the table is rounded stochastically, or holds codes.
 template <typename Rule, bool is_special>
 __global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_constant__ UpdateArgs args) {
   __shared__ RowScalars<Rule> of_slots[2];
-  __shared__ Random randoms[is_special ? 2 : 1];  // of the parameters
-  __shared__ double coefficient;
+  __shared__ RowRandom randoms[is_special ? 2 : 1];
+  __shared__ ForRows for_rows;
   __shared__ SharedDecay ema_decays[kMaxAverages];
   const int64_t* const words = args.words == nullptr ? args.inline_words : args.words;
   const Decision decision = decide_step(args, words);
@@ -188,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_consta
     ema_decays[i].set(real(words[kEMADecay + i]), static_cast<uint32_t>(words[kEMASeed + i]));
   }
   if (threadIdx.x == kThreads - kWarp) {  // the one that prepares rows: it alone reads this
-    coefficient = decision.coefficient;
+    for_rows = {words, decision.coefficient};
     of_slots[1].group = -1;  // which the first row is compared with
     of_slots[1].step = 0.0;
   }
@@ -204,18 +185,21 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_consta
     if (last.group == group && last.step == step) {
       of_slots[slot] = last;
     } else {
-      of_slots[slot] = {group, step, Rule::scalars(settings_of<Rule>(words, group), step, coefficient)};
+      of_slots[slot] = {group, step,
+                        Rule::scalars(settings_of<Rule>(for_rows.words, group), step, for_rows.coefficient)};
     }
     if constexpr (is_special) {
-      const uint32_t seed = static_cast<uint32_t>(words[kSeed]);
-      randoms[slot] = {random_key(seed, row.words[kFirstPlace], step), static_cast<uint32_t>(row.words[kOrigin])};
+      const uint32_t seed = static_cast<uint32_t>(for_rows.words[kSeed]);
+      const Random param = {random_key(seed, row.words[kFirstPlace], step),
+                            static_cast<uint32_t>(row.words[kOrigin])};
+      randoms[slot] = {param, random_of_codes(param)};
     }
   };
   // Backwards: after a pass over the gradients for their norm, the last are still in the cache.
   ChunkQueue queue(args.table, args.table.all_chunks, &args.counters->chunks, true, prepare);
   for (Chunk chunk; queue.next(chunk);) {
     const auto& scalars = of_slots[chunk.slot].scalars;
-    const Random& random = randoms[is_special ? chunk.slot : 0];
+    const RowRandom& random = randoms[is_special ? chunk.slot : 0];
     const bool is_updated = !is_buffer(chunk.row);
     if (is_updated && chunk.row.cell(kParam).dtype == DType::float64) {
       update_chunk<is_special, Rule, double>(chunk, scalars, ema_decays[0], random);

@@ -61,6 +61,10 @@ T __shfl_down_sync(unsigned, T value, unsigned distance) {
   const unsigned lane = threadIdx.x % 32 + distance;
   return shim::exchange(value, lane < 32 ? lane : threadIdx.x % 32);
 }
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, unsigned mask) {
+  return shim::exchange(value, threadIdx.x % 32 ^ mask);
+}
 inline unsigned __ballot_sync(unsigned, bool value) {
   unsigned votes = 0;
   for (unsigned lane = 0; lane < 32; ++lane) votes |= static_cast<unsigned>(shim::exchange(value, lane)) << lane;

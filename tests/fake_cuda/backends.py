@@ -14,7 +14,7 @@ import torch
 from targets import SHIM, TARGETS
 
 from trainops import adapters, background, copies, core, graphs, plain, uploads
-from trainops.adapters import _triton, cuda, triton
+from trainops.adapters import _cuda_memory, _triton, cuda, triton
 from trainops.uploads import Recent
 
 from . import DeviceTensor, FakeCuda
@@ -86,9 +86,13 @@ class CudaModule:
         tensor = torch.zeros(1, dtype=torch.float64 if table.has_float64 else torch.float32)
         names = [column.name for column in core.schema(table.kind, table.averages).columns]
         columns = {name: [None if name == "master" else tensor] * table.rows for name in names}
+        places = []
+        if table.is_special:
+            columns[names[0]] = [tensor.bfloat16()] * table.rows
+            places = [(0, [], 0, True)] * table.rows
         place = {"words": None, "rows": rows, "chunks": chunks, "stream": 0}
         place |= {"chunk_count": chunk_count, "all_chunks": all_chunks}
-        staged = self.module.StagedTable(core.table(table.kind, columns, "cpu"), **place)
+        staged = self.module.StagedTable(core.table(table.kind, columns, "cpu", places=places), **place)
         on = self.fake.streams[torch.device("cuda", table.device_index), stream]
         return (staged, rows, chunks, on), (table, words)
 
@@ -136,7 +140,7 @@ def fake_devices(monkeypatch):
 
     monkeypatch.setattr(plain, "_has_function_modes", lambda: False)  # the fake is one, and no onlooker
     monkeypatch.setattr(cuda, "_cuda", CudaModule(fake, cuda._cuda))
-    monkeypatch.setattr(cuda, "_scratches", Recent(32))
+    monkeypatch.setattr(_cuda_memory, "scratches", Recent(32))
     forget_uploads(fake, monkeypatch)
     monkeypatch.setattr(triton, "refusal", lambda device: "" if device.type == "cuda" else "it takes CUDA tensors")
     monkeypatch.setattr(_triton, "launch", functools.partial(launch_triton, fake, _triton.launch))

@@ -7,7 +7,7 @@ import cuda_shim
 import torch
 
 from trainops import core
-from trainops.adapters import _device, cuda
+from trainops.adapters import _cuda_memory, _device, cuda
 from trainops.uploads import Recent, uploaded
 
 from . import Machine, build
@@ -34,11 +34,11 @@ class CudaBackend:
     @contextmanager
     def active(self):
         """Tensors that are made meanwhile, and these alone, lie where the machine can reach them."""
-        names = [(cuda, "_cuda"), (cuda, "_scratches"), (cuda, "uploaded"), (_device, "uploaded")]
+        names = [(cuda, "_cuda"), (_cuda_memory, "scratches"), (cuda, "uploaded"), (_device, "uploaded")]
         before = [(module, name, getattr(module, name)) for module, name in names]
         for library in self.libraries:  # kernels of several architectures have one name
             library.add()
-        cuda._cuda, cuda._scratches = self.module, Recent(32)
+        cuda._cuda, _cuda_memory.scratches = self.module, Recent(32)
         cuda.uploaded = _device.uploaded = lambda words, device: uploaded(words, device).clone()
         try:
             with self.machine.memory():

@@ -6,9 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import core
-from ..reference_codes import CODES
 from ..tables import origin, staged_table
-from . import pytorch as specification
 from .interface import NEAREST, AverageRounding, Group, StepControl, StepResult
 
 Operation = Callable[..., Any]
@@ -17,19 +15,13 @@ Operation = Callable[..., Any]
 def step_operations(
     device_type: Callable[[], str],
     run: Callable[[Any, str, Sequence[Group], StepControl, Sequence[float]], StepResult],
-    takes_codes: bool = True,
 ) -> tuple[Operation, Operation]:
-    """A backend's ``collect`` and ``update``. ``run`` runs its kernels on a table, which holds all groups.
-
-    ``takes_codes``: whether kernels know 8-bit state. If not, the specification serves it.
-    """
+    """A backend's ``collect`` and ``update``. ``run`` runs its kernels on a table, which holds all groups."""
     rows_of: Operation = core.collect
 
     def collect(*containers: Any) -> Any:
         """See :class:`trainops.adapters.interface.Kernels`."""
         *lists, rounding = containers
-        if rounding.codes and not takes_codes:
-            return None
         return rows_of(*lists, device_type(), rounding.params, rounding.average_places, origin, rounding.codes)
 
     def update(
@@ -42,8 +34,6 @@ def step_operations(
         """See :class:`trainops.adapters.interface.Kernels`."""
         if collected is not None:
             return run(collected, rule, groups, control, ema_decays)
-        if not takes_codes and any(_has_codes(group) for group in groups):
-            return specification.update(rule, groups, control, ema_decays)
         columns = {
             name: [x for group in groups for x in group.columns.get(name) or [None] * group.rows]
             for name in core.schema(rule, len(ema_decays)).places
@@ -53,10 +43,6 @@ def step_operations(
             return run(table, rule, groups, control, ema_decays)
 
     return collect, update
-
-
-def _has_codes(group: Group) -> bool:
-    return any(x is not None and x.dtype == CODES for column in group.columns.values() for x in column)
 
 
 def ema_operations(

@@ -12,7 +12,10 @@ from torch import Tensor
 from .. import core
 from ._device import Section, stage
 
-STOCHASTIC = "stochastic"  # the type of bfloat16 that is rounded stochastically (``csrc/core/table.h``)
+# Types of columns that PyTorch has no name for (``csrc/core/table.h``), and those in which their elements lie.
+STOCHASTIC = "stochastic"  # rounded stochastically
+CODES = {"signed_codes": torch.int8, "unsigned_codes": torch.uint8}
+OF_ELEMENTS: dict[Any, torch.dtype] = {STOCHASTIC: torch.bfloat16, **CODES}
 
 
 def interpreted() -> bool:
@@ -28,11 +31,11 @@ def kernels() -> Any:
 
 @cache
 def type_of(dtype: torch.dtype | str | None) -> Any:
-    """Triton's name for a dtype. What is rounded stochastically is bfloat16."""
+    """Triton's name for the type of elements."""
     import triton.language
 
-    dtype = torch.bfloat16 if dtype == STOCHASTIC else dtype
-    return None if dtype is None else getattr(triton.language, str(dtype).removeprefix("torch."))
+    name = str(OF_ELEMENTS.get(dtype, dtype)).removeprefix("torch.")
+    return None if dtype is None else getattr(triton.language, name)
 
 
 @cache
@@ -82,6 +85,7 @@ class Staged:
         types: dict[str, str],
         wide: dict[str, tuple[str, ...]],
         rounded: Sequence[str] = (),
+        coded: Sequence[str] = (),
         itemsize: int | None = None,
         sections: Sequence[Section] | None = None,
         **constants: Any,
@@ -90,8 +94,9 @@ class Staged:
 
         ``types``: constants that name the type of a column. ``wide``: constants that name the type of arithmetic on
         the columns of some of the former. ``rounded``: columns that may be rounded
-        stochastically; the constant ``STOCHASTIC`` has a bit for each. ``itemsize``: bytes by which blocks are
-        divided, if not those of the types.
+        stochastically; the constant ``STOCHASTIC`` has a bit for each. ``coded``: columns that may be codes; the
+        constant ``CODES`` says whether one is. ``itemsize``: bytes by which blocks are divided, if not those of the
+        types.
         """
         for section in self.sections if sections is None else sections:
             dtypes = {constant: section.kind[self.columns[column]] for constant, column in types.items()}
@@ -106,6 +111,7 @@ class Staged:
                 **{constant: type_of(dtype) for constant, dtype in dtypes.items()},
                 **{constant: type_of(wide_type(*(dtypes[x] for x in among))) for constant, among in wide.items()},
                 **({"STOCHASTIC": self.stochastic(section, rounded)} if rounded else {}),
+                **({"CODES": any(section.kind[self.columns[x]] in CODES for x in coded)} if coded else {}),
                 **constants,
                 **self.constants(kernels()._common.block_numel(*sizes)),
             )
@@ -139,7 +145,10 @@ class Staged:
 
 @cache
 def _itemsize(dtype: str) -> int:
-    return 2 if dtype == STOCHASTIC else int(getattr(torch, dtype).itemsize)
+    """Bytes by which blocks are divided. Codes count as 16 bits: with 16 elements, threads run out of registers."""
+    if dtype in CODES:
+        return int(kernels()._common.SMALLEST)
+    return int((OF_ELEMENTS.get(dtype) or getattr(torch, dtype)).itemsize)
 
 
 def wide_type(*dtypes: str | None) -> str:

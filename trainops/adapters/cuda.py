@@ -1,9 +1,8 @@
 """The ``cuda`` backend: CUDA C++ for NVIDIA GPUs (``csrc/cuda``)."""
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +10,8 @@ from torch import Tensor
 from .. import core
 from ..reference_statistics import BINS, ROW
 from ..tables import staged_table
-from ..uploads import Recent, uploaded
+from ..uploads import uploaded
+from ._cuda_memory import Scratch, queue_of, scratch_for
 from ._device import copy_back, device_guard, stage, step_settings, to_device
 from ._drop_path import operations as drop_path_operations
 from ._tables import ema_operations, step_operations
@@ -45,21 +45,6 @@ def _device_type() -> str:
     return str(_cuda.DEVICE_TYPE)
 
 
-class _Queue(NamedTuple):
-    """A device and its current stream."""
-
-    device: torch.device
-    stream: int
-
-    @property
-    def captures(self) -> bool:
-        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _queue(device: torch.device) -> _Queue:
-    return _Queue(device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
-
-
 def _device_of(table: Any) -> torch.device:
     is_cuda = _device_type() == "cuda"
     return torch.device("cuda", table.device_index) if is_cuda else torch.device(_device_type())
@@ -69,7 +54,7 @@ class _Staged:
     """A table whose words lie on its device, and where to launch."""
 
     def __init__(self, table: Any) -> None:
-        self.queue = _queue(_device_of(table))
+        self.queue = queue_of(_device_of(table))
         words = stage(table, self.queue.device, _cuda.CHUNK_NUMEL, by_kind=False)
         self.rows, self.chunk_count = table.rows, words.chunk_count
         self.table = _cuda.StagedTable(
@@ -91,49 +76,10 @@ def _staged(kind: str, tensors: Sequence[Tensor], unrounded: bool = False) -> It
         yield table, _Staged(table)
 
 
-class _Scratch(NamedTuple):
-    """Memory that kernels share."""
-
-    counter_words: Tensor  # of chunks, of blocks and of each row; zeros, and kernels reset them
-    numbers: Tensor  # the norm, and partial results
-
-    @property
-    def counters(self) -> int:
-        return self.counter_words.data_ptr()
-
-    @property
-    def norm(self) -> int:
-        return self.numbers.data_ptr()
-
-    @property
-    def partials(self) -> int:
-        return self.numbers.data_ptr() + 8
-
-
-# Scratch memory per stream and host thread.
-_scratches: Recent[_Scratch] = Recent(32)
-
-
-def _scratch(staged: _Staged, statistic: str | None = None) -> _Scratch:
+def _scratch(staged: _Staged, statistic: str | None = None) -> Scratch:
     counters = 2 + (staged.rows if statistic else 0)
     numbers = 1 + (staged.chunk_count * _cuda.STATE_WORDS[statistic] if statistic else 0)
-    queue = staged.queue
-    if queue.captures:  # of the graph's own memory, which each replay fills anew
-        return _new_scratch(queue.device, counters, numbers)
-    key = queue, threading.get_ident()
-    scratch = _scratches.recall(key)
-    has = (0, 0) if scratch is None else (len(scratch.counter_words), len(scratch.numbers))
-    if scratch is None or has[0] < counters or has[1] < numbers:
-        grown = (max(old, 2 * new) for old, new in zip(has, (counters, numbers), strict=True))
-        scratch = _scratches.remember(key, _new_scratch(queue.device, *grown))
-    return scratch
-
-
-def _new_scratch(device: torch.device, counters: int, numbers: int) -> _Scratch:
-    return _Scratch(
-        torch.zeros(counters, dtype=torch.int32, device=device),
-        torch.empty(numbers, dtype=torch.float64, device=device),
-    )
+    return scratch_for(staged.queue, counters, numbers)
 
 
 def reduce(statistic: str, tensors: Sequence[Tensor], unrounded: bool = False) -> tuple[Tensor, Tensor]:
@@ -155,7 +101,7 @@ def statistics(tensors: Sequence[Tensor], histogram: bool) -> tuple[Tensor, Tens
 def _reduce(
     table: Any,
     staged: _Staged,
-    scratch: _Scratch,
+    scratch: Scratch,
     statistic: str,
     grad_scale: Tensor | None = None,
     guard: Tensor | None = None,
@@ -171,7 +117,7 @@ def _reduce(
 
 def _launch_reduce(
     staged: _Staged,
-    scratch: _Scratch,
+    scratch: Scratch,
     statistic: str,
     total: Tensor | None,
     rows: Tensor,
@@ -277,13 +223,13 @@ def _guarded_update(table: Any, *args: Any) -> StepResult:
         return _update(table, *args)
 
 
-collect, update = step_operations(_device_type, _guarded_update, takes_codes=False)
+collect, update = step_operations(_device_type, _guarded_update)
 
 
 def _launch_drop_path(**operands: Any) -> None:
     device = operands["out"].device
     with device_guard(device):
-        _cuda.drop_path(core.drop_path(device_type=_device_type(), **operands), stream=_queue(device).stream)
+        _cuda.drop_path(core.drop_path(device_type=_device_type(), **operands), stream=queue_of(device).stream)
 
 
 def _launch_drop_path_backward(**operands: Any) -> None:
@@ -294,7 +240,7 @@ def _launch_drop_path_backward(**operands: Any) -> None:
         _cuda.drop_path_backward(
             core.drop_path_backward(device_type=_device_type(), **operands),
             partials=partials.data_ptr(),
-            stream=_queue(device).stream,
+            stream=queue_of(device).stream,
         )
 
 

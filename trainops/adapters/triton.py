@@ -213,6 +213,7 @@ def _update(
             skip,
             types=types,
             rounded=("param", *AVERAGES),
+            coded=state,
             LOAD_SCALARS=formulas.load_scalars,
             SCALARS=formulas.SCALARS,
             NEW_STATE=formulas.new_state,
@@ -246,6 +247,6 @@ def _follow_buffers(staged: _triton.Staged, settings: Tensor, skip: Tensor | Non
         )
 
 
-collect, update = step_operations(_device_type, _update, takes_codes=False)
+collect, update = step_operations(_device_type, _update)
 
 drop_path, drop_path_backward = operations(launch_drop_path, launch_drop_path_backward)

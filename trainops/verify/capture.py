@@ -109,6 +109,14 @@ def guarded(place: Place, generator: torch.Generator) -> Work:
     return Work(own.ours.step, [grad_of(param) for param in params_of(own.ours)], results)
 
 
+def eight_bit_state(place: Place, generator: torch.Generator) -> Work:
+    """A step with 8-bit state; bfloat16 is rounded stochastically. Each replay has random bits of its own."""
+    is_random = place.dtype == torch.bfloat16
+    own = Step(place, generator, state_dtype="int8", stochastic_rounding=is_random, capturable=True)
+    grads = [grad_of(param) for param in params_of(own.ours)]
+    return Work(own.ours.step, grads, lambda: {what: got for what, got, _ in own.results()})
+
+
 def statistics(place: Place, generator: torch.Generator) -> Work:
     """Statistics of tensors, with histograms."""
     inputs, found = list(tensors(place, generator).values()), {}
@@ -145,5 +153,6 @@ def ema(place: Place, generator: torch.Generator) -> Work:
     return Work(average.update, list(model.weights), lambda: {f"average {i}": x for i, x in enumerate(averages)})
 
 
-MAKERS = {"step": step, "guarded step": guarded, "clip": clip, "EMA": ema, "statistics": statistics}
+MAKERS = {"step": step, "guarded step": guarded, "8-bit state": eight_bit_state, "clip": clip, "EMA": ema}
+MAKERS["statistics"] = statistics
 CAPTURES = {f"{name} in a CUDA graph": check(make) for name, make in MAKERS.items()}

@@ -1,6 +1,6 @@
 """The checks: each runs an op on awkward tensors, and yields its results beside what they should be."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from ..sgd import SGD
 from ..statistics import tensor_stats
 from .compare import Compared, Place, double, layouts, randn, rounded, tensors
 from .step import DECAY, MASTERS, clipped_step, grad_of, guarded_step, other_rules, step, step_with_masters
+from .stochastic import eight_bit_state, stochastic_rounding
 
 SAMPLES: tuple[tuple[int, ...], ...] = ((4, 1), (5, 7), (3, 33, 31), (2, 3, 5, 7), (6, 257, 64))  # for DropPath
 
@@ -137,12 +138,23 @@ CHECKS: dict[str, Check] = {
     "a guard against spikes": guarded_step,
     "Adam and SGD": other_rules,
     "a step with masters": step_with_masters,
+    "8-bit state": eight_bit_state,
+    "stochastic rounding": stochastic_rounding,
     "EMA.update": ema,
     "several averages and buffers": several_averages,
     "DropPath": drop_path,
 }
 
 
+# The types of numbers for which an op is there, if not all.
+OF_TYPES: dict[str, Collection[torch.dtype]] = {
+    "a step with masters": MASTERS,
+    "8-bit state": (torch.float32, torch.bfloat16, torch.float16),
+    "8-bit state in a CUDA graph": (torch.float32, torch.bfloat16, torch.float16),
+    "stochastic rounding": (torch.bfloat16,),
+}
+
+
 def serves(op: str, place: Place) -> bool:
-    """Whether an op is there for numbers of that type: masters are for 16 bits."""
-    return op != "a step with masters" or place.dtype in MASTERS
+    """Whether an op is there for numbers of that type."""
+    return place.dtype in OF_TYPES.get(op, (place.dtype,))

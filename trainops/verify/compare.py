@@ -73,6 +73,12 @@ def rounded(what: str, got: Tensor, exact: Tensor, terms: Tensor | None = None) 
     return Compared(what, got, exact, allowed)
 
 
+def coded(what: str, got: Tensor, exact: Tensor) -> Compared:
+    """Values of 8-bit state, each one of the two next to the exact one: up to an eighth off, or by the smallest."""
+    largest = exact.abs().max() if exact.numel() else 0.0
+    return Compared(what, got, exact, exact.abs() / 8 + largest * 2.0**-14)
+
+
 def problem_with(compared: Compared) -> tuple[float, str]:
     """The largest error in units of what is allowed, and in words if that is more than 1."""
     what, got, exact, allowed = compared

@@ -9,15 +9,18 @@ from torch import Tensor, nn
 from ..adam import Adam
 from ..adamw import AdamW
 from ..ema import EMA
+from ..reference_codes import CODE_OF, encoded
 from ..reference_storage import write_weight
 from ..seeds import OWN_STATE
 from ..sgd import SGD
 from ..spike_guard import SpikeGuard
-from ..storage import MASTER
-from .compare import Compared, Place, double, rounded, tensors
+from ..storage import MASTER, codes_key, values_of_codes
+from .compare import Compared, Place, coded, double, rounded, tensors
 
 DECAY = 0.9
 MASTERS = {torch.bfloat16: "split", torch.float16: "float32"}  # which kind serves which type
+
+STORED = ("master", "state_dtype", "stochastic_rounding")  # options that say how tensors are stored: ours alone
 
 Optimizer = AdamW | Adam | SGD
 
@@ -35,7 +38,7 @@ class Step:
     def __init__(
         self, place: Place, generator: torch.Generator, cls: type[Optimizer] = AdamW, **options: Any
     ) -> None:
-        master = options.pop("master", None)
+        stored = {name: options.pop(name) for name in STORED if name in options}
         made = cls([torch.empty(1)], lr=0.01, **options)
         moments = made.state_names(made.param_groups[0])
         columns = {name: tensors(place, generator) for name in ("param", "grad", *moments)}
@@ -45,9 +48,12 @@ class Step:
         self.place, self.names, self.cls = place, list(columns["param"]), cls
         ours = {name: list(column.values()) for name, column in columns.items()}
         exact = {name: list(map(double, column)) for name, column in ours.items()}
-        self.ours = self._optimizer(**ours, backend=place.backend, options={**options, "master": master})
-        if master:
+        self.ours = self._optimizer(**ours, backend=place.backend, options={**options, **stored})
+        if "master" in stored:
             exact["param"] = [double(self._refined(param)) for param in params_of(self.ours)]
+        if stored.get("state_dtype") == "int8":
+            for name in moments:
+                exact[name] = [double(self._moment(param, name)) for param in params_of(self.ours)]
         self.before = list(map(double, averages_of(self.ours)))
         self.exact = self._optimizer(**exact, backend="reference", options=options)
 
@@ -66,6 +72,8 @@ class Step:
         for i, weight in enumerate(model.weights):
             weight.grad = grad[i]
             own = {name: column[i] for name, column in moments.items()}
+            if options.get("state_dtype") == "int8":
+                own = {codes_key(name): encoded(x, CODE_OF[name], weight) for name, x in own.items()}
             optimizer.state[weight] |= {"step": torch.tensor(3.0, device=weight.device), **own}
         return optimizer
 
@@ -74,6 +82,12 @@ class Step:
         weight = param.detach().float() * (1 + torch.finfo(param.dtype).eps / 8)
         write_weight(param, self.ours.state[param][MASTER], weight)
         return weight
+
+    def _moment(self, param: Tensor, name: str) -> Tensor:
+        """A moment of ours as numbers."""
+        own = self.ours.state[param]
+        codes = own.get(codes_key(name))
+        return own[name] if codes is None else values_of_codes(param, name, codes, torch.float32)
 
     def scale(self, grad_scale: float, found_inf: float) -> None:
         """What a GradScaler sets."""
@@ -89,9 +103,8 @@ class Step:
             yield f"weight {name}", weight, exact
             if weight is not ours:
                 yield f"parameter {name}", ours, double(weight)
-            for key, value in self.ours.state[ours].items():
-                if key != MASTER:
-                    yield f"{key} {name}", value, self.exact.state[exact][key].double()
+            for key, value in self.exact.state[exact].items():
+                yield f"{key} {name}", self._moment(ours, key), value.double()
             # The average follows the weight as it is stored.
             yield f"average {name}", average, before + (1 - DECAY) * (double(weight) - before)
 
@@ -100,7 +113,9 @@ class Step:
         self.ours.step()
         self.exact.step()
         for what, got, exact in self.results():
-            yield rounded(what, got, exact.detach())
+            key, _, name = what.partition(" ")
+            is_coded = codes_key(key) in self.ours.state[params_of(self.ours)[self.names.index(name)]]
+            yield (coded if is_coded else rounded)(what, got, exact.detach())
         if self.ours.grad_norm is not None and self.exact.grad_norm is not None:
             yield rounded("grad_norm", self.ours.grad_norm, self.exact.grad_norm)
 
