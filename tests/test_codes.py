@@ -228,6 +228,8 @@ def test_backends_have_the_same_codes(target, dtype):
                 for x in (grads[3].view(-1), grads[4]):
                     x[40], x[41], x[42], x[43], x[64:96] = torch.inf, torch.nan, -torch.inf, 1e-9, 1e-44
                     x[700], x[701], x[702:708] = 3e38, 1e33, 1e34
+                    x[800:832], x[832:864] = torch.inf, torch.nan  # whole blocks, and all neighbours of one
+                    x[864:896], x[870] = -torch.inf, torch.nan
             set_grads(model.params, [x.to(backend.device) for x in grads])
             optimizer.step()
         found.append([(p.detach(), optimizer.state[p]["momentum_buffer_codes"]) for p in model.params])
@@ -244,7 +246,13 @@ def test_backends_have_the_same_codes_of_second_moments(target):
         model, optimizer = make(backend, ADAMW, FLOAT32, average=None, state_dtype=(FLOAT32, "int8"), seed=7)
         torch.manual_seed(1)
         for grads in make_grads(SHAPES, FLOAT32, "cpu", 2):
-            for x, value in ((grads[3].view(-1)[40:44], (torch.inf, torch.nan, 1e-9, 1e-25)), (grads[4][64:96], 0.0)):
+            odd = (torch.inf, torch.nan, 1e-9, 1e-25)
+            for x, value in (
+                (grads[3].view(-1)[40:44], odd),
+                (grads[4][64:96], 0.0),
+                (grads[4][96:128], torch.inf),
+                (grads[4][128:160], torch.nan),
+            ):
                 x.copy_(torch.tensor(value))
             set_grads(model.params, [x.to(backend.device) for x in grads])
             optimizer.step()
