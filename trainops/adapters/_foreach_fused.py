@@ -43,20 +43,22 @@ def step(
 ) -> None:
     """A step of rows in one piece each, and their averages. ``found``: which gradients are alike, if it is known."""
     torch._foreach_add_(columns["step"], torch.ones(()), alpha=1.0)
-    is_scaled, decays = isinstance(coefficient, Tensor), dict(zip(AVERAGES, ema_decays, strict=False))
-    if not is_scaled and columns.keys().isdisjoint(AVERAGES):
+    scale = coefficient if isinstance(coefficient, Tensor) else None
+    decays = dict(zip(AVERAGES, ema_decays, strict=False))
+    if scale is None and columns.keys().isdisjoint(AVERAGES):
         _adamw(columns, columns["grad"], settings)
         return
     device, dtype = columns["param"][0].device, columns["param"][0].dtype
-    limit = 2 * chunk_numel(device)  # an operation of its own costs more than a cache that is not quite full
     if not on_host(device):
-        for chunk in chunks(columns, limit):
-            grads = chunk["grad"]
-            _adamw(chunk, torch._foreach_mul(grads, coefficient.to(dtype)) if is_scaled else grads, settings)
-            for name in decays.keys() & chunk.keys():
-                move(chunk[name], chunk["param"], (dtype, dtype), decays[name], None)
+        for chunk in chunks(columns, chunk_numel(device)):
+            grads = chunk["grad"] if scale is None else torch._foreach_mul(chunk["grad"], scale.to(dtype))
+            _adamw(chunk, list(grads), settings)
+            for name, decay in decays.items():
+                if name in chunk:
+                    move(chunk[name], chunk["param"], (dtype, dtype), decay, None)
         return
-    copies = Copies(coefficient, dtype, limit) if is_scaled else None
+    limit = 2 * chunk_numel(device)  # of the seven columns, few are read twice
+    copies = None if scale is None else Copies(scale, dtype, limit)
     for chunk, are_alike in batches(columns, found or alike(columns["grad"]), limit):
         grads = chunk["grad"] if copies is None else copies.scaled(chunk["grad"], are_alike)
         _adamw(chunk, grads, settings)
@@ -73,21 +75,21 @@ class Copies:
         self._coefficient = coefficient.to(dtype)
         self._memory = torch.empty(limit, dtype=dtype, device=coefficient.device)
 
-    def scaled(self, grads: list[Tensor], are_alike: bool) -> Sequence[Tensor]:
+    def scaled(self, grads: list[Tensor], are_alike: bool) -> list[Tensor]:
         """Those of a chunk of at most ``limit`` elements; valid until the next."""
         if are_alike:
             first = grads[0]
             stack = self._memory[: len(grads) * first.numel()].view(len(grads), *first.shape)
-            return torch.stack(grads, out=stack).mul_(self._coefficient).unbind()
+            return list(torch.stack(grads, out=stack).mul_(self._coefficient).unbind())
         lines = [x.view(-1) for x in grads]
         sizes = list(map(Tensor.numel, lines))
         copies = torch.split_with_sizes(self._memory[: sum(sizes)], sizes)
         for line, copy in zip(lines, copies, strict=True):
             torch.mul(line, self._coefficient, out=copy)
-        return copies
+        return list(copies)
 
 
-def _adamw(chunk: Columns, grads: Sequence[Tensor], settings: Mapping[str, Any]) -> None:
+def _adamw(chunk: Columns, grads: list[Tensor], settings: Mapping[str, Any]) -> None:
     torch._fused_adamw_(
         chunk["param"],
         grads,

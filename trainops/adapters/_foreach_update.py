@@ -28,26 +28,27 @@ def update(
     collected: Collected | None = None,
 ) -> StepResult:
     """See :class:`trainops.adapters.interface.Kernels`."""
-    alikes: list[Alike] | None = None
+    alikes: list[Alike | None] = [None] * len(groups)
     if collected is None:
         grads = [as_real(local(grad)) for group in groups for grad in group.columns["grad"]]
     else:
         groups = [replace(group, columns=own) for group, own in zip(groups, collected.columns, strict=True)]
         grads = [grad for group in groups for grad in group.columns["grad"]]
-        alikes = [alike(group.columns["grad"]) for group in groups]
+        if control.measures or ema_decays:
+            alikes = [alike(group.columns["grad"]) for group in groups]
     device = grads[0].device
-    decision = decide(grads, control, partial(sum_norms, found=alikes[0] if alikes and len(groups) == 1 else None))
+    decision = decide(grads, control, partial(sum_norms, found=alikes[0] if len(groups) == 1 else None))
     coefficient, skip = decision.coefficient, decision.skipped
     if on_host(device):
         if skip is not None and skip.item():
             return decision.result
         skip = None
         coefficient = 1.0 if isinstance(coefficient, Tensor) and coefficient.item() == 1.0 else coefficient
-    if alikes is not None:
+    if collected is not None:
         for group, found in zip(groups, alikes, strict=True):
             if group.rows:
                 types_of = {name: column[0].dtype for name, column in group.columns.items()}
-                _step(rule, group.columns, types_of, group.settings, coefficient, skip, ema_decays, found)
+                _step(rule, group.columns, types_of, group.settings, coefficient, skip, ema_decays, True, found)
         return decision.result
     averaged: list[Columns] = [{"average": [], "param": []} for _ in ema_decays]
     for group in groups:
@@ -108,13 +109,14 @@ def _step(
     coefficient: Tensor | float,
     skip: Tensor | None,
     ema_decays: Sequence[float],
+    are_contiguous: bool = False,
     found: Alike | None = None,
 ) -> None:
     """A step of rows whose columns have the same types.
 
-    ``found``: which gradients are alike, where all rows were collected, and so are contiguous.
+    ``are_contiguous``: whether it is known that all are. ``found``: which gradients are alike, if that is known.
     """
-    if skip is None and fused.takes(rule, columns, types_of, settings) and (found or _are_contiguous(columns)):
+    if skip is None and fused.takes(rule, columns, types_of, settings) and (are_contiguous or _in_one_piece(columns)):
         fused.step(columns, settings, coefficient, ema_decays, found)
         return
     steps, device = columns["step"], columns["param"][0].device
@@ -129,7 +131,7 @@ def _step(
     torch._foreach_add_(steps, taken.to(types_of["step"]))
 
 
-def _are_contiguous(columns: Columns) -> bool:
+def _in_one_piece(columns: Columns) -> bool:
     return all(all(map(Tensor.is_contiguous, column)) for column in columns.values())
 
 
