@@ -47,7 +47,7 @@ class AdamWork(Work):
 
     def truth(self) -> dict[str, Expected]:
         """The paper's formulas."""
-        param = self.start.double()
+        param = self.start.double().clone()
         moments = Moments(torch.zeros_like(param), torch.zeros_like(param))
         for step in range(STEPS):
             adamw_truth(param, self.tiles[step].double(), moments, step + 1)

@@ -90,7 +90,7 @@ class EmaWork(Work):
 
     def truth(self) -> dict[str, Expected]:
         """Of the tile."""
-        average = self.start.double()
+        average = self.start.double().clone()
         for tile in self.tiles:
             average.lerp_(tile.double(), 1 - DECAY)
         return {"averages": expect(average, self.start.double())}

@@ -58,12 +58,12 @@ AVERAGES = [
         {"averages: triton: buffers have the first one's decay": ('["ema_decay"] + place,', '["ema_decay"],')},
     ),
     *planted(
-        "trainops/adapters/foreach.py",
+        "trainops/adapters/_foreach_fused.py",
         tests_of("ema_several", k="foreach"),
         {
             "averages: foreach: all of a chunk have the first one's decay": (
-                "(types_of[name], dtype), decay, skip)",
-                "(types_of[name], dtype), ema_decays[0], skip)",
+                "averages = [(chunk[name], decay) for",
+                "averages = [(chunk[name], ema_decays[0]) for",
             )
         },
     ),

@@ -3,6 +3,7 @@
 from mutants import planted, tests_of
 
 REFERENCE = tests_of("adamw", "ema", "clip_grad", k="reference-cpu")
+FOREACH = tests_of("foreach", "adamw", "adamw_types", "ema", k="test_foreach or foreach-cpu")
 
 PYTHON = [
     *planted(
@@ -39,19 +40,43 @@ PYTHON = [
         {"reference: found_inf ignored": ("control.found_inf != 0", "control.found_inf == 3")},
     ),
     *planted(
-        "trainops/adapters/foreach.py",
-        tests_of("foreach", "adamw", "adamw_types", "ema", k="test_foreach or foreach-cpu"),
+        "trainops/adapters/_foreach_fused.py",
+        FOREACH,
         {
-            "foreach: the coefficient is left out": ("    if isinstance(coefficient, Tensor):\n", "    if False:\n"),
-            "foreach: infinite averages": (" and all_finite(tensors):", ":"),
-            "foreach: averages of a chunk stay": ("            if its is not None:\n", "            if False:\n"),
+            "foreach: the coefficient is left out": (
+                "copies = None if scale is None else Copies(scale, dtype, limit)",
+                "copies = None",
+            ),
+            "foreach: averages of a chunk stay": (
+                "        for its, decay in averages:\n",
+                "        for its, decay in ():\n",
+            ),
+            "foreach: moments of any type are fused": (
+                'and all(its == (torch.float32 if name == "step" else dtype) for name, its',
+                "and all(True for name, its",
+            ),
+        },
+    ),
+    *planted(
+        "trainops/adapters/_foreach_average.py",
+        FOREACH,
+        {"foreach: infinite averages": ("    if is_finite and 0.0", "    if 0.0")},
+    ),
+    *planted(
+        "trainops/adapters/_foreach_update.py",
+        FOREACH,
+        {
             "foreach: step counts advance in a skipped step": (
                 "else ~skip.to(device)",
                 "else ~skip.to(device) | skip",
             ),
             "foreach: the state is not scattered": ('for name in chunk if name != "grad"', 'for name in ["param"]'),
-            "foreach: moments of any type are fused": ("        and set(types_of.values()) == {dtype}\n", ""),
         },
+    ),
+    *planted(
+        "trainops/adapters/_foreach_collect.py",
+        tests_of("foreach"),
+        {"foreach: shared memory is collected": (" or have_common_memory(every)", "")},
     ),
     *planted(
         "trainops/adapters/_foreach_rows.py",
@@ -59,7 +84,6 @@ PYTHON = [
         {
             "foreach: chunks without a limit": ("if i > begin and size + numel > limit:", "if False:"),
             "foreach: infinities in small tensors": ("    if small:", "    if False:"),
-            "foreach: shared memory is collected": (" or have_common_memory(every)", ""),
             "foreach: a row's number for another": ("in zip(rows, self._sizes", "in zip(rows[::-1], self._sizes"),
         },
     ),
@@ -67,10 +91,13 @@ PYTHON = [
         "trainops/adapters/_foreach_norm.py",
         tests_of("foreach", "clip_grad", k="test_foreach or foreach-cpu"),
         {
-            "foreach: tails of norms are lost": ("if whole < lines.size(1):", "if False:"),
+            "foreach: tails of norms are lost": (
+                "torch.cat([norms, vector_norm(wide(lines[:, whole:]), 2.0, 1, keepdim=True)], 1)",
+                "norms",
+            ),
             "foreach: norms of a stack in another's place": (
-                "(i for rows, _ in found for i in rows)",
-                "(i for rows, _ in found for i in rows[::-1])",
+                "(*stacked, single) for i in rows]",
+                "(*stacked, single) for i in rows[::-1]]",
             ),
             "foreach: float64 where there is none": ("dtype = scalar_dtype(device)", "dtype = torch.float64"),
             "foreach: squares that vanish": ("if not SMALLEST <= x < math.inf", "if not x < math.inf"),

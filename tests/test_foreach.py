@@ -16,32 +16,36 @@ from torch.utils._pytree import tree_leaves
 
 import trainops
 from trainops import adapters, advice, reference
-from trainops.adapters import _foreach_norm, _foreach_rows, foreach
+from trainops.adapters import _foreach_average, _foreach_fused, _foreach_norm, _foreach_rows, _foreach_update, foreach
 
 INF, NAN = float("inf"), float("nan")
+MODULES = (foreach, _foreach_average, _foreach_fused, _foreach_norm, _foreach_rows, _foreach_update)
 SHAPES = [(), (0,), (1,), (127,), (33, 31), (300, 7), (2, 3, 5, 7)]
 
 
 @pytest.fixture
 def elsewhere(monkeypatch):
-    for module in (foreach, _foreach_norm, _foreach_rows):
-        monkeypatch.setattr(module, "on_host", lambda device: False)
-    monkeypatch.setattr(foreach, "FUSED_DEVICES", ())
+    for module in MODULES:
+        if hasattr(module, "on_host"):
+            monkeypatch.setattr(module, "on_host", lambda device: False)
+    monkeypatch.setattr(_foreach_fused, "FUSED_DEVICES", ())
 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(foreach, "chunk_numel", lambda device: 500)
+    for module in MODULES:
+        if hasattr(module, "chunk_numel"):
+            monkeypatch.setattr(module, "chunk_numel", lambda device: 500)
 
 
 class Step:
     """An optimizer with an average in the middle of training."""
 
-    def __init__(self, backend, dtypes, layout=lambda x: x, **options):
+    def __init__(self, backend, dtypes, layout=lambda x: x, shapes=SHAPES, **options):
         torch.default_generator.manual_seed(0)
         param, grad, state, average = dtypes
         model = nn.Module()
-        model.weights = nn.ParameterList(layout(torch.randn(shape).to(param)) for shape in SHAPES)
+        model.weights = nn.ParameterList(layout(torch.randn(shape).to(param)) for shape in shapes)
         self.ema = trainops.EMA(model, 0.9, dtype=average, update_after_step=-2, backend=backend)
         for x in self.ema.module.parameters():
             x.mul_(0.5)
@@ -136,42 +140,55 @@ def test_a_step_that_is_skipped_elsewhere_keeps_every_bit(dtype):
     assert not any(same_bits(x, y) for x, y in zip(step.params[3:], before[3 : len(SHAPES)], strict=True))
 
 
+# Shapes that several tensors share are stacked, if they are small; others come between them.
+SHARED = [(3,), (40, 40), (70, 70), (3,), (5,), (40, 40), (3,), (0,), (40, 40), (3,), (40, 40), (40, 40), (70, 70)]
+
+
+@pytest.mark.parametrize("shapes", [SHAPES, SHARED, 5 * [()] + 4 * [(0,)]], ids=["different", "shared", "tiny"])
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
-def test_a_fused_step_reads_gradients_and_copies_a_chunk_at_a_time(monkeypatch, dtype):
-    whole = Step("foreach", (dtype,) * 4, max_grad_norm=0.5)
+def test_a_fused_step_reads_gradients_and_copies_a_chunk_at_a_time(monkeypatch, dtype, shapes):
+    whole, plain = (
+        Step(backend, (dtype,) * 4, shapes=shapes, max_grad_norm=0.5) for backend in ("foreach", "reference")
+    )
     whole.optimizer.step()
-    step = Step("foreach", (dtype,) * 4, max_grad_norm=0.5)
+    plain.optimizer.step()
+    step = Step("foreach", (dtype,) * 4, shapes=shapes, max_grad_norm=0.5)
     grads, copied = copies(step.grads()), []
-    multiply = torch._foreach_mul
+    scaled = _foreach_fused.Copies.scaled
 
-    def noted(tensors, factor):
-        copied.append(sum(x.numel() for x in tensors))
-        return multiply(tensors, factor)
+    def noted(self, tensors, are_alike):
+        found = scaled(self, tensors, are_alike)
+        copied.append((sum(x.numel() for x in found), found[0].untyped_storage().data_ptr()))
+        return found
 
-    monkeypatch.setattr(foreach, "chunk_numel", lambda device: 500)
-    monkeypatch.setattr(torch, "_foreach_mul", noted)
+    monkeypatch.setattr(_foreach_fused, "chunk_numel", lambda device: 250)
+    monkeypatch.setattr(_foreach_fused.Copies, "scaled", noted)
     step.optimizer.step()
     assert all_same(step.grads(), grads)
-    assert max(copied) <= 500
-    assert sum(copied) == sum(x.numel() for x in grads)
-    for x, y in zip(step.tensors(), whole.tensors(), strict=True):
-        torch.testing.assert_close(x, y, rtol=4 * torch.finfo(dtype).eps, atol=1e-7)
+    sizes, memory = zip(*copied, strict=True)
+    assert max(sizes) <= 500
+    assert sum(sizes) == sum(x.numel() for x in grads)
+    assert len(set(memory)) == 1
+    for other in (whole, plain):
+        for x, y in zip(step.tensors(), other.tensors(), strict=True):
+            torch.testing.assert_close(x, y, rtol=4 * torch.finfo(dtype).eps, atol=1e-7)
 
 
 def test_gradients_that_are_not_clipped_are_not_copied(monkeypatch):
     step = Step("foreach", (F32,) * 4, max_grad_norm=1e9)
-    monkeypatch.setattr(torch, "_foreach_mul", None)
+    monkeypatch.setattr(_foreach_fused, "Copies", None)
     step.optimizer.step()
     assert step.optimizer.grad_norm > 0
 
 
+@pytest.mark.parametrize("shapes", [SHAPES, 4 * [(33, 31)]], ids=["different", "shared"])
 @pytest.mark.parametrize("infinity", [INF, -INF])
-def test_an_average_of_an_infinite_parameter_stays(infinity):
-    step = Step("foreach", (F32,) * 4)
+def test_an_average_of_an_infinite_parameter_stays(infinity, shapes):
+    step = Step("foreach", (F32,) * 4, shapes=shapes)
     for x in (step.params[3], list(step.ema.module.parameters())[3]):
-        x.data[7] = infinity
+        x.data.view(-1)[7] = infinity
     step.optimizer.step()
-    assert list(step.ema.module.parameters())[3][7] == infinity
+    assert list(step.ema.module.parameters())[3].view(-1)[7] == infinity
 
 
 @pytest.mark.parametrize("value", [1e-23, 1e-10, 1.0, 1.1, 1e30])
@@ -181,10 +198,6 @@ def test_norms_of_long_tensors(value, numel):
     x = torch.full((numel,), value)
     norm = trainops.get_total_norm([x], backend="foreach").item()
     assert norm == pytest.approx(x[0].item() * math.sqrt(numel), rel=4e-7, abs=0.0)
-
-
-# Shapes that several tensors share are stacked, if they are small; others come between them.
-SHARED = [(3,), (40, 40), (70, 70), (3,), (5,), (40, 40), (3,), (0,), (40, 40), (3,), (40, 40), (40, 40), (70, 70)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -203,8 +216,11 @@ def test_what_is_not_finite_is_found(value):
     for i, shape in enumerate(SHARED):
         tensors = [torch.ones(shape) for shape in SHARED]
         assert _foreach_rows.all_finite(tensors)
+        assert _foreach_rows.all_finite([tensors[i]] * 3, are_alike=True)
         tensors[i].view(-1)[-1:] = value
         assert _foreach_rows.all_finite(tensors) is (shape == (0,))
+        assert _foreach_rows.all_finite([torch.ones(shape), tensors[i]], are_alike=True) is (shape == (0,))
+        assert _foreach_rows.all_finite([tensors[i].view(-1), torch.ones(2, 2)], are_alike=True) is (shape == (0,))
 
 
 @pytest.mark.parametrize("limit", [1, 8, 11, 1000])

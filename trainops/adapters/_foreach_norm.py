@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from .. import reference
 from ..reference import scalar_dtype, vector_norm
 from ..reference_storage import wide
 from ..tables import as_real
-from ._foreach_rows import LARGE, flat, on_host
+from ._foreach_rows import Alike, alike, flat, on_host
 
 # On a CPU, PyTorch's float32 norm of a long tensor is off (by 6e-4 at 2**24 elements), and its float64 norm takes
 # three times as long. So a long tensor is taken as rows, whose norms are joined in float64. A row of equal elements
@@ -22,16 +21,19 @@ LONG = 1024
 # Squares of a smaller norm's elements may vanish in float32.
 SMALLEST = 2.0**-30
 
-# Of fewer small tensors that share a shape, a stack does not pay.
-FEW = 4
 
+def sum_norms(tensors: Sequence[Tensor], norm_type: float = 2.0, found: Alike | None = None) -> tuple[Tensor, Tensor]:
+    """See :func:`trainops.reference.sum_norms`. Complex tensors: the norm of order 2 alone.
 
-def sum_norms(tensors: Sequence[Tensor], norm_type: float = 2.0) -> tuple[Tensor, Tensor]:
-    """See :func:`trainops.reference.sum_norms`. Complex tensors: the norm of order 2 alone."""
+    ``found``: which of the tensors are alike, where all are real and contiguous.
+    """
     device = tensors[0].device
     if norm_type == 1.0 and on_host(device):
         return reference.sum_norms(tensors, norm_type)  # PyTorch's own adds up in fewer lanes
     dtype = scalar_dtype(device)
+    if found is not None and on_host(device):
+        norms = torch.tensor(_values(tensors, norm_type, found), dtype=dtype, device=device)
+        return vector_norm(norms, norm_type), norms
     rows = [i for i, x in enumerate(tensors) if x.numel() > 0]
     if not rows:
         norms = torch.zeros(len(tensors), dtype=dtype, device=device)
@@ -41,13 +43,13 @@ def sum_norms(tensors: Sequence[Tensor], norm_type: float = 2.0) -> tuple[Tensor
         present = [_line(as_real(x)) for x in present]
     if on_host(device):
         values = [0.0] * len(tensors)
-        for i, x in zip(rows, _values(present, norm_type), strict=True):
+        for i, x in zip(rows, _values(present, norm_type, alike(present)), strict=True):
             values[i] = x
         norms = torch.tensor(values, dtype=dtype, device=device)
     else:
-        found = dict(zip(rows, _norms(present, norm_type, dtype), strict=True))
-        zero = found[rows[0]].new_zeros(())
-        norms = torch.stack([found.get(i, zero) for i in range(len(tensors))])
+        by_row = dict(zip(rows, _norms(present, norm_type, dtype), strict=True))
+        zero = by_row[rows[0]].new_zeros(())
+        norms = torch.stack([by_row.get(i, zero) for i in range(len(tensors))])
     return vector_norm(norms, norm_type), norms
 
 
@@ -68,17 +70,22 @@ def _norms(tensors: list[Tensor], norm_type: float, dtype: torch.dtype) -> list[
     return list(torch._foreach_norm(tensors, norm_type, torch.promote_types(dtype, types[0]))) if tensors else []
 
 
-def _values(tensors: list[Tensor], norm_type: float) -> list[float]:
+def _values(tensors: Sequence[Tensor], norm_type: float, found: Alike) -> list[float]:
     """The same as numbers of Python, where they can be looked at."""
     if norm_type == math.inf:  # which is no sum
         return _numbers(_norms(list(map(wide, tensors)), norm_type, torch.float32))
     values = [math.nan] * len(tensors)  # each is looked at again unless it is found here
     if norm_type == 2.0:
-        stacked, single = alike(tensors)
-        found = [(rows, stack(tensors, rows)) for rows in stacked]
-        found += [([i], tensors[i]) for i in single if tensors[i].numel() >= LONG]
-        norms = [_norms_of_lines(x.view(len(rows), -1)) for rows, x in found]
-        for i, value in zip((i for rows, _ in found for i in rows), _joined(norms), strict=True):
+        stacked = found.stacked
+        single = [i for i in found.single if tensors[i].numel() >= LONG]
+        stacks = (torch.stack([tensors[i] for i in rows]) for rows in stacked)
+        parts = [_norms_of_lines(x.view(len(x), x[0].numel())) for x in stacks]
+        if single:
+            parts.append(
+                torch.stack(torch._foreach_norm([_rows(tensors[i].view(-1)) for i in single], 2.0, torch.float64))
+            )
+        order = [i for rows in (*stacked, single) for i in rows]
+        for i, value in zip(order, torch.cat(parts).tolist() if parts else (), strict=True):
             values[i] = value
     again = [i for i, x in enumerate(values) if not SMALLEST <= x < math.inf]
     for i, value in zip(again, _numbers(_norms([tensors[i] for i in again], norm_type, torch.float64)), strict=True):
@@ -87,53 +94,22 @@ def _values(tensors: list[Tensor], norm_type: float) -> list[float]:
 
 
 def _norms_of_lines(lines: Tensor) -> Tensor:
-    """Of each line, in float64: of its rows and of what is left of it, and of these."""
+    """Of each line, in float64."""
+    if lines.size(1) >= LONG:
+        lines = _rows(lines).view(len(lines), -1)
+    return vector_norm(lines, 2.0, 1, dtype=torch.float64)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """The norms of rows of a tensor; or of the rows of each line of a stack, and of what is left of it."""
+    if x.numel() % ROW == 0 and (x.ndim == 1 or x.size(1) % ROW == 0):
+        return vector_norm(wide(x).view(-1, ROW), 2.0, 1)
+    lines = x.view(1, -1) if x.ndim == 1 else x
     whole = lines.size(1) // ROW * ROW
-    if lines.size(1) < LONG:
-        return vector_norm(lines, 2.0, 1, dtype=torch.float64)
     norms = vector_norm(wide(lines[:, :whole]).view(len(lines), -1, ROW), 2.0, 2)
-    if whole < lines.size(1):
-        norms = torch.cat([norms, vector_norm(wide(lines[:, whole:]), 2.0, 1, keepdim=True)], 1)
-    return vector_norm(norms, 2.0, 1, dtype=torch.float64)
-
-
-def _joined(parts: Sequence[Tensor]) -> list[float]:
-    found: list[float] = torch.cat(list(parts)).tolist() if parts else []
-    return found
+    return torch.cat([norms, vector_norm(wide(lines[:, whole:]), 2.0, 1, keepdim=True)], 1)
 
 
 def _numbers(tensors: Sequence[Tensor]) -> list[float]:
     found: list[float] = torch.stack(list(tensors)).tolist() if tensors else []
     return found
-
-
-class Alike(NamedTuple):
-    """The indices of small tensors that share their shape and type, together, and those of all others.
-
-    One operation on a stack of alike tensors costs less than a call for each of them, and so does the copy.
-    """
-
-    stacked: list[list[int]]
-    single: list[int]
-
-
-def alike(tensors: Sequence[Tensor]) -> Alike:
-    """Find out which are."""
-    by_shape: dict[tuple[torch.dtype, torch.Size], list[int]] = {}
-    for i, kind in enumerate([(x.dtype, x.shape) for x in tensors]):
-        if kind in by_shape:
-            by_shape[kind].append(i)
-        else:
-            by_shape[kind] = [i]
-    found = Alike([], [])
-    for (_, shape), rows in by_shape.items():
-        if len(rows) < FEW or shape.numel() >= LARGE:
-            found.single.extend(rows)
-        else:
-            found.stacked.append(rows)
-    return found
-
-
-def stack(tensors: Sequence[Tensor], rows: list[int]) -> Tensor:
-    """Copies of some that are alike, one behind the other in memory."""
-    return torch.stack([tensors[i] for i in rows])

@@ -6,19 +6,21 @@ small: they stay in a CPU's cache, and in the memory of a GPU they are few.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from contextlib import suppress
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..plain import PLAIN, all_plain
-from ..tables import have_common_memory
-from .interface import AVERAGES, TO_NEAREST, Rounding
+from ..plain import all_plain
 
 WIDE = (torch.float32, torch.float64)  # what is stored as it is computed
 
 # On tensors of at least so many elements, an operation takes longer than its call.
 LARGE = 4096
+
+# Of fewer small tensors that share a shape, a stack does not pay.
+FEW = 4
 
 Columns = dict[str, list[Tensor]]  # by name, one tensor per row
 
@@ -63,7 +65,7 @@ def kinds(columns: Columns) -> Iterator[tuple[tuple[torch.dtype, ...], Columns]]
     for i, row in enumerate(zip(*columns.values(), strict=True)):
         parts.setdefault(tuple(x.dtype for x in row), []).append(i)
     for types_of_part, rows in parts.items():
-        yield types_of_part, {name: [column[i] for i in rows] for name, column in columns.items()}
+        yield types_of_part, _rows_of(columns, rows)
 
 
 def chunks(columns: Columns, limit: int) -> Iterator[Columns]:
@@ -95,6 +97,53 @@ def _pieces(row: dict[str, Tensor], limit: int) -> Iterator[Columns]:
     for pieces in zip(*(torch.split(x, limit) for x in views), strict=True):
         own = iter(pieces)
         yield {name: [x if name == "step" else next(own)] for name, x in row.items()}
+
+
+class Alike(NamedTuple):
+    """The indices of small tensors that share their shape and type, together, and those of all others.
+
+    One operation on a stack of alike tensors costs less than a call for each of them, and so does the copy.
+    """
+
+    stacked: list[list[int]]
+    single: list[int]
+
+
+def alike(tensors: Sequence[Tensor]) -> Alike:
+    """Find out which are."""
+    by_shape: dict[tuple[torch.dtype, torch.Size], list[int]] = {}
+    for i, kind in enumerate([(x.dtype, x.shape) for x in tensors]):
+        if kind in by_shape:
+            by_shape[kind].append(i)
+        else:
+            by_shape[kind] = [i]
+    found = Alike([], [])
+    for (_, shape), rows in by_shape.items():
+        if len(rows) < FEW or shape.numel() >= LARGE:
+            found.single.extend(rows)
+        else:
+            found.stacked.append(rows)
+    return found
+
+
+def batches(columns: Columns, found: Alike, limit: int) -> Iterator[tuple[Columns, bool]]:
+    """Like :func:`chunks`, but those that are alike come together, and are told from others."""
+    numels = next(x for name, x in columns.items() if name != "step")
+    single = list(found.single)
+    for rows in found.stacked:
+        numel = numels[rows[0]].numel()
+        if numel > limit:
+            single += rows
+            continue
+        count = limit // max(1, numel)
+        for begin in range(0, len(rows), count):
+            yield _rows_of(columns, rows[begin : begin + count]), True
+    for chunk in chunks(_rows_of(columns, single), limit):
+        yield chunk, False
+
+
+def _rows_of(columns: Columns, rows: Sequence[int]) -> Columns:
+    return {name: [column[i] for i in rows] for name, column in columns.items()}
 
 
 class Gathered:
@@ -132,76 +181,6 @@ class Gathered:
         return torch.cat([row.expand(size) for row, size in zip(rows, self._sizes, strict=True)])
 
 
-class Collected(NamedTuple):
-    """The rows of a step whose tensors need no second look: see :class:`trainops.adapters.interface.Collected`."""
-
-    columns: list[Columns]  # of each group
-    params: list[Tensor]
-    group_rows: list[int]
-    averaged: list[int]
-    left: list[list[int]]  # buffers have operations of their own
-    has_shards: bool = False
-
-
-def collect(
-    rule: str,
-    param_groups: list[dict[str, Any]],
-    state: dict[Tensor, Any],
-    averages: list[dict[int, Tensor]],
-    buffers: list[list[Any]],
-    states: list[tuple[str, ...]],
-    rounding: Rounding = TO_NEAREST,
-) -> Collected | None:
-    """The rows straight from an optimizer's containers, if all are plain, contiguous and of one wide type."""
-    groups: list[Columns] = []
-    every: list[Tensor] = []
-    averaged = [0] * len(averages)
-    for group, names in zip(param_groups, states, strict=True):
-        params = [p for p in group["params"] if p.grad is not None]
-        own = [state.get(p) for p in params]
-        if not all(own):
-            return None
-        try:
-            columns = {name: [its[name] for its in own if its] for name in ("step", *names)}
-        except KeyError:
-            return None
-        columns |= {"param": params, "grad": [p.grad for p in params if p.grad is not None]}
-        for i, its in enumerate(averages):
-            found = [x for x in map(its.get, map(id, params)) if x is not None]
-            if len(found) not in (0, len(params)):
-                return None
-            averaged[i] += len(found)
-            columns |= {AVERAGES[i]: found} if found else {}
-        groups.append(columns)
-        every += params
-    if not every or not all(_regular(columns, every[0]) for columns in groups) or have_common_memory(every):
-        return None
-    left = [[id(pair[1]) for pair in pairs] for pairs in buffers]
-    return Collected(groups, every, [len(columns["param"]) for columns in groups], averaged, left)
-
-
-def _regular(columns: Columns, like: Tensor) -> bool:
-    if not columns["param"]:
-        return True
-    sizes = list(map(Tensor.numel, columns["param"]))
-    for name, column in columns.items():
-        if not PLAIN.issuperset(map(type, column)) or {x.device for x in column} != {like.device}:
-            return False
-        if name == "step":
-            if {(x.dtype, x.ndim) for x in column} != {(torch.float32, 0)}:
-                return False
-            continue
-        if {x.dtype for x in column} != {like.dtype} or like.dtype not in WIDE:
-            return False
-        if list(map(Tensor.numel, column)) != sizes:  # of tensors in one piece: their shape does not matter
-            return False
-        if {x.layout for x in column} != {torch.strided} or not all(map(Tensor.is_contiguous, column)):
-            return False
-        if any(map(Tensor.is_neg, column)):
-            return False
-    return True
-
-
 def are_regular(averages: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
     """Whether rows of an average are plain floating-point tensors on one device, and no average is there twice."""
     every = [*averages, *tensors]
@@ -220,8 +199,16 @@ def shares_memory(x: Tensor) -> bool:
     return not x.is_contiguous() and torch._debug_has_internal_overlap(x) == 1
 
 
-def all_finite(tensors: Sequence[Tensor]) -> bool:
+def is_odd(x: Tensor) -> bool:
+    """Whether it cannot be written as it lies: lazily conjugated or negated, or with elements that share memory."""
+    return x.is_conj() or x.is_neg() or shares_memory(x)
+
+
+def all_finite(tensors: Sequence[Tensor], are_alike: bool = False) -> bool:
     """Whether no element is infinite or NaN. Also false where sums overflow. It reads the tensors once."""
+    if are_alike:
+        with suppress(RuntimeError):  # parameters need not have the shapes of gradients that do
+            return math.isfinite(torch.stack(list(tensors)).sum().item())
     sums = [x.sum() for x in tensors if x.numel() >= LARGE]
     small = [x for x in tensors if x.numel() < LARGE]
     if small:  # one copy costs less than a sum of each
