@@ -47,7 +47,7 @@ LR_FINDER = [
                 "group = torch.distributed.group.WORLD",
             ),
             "finder: a rank without batches goes on alone": (
-                "return not lacking.item() if self.groups else has",
+                "return not lacking.item()",
                 "return has",
             ),
         },

@@ -37,29 +37,26 @@ MONITOR = [
         {
             "monitor: evaluation is watched": ("not module.training or ", ""),
             "monitor: the last batch alone": ("now if before is None else before.merge(now)", "now"),
-            "monitor: dead in one batch": ("self.zero & other.zero if", "self.zero | other.zero if"),
+            "monitor: dead in one batch": ("self.zero & zero if", "self.zero | zero if"),
             "monitor: saturated in the middle": (
                 "(x <= ends[0] + near) | (x >= ends[1] - near)",
                 "(x <= ends[0] + near)",
             ),
             "monitor: units of images are columns": (
-                "    if isinstance(module, FEATURES_SECOND):\n        return 1\n",
-                "",
+                "        return Units(1)\n",
+                "        pass\n",
             ),
-            "monitor: units of convolutions are places": ("return -len(module.kernel_size) - 1", "return -1"),
+            "monitor: units of convolutions are places": ("Units(-len(module.kernel_size) - 1,", "Units(-1,"),
             "monitor: an activation function has units of its own": (
-                "(*within[::-1], *before[::-1])",
-                "within[::-1]",
+                "while _keeps_dimensions(every[place]) and place > 0:",
+                "while False:",
             ),
-            "monitor: a block's first layer says its units": ("(*within[::-1],", "(*within,"),
-            "monitor: outputs of a skipped step count": (
-                "            self.take()  # of a step",
-                "            pass  #",
+            "monitor: units are those of any module before": (
+                "while _keeps_dimensions(every[place]) and place > 0:",
+                "while place > 0:",
             ),
-            "monitor: two forward passes are two steps": (
-                "if self._has_gradient and self._first is not None",
-                "if self._first is not None",
-            ),
+            "monitor: units of a batch of another shape": ("units.dims in (None, dims) or", "True or"),
+            "monitor: computed again, looked at again": (" or torch._C._current_graph_task_id() != -1", ""),
             "monitor: activations are never forgotten": ("seen, self._seen = self._seen, {}", "seen = self._seen"),
         },
     ),
@@ -82,10 +79,9 @@ MONITOR = [
                 "                if math.isfinite(norm):\n",
             ),
             "monitor: nobody stands still": ("elif x.update < still * x.weight", "elif False"),
-            "monitor: bad weights are not told": (
-                'for what, stats in (("gradient", record.grads), ("weight", record.weights))',
-                'for what, stats in (("gradient", record.weights), ("weight", record.weights))',
-            ),
+            "monitor: bad weights are not told": ('("weight", record.weights), ("update"', '("update"'),
+            "monitor: bad updates are not told": (', ("update", record.updates))', ",)"),
+            "monitor: an update that is not finite does not move": (" or moved_badly[name] > 0", ""),
         },
     ),
     *planted(
@@ -118,10 +114,11 @@ MONITOR = [
                 "    @torch.no_grad()\n    def _begin_step",
             ),
             "monitor: a step waits": (
-                "        self._begun = _Begun(",
-                "        measured.grads.nonfinite.any().item()\n        self._begun = _Begun(",
+                "        self._begun = BegunStep(",
+                "        measured.grads.nonfinite.any().item()\n        self._begun = BegunStep(",
             ),
             "monitor: records without end": ("if len(self.records) > self.keep:", "if False:"),
+            "monitor: earlier records become ever fewer": ("if self._places[-1] % self._stride:", "if False:"),
             "monitor: other names of parameters": ("remove_duplicate=False", "remove_duplicate=True"),
             "monitor: hooks that are never called": ("if seen is None and", "if False and"),
             "monitor: parameters are replaced": ("if id(p) not in own]:", "if False]:"),

@@ -8,7 +8,7 @@ import numpy
 import pytest
 import torch
 from contract import same_bits
-from process_groups import assert_same_on_all_ranks, forks, on_ranks
+from process_groups import assert_same_on_all_ranks, distributed, forks, on_ranks
 from targets import over
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -517,6 +517,34 @@ def test_two_ranks_find_what_one_process_finds(tmp_path, kind):
     on_ranks(2, tmp_path, check_ranks, kind)
 
 
+def test_a_loader_of_a_stream():
+    """It has a length that nobody knows."""
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([x for batch, labels in data() for x in zip(batch, labels, strict=True)])
+
+    model = nn.Linear(FEATURES, CLASSES)
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=4)
+    found = lr_finder(model, torch.optim.SGD(model.parameters(), 0.1), loader, loss_of, steps=3)
+    assert len(found.losses) == 3
+
+
+def check_line_search(rank):
+    """Of the mean of all losses: otherwise, ranks would search for another number of passes."""
+    torch.manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(nn.Linear(FEATURES, CLASSES))
+    optimizer = torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe")
+    mine = [(x[rank::2] * (1 + 3 * rank), y[rank::2]) for x, y in data()]
+    found = lr_finder(model, optimizer, mine, loss_of, start_lr=1e-2, end_lr=1.0, steps=4)
+    assert_same_on_all_ranks(torch.tensor(found.losses))
+
+
+@forks
+def test_ranks_of_a_line_search(tmp_path):
+    on_ranks(2, tmp_path, check_line_search)
+
+
 class Unsized:
     """Batches without a length, as those of a stream."""
 
@@ -571,3 +599,22 @@ def check_meshes(rank):
 @forks
 def test_ranks_of_another_model_do_not_count(tmp_path):
     on_ranks(4, tmp_path, check_meshes)
+
+
+def check_hybrid(rank):
+    """FSDP1 keeps copies of shards on other nodes: those ranks count, too."""
+    from trainops.training_ranks import TrainingRanks
+
+    pairs = [distributed.new_group(ranks) for ranks in ([0, 1], [2, 3], [0, 2], [1, 3])]
+    kind = type("FullyShardedDataParallel", (nn.Linear,), {})
+    module = kind(2, 2)
+    module.process_group, module._inter_node_pg = pairs[rank // 2], pairs[2 + rank % 2]
+    ranks = TrainingRanks(nn.Sequential(module))
+    assert ranks.mean(torch.tensor(float(rank))) == 1.5
+    assert not ranks.all_have(rank != 3, torch.device("cpu"))
+    assert ranks.all_have(True, torch.device("cpu"))
+
+
+@forks
+def test_ranks_of_hybrid_shards(tmp_path):
+    on_ranks(4, tmp_path, check_hybrid)

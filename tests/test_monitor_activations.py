@@ -1,5 +1,7 @@
 """What a monitor sees of modules' outputs: which dimension has the units, odd outputs, and steps that are skipped."""
 
+import gc
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -10,21 +12,43 @@ from torch import nn
 import trainops
 from trainops import Monitor
 
+
+class Patches(nn.Module):
+    """As a vision transformer begins: tokens have their features last."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 4, 4), "norm": nn.Identity()})
+        self.patches.forward = lambda x: self.patches["conv"](x).flatten(2).transpose(1, 2)
+        self.dropout = nn.Dropout(0.0)
+
+    def forward(self, x):
+        return self.dropout(self.patches(x))
+
+
+class Styled(nn.InstanceNorm2d):
+    pass
+
+
 # Modules whose output has 4 units, one of them dead, by the shape of their input, and the name that is watched.
 LAST = {
     "linear": (lambda: nn.Sequential(nn.Linear(3, 4)), (5, 3), "0"),
     "linear_3d": (lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU()), (2, 5, 3), "1"),
     "linear_4d": (lambda: nn.Sequential(nn.Linear(3, 4)), (2, 6, 7, 3), "0"),
     "gelu_4d": (lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU()), (2, 6, 7, 3), "1"),
+    "flat": (lambda: nn.Sequential(nn.Conv1d(3, 4, 9), nn.ReLU(), nn.Flatten(), nn.Dropout(0.0)), (2, 3, 9), "3"),
+    "patches": (lambda: Patches(), (2, 3, 8, 8), "patches"),
+    "after_patches": (lambda: Patches(), (2, 3, 8, 8), "dropout"),
     "block_4d": (lambda: nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.0))), (2, 6, 7, 3), "0"),
 }
 SECOND = {
     "conv1d": (lambda: nn.Sequential(nn.Conv1d(3, 4, 3)), (2, 3, 9), "0"),
     "relu_1d": (lambda: nn.Sequential(nn.Conv1d(3, 4, 3), nn.ReLU()), (2, 3, 9), "1"),
-    "conv1d_of_one": (lambda: nn.Sequential(nn.Conv1d(3, 4, 3), nn.ReLU()), (3, 9), "1"),
-    "conv2d_of_one": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), (3, 9, 9), "1"),
+    "conv1d_of_one": (lambda: nn.Sequential(nn.Conv1d(3, 4, 3)), (3, 9), "0"),
+    "conv2d_of_one": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3)), (3, 9, 9), "0"),
     "transposed": (lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 3), nn.ReLU()), (2, 3, 9, 9), "1"),
     "instance_norm": (lambda: nn.Sequential(nn.Conv1d(3, 4, 3), nn.InstanceNorm1d(4, affine=True)), (2, 3, 9), "1"),
+    "styled": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), Styled(4, affine=True)), (2, 3, 9, 9), "1"),
     "batch_norm": (lambda: nn.Sequential(nn.BatchNorm1d(4)), (2, 4, 9), "0"),
     "pooled": (lambda: nn.Sequential(nn.Conv1d(3, 4, 3), nn.MaxPool1d(2)), (2, 3, 9), "1"),
 }
@@ -35,7 +59,7 @@ def test_units(case):
     build, shape, name = case
     torch.manual_seed(0)
     model = build()
-    with torch.no_grad():  # one unit is 0 everywhere; one more wherever the input has a negative sum, not everywhere
+    with torch.no_grad():  # one unit is 0 everywhere
         for module in model.modules():
             if getattr(module, "weight", None) is not None:
                 dim = 1 if isinstance(module, nn.ConvTranspose2d) else 0
@@ -102,30 +126,44 @@ def test_function_transforms_are_not_watched():
     assert monitor.flat()["activation/numel/1"] == 5 * 4
 
 
-def test_outputs_of_a_step_that_a_scaler_skips_are_forgotten():
+def test_outputs_in_a_closure_are_those_of_its_step():
+    """As Lightning's loops give one."""
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    monitor = Monitor(model, optimizer, activations="1", every=1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    for scale, batches in ((torch.inf, 1), (1.0, 2)):
-        optimizer.zero_grad()
-        for _ in range(batches):  # gradients are accumulated: outputs of all batches are one step's
-            scaler.scale(model(torch.randn(5, 3)).sum() * scale).backward()
-        scaler.step(optimizer)
-        scaler.update()
-    assert len(monitor.records) == 1
-    assert monitor.flat()["activation/numel/1"] == 2 * 5 * 4
+    monitor = Monitor(model, optimizer, activations="1", every=2)
+    for i in range(3):
+
+        def closure(size=i + 1):
+            optimizer.zero_grad()
+            loss = model(torch.randn(size, 3)).sum()
+            loss.backward()
+            return loss
+
+        model(torch.randn(1, 3)).sum().backward()  # there are gradients before
+        monitor._activations.take()
+        optimizer.step(closure)
+    assert [record.flat()["activation/numel/1"] for record in monitor.records] == [4, 12]
 
 
-def test_two_passes_before_one_backward_pass_are_one_step():
+def test_what_a_checkpoint_computes_again_is_not_looked_at_again():
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    monitor = Monitor(model, optimizer, activations="1", every=1)
-    for _ in range(2):
-        optimizer.zero_grad()
-        (model(torch.randn(5, 3)) + model(torch.randn(5, 3))).sum().backward()
-        optimizer.step()
-    assert monitor.flat()["activation/numel/1"] == 2 * 5 * 4
+    monitor = Monitor(model, optimizer, activations="1")
+    torch.utils.checkpoint.checkpoint(model, torch.randn(5, 3), use_reentrant=False).sum().backward()
+    optimizer.step()
+    assert monitor.flat()["activation/numel/1"] == 5 * 4
+
+
+def test_what_was_watched_is_freed():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    monitor = Monitor(model, optimizer, activations="1")
+    model(torch.randn(5, 3)).sum().backward()
+    optimizer.step()
+    alive = weakref.ref(model[0].weight)
+    del model, optimizer, monitor
+    gc.collect()
+    assert alive() is None
 
 
 def guarded(model):
@@ -157,3 +195,17 @@ def test_layers_that_were_not_to_move_are_not_told(make):
     step()
     assert monitor.last().updates.l2_norm[0] == 0.0
     assert monitor.findings() == []
+
+
+def test_updates_that_are_not_finite_are_told():
+    """Of a learning rate that is NaN: gradients are finite, and the layer moves, but nobody can say how far."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(
+        [{"params": model[0].parameters(), "lr": torch.nan}, {"params": model[2].parameters()}], 0.1
+    )
+    monitor = Monitor(model, optimizer, every=1)
+    model(torch.randn(5, 3)).square().sum().backward()
+    optimizer.step()
+    assert [(x.kind, x.name) for x in monitor.findings()] == [("nonfinite", "0.weight"), ("nonfinite", "0.bias")]
+    assert "12 of 12 elements of the update" in monitor.findings()[0].message

@@ -137,11 +137,9 @@ def test_long_trainings_keep_some_records_of_all_times():
     model = network()
     monitor = monitored(model, every=2, keep=4)
     train(model, monitor, 17)  # 9 records, of steps 1, 3, ..., 17
-    assert [record.step for record in monitor.records] == [
-        1,
-        13,
-        17,
-    ]  # 3 and 7 went after 9; 5 and 11 after 13; 9 and 15 after 17
+    assert [record.step for record in monitor.records] == [1, 9, 17]
+    train(model, monitor, 64)
+    assert [record.step for record in monitor.records] == [1, 33, 65, 81]
     with pytest.raises(ValueError, match="keep must be an integer of at least 2, got 1"):
         monitored(model, keep=1)
 

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -63,7 +63,7 @@ def lr_finder(
     optimizer = unwrap(optimizer)
     _check(model, optimizer, batches, start_lr, end_lr, steps, sweep, accumulate, smoothing, divergence)
     ranks = TrainingRanks(model)
-    found = len(batches) if not repeat and isinstance(batches, Sized) else math.inf
+    found = math.inf if repeat else _length(batches)
     if not ranks.all_have(found >= steps * accumulate, _device_of(model)):
         raise ValueError(_too_few(found, steps, accumulate))
     rates = _rates(start_lr, end_lr, steps, sweep)
@@ -110,6 +110,14 @@ def _too_few(found: float, steps: int, accumulate: int) -> str:
         f"{steps} steps of {accumulate} batches need {needed} batches, {there_are}: give more, or fewer steps, or "
         "repeat=True"
     )
+
+
+def _length(batches: Any) -> float:
+    """How many batches there are; infinity where nobody knows, as of a loader of a stream."""
+    try:
+        return len(batches)
+    except TypeError:
+        return math.inf
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -183,7 +191,7 @@ class _Trial:
     def step(self) -> None:
         """A step of the optimizer; LBFGS computes gradients of the same batches again."""
         if self.scaler is None and _needs_closure(self.optimizer):
-            self.optimizer.step(self.backward)  # type: ignore[arg-type]
+            self.optimizer.step(lambda: self.ranks.mean(self.backward()))  # type: ignore[arg-type,return-value]
         elif self.scaler is None:
             self.optimizer.step()
         else:

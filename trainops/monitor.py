@@ -13,9 +13,8 @@ from .advice import advise
 from .ema_policy import Patterns, checked_patterns, fits
 from .monitor_activations import Activations
 from .monitor_findings import Finding, findings_of
-from .monitor_record import Record, Watched, layer_of
+from .monitor_record import BegunStep, Record, Watched, layer_of
 from .step_stats import Measured, is_measured
-from .tables import local
 from .wrappers import innermost, unwrap
 
 if TYPE_CHECKING:
@@ -51,9 +50,11 @@ class Monitor:
         include: names or patterns of parameters, as for :class:`trainops.EMA`; default: all that the optimizer has.
         activations: the modules whose outputs are watched, in train mode; of each rank its own. A name is that module
             alone; patterns also fit the names of modules inside of modules. Units are the channels of convolutions
-            and of their norms, else the last dimension; an activation function has those of the layer before it.
-        keep: how many records there may be. One more, and every second one is dropped: pictures show the whole
-            training, its beginning in ever fewer steps.
+            and of their norms, and else the last dimension; an activation function, a dropout or a pooling has those
+            of the module that its model has before it. Where that says nothing, outputs of four dimensions and more
+            have channels first. Outputs of a step that a GradScaler skips count among those of the next one.
+        keep: how many records there may be. One more, and every second one is dropped, and from then on only every
+            second one is kept beside the last: pictures show the whole training. ``findings()`` are of those kept.
 
     Attributes:
         records: the statistics of each step that was looked at, as a list of :class:`Record`. The last one has
@@ -91,8 +92,9 @@ class Monitor:
         self.model, self.optimizer, self.every, self.keep = model, optimizer, every, keep
         self.records: list[Record] = []
         self.steps = 0
-        self._begun: _Begun | None = None
-        self._activations = Activations(innermost(model), activations, self._params.values(), self._is_due)
+        self._count, self._stride, self._places = 0, 1, list[int]()  # of all records; of those that are kept
+        self._begun: BegunStep | None = None
+        self._activations = Activations(innermost(model), activations, self._is_due)
         self._hooks = [
             optimizer.register_step_pre_hook(self._begin_step),
             optimizer.register_step_post_hook(self._finish_step),
@@ -102,7 +104,7 @@ class Monitor:
         """Take all hooks away. What was recorded stays."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
+        self._hooks, self._begun = [], None
         self._activations.remove()
 
     def __enter__(self) -> "Monitor":
@@ -121,8 +123,7 @@ class Monitor:
         self._begun = None
         if not self._is_due():
             return
-        seen = self._activations.take()
-        self._advise(optimizer, seen)
+        self._advise(optimizer)
         params = {n: p for n, p in self._params.items() if is_measured(p)}
         if sparse := [n for n, p in params.items() if p.grad is not None and p.grad.layout is not torch.strided]:
             advise(self, "sparse", f"{sparse[0]!r} has sparse gradients, of which a Monitor has no statistics")
@@ -131,9 +132,9 @@ class Monitor:
             return
         scale = getattr(optimizer, "grad_scale", None)
         measured = Measured(optimizer, list(params.values()), scale, histogram=True, backend=None)
-        self._begun = _Begun(optimizer, params, measured, seen)
+        self._begun = BegunStep(optimizer, params, measured)
 
-    def _advise(self, optimizer: Any, seen: Watched | None) -> None:
+    def _advise(self, optimizer: Any) -> None:
         """Warn of what the monitor cannot see."""
         own = _ids(optimizer)
         if lost := [name for name, p in self._params.items() if id(p) not in own]:
@@ -141,22 +142,41 @@ class Monitor:
                 f"the optimizer no longer has {lost[0]!r} and {len(lost) - 1} other parameters of this Monitor: "
             )
             advise(self, "lost", message + "make it after fully_shard(), Accelerator.prepare() and the like")
+
+    def _outputs(self) -> Watched | None:
+        """What watched modules have returned, before the step or in its closure."""
+        seen = self._activations.take()
         if seen is None and len(self._activations) > 0:
             message = "no watched module gave an output in train mode before this step: "
             advise(self, "unseen", message + "make a Monitor before the first call of a compiled model")
+        return seen
 
     @_disable_dynamo
     @torch.no_grad()
     def _finish_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        is_due = self._is_due()
         self.steps += 1
-        if self._begun is None:
+        if not is_due:
             return
-        begun, self._begun = self._begun, None
+        seen, begun, self._begun = self._outputs(), self._begun, None
+        if begun is not None:
+            self._keep(begun.finish(self.steps, seen))
+
+    def _keep(self, record: Record) -> None:
+        """The last record is always there; of those before, as many as may be, at equal distances."""
         if self.records:
             self.records[-1] = self.records[-1].without_histograms()
-        self.records.append(begun.finish(self.steps))
+            if self._places[-1] % self._stride:
+                del self.records[-1], self._places[-1]
+        self.records.append(record)
+        self._places.append(self._count)
+        self._count += 1
         if len(self.records) > self.keep:
-            del self.records[1:-1:2]
+            self._stride *= 2
+            kept = [i for i, place in enumerate(self._places) if place % self._stride == 0]
+            kept += [] if kept[-1] == len(self.records) - 1 else [len(self.records) - 1]
+            self.records = [self.records[i] for i in kept]
+            self._places = [self._places[i] for i in kept]
 
     # Reading: from here on everything waits for the device.
 
@@ -219,32 +239,6 @@ class Monitor:
             f"Monitor({len(self._params)} parameters, {len(self._activations)} modules, every={self.every}, "
             f"{len(self.records)} records)"
         )
-
-
-class _Begun:
-    """A step that is looked at, before it is taken."""
-
-    def __init__(self, optimizer: Any, params: dict[str, Tensor], measured: Measured, seen: Watched | None) -> None:
-        self.optimizer, self.names, self.measured, self.seen = optimizer, list(params), measured, seen
-        self.first = next((p for p in params.values() if p.grad is not None), None)
-        self.counted = self._count(0)
-        lr_of = {p: group["lr"] for group in optimizer.param_groups for p in group["params"] if "lr" in group}
-        self.lrs = tuple(_own(lr_of.get(p, 1.0)) for p in params.values())
-
-    def _count(self, default: Any) -> Any:
-        """How many steps the optimizer has counted of a parameter; most keep that as its state."""
-        return default if self.first is None else _own(self.optimizer.state.get(self.first, {}).get("step", default))
-
-    def finish(self, step: int) -> Record:
-        """The record, when the step was taken."""
-        its, count = self.measured, self._count(None)
-        skipped = None if count is None else count == self.counted
-        return Record(step, self.names, its.grads, its.weights, its.updates(), self.seen, skipped, self.lrs)
-
-
-def _own(x: Any) -> Any:
-    """A number; of one on a device, which may be written in place, a copy."""
-    return local(x.detach()).clone().reshape(()) if isinstance(x, Tensor) else x
 
 
 def _ids(optimizer: Any) -> set[int]:

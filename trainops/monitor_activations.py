@@ -1,7 +1,7 @@
 """Hooks that look at the outputs of modules."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ RANGES: dict[type[nn.Module], tuple[float, float]] = {
 }
 NEAR = 0.01
 
-# Modules whose units are the last dimension of what they return, and those of which they are the second one.
+# Modules whose units are the last dimension of what they return.
 FEATURES_LAST = (
     nn.Linear,
     nn.Bilinear,
@@ -34,40 +34,67 @@ FEATURES_LAST = (
     nn.EmbeddingBag,
     nn.MultiheadAttention,
 )
-FEATURES_SECOND = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+INSTANCE_NORMS = ((nn.InstanceNorm1d, 1), (nn.InstanceNorm2d, 2), (nn.InstanceNorm3d, 3))
+# Where those are that keep the dimensions of what they are given.
+KEEPING = frozenset(f"torch.nn.modules.{name}" for name in ("activation", "dropout", "pooling"))
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def units_known(module: nn.Module) -> int | None:
-    """The dimension of the units in what a module returns, if its kind says it; negative: from the end."""
+class Units(NamedTuple):
+    """Which dimension of a module's outputs has its units.
+
+    Attributes:
+        dim: from the beginning, or negative from the end.
+        dims: how many dimensions a batch of outputs has; None: any number.
+    """
+
+    dim: int
+    dims: int | None = None
+
+
+def units_known(module: nn.Module) -> Units | None:
+    """The units of a module whose kind says them: channels of convolutions and of their norms, features of others."""
     if isinstance(module, FEATURES_LAST):
-        return -1
-    if isinstance(module, FEATURES_SECOND):
-        return 1
+        return Units(-1)
     if isinstance(module, nn.modules.conv._ConvNd):
-        return -len(module.kernel_size) - 1
-    if isinstance(module, nn.modules.instancenorm._InstanceNorm):
-        return -int(type(module).__name__[-2]) - 1 if type(module).__name__[-1:] == "d" else None
+        return Units(-len(module.kernel_size) - 1, len(module.kernel_size) + 2)
+    for kind, spatial in INSTANCE_NORMS:
+        if isinstance(module, kind):
+            return Units(-spatial - 1, spatial + 2)
+    if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)):
+        return Units(1)
     return None
 
 
-def units_of(module: nn.Module, every: list[nn.Module]) -> int | None:
-    """The same of any module: as of the last one within it whose kind says it, or of the nearest one before it.
+def units_of(module: nn.Module, every: list[nn.Module]) -> Units | None:
+    """The units of any module, or None where nothing says them.
 
-    So a ReLU has the units of its convolution, and a GELU those of its linear layer. ``every``: of the whole model.
+    A Sequential has those of its last module, and an activation function, a dropout or a pooling those of the module
+    before it in ``every``, the modules of the model in their order.
     """
-    within = [units_known(x) for x in module.modules()]
-    before = [units_known(x) for x in every[: every.index(module)]]
-    return next((x for x in (*within[::-1], *before[::-1]) if x is not None), None)
+    if (known := units_known(module)) is not None:
+        return known
+    if isinstance(module, nn.Sequential) and len(module) > 0:
+        return units_of(module[-1], every)
+    place = every.index(module)
+    while _keeps_dimensions(every[place]) and place > 0:
+        place -= 1
+        while place > 0 and next(every[place].children(), None) is not None:
+            place -= 1
+        if (known := units_known(every[place])) is not None:
+            return known
+    return None
+
+
+def _keeps_dimensions(module: nn.Module) -> bool:
+    return isinstance(module, nn.Identity) or any(base.__module__ in KEEPING for base in type(module).__mro__)
 
 
 class Activations:
     """The statistics of the outputs of chosen modules since they were last taken."""
 
-    def __init__(
-        self, model: nn.Module, patterns: Patterns, params: Iterable[Tensor], is_due: Callable[[], bool]
-    ) -> None:
-        """``params``: those of which the gradients are watched. ``is_due``: whether the step that comes is."""
+    def __init__(self, model: nn.Module, patterns: Patterns, is_due: Callable[[], bool]) -> None:
+        """``is_due``: whether the next step is looked at."""
         named = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if name]
         chosen = checked_patterns("activations", patterns, [name for name, _ in named], "module")
         exact = {name for name, _ in named}.intersection(x for x in chosen if isinstance(x, str))
@@ -79,31 +106,20 @@ class Activations:
         self._seen: dict[str, _Seen] = {}
         every = list(model.modules())
         self._units = {name: units_of(m, every) for m, name in names.items()}
-        self._hooks: list[Any] = [m.register_forward_hook(_Hook(self._look, name)) for m, name in names.items()]
-        self._watched = len(names)
-        # Where a step is skipped, as by a GradScaler, nobody takes what was seen, and its gradients are thrown away.
-        self._first = next((p for p in params if p.is_leaf and p.requires_grad), None) if names else None
-        self._has_gradient = False
-        if self._first is not None:
-            first: Any = self._first
-            self._hooks.append(first.register_post_accumulate_grad_hook(self._gradient_came))
-
-    def _gradient_came(self, _: Tensor) -> None:
-        self._has_gradient = True
+        self._hooks = [m.register_forward_hook(_Hook(self._look, name)) for m, name in names.items()]
 
     def __len__(self) -> int:
-        return self._watched if self._hooks else 0
+        return len(self._hooks)
 
     def remove(self) -> None:
         """Take the hooks away."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
+        self._hooks, self._seen = [], {}
 
     def take(self) -> Watched | None:
         """What was seen since the last time, and forget it."""
         seen, self._seen = self._seen, {}
-        self._has_gradient = False
         if not seen:
             return None
         parts = list(seen.values())
@@ -117,8 +133,8 @@ class Activations:
     @_disable_dynamo  # it would compile again for each step: whether one is due is a number in Python
     @torch.no_grad()
     def _look(self, name: str, module: nn.Module, _: Any, output: Any) -> None:
-        if not module.training or not self._is_due():
-            return
+        if not module.training or not self._is_due() or torch._C._current_graph_task_id() != -1:
+            return  # the last: a checkpoint computes the outputs again, in the backward pass
         x = output[0] if isinstance(output, tuple | list) and output else output
         if not isinstance(x, Tensor) or torch._C._are_functorch_transforms_active():
             return
@@ -132,8 +148,6 @@ class Activations:
             or not x.numel()
         ):
             return
-        if self._has_gradient and self._first is not None and self._first.grad is None:
-            self.take()  # of a step that was skipped
         now = _Seen(module, x, self._units[name])
         before = self._seen.get(name)
         self._seen[name] = now if before is None else before.merge(now)
@@ -156,13 +170,11 @@ class _Hook:
 class _Seen:
     """What was seen of one module's outputs."""
 
-    def __init__(self, module: nn.Module, x: Tensor, units: int | None) -> None:
+    def __init__(self, module: nn.Module, x: Tensor, units: Units | None) -> None:
         self.stats = tensor_stats([x], histogram=True)
-        if units is None:
-            units = 1 if x.ndim > 3 else -1
         x = x.reshape(-1) if x.ndim == 0 else x
-        units = units if -x.ndim <= units < x.ndim else -1
-        self.zero = (x == 0).movedim(units, 0).reshape(x.shape[units], -1).all(1)
+        dim = self._units(module, x.ndim, units)
+        self.zero = (x == 0).movedim(dim, 0).reshape(x.shape[dim], -1).all(1)
         ends = RANGES.get(type(module))
         if ends is None:
             self.saturated = torch.full((), torch.nan, device=x.device)
@@ -170,9 +182,17 @@ class _Seen:
             near = NEAR * (ends[1] - ends[0])
             self.saturated = ((x <= ends[0] + near) | (x >= ends[1] - near)).sum().float()
 
+    @staticmethod
+    def _units(module: nn.Module, dims: int, units: Units | None) -> int:
+        """The dimension of the units. Where nothing says it, images have channels first, all else features last."""
+        fits = units is not None and (units.dims in (None, dims) or units_known(module) == units)
+        dim = units.dim if units is not None and fits else (1 if dims > 3 else -1)
+        return dim if -dims <= dim < dims else -1
+
     def merge(self, other: "_Seen") -> "_Seen":
         """Both together: units that were 0 for all inputs of both."""
         self.stats = self.stats.merge(other.stats)
-        self.zero = self.zero & other.zero if self.zero.shape == other.zero.shape else other.zero
-        self.saturated = self.saturated + other.saturated
+        zero = other.zero.to(self.zero.device)  # a module may be used on several devices
+        self.zero = self.zero & zero if self.zero.shape == zero.shape else zero
+        self.saturated = self.saturated + other.saturated.to(self.saturated.device)
         return self

@@ -42,7 +42,7 @@ class _Layer(NamedTuple):
     update: float
     rms: float  # of the gradient's elements
     finite: bool  # whether all elements of the gradient are; norms are those of the others
-    rests: bool  # its learning rate is 0
+    rests: bool  # its learning rate is 0, or its update is not finite: nobody knows its norm
 
 
 def findings_of(
@@ -114,7 +114,7 @@ class _History:
 
 
 def _of_tensors(record: Record) -> Iterator[tuple[str, str, str]]:
-    for what, stats in (("gradient", record.grads), ("weight", record.weights)):
+    for what, stats in (("gradient", record.grads), ("weight", record.weights), ("update", record.updates)):
         for name, count, total in zip(record.names, stats.nonfinite.tolist(), stats.numel.tolist(), strict=True):
             if count:
                 yield "nonfinite", name, f"{count} of {total} elements of the {what} are infinite or NaN"
@@ -161,13 +161,16 @@ def _is_skipped(record: Record, layers: list[_Layer]) -> bool:
 def _layers(record: Record) -> Iterator[_Layer]:
     """The layers that have a gradient on some rank, each with the norms over its parameters."""
     gradients, weights, updates = map(record.norms_by_layer, (record.grads, record.weights, record.updates))
-    numel, bad = map(record.sums_by_layer, (record.grads.numel, record.grads.nonfinite))
+    counts = (record.grads.numel, record.grads.nonfinite, record.updates.nonfinite)
+    numel, bad, moved_badly = map(record.sums_by_layer, counts)
     rows = record.by_layer()
+    resting = {id(lr): float(lr) == 0.0 for lr in {id(x): x for x in record.lrs}.values() if lr is not None}
     for name, gradient in gradients.items():
         if numel[name] + bad[name] == 0:
             continue
         rms = gradient / math.sqrt(max(numel[name], 1))
-        rests = bool(record.lrs) and all(float(record.lrs[i]) == 0.0 for i in rows[name])
+        has_no_lr = bool(record.lrs) and all(resting.get(id(record.lrs[i]), False) for i in rows[name])
+        rests = has_no_lr or moved_badly[name] > 0
         yield _Layer(name, gradient, weights[name], updates[name], rms, bad[name] == 0, rests)
 
 

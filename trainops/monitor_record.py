@@ -1,12 +1,13 @@
 """What a monitor has seen of a step."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from .statistics import TensorStats, keyed
-from .step_stats import numbers_of
+from .step_stats import Measured, numbers_of
+from .tables import local
 
 
 class Watched(NamedTuple):
@@ -30,7 +31,8 @@ class Record(NamedTuple):
 
     Attributes:
         step: its number, from 1.
-        names: of the parameters that had a gradient: the rows of the statistics.
+        names: of the parameters that had a gradient, the rows of the statistics; DTensors that other ranks may have
+            gradients of are among them, with a row of no elements where none has.
         grads: of the gradients, without a GradScaler's scale.
         weights: of the weights before the step; with a ``master``, in full.
         updates: of what the step has added to the weights.
@@ -93,3 +95,33 @@ class Record(NamedTuple):
 def layer_of(name: str) -> str:
     """The module that has a parameter; a parameter of the model itself is a layer of its own."""
     return name.rpartition(".")[0] or name
+
+
+class BegunStep:
+    """A step that is looked at, before it is taken."""
+
+    def __init__(self, optimizer: Any, params: dict[str, Tensor], measured: Measured) -> None:
+        self.optimizer, self.names, self.measured = optimizer, list(params), measured
+        self.first = next((p for p in params.values() if p.grad is not None), None)
+        self.steps_before = self._steps(0)
+        groups = [(_own(group.get("lr", 1.0)), group["params"]) for group in optimizer.param_groups]
+        lr_of = {p: lr for lr, its in groups for p in its}
+        self.lrs = tuple(lr_of.get(p, 1.0) for p in params.values())
+
+    def _steps(self, default: Any) -> Any:
+        """How many steps the optimizer has counted of a parameter, as most do in its state."""
+        return default if self.first is None else _own(self.optimizer.state.get(self.first, {}).get("step", default))
+
+    def finish(self, step: int, seen: Watched | None) -> Record:
+        """The record, when the step was taken."""
+        its, steps = self.measured, self._steps(None)
+        skipped = None if steps is None else steps == self.steps_before
+        return Record(step, self.names, its.grads, its.weights, its.updates(), seen, skipped, self.lrs)
+
+
+def _own(x: Any) -> Any:
+    """A number; of one on a device, which may be written in place, a copy; None if it is not one number."""
+    if not isinstance(x, Tensor):
+        return x
+    x = local(x.detach())
+    return x.clone().reshape(()) if x.numel() == 1 else None

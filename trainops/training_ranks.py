@@ -13,7 +13,9 @@ class TrainingRanks:
         groups: dict[int, Any] = {}
         for module in model.modules():
             if isinstance(module, nn.parallel.DistributedDataParallel) or _is_fsdp1(module):
-                groups.setdefault(id(module.process_group), module.process_group)
+                for group in (module.process_group, getattr(module, "_inter_node_pg", None)):  # of hybrid shards
+                    if group is not None:
+                        groups.setdefault(id(group), group)
         for param in model.parameters():
             if (mesh := getattr(param, "device_mesh", None)) is not None:
                 for dim in range(mesh.ndim):
@@ -30,11 +32,15 @@ class TrainingRanks:
         return x
 
     def all_have(self, has: bool, device: torch.device) -> bool:
-        """Whether all ranks have something, all of which must call this."""
+        """Whether ``has`` is true on all ranks. All of them must call this. ``device``: that of the parameters."""
+        if not self.groups:
+            return has
+        if torch.distributed.get_backend(self.groups[0]) == "nccl":  # parameters may be offloaded
+            device = torch.device("cuda", torch.cuda.current_device())
         lacking = torch.tensor(0.0 if has else 1.0, device=device)
         for group in self.groups:
             torch.distributed.all_reduce(lacking, op=torch.distributed.ReduceOp.MAX, group=group)
-        return not lacking.item() if self.groups else has
+        return not lacking.item()
 
 
 def _is_fsdp1(module: nn.Module) -> bool:
