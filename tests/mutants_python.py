@@ -524,18 +524,6 @@ PYTHON = [
         "trainops/ranks.py",
         tests_of("ranks"),
         {
-            "ranks: copies count each": (
-                "found.setdefault(new.ranks, new), 1 / copies",
-                "found.setdefault(new.ranks, new), 1.0",
-            ),
-            "ranks: a mesh within another counts once for each of its copies": (
-                "row: weight / copies for row",
-                "row: weight for row",
-            ),
-            "ranks: plain tensors count on every rank": (
-                "order.share(total, 1 / len(mesh.ranks)).reshape(1)]))",
-                "total.reshape(1)]))",
-            ),
             "ranks: the first of two meshes does not hear of the second": (
                 "in reversed(meshes[:-1]):",
                 "in reversed(meshes[:0]):",
@@ -547,6 +535,24 @@ PYTHON = [
             "ranks: a mesh counts for each of its ranks in the group": (
                 "order.share(total, 1 / alike)",
                 "order.share(total, 1)",
+            ),
+        },
+    ),
+    *planted(
+        "trainops/meshes.py",
+        tests_of("ranks"),
+        {
+            "ranks: copies count each": (
+                "found.setdefault(new.ranks, new), 1 / copies",
+                "found.setdefault(new.ranks, new), 1.0",
+            ),
+            "ranks: a mesh within another counts once for each of its copies": (
+                "row: weight / copies for row",
+                "row: weight for row",
+            ),
+            "ranks: plain tensors count on every rank": (
+                "order.share(total, 1 / len(self.ranks)).reshape(1)])",
+                "total.reshape(1)])",
             ),
         },
     ),
