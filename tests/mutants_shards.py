@@ -19,8 +19,8 @@ SHARDS = [
                 "mesh.message(order, powers, 1.0,",
             ),
             "ranks: messages differ in size": (
-                "mesh.weights[0], powers.new_zeros(1))\n",
-                "mesh.weights[0], powers.new_zeros(1)).repeat(2)\n",
+                "mesh.weights[0], None)\n",
+                "mesh.weights[0], None).repeat(2)\n",
             ),
         },
     ),

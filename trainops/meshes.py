@@ -20,9 +20,11 @@ class Mesh:
     groups: list[Any]
     weights: dict[int, float]  # by row: 1 / copies
 
-    def message(self, order: NormOrder, powers: Tensor, weights: float | Tensor, total: Tensor) -> Tensor:
+    def message(self, order: NormOrder, powers: Tensor, weights: float | Tensor, total: Tensor | None) -> Tensor:
         """What a rank sends: its part of each tensor's power, and of a ``total`` of others that all ranks know."""
         own = powers if isinstance(weights, float) and weights == 1.0 else order.share(powers, weights)
+        if total is None:  # of orders whose joining begins at 0
+            return torch.nn.functional.pad(own, (0, 1))
         return torch.cat([own, order.share(total, 1 / len(self.ranks)).reshape(1)])
 
     def over(self, order: NormOrder, powers: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ def begin_norm(param_groups: Sequence[dict[str, Any]], backend: str | None) -> C
     if len(mesh.groups) != 1 or not order.reaches(mesh.groups[0], device):
         return None
     powers = order.powers(norms_by(select(backend, device), own, order.p, unrounded=True)[1], own)
-    message = mesh.message(order, powers, mesh.weights[0], powers.new_zeros(1))
+    message = mesh.message(order, powers, mesh.weights[0], None)
     work = torch.distributed.all_reduce(message, group=mesh.groups[0], async_op=True)
     return ComingNorm(order, message, work, torch.float64 if is_double else torch.float32)
 
