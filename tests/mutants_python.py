@@ -249,6 +249,12 @@ PYTHON = [
         {
             "EMA: every step is an update": ("if step % self.update_every == 0 else None", ""),
             "EMA: what is done is done again": ("matched.without(done) if done else matched", "matched"),
+        },
+    ),
+    *planted(
+        "trainops/ema_follow.py",
+        tests_of("ema_model", "ema_fused", k="cpu-cpu or reference-cpu or test_decay or test_bad or copy"),
+        {
             "EMA: replaced tensors are not noticed": (" and self._matched.is_current() else", " else"),
         },
     ),

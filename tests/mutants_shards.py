@@ -115,7 +115,7 @@ SHARDS = [
         },
     ),
     *planted(
-        "trainops/ema.py",
+        "trainops/ema_follow.py",
         AVERAGES,
         {
             "shards: what was loaded before sharding is forgotten": (
