@@ -4,15 +4,21 @@ from mutants import planted, tests_of
 
 EMA = [
     *planted(
-        "trainops/ema.py",
+        "trainops/ema_follow.py",
         tests_of("ema_calls", "ema_start"),
         {
-            "EMA: another step than the caller's": ("self.step + 1 if step is None else step", "self.step + 1"),
             "EMA: another model is not noticed": (
                 " or models[0] is not self._module or models[1] is not self.model:",
                 ":",
             ),
             "EMA: any model is taken": ("if not is_same_model(model, self.model):", "if False:"),
+        },
+    ),
+    *planted(
+        "trainops/ema.py",
+        tests_of("ema_calls", "ema_start"),
+        {
+            "EMA: another step than the caller's": ("self.step + 1 if step is None else step", "self.step + 1"),
             "EMA: it has never moved": ("self._has_moved, self._seen = True, None", "pass"),
             "EMA: loaded weights are copied over": (
                 "if decay == 0.0 and (self._continues or not",

@@ -196,7 +196,7 @@ MODELS = [
         },
     ),
     *planted(
-        "trainops/ema.py",
+        "trainops/ema_follow.py",
         tests_of("host_averages", "awkward_models"),
         {
             "host: an update is captured": ("if matched.waits and", "if False and"),

@@ -276,6 +276,12 @@ PYTHON = [
         {
             "EMA: every step is an update": ("if step % self.update_every == 0 else None", ""),
             "EMA: what is done is done again": ("matched.without(done) if done else matched", "matched"),
+        },
+    ),
+    *planted(
+        "trainops/ema_follow.py",
+        tests_of("ema_model", "ema_fused", k="cpu-cpu or reference-cpu or test_decay or test_bad or copy"),
+        {
             "EMA: replaced tensors are not noticed": (" and self._matched.is_current() else", " else"),
         },
     ),
@@ -557,18 +563,6 @@ PYTHON = [
         "trainops/ranks.py",
         tests_of("ranks"),
         {
-            "ranks: copies count each": (
-                "found.setdefault(new.ranks, new), 1 / copies",
-                "found.setdefault(new.ranks, new), 1.0",
-            ),
-            "ranks: a mesh within another counts once for each of its copies": (
-                "row: weight / copies for row",
-                "row: weight for row",
-            ),
-            "ranks: plain tensors count on every rank": (
-                "order.share(total, 1 / len(mesh.ranks)).reshape(1)]))",
-                "total.reshape(1)]))",
-            ),
             "ranks: the first of two meshes does not hear of the second": (
                 "in reversed(meshes[:-1]):",
                 "in reversed(meshes[:0]):",
@@ -580,6 +574,24 @@ PYTHON = [
             "ranks: a mesh counts for each of its ranks in the group": (
                 "order.share(total, 1 / alike)",
                 "order.share(total, 1)",
+            ),
+        },
+    ),
+    *planted(
+        "trainops/meshes.py",
+        tests_of("ranks"),
+        {
+            "ranks: copies count each": (
+                "found.setdefault(new.ranks, new), 1 / copies",
+                "found.setdefault(new.ranks, new), 1.0",
+            ),
+            "ranks: a mesh within another counts once for each of its copies": (
+                "row: weight / copies for row",
+                "row: weight for row",
+            ),
+            "ranks: plain tensors count on every rank": (
+                "order.share(total, 1 / len(self.ranks)).reshape(1)])",
+                "total.reshape(1)])",
             ),
         },
     ),

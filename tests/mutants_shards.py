@@ -11,20 +11,30 @@ SHARDS = [
         RANKS,
         {
             "ranks: a norm that has begun is not awaited for all": (
-                "total = order.join(order.total(powers), self.message[-1])",
-                "total = order.total(powers[:1])",
-            ),
-            "ranks: gradients that are placed otherwise are measured": (
-                " or other.placements != first.placements:",
-                " or False:",
+                "total, powers = received(self.order, self.message)",
+                "total, powers = self.order.total(self.message[:1]), self.message[:-1]",
             ),
             "ranks: copies count once each": (
-                "order.share(powers, mesh.weights[0])",
-                "order.share(powers, 1.0)",
+                "mesh.message(order, powers, mesh.weights[0],",
+                "mesh.message(order, powers, 1.0,",
             ),
             "ranks: messages differ in size": (
-                "torch.cat([order.share(powers, mesh.weights[0]), powers.new_zeros(1)])",
-                "torch.cat([order.share(powers, mesh.weights[0]), powers.new_zeros(2)])",
+                "mesh.weights[0], None)\n",
+                "mesh.weights[0], None).repeat(2)\n",
+            ),
+        },
+    ),
+    *planted(
+        "csrc/core/shards.h",
+        RANKS,
+        {
+            "ranks: gradients that are placed otherwise are measured": (
+                "      if (!shards.placed_alike(its, first)) return pybind11::none();\n",
+                "",
+            ),
+            "ranks: gradients that are missing are passed over": (
+                "    if (grads[i].is_none()) return pybind11::none();",
+                "    if (grads[i].is_none()) grads[i] = grads[0];",
             ),
         },
     ),
@@ -105,7 +115,7 @@ SHARDS = [
         },
     ),
     *planted(
-        "trainops/ema.py",
+        "trainops/ema_follow.py",
         AVERAGES,
         {
             "shards: what was loaded before sharding is forgotten": (

@@ -6,13 +6,15 @@ setting or a word.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from ._extensions import load
 from .plain import PLAIN
+
+OptionalTensor = TypeVar("OptionalTensor", Tensor, Tensor | None)
 
 _DTYPE_CODES = {  # as DLPack names them: (code, bits)
     torch.float32: (2, 32),
@@ -190,6 +192,21 @@ def collect(
         ),
     )
     return found if found.regular else None
+
+
+def local_tensors(tensors: list[OptionalTensor]) -> list[OptionalTensor] | None:
+    """Tensors with this rank's shard in place of each DTensor; None where one is of another subclass."""
+    found = _core.local_tensors(reader, tensors) if available else None
+    return cast(list[OptionalTensor] | None, found)
+
+
+def shards_of_gradients(param_groups: Sequence[Mapping[str, Any]]) -> tuple[list[Tensor], bool] | None:
+    """This rank's shards of all gradients, and whether one is of float64.
+
+    None where a parameter has none, or where they are not all placed alike and on one device, for kernels to read.
+    """
+    found = _core.shards_of_gradients(reader, param_groups) if available else None
+    return cast(tuple[list[Tensor], bool] | None, found)
 
 
 def are_small(branch: Tensor, residual: Tensor | None, layer_scale: Tensor | None, largest: int) -> bool:

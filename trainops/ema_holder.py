@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -100,15 +101,14 @@ class HasOptimizer(KnowsStart):
 
     def overlook_writes(self) -> Callable[[], None]:
         """What to call when others have changed the model's weights and put them back: nobody has written then."""
-        seen = self._last_source
-        was_left = seen is not None and seen[0]._version == seen[1]
+        source, version = self._last_source or (None, 0)
+        return partial(self._overlook, None if source is None or source._version != version else source)
 
-        def put_back() -> None:
-            advice.model_written(self)
-            if seen is not None and was_left:
-                self._last_source = (seen[0], seen[0]._version)
-
-        return put_back
+    def _overlook(self, source: Tensor | None) -> None:
+        """The model was written, which is no training. With a ``source``, it is as the last step has left it."""
+        advice.model_written(self)
+        if source is not None:
+            self._remember_step([source])
 
     def _remember_beginning(self) -> None:
         """Before the optimizer's first step: enough of the weights to know them again."""

@@ -168,9 +168,7 @@ class LendsWeights(HasOptimizer):
         """The average itself has written its model's weights, which is no training, and sets no average back."""
         holder: Any = self.optimizer
         for ema in (self,) if holder is None else holder.averages:
-            advice.model_written(ema)
-            if ema._last_source is not None and ema._set_back is None:
-                ema._last_source = (ema._last_source[0], ema._last_source[0]._version)
+            ema._overlook(None if ema._last_source is None or ema._set_back is not None else ema._last_source[0])
 
     @torch.no_grad()
     def _be_the_model(self) -> None:

@@ -53,7 +53,7 @@ class TakesJointNorm(torch.optim.Optimizer):
         """Begin to measure what lies on other ranks, too, if that can go on while rows are collected."""
         if not control.measures or self._norm_group is not None or not self._is_spread():
             return None
-        return begin_norm([p for group in self.param_groups for p in group["params"]], self.backend)
+        return begin_norm(self.param_groups, self.backend)
 
     def _joint_norm(
         self, control: StepControl, grads: Mapping[int, Tensor] | None = None, coming: ComingNorm | None = None

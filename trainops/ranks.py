@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
+from . import core, reference
 from .adapters import select
+from .meshes import Mesh, meshes_of, received
 from .norm_order import NormOrder, norms_by
 from .plain import PLAIN, all_in_memory
 from .tables import local
@@ -99,7 +100,7 @@ def norms_over_ranks(
     own = [torch.empty(0, device=p.device) if x is None else local(x) for x, p in zip(measured, placed, strict=True)]
     order = NormOrder(norm_type)
     powers = order.powers(own_norms(own, norm_type, backend, device), own)
-    total, powers = _joined(order, powers, _meshes(placed), norm_group)
+    total, powers = _joined(order, powers, meshes_of(placed), norm_group)
     return OverRanks(order.norm(total), order.norm(powers), _result_dtype(own))
 
 
@@ -115,36 +116,28 @@ class ComingNorm:
     def finish(self) -> OverRanks:
         """Wait for the other ranks; as of ``norms_over_ranks``."""
         self.work.wait()
-        powers, order = self.message[:-1], self.order
-        total = order.join(order.total(powers), self.message[-1])
-        return OverRanks(order.norm(total), order.norm(powers), self.dtype)
+        total, powers = received(self.order, self.message)
+        return OverRanks(self.order.norm(total), self.order.norm(powers), self.dtype)
 
 
-def begin_norm(params: Sequence[Tensor], backend: str | None) -> ComingNorm | None:
+def begin_norm(param_groups: Sequence[dict[str, Any]], backend: str | None) -> ComingNorm | None:
     """Begin what ``norms_over_ranks`` does of all parameters' gradients, of order 2, so that it goes on meanwhile.
 
     None where not all are placed alike, or where a gradient is not there, or is placed otherwise.
     The message is the same as there: ranks may decide differently.
     """
-    own: list[Tensor] = []
-    first: Any = getattr(params[0], "_spec", None)
-    for p in params:
-        spec, its = getattr(p, "_spec", None), getattr(p.grad, "_spec", None)
-        shard: Any = getattr(p.grad, "_local_tensor", None)
-        if spec is None or its is None or type(shard) not in PLAIN or shard.layout is not torch.strided:
-            return None
-        for other in (its,) if spec is first else (its, spec):
-            if (other.mesh is not first.mesh and other.mesh != first.mesh) or other.placements != first.placements:
-                return None
-        own.append(shard)
-    (mesh,), order = _meshes(params[:1]), NormOrder(2.0)
+    if (found := core.shards_of_gradients(param_groups)) is None:
+        return None
+    own, is_double = found
+    first: Tensor = next(p for group in param_groups for p in group["params"])
+    (mesh,), order = meshes_of([first]), NormOrder(2.0)
     device = own[0].device
-    if len(mesh.groups) != 1 or not order.reaches(mesh.groups[0], device) or len({x.device for x in own}) != 1:
+    if len(mesh.groups) != 1 or not order.reaches(mesh.groups[0], device):
         return None
     powers = order.powers(norms_by(select(backend, device), own, order.p, unrounded=True)[1], own)
-    message = torch.cat([order.share(powers, mesh.weights[0]), powers.new_zeros(1)])
+    message = mesh.message(order, powers, mesh.weights[0], None)
     work = torch.distributed.all_reduce(message, group=mesh.groups[0], async_op=True)
-    return ComingNorm(order, message, work, _result_dtype(own))
+    return ComingNorm(order, message, work, torch.float64 if is_double else torch.float32)
 
 
 def _result_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -168,68 +161,7 @@ def own_norms(tensors: Sequence[Tensor], norm_type: float, backend: str | None, 
     return torch.stack([each[row] for row in range(len(tensors))])  # an index would have to be uploaded
 
 
-@dataclass
-class _Mesh:
-    """The ranks of a mesh, the groups to reduce over one after the other, and tensors with their weights."""
-
-    ranks: tuple[int, ...]
-    groups: list[Any]
-    weights: dict[int, float]  # by row: 1 / copies
-
-    def over(self, order: NormOrder, powers: Tensor) -> Tensor:
-        for group in self.groups:
-            powers = order.over(group, powers)
-        return powers
-
-
-def _meshes(tensors: Sequence[Tensor]) -> list[_Mesh]:
-    """The meshes that DTensors lie on, in an order that is the same on all ranks.
-
-    One whose ranks lie within those of another one joins that: its tensors count as copies on the ranks of the other.
-    """
-    found: dict[tuple[int, ...], _Mesh] = {}
-    known: dict[tuple[int, ...], tuple[_Mesh, float]] = {}
-    last: Any = None
-    for row, x in enumerate(tensors):
-        if type(x) in PLAIN or (spec := getattr(x, "_spec", None)) is None:
-            continue
-        mesh, placements = spec.mesh, spec.placements
-        if last is None or (spec is not last and (mesh is not last.mesh or placements != last.placements)):
-            last, key = spec, (id(mesh), *map(id, placements))
-            if key not in known:
-                new = _ranks_of(mesh)
-                copies = math.prod(mesh.size(i) for i, p in enumerate(placements) if p.is_replicate())
-                known[key] = found.setdefault(new.ranks, new), 1 / copies
-            its, weight = known[key]
-        its.weights[row] = weight
-    kept: list[_Mesh] = []
-    for mesh in sorted(found.values(), key=lambda mesh: -len(mesh.ranks)):  # else as they come, which ranks agree on
-        around = next((x for x in kept if set(mesh.ranks) < set(x.ranks)), None)
-        if around is None:
-            kept.append(mesh)
-        else:
-            copies = len(around.ranks) / len(mesh.ranks)
-            around.weights |= {row: weight / copies for row, weight in mesh.weights.items()}
-    return kept
-
-
-def _ranks_of(mesh: Any) -> _Mesh:
-    """One group for all dimensions of a mesh, if there can be one."""
-    if mesh.ndim == 1:
-        groups = [mesh.get_group()]
-    elif mesh.size() == torch.distributed.get_world_size():
-        groups = [torch.distributed.group.WORLD]
-    else:
-        try:
-            groups = [mesh._flatten().get_group()]  # made once
-        except (AttributeError, RuntimeError, ValueError):  # a mesh without names, or PyTorch does otherwise
-            groups = [mesh.get_group(i) for i in range(mesh.ndim)]
-    its = groups[0] if len(groups) == 1 else None
-    ranks = mesh.mesh.flatten().tolist() if its is None else torch.distributed.get_process_group_ranks(its)
-    return _Mesh(tuple(sorted(ranks)), groups, {})
-
-
-def _joined(order: NormOrder, powers: Tensor, meshes: list[_Mesh], norm_group: NormGroup) -> tuple[Tensor, Tensor]:
+def _joined(order: NormOrder, powers: Tensor, meshes: list[Mesh], norm_group: NormGroup) -> tuple[Tensor, Tensor]:
     """The power of all, and of each over its mesh."""
     group = None if norm_group is None else group_named(group_name(norm_group) or "")
     members = () if group is None else torch.distributed.get_process_group_ranks(group)
@@ -240,10 +172,10 @@ def _joined(order: NormOrder, powers: Tensor, meshes: list[_Mesh], norm_group: N
     total = order.share(total, alike)  # one of the copies on each mesh, unless each of these ranks has its own
     for mesh in meshes:  # each carries the total of those before it, of which its ranks have copies
         rows = sorted(mesh.weights)
-        own = order.share(_picked(powers, rows), _weights([mesh.weights[row] for row in rows], powers))
-        reduced = mesh.over(order, torch.cat([own, order.share(total, 1 / len(mesh.ranks)).reshape(1)]))
-        total = order.join(order.total(reduced[:-1]), reduced[-1])
-        powers = reduced[:-1] if len(rows) == len(powers) else powers.index_copy(0, _rows(rows, powers), reduced[:-1])
+        weights = _weights([mesh.weights[row] for row in rows], powers)
+        sent = mesh.message(order, _picked(powers, rows), weights, total)
+        total, its = received(order, mesh.over(order, sent))
+        powers = its if len(rows) == len(powers) else powers.index_copy(0, _rows(rows, powers), its)
     for mesh in reversed(meshes[:-1]):  # which do not know yet what the later ones found
         total = mesh.over(order, order.share(total, 1 / len(mesh.ranks)).reshape(1))[0]
     if group is not None:

@@ -9,16 +9,16 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from . import core
+from .core import OptionalTensor
 from .plain import PLAIN, all_plain
 from .reference_codes import CODES
 
-OptionalTensor = TypeVar("OptionalTensor", Tensor, Tensor | None)
 Columns = Mapping[str, Sequence[Tensor | None]]
 
 
@@ -56,9 +56,8 @@ def origin(x: Tensor) -> int:
 
 def all_local(column: Sequence[OptionalTensor]) -> list[OptionalTensor]:
     """This rank's memory of tensors, some of which may be None."""
-    if all_plain(x for x in column if x is not None):
-        return list(column)
-    return [x if x is None else local(x) for x in column]
+    found = core.local_tensors(list(column))
+    return [x if x is None else local(x) for x in column] if found is None else found
 
 
 def aligned(x: Tensor, param: Tensor) -> Tensor:
@@ -89,7 +88,7 @@ def replicated(x: Tensor) -> Tensor:
 
 def count_writes(tensors: list[Tensor], has_shards: bool = True) -> None:
     """Have autograd notice that kernels write tensors, and their shards, if it ``has_shards``."""
-    shards = [x for x in map(local, tensors) if type(x) in PLAIN] if has_shards and not all_plain(tensors) else []
+    shards = [x for x in all_local(tensors) if type(x) in PLAIN] if has_shards and not all_plain(tensors) else []
     torch.autograd.graph.increment_version([*tensors, *shards])
 
 

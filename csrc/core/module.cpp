@@ -195,6 +195,8 @@ PYBIND11_MODULE(_core, m) {
            py::arg("channels"));
   m.def("are_small", &are_small, py::arg("reader"), py::arg("branch"), py::arg("residual"), py::arg("layer_scale"),
         py::arg("largest"));
+  m.def("local_tensors", &local_tensors, py::arg("reader"), py::arg("tensors"));
+  m.def("shards_of_gradients", &shards_of_gradients, py::arg("reader"), py::arg("param_groups"));
   m.def("step_words", &step_words, py::kw_only(), py::arg("reader"), py::arg("max_norm"), py::arg("ema_decays"),
         py::arg("seeds"), py::arg("groups"));
 }

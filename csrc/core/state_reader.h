@@ -8,32 +8,11 @@
 #include <vector>
 
 #include "rounding.h"
+#include "shards.h"
 #include "spans.h"
 #include "table_builder.h"
 
 namespace trainops {
-
-// After backward, tensor objects are not cached: the Python object, the C++ object that it points to, and the storage
-// that this points to. Each stage prefetches the next stage's memory, some rows ahead. Prefetching an invalid address
-// is harmless.
-inline void prefetch(const void* object) {
-#if defined(__GNUC__)
-  __builtin_prefetch(object);
-#else
-  (void)object;
-#endif
-}
-
-// Prefetches three cache lines of each object that a tensor's Python object points to. The pointers follow its head.
-// Objects that are too small to have them, like None, are no tensors.
-inline void prefetch_pointees(PyObject* object) {
-  constexpr size_t kHead = 2, kPointers = 2;
-  if (Py_TYPE(object)->tp_basicsize < static_cast<Py_ssize_t>((kHead + kPointers) * sizeof(void*))) return;
-  void* const* pointers = reinterpret_cast<void* const*>(object) + kHead;
-  for (size_t i = 0; i < kPointers; ++i) {
-    for (int line = 0; line < 3; ++line) prefetch(static_cast<const char*>(pointers[i]) + 64 * line);
-  }
-}
 
 class StateReader {
  public:
@@ -52,10 +31,6 @@ class StateReader {
       const std::string codes = std::string(column.name) + "_codes";
       names_of_codes_.push_back(take_ownership(PyUnicode_InternFromString(codes.c_str())));
     }
-    local_ = take_ownership(PyUnicode_InternFromString("_local_tensor"));
-    spec_ = take_ownership(PyUnicode_InternFromString("_spec"));
-    mesh_ = take_ownership(PyUnicode_InternFromString("mesh"));
-    placements_ = take_ownership(PyUnicode_InternFromString("placements"));
   }
 
   // Notes the parameters of a group that have a gradient, with the state that the group uses, by name. False if one
@@ -77,6 +52,7 @@ class StateReader {
       if (i + 2 * kAhead < count) prefetch(PyList_GET_ITEM(all.ptr(), i + 2 * kAhead));
       if (!add_param(borrowed(PyList_GET_ITEM(all.ptr(), i)), keys)) return false;
     }
+    if (has_shards && !take_shards(before, keys)) return false;
     group_rows.push_back(static_cast<int64_t>(params.size() - before));
     return true;
   }
@@ -106,8 +82,7 @@ class StateReader {
   bool has_shards = false;          // whether one is a DTensor
 
  private:
-  static constexpr Py_ssize_t kAhead = 6;  // rows
-  static constexpr int kLookAhead = 8;     // entries of the state
+  static constexpr int kLookAhead = 8;  // entries of the state
 
   // References are counted: tensors run code of Python when they are hashed or asked for their gradient.
   static pybind11::object borrowed(PyObject* object) {
@@ -127,7 +102,7 @@ class StateReader {
   bool add_param(const pybind11::object& param, const std::vector<PyObject*>& keys) {
     const int64_t place = place_++;
     const bool is_plain = builder_.reader.is_plain(param.ptr());
-    if (!is_plain && !attribute(param, local_)) return false;
+    if (!is_plain && !shards_.shard_of(param)) return false;
     const auto grad = take_ownership(PyObject_GetAttr(param.ptr(), names_[kGrad].ptr()));
     if (grad.is_none()) {
       next_state(param.ptr());  // passes over it
@@ -152,7 +127,7 @@ class StateReader {
     params.append(param);
     add_places(param, place, is_plain);
     has_shards |= !is_plain;
-    return is_plain || take_shards(param, row, keys);
+    return true;
   }
 
   void add_places(const pybind11::object& param, int64_t place, bool is_plain) {
@@ -168,38 +143,37 @@ class StateReader {
     places_.push_back(places);
   }
 
-  // Puts the shards of DTensors in their place. False where the shards do not belong together. Codes are plain
-  // tensors, of a shard's elements.
-  bool take_shards(const pybind11::object& param, pybind11::object* row, const std::vector<PyObject*>& keys) {
-    const pybind11::object spec = attribute(param, spec_);
-    if (!spec) return false;
-    for (size_t column = 0; column < columns_; ++column) {
-      if (row[column].is_none() || builder_.schema.columns[column].one_per_row()) continue;
-      if (keys[column] == names_of_codes_[column].ptr()) continue;
-      const pybind11::object local = attribute(row[column], local_), its = attribute(row[column], spec_);
-      if (!local || !its) return false;
-      row[column] = local;
-      auto& [known, like] = alike_[column];  // those of state are nearly always one object for all parameters
-      if (its.is(spec) || (its.is(known) && spec.is(like))) continue;
-      if (!equal(its, spec, mesh_) || !equal(its, spec, placements_)) return false;
-      known = its;
-      like = spec;
+  // Puts the shards of DTensors in their place, in the rows from `begin` on.
+  bool take_shards(size_t begin, const std::vector<PyObject*>& keys) {
+    const size_t count = places_.size(), ahead = kAhead * columns_;
+    for (size_t i = begin * columns_; i < count * columns_; i += columns_) {
+      for (size_t j = i + ahead; j < std::min(i + ahead + columns_, count * columns_); ++j) {
+        prefetch_slots(tensors_[j].ptr());
+      }
+      const pybind11::object param = tensors_[i + kParam];
+      if (!builder_.reader.is_plain(param.ptr()) && !take_shards(param, &tensors_[i], keys)) return false;
     }
     return true;
   }
 
-  // Null where there is no such attribute.
-  static pybind11::object attribute(const pybind11::object& x, const pybind11::object& name) {
-    PyObject* const found = PyObject_GetAttr(x.ptr(), name.ptr());
-    if (found == nullptr) PyErr_Clear();
-    return pybind11::reinterpret_steal<pybind11::object>(found);
-  }
-
-  static bool equal(const pybind11::object& a, const pybind11::object& b, const pybind11::object& name) {
-    const pybind11::object first = a.attr(name), second = b.attr(name);
-    const int answer = PyObject_RichCompareBool(first.ptr(), second.ptr(), Py_EQ);
-    if (answer < 0) throw pybind11::error_already_set();
-    return answer == 1;
+  // The same in one row. False where the shards do not belong together. Codes are plain
+  // tensors, of a shard's elements.
+  bool take_shards(const pybind11::object& param, pybind11::object* row, const std::vector<PyObject*>& keys) {
+    const pybind11::object spec = shards_.spec_of(param);
+    if (!spec) return false;
+    for (size_t column = 0; column < columns_; ++column) {
+      if (row[column].is_none() || builder_.schema.columns[column].one_per_row()) continue;
+      if (keys[column] == names_of_codes_[column].ptr()) continue;
+      const pybind11::object local = shards_.shard_of(row[column]), its = shards_.spec_of(row[column]);
+      if (!local || !its) return false;
+      row[column] = local;
+      auto& [known, like] = alike_[column];  // those of state are nearly always one object for all parameters
+      if (its.is(spec) || (its.is(known) && spec.is(like))) continue;
+      if (!shards_.placed_alike(its, spec)) return false;
+      known = its;
+      like = spec;
+    }
+    return true;
   }
 
   // The state of a parameter if it is one of the next entries; null if it is none of them. States are nearly always
@@ -240,7 +214,7 @@ class StateReader {
   Py_ssize_t position_ = 0;  // in the state
   size_t columns_;
   std::vector<pybind11::object> names_, names_of_codes_;
-  pybind11::object local_, spec_, mesh_, placements_;                 // attributes of a DTensor
+  ShardReader shards_;
   std::vector<std::pair<pybind11::object, pybind11::object>> alike_;  // of each column, two specs found equal
   std::vector<pybind11::object> tensors_;                             // row by row
   std::vector<Places> places_;                                        // of each row
