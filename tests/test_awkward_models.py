@@ -179,7 +179,7 @@ def test_what_raises_has_changed_nothing(change, error, message, use, monkeypatc
     if "foreign" in message:
         ema.backend = "foreign"
         refused = RuntimeError("backend 'foreign' does not take tensors on 'cpu'")
-        monkeypatch.setattr("trainops.ema.select", lambda backend, device: (_ for _ in ()).throw(refused))
+        monkeypatch.setattr("trainops.ema_follow.select", lambda backend, device: (_ for _ in ()).throw(refused))
     states = {p: {name: x.clone() for name, x in state.items()} for p, state in optimizer.state.items()}
     before, average, step = [value(p).clone() for p in model.parameters()], snapshot(ema.module), ema.step
     with pytest.raises(error, match=message):

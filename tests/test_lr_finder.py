@@ -460,6 +460,8 @@ BAD = {
     "no_tensor": ({"loss_fn": lambda model, batch: 1.0}, TypeError, "loss_fn must return one number"),
     "no_number": ({"loss_fn": lambda model, batch: model.weight.expand(2, 1)}, TypeError, "must return one number"),
     "other_model": ({"model": nn.Linear(1, 1)}, ValueError, "no parameter of this model"),
+    "no_model": ({"model": None}, TypeError, "a model and its optimizer are needed, got None"),
+    "text": ({"end_lr": "1"}, TypeError, "end_lr must be a number, got '1'"),
 }
 
 

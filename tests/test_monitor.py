@@ -377,6 +377,8 @@ BAD = {
     "include": ({"include": "blocks.*"}, "the model has no parameter whose name fits 'blocks.*'"),
     "activations": ({"activations": ["1", "block"]}, "the model has no module whose name fits 'block'"),
     "other": ({"model": nn.Linear(2, 2)}, "the optimizer has none of these parameters"),
+    "no_model": ({"model": "vit"}, "model must be a torch.nn.Module, got 'vit'"),
+    "no_optimizer": ({"optimizer": None}, "optimizer must be a torch.optim.Optimizer, got None"),
 }
 
 
@@ -385,10 +387,18 @@ def test_bad_input_leaves_no_hook(case):
     changes, message = case
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with pytest.raises(ValueError, match=message.replace("*", r"\*")):
+    with pytest.raises((TypeError, ValueError), match=message.replace("*", r"\*")):
         Monitor(**{"model": model, "optimizer": optimizer, **changes})
     assert not optimizer._optimizer_step_pre_hooks
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "limits", [{"share": 30}, {"share": -0.1}, {"still": float("nan")}, {"growth": -1.0}], ids=str
+)
+def test_limits_out_of_range(limits):
+    with pytest.raises(ValueError, match=f"{next(iter(limits))} must be at least 0"):
+        watched().findings(**limits)
 
 
 def test_nothing_to_show_yet():

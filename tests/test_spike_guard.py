@@ -244,6 +244,9 @@ def test_states_of_others_and_without_a_guard():
     broken["param_groups"][0] = {**broken["param_groups"][0], "trainops": {"spike_guard": torch.zeros(3)}}
     with pytest.raises(ValueError, match="is 10 numbers"):
         guarded.load_state_dict(broken)
+    broken["param_groups"][0]["trainops"]["spike_guard"] = torch.full((10,), torch.nan)
+    with pytest.raises(ValueError, match="has a NaN"):
+        guarded.load_state_dict(broken)
     assert torch.equal(learned_by(guarded), learned)
     twin = copy.deepcopy(guarded)
     assert twin.spike_guard == guarded.spike_guard

@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from numbers import Real
 from typing import Any
 
 import torch
@@ -58,7 +59,8 @@ def lr_finder(
     Raises:
         ValueError: an argument makes no sense; the optimizer has no parameter of the model; ``batches`` are too few,
             on any rank; the first loss is not finite. Everything is as it was.
-        TypeError: ``batches`` is an iterator, or ``loss_fn`` returns something else than one number.
+        TypeError: an argument is of another type, ``batches`` is an iterator, or ``loss_fn`` returns something else
+            than one number.
     """
     optimizer = unwrap(optimizer)
     _check(model, optimizer, batches, start_lr, end_lr, steps, sweep, accumulate, smoothing, divergence)
@@ -86,6 +88,11 @@ def _check(
     smoothing: float,
     divergence: float | None,
 ) -> None:
+    if not isinstance(model, nn.Module) or not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"a model and its optimizer are needed, got {model!r:.40} and {optimizer!r:.40}")
+    numbers = {"start_lr": start_lr, "end_lr": end_lr, "smoothing": smoothing, "divergence": divergence or 2.0}
+    if wrong := [name for name, x in numbers.items() if not isinstance(x, Real)]:
+        raise TypeError(f"{wrong[0]} must be a number, got {numbers[wrong[0]]!r:.60}")
     if not 0.0 < start_lr < end_lr < math.inf:
         raise ValueError(f"start_lr and end_lr must be such that 0 < start_lr < end_lr, got {start_lr} and {end_lr}")
     if not isinstance(steps, int) or not isinstance(accumulate, int) or steps < 2 or accumulate < 1:

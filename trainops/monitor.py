@@ -62,6 +62,7 @@ class Monitor:
         steps: how many steps there were. After a checkpoint was loaded, set it to go on counting.
 
     Raises:
+        TypeError: ``model`` or ``optimizer`` is something else.
         ValueError: ``every`` or ``keep`` is too small, a pattern fits no name, or the optimizer has none of these
             parameters.
     """
@@ -79,7 +80,11 @@ class Monitor:
         for name, value, least in (("every", every, 1), ("keep", keep, 2)):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r:.60}")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {model!r:.60}")
         optimizer = unwrap(optimizer)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r:.60}")
         named = list(innermost(model).named_parameters(remove_duplicate=False))
         chosen = None if include is None else checked_patterns("include", include, [n for n, _ in named], "parameter")
         own, names = _ids(optimizer), dict[Tensor, str]()

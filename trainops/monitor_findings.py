@@ -66,8 +66,15 @@ def findings_of(
         still: a layer does not move if its update's norm is less than so many times that of its weights, although it
             has a gradient and a learning rate, and the step was not skipped. (In bfloat16, rounding may lose every
             update.)
-        share: units are dead, and outputs saturated, if more than this share of them are.
+        share: units are dead, and outputs saturated, if more than this share of them are, from 0 to 1.
+
+    Raises:
+        ValueError: a limit is negative or NaN, or ``share`` is more than 1.
     """
+    limits = {"exploding": exploding, "growth": growth, "vanishing": vanishing, "still": still, "share": share}
+    for name, limit in limits.items():
+        if not 0.0 <= limit <= (1.0 if name == "share" else math.inf):
+            raise ValueError(f"{name} must be at least 0{', at most 1' if name == 'share' else ''}, got {limit}")
     found: dict[tuple[str, str], Finding] = {}
     history = _History(growth)
     for record in records:

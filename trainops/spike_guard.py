@@ -124,6 +124,8 @@ class HasSpikeGuard(torch.optim.Optimizer):
         loaded = groups[0].get(OWN_STATE, {}).get(KEY) if groups else None
         if loaded is not None and (not isinstance(loaded, Tensor) or loaded.numel() != len(GUARD)):
             raise ValueError(f"what a spike_guard has learned is {len(GUARD)} numbers, got {loaded!r:.60}")
+        if loaded is not None and loaded[:LEARNED].isnan().any():
+            raise ValueError("what a spike_guard has learned has a NaN: with it, the guard would see no spike")
         own = self.__dict__.get("param_groups")
         held = own[0].get(OWN_STATE, {}).get(KEY) if own else None
         super().__setstate__(state)

@@ -36,7 +36,8 @@ __device__ inline uint8_t& scale_at(const Cell& cell, int64_t numel, int64_t i) 
   return (static_cast<uint8_t*>(cell.address) + numel)[static_cast<uint64_t>(i) / kCodeBlock];
 }
 
-// The scale of a block that lies in so many lanes, of which each has the largest of its own elements.
+// The scale of a block that lies in so many lanes, of which each has the largest of its own elements. All lanes have
+// then read the block's old scale, which one of them writes.
 template <int lanes>
 __device__ int32_t scale_of_lanes(int32_t largest) {
 #pragma unroll
@@ -44,6 +45,7 @@ __device__ int32_t scale_of_lanes(int32_t largest) {
     const int32_t other = __shfl_xor_sync(kAllLanes, largest, distance);
     largest = other > largest ? other : largest;
   }
+  __syncwarp();
   return scale_of(largest);
 }
 
