@@ -158,7 +158,7 @@ CODES = [
         "triton_kernels/update.py",
         TRITON,
         {
-            "codes: Triton's blocks are shorter than those of codes": ("CODES and BLOCK >= 4 * CODE_BLOCK", "CODES"),
+            "codes: Triton's blocks are shorter than those of codes": ("CODES and BLOCK >= 8 * CODE_BLOCK", "CODES"),
             "codes: Triton takes codes for scales": (
                 "        numel = tl.load(words + NUMEL)\n",
                 "        numel = tl.load(words + NUMEL) * 0\n",

@@ -195,7 +195,7 @@ def update(
     body = end_of_body(begin, end, address_bits, BLOCK)
 
     # Masks and codes together leave too few registers for a whole block.
-    TAIL: tl.constexpr = BLOCK // 4 if CODES and BLOCK >= 4 * CODE_BLOCK else BLOCK
+    TAIL: tl.constexpr = BLOCK // 8 if CODES and BLOCK >= 8 * CODE_BLOCK else BLOCK
     rule_scalars = LOAD_SCALARS(row_scalars + RULE_SCALARS, tl.load(coefficient), WIDE)
     decay, decay2 = real(tl.load(settings + EMA_DECAY)), real(tl.load(settings + EMA_DECAY + 1))
     decay3, decay4 = real(tl.load(settings + EMA_DECAY + 2)), real(tl.load(settings + EMA_DECAY + 3))
