@@ -41,7 +41,7 @@ LR_FINDER = [
         "trainops/training_ranks.py",
         tests_of("lr_finder", k="ranks"),
         {
-            "finder: DDP within a model is not seen": ("for module in model.modules():", "for module in [model]:"),
+            "finder: DDP within a model is not seen": ("for x in model.modules() if", "for x in [model] if"),
             "finder: the mean over all ranks": (
                 "group = mesh.get_group(dim)",
                 "group = torch.distributed.group.WORLD",

@@ -55,7 +55,7 @@ MONITOR = [
                 "while _keeps_dimensions(every[place]) and place > 0:",
                 "while place > 0:",
             ),
-            "monitor: units of a batch of another shape": ("units.dims in (None, dims) or", "True or"),
+            "monitor: units of a batch of another shape": ("units.dims in (None, dims)", "True"),
             "monitor: computed again, looked at again": (" or torch._C._current_graph_task_id() != -1", ""),
             "monitor: activations are never forgotten": ("seen, self._seen = self._seen, {}", "seen = self._seen"),
         },

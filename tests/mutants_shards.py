@@ -81,7 +81,7 @@ SHARDS = [
                 "pass",
             ),
             "shards: FSDP1's flat parameters are averaged": (
-                "    if kind and any(isinstance(module, kind) for module in model.modules()):\n        raise",
+                "    if fsdp1_modules(model):\n        raise",
                 "    if False:\n        raise",
             ),
         },

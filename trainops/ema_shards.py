@@ -40,10 +40,15 @@ def fsdp_modules(*models: nn.Module) -> list[Any]:
     return [module for model in models for module in model.modules() if isinstance(module, kind)] if kind else []
 
 
+def fsdp1_modules(model: nn.Module) -> list[Any]:
+    """What FSDP1 has wrapped."""
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+    return [module for module in model.modules() if isinstance(module, kind)] if kind else []
+
+
 def check_not_flattened(model: nn.Module) -> None:
     """ValueError where FSDP1 has put the parameters of a model into flat ones, which it gathers and frees at will."""
-    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
-    if kind and any(isinstance(module, kind) for module in model.modules()):
+    if fsdp1_modules(model):
         raise ValueError(
             "there is no average of what FullyShardedDataParallel (FSDP1) has flattened: shard the model with "
             "torch.distributed.fsdp.fully_shard"

@@ -1,5 +1,6 @@
 """Updates that rounding loses: where a step would leave a weight as it is, although the rule moves it."""
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,13 +16,21 @@ if TYPE_CHECKING:
     from .step import TakesFusedSteps
 
 
-def share_of_lost_updates(optimizer: "TakesFusedSteps", coefficient: Tensor | float) -> list[Tensor]:
-    """For each parameter that has a gradient, the share of its elements whose update would be lost.
+def share_of_lost_updates(
+    optimizer: "TakesFusedSteps", params: Sequence[Tensor], coefficient: Tensor | float
+) -> Tensor:
+    """For each of these parameters, the share of its elements whose update would be lost; 0 without a gradient.
 
-    The rule runs in float64 on copies of one parameter at a time. ``coefficient`` is a factor of the gradients.
+    On the device of the first parameter. ``coefficient`` is a factor of the gradients.
     """
+    device, shares = optimizer._device(), dict(_shares(optimizer, coefficient))
+    found = [shares[p].to(device) if p in shares else torch.zeros((), device=device) for p in params]
+    return torch.stack(found) if found else torch.zeros(0, device=device)
+
+
+def _shares(optimizer: "TakesFusedSteps", coefficient: Tensor | float) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each parameter that has a gradient, with its share. The rule runs in float64 on copies of one at a time."""
     formula = getattr(reference, f"{optimizer.rule}_")
-    found = []
     for group in optimizer.param_groups:
         names, settings = optimizer.state_names(group), optimizer.settings(group)
         for param in (p for p in group["params"] if p.grad is not None):
@@ -41,8 +50,7 @@ def share_of_lost_updates(optimizer: "TakesFusedSteps", coefficient: Tensor | fl
                 coefficient=coefficient.to(moved.device) if isinstance(coefficient, Tensor) else coefficient,
             )
             lost = (moved != before) & (moved.to(before.dtype) == before)
-            found.append(lost.sum(dtype=torch.float32) / max(1, lost.numel()))
-    return found
+            yield param, lost.sum(dtype=torch.float32) / max(1, lost.numel())
 
 
 def _moment(state: dict[str, Any], name: str, param: Tensor) -> Tensor:

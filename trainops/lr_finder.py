@@ -66,7 +66,7 @@ def lr_finder(
     _check(model, optimizer, batches, start_lr, end_lr, steps, sweep, accumulate, smoothing, divergence)
     ranks = TrainingRanks(model)
     found = math.inf if repeat else _length(batches)
-    if not ranks.all_have(found >= steps * accumulate, _device_of(model)):
+    if not ranks.all_have(found >= steps * accumulate):
         raise ValueError(_too_few(found, steps, accumulate))
     rates = _rates(start_lr, end_lr, steps, sweep)
     with restored(model, optimizer, scaler, batches):
@@ -127,10 +127,6 @@ def _length(batches: Any) -> float:
         return math.inf
 
 
-def _device_of(model: nn.Module) -> torch.device:
-    return next(p.device for p in model.parameters() if p.requires_grad)
-
-
 def _rates(start: float, end: float, steps: int, sweep: str) -> list[float]:
     places = [i / (steps - 1) for i in range(steps)]
     if sweep == "linear":
@@ -175,7 +171,7 @@ class _Trial:
     def gradients(self, accumulate: int) -> float | None:
         """Gradients of the next batches, and the mean loss over ranks; None where one of them has no more batches."""
         self.current = list(islice(self.batches, accumulate))
-        if not self.ranks.all_have(len(self.current) == accumulate, _device_of(self.model)):
+        if not self.ranks.all_have(len(self.current) == accumulate):
             return None
         return float(self.ranks.mean(self.backward()))
 

@@ -106,6 +106,9 @@ class Activations:
         self._seen: dict[str, _Seen] = {}
         every = list(model.modules())
         self._units = {name: units_of(m, every) for m, name in names.items()}
+        for module, name in names.items():
+            if (known := units_known(module)) is not None:
+                self._units[name] = known._replace(dims=None)  # of one input without a batch, too
         self._hooks = [m.register_forward_hook(_Hook(self._look, name)) for m, name in names.items()]
 
     def __len__(self) -> int:
@@ -173,7 +176,7 @@ class _Seen:
     def __init__(self, module: nn.Module, x: Tensor, units: Units | None) -> None:
         self.stats = tensor_stats([x], histogram=True)
         x = x.reshape(-1) if x.ndim == 0 else x
-        dim = self._units(module, x.ndim, units)
+        dim = self._dim_of(x.ndim, units)
         self.zero = (x == 0).movedim(dim, 0).reshape(x.shape[dim], -1).all(1)
         ends = RANGES.get(type(module))
         if ends is None:
@@ -183,9 +186,9 @@ class _Seen:
             self.saturated = ((x <= ends[0] + near) | (x >= ends[1] - near)).sum().float()
 
     @staticmethod
-    def _units(module: nn.Module, dims: int, units: Units | None) -> int:
+    def _dim_of(dims: int, units: Units | None) -> int:
         """The dimension of the units. Where nothing says it, images have channels first, all else features last."""
-        fits = units is not None and (units.dims in (None, dims) or units_known(module) == units)
+        fits = units is not None and units.dims in (None, dims)
         dim = units.dim if units is not None and fits else (1 if dims > 3 else -1)
         return dim if -dims <= dim < dims else -1
 

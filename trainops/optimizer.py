@@ -231,9 +231,8 @@ class FusedOptimizer(HasOwnSettings, TakesFusedSteps, HasSeed):
         Raises:
             RuntimeError: a gradient is sparse.
         """
-        device = self._device()
-        shares = [x.to(device) for x in share_of_lost_updates(self, self.coefficient())]
-        return torch.stack(shares) if shares else torch.zeros(0, device=device)
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return share_of_lost_updates(self, params, self.coefficient())
 
     def prepare_capture(self) -> None:
         """Make ready for captures of ``step()`` in CUDA graphs. Without effect for parameters on a CPU.

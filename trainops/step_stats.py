@@ -12,6 +12,7 @@ from . import reference
 from .adapters import StepControl
 from .joint_norm import known_norm
 from .lost_updates import share_of_lost_updates
+from .ranks import is_sharded
 from .reference_storage import wide
 from .seeds import OWN_STATE
 from .statistics import TensorStats, keyed, tensor_stats
@@ -179,17 +180,9 @@ class Collection:
         if any(p.grad.layout is not torch.strided for p in measured if p.grad is not None):
             raise RuntimeError("there are no statistics of sparse gradients: leave out `stats`")
         is_full = optimizer.collects == "full"
-        self.lost = self._lost(optimizer, measured, total_norm) if is_full else None
+        self.lost = share_of_lost_updates(optimizer, measured, optimizer.coefficient(total_norm)) if is_full else None
         scale = optimizer._from_scaler("grad_scale")
         self.measured = Measured(optimizer, measured, scale, is_full, optimizer.backend)
-
-    @staticmethod
-    def _lost(optimizer: "FusedOptimizer", params: list[Tensor], total_norm: float | Tensor | None) -> Tensor:
-        """The share of each parameter's updates that rounding loses; 0 where this rank has no gradient."""
-        device = optimizer._device()
-        shares = iter(share_of_lost_updates(optimizer, optimizer.coefficient(total_norm)))
-        found = [torch.zeros((), device=device) if p.grad is None else next(shares).to(device) for p in params]
-        return torch.stack(found) if found else torch.zeros(0, device=device)
 
     def finish(self, skipped: Tensor | None) -> StepStats:
         """After the step."""
@@ -200,7 +193,7 @@ class Collection:
 
 def is_measured(param: Tensor) -> bool:
     """Whether there are statistics of a parameter: it has a gradient here, or may have one on other ranks."""
-    return param.grad is not None or (param.requires_grad and hasattr(param, "_spec"))
+    return param.grad is not None or (param.requires_grad and is_sharded(param))
 
 
 def _gradient(param: Tensor) -> Tensor:

@@ -154,6 +154,13 @@ TRAINOPS_VERSIONS(TRAINOPS_ENCODE, signed, true)
 TRAINOPS_VERSIONS(TRAINOPS_ENCODE, unsigned, false)
 #undef TRAINOPS_ENCODE
 
+void take_apart(const float* __restrict values, int64_t pairs, float* __restrict even, float* __restrict odd) {
+  for (int64_t i = 0; i < pairs; ++i) {
+    even[i] = values[2 * i];
+    odd[i] = values[2 * i + 1];
+  }
+}
+
 TRAINOPS_MULTIVERSION void random_words_of(Random random, int64_t pairs, uint32_t* words) {
   for (int64_t i = 0; i < pairs; ++i) words[i] = random.word(2 * i);
 }
@@ -176,6 +183,13 @@ void read_codes(const Cell& cell, int64_t begin, int64_t size, BFloat16* values)
   std::copy(codes + whole, codes + size, last_codes);
   decode(last_codes, scales + blocks, last, 1);
   std::copy(last, last + (size - whole), values + whole);
+}
+
+void write_codes(const Cell& cell, int64_t begin, int64_t size, const float* values, const uint32_t* words) {
+  float even[kTileNumel / 2], odd[kTileNumel / 2];
+  take_apart(values, size / 2, even, odd);
+  if (size % 2 == 1) even[size / 2] = values[size - 1];
+  write_codes(cell, begin, size, even, odd, words);
 }
 
 void write_codes(const Cell& cell, int64_t begin, int64_t size, float* even, float* odd, const uint32_t* words) {

@@ -37,6 +37,8 @@ void random_words(const Random& random, int64_t begin, int64_t size, uint32_t* w
 
 void read_codes(const Cell& cell, int64_t begin, int64_t size, BFloat16* values);
 
+void write_codes(const Cell& cell, int64_t begin, int64_t size, const float* values, const uint32_t* words);
+
 // Of a whole tile's length: what follows the elements of its last block becomes zero.
 void write_codes(const Cell& cell, int64_t begin, int64_t size, float* even, float* odd, const uint32_t* words);
 

@@ -123,10 +123,7 @@ class State {
     for (int i = 0; i < row.states; ++i) {
       if constexpr (may_have_codes) {
         if (is_codes(row.state[i].dtype)) {
-          float even[kTileNumel / 2], odd[kTileNumel / 2];
-          const CodesColumn apart{nullptr, even, odd};
-          for (int64_t k = 0; k < size; ++k) put(columns[i][k], apart, k);
-          write_codes(row.state[i], begin, size, even, odd, words_);
+          write_codes(row.state[i], begin, size, columns[i], words_);
           continue;
         }
       }
