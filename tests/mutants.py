@@ -195,7 +195,7 @@ C_PLUS_PLUS = [
         },
     ),
     *planted(
-        "csrc/cpu/update.cpp",
+        "csrc/cpu/row.h",
         tests_of("tables", "adamw_types", k="cpu"),
         {
             "cpu: exp_avg_sq written to exp_avg": (
