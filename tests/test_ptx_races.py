@@ -32,7 +32,7 @@ def own_offset(x, role):
     return at_offset(x, (3 + role) % 9)
 
 
-@thorough(lambda seed, dtype: (dtype, seed) not in [(torch.float32, 0), (torch.bfloat16, 1)])
+@thorough(lambda seed, dtype: (dtype, seed) != (torch.bfloat16, 1))
 @pytest.mark.parametrize("seed", range(6))
 def test_no_race(cuda, dtype, seed):
     with cuda.active(), cuda.machine.schedule(resident=8, seed=seed, races=True):
@@ -48,6 +48,7 @@ def test_no_race_between_barriers(cuda, seed):
             work(cuda)
 
 
+@thorough(lambda resident: resident == 2)
 @pytest.mark.parametrize("resident", [1, 2, 3])
 def test_few_blocks_at_a_time(cuda, resident):
     """They draw the chunks of those that have not begun, and leave the counters as the next launch needs them."""
@@ -139,15 +140,20 @@ def norms_of_long_rows(cuda, kind, counts):
 
 
 def norms(cuda):
-    """Rows that blocks finish together, second looks, and more rows than a block has threads."""
-    results = []
-    for kind in STATISTICS.values():
-        results += norms_of_long_rows(cuda, kind, [2100, 20, 3])
-        several = 2 * cuda.module.CHUNK_NUMEL + 5
+    """Rows that blocks finish together, second looks, and more rows than a block has threads.
+
+    What takes longest comes last: most faults show before.
+    """
+    results = [x for kind in STATISTICS.values() for x in norms_of_long_rows(cuda, kind, [2100, 20, 3])]
+    several = 2 * cuda.module.CHUNK_NUMEL + 5
+    for pairs in (2, 130):
         tensors = [torch.ones(several, dtype=torch.float64), torch.full((several,), 3e38)]
-        tensors += [torch.full((3,), 1e-23, dtype=dtype) for dtype in 130 * [torch.float32, torch.bfloat16]]
-        results += select("cuda", "cpu").reduce(kind, [*tensors, torch.ones(several)])
-    results += select("cuda", "cpu").statistics([*tensors, torch.ones(several)], True)
+        tensors += [torch.full((3,), 1e-23, dtype=dtype) for dtype in pairs * [torch.float32, torch.bfloat16]]
+        tensors.append(torch.ones(several))
+        adapter = select("cuda", "cpu")
+        for kind in STATISTICS.values():
+            results += adapter.reduce(kind, tensors)
+        results += adapter.statistics(tensors, True)
     return results
 
 
