@@ -90,7 +90,7 @@ def test_every_backend_has_the_same_bits(target):
 
 @pytest.mark.parametrize("decay", [0.9, 0.0])
 def test_no_nan_becomes_a_number(target, decay):
-    """Random bits would carry the largest mantissa into the sign; and what is cut off the smallest leaves infinity."""
+    """Random bits carry the largest mantissa into the sign; what is cut off the smallest one leaves infinity."""
     bits = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7F800001 - (1 << 31), 0x7FC00000], dtype=torch.int32)
     model = Model([torch.ones(5 * 13, device=target.device)])
     ema = trainops.EMA(
