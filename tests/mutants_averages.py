@@ -69,7 +69,7 @@ AVERAGES = [
     ),
     *planted(
         "csrc/core/buffers.h",
-        CPU,
+        tests_of("core_rows"),
         {"averages: buffers that lie in a parameter": ("return params.touch(address, bytes);", "return false;")},
     ),
     *planted(

@@ -82,6 +82,7 @@ MONITOR = [
             "monitor: bad weights are not told": ('("weight", record.weights), ("update"', '("update"'),
             "monitor: bad updates are not told": (', ("update", record.updates))', ",)"),
             "monitor: an update that is not finite does not move": (" or moved_badly[name] > 0", ""),
+            "monitor: without a learning rate a layer does not move": (" and not x.rests", ""),
         },
     ),
     *planted(
@@ -147,7 +148,6 @@ MONITOR = [
                 "return not all(x.finite for x in layers) and not any(x.update for x in layers)",
                 "return False",
             ),
-            "monitor: without a learning rate a layer does not move": (" and not x.rests", ""),
         },
     ),
 ]

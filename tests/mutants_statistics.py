@@ -114,10 +114,6 @@ STATISTICS = [
                 "args.histogram + chunk.row_index * kExponentBins",
                 "args.histogram",
             ),
-            "guard: found_inf is not asked for": (
-                "judged(*args.guard, result, is_set(args.found_inf))",
-                "judged(*args.guard, result, false)",
-            ),
         },
     ),
     *planted(
@@ -203,6 +199,16 @@ STATISTICS = [
         GUARD_CPU,
         {
             "guard: the CPU's step is taken": ("decision.skips |= guard->verdict != 0.0;", ""),
+        },
+    ),
+    *planted(
+        "csrc/cuda/reduce.cu",
+        GUARD_CUDA,
+        {
+            "guard: found_inf is not asked for": (
+                "judged(*args.guard, result, is_set(args.found_inf))",
+                "judged(*args.guard, result, false)",
+            ),
         },
     ),
     *planted(

@@ -252,6 +252,7 @@ def test_backends_have_the_same_codes_of_second_moments(target):
                 (grads[4][64:96], 0.0),
                 (grads[4][96:128], torch.inf),
                 (grads[4][128:160], torch.nan),
+                (grads[4][170:174], 1e-9),  # small ones among finite ones
             ):
                 x.copy_(torch.tensor(value))
             set_grads(model.params, [x.to(backend.device) for x in grads])
@@ -259,6 +260,22 @@ def test_backends_have_the_same_codes_of_second_moments(target):
         found.append([optimizer.state[p]["exp_avg_sq_codes"] for p in model.params])
     for codes, its in zip(*found, strict=True):
         assert torch.equal(its.cpu(), codes)
+
+
+@over_kernels
+def test_backends_have_the_same_codes_just_below_the_smallest(target):
+    """Blocks have one such element each, which random bits may have made a one before kernels look at it again."""
+    grad = torch.ones(1 << 13)
+    grad[::33] = 1.0625 * 2.0**-15
+    found = []
+    for backend in (REFERENCE, target):
+        p = torch.nn.Parameter(torch.zeros(grad.shape, device=backend.device))
+        optimizer = trainops.SGD([p], momentum=0.5, state_dtype="int8", seed=7, backend=backend.backend)
+        p.grad = grad.to(backend.device)
+        optimizer.step()
+        found.append(optimizer.state[p]["momentum_buffer_codes"].cpu())
+    assert torch.equal(*found)
+    assert found[0][: len(grad) : 33].unique().tolist() == [0, 1]
 
 
 def test_seeds_steps_and_places_matter(target):

@@ -274,7 +274,8 @@ def test_buffers_come_behind_all_other_rows(stepped):
     optimizer, params = stepped
     averages = [{id(p): torch.ones_like(p) for p in params}, {id(params[1]): torch.ones_like(params[1])}]
     long, short = (torch.arange(12.0), torch.zeros(12)), (torch.tensor(7), torch.tensor(0))
-    others = [(torch.zeros(2), params[2].detach()), (torch.zeros(()), torch.ones((), dtype=torch.complex64))]
+    others = [(torch.zeros(1, dtype=FLOAT16), params[2].detach()[2:])]
+    others += [(torch.zeros(()), torch.ones((), dtype=torch.complex64))]
     others += [(torch.zeros(4, dtype=torch.int32), torch.arange(4)), (torch.zeros(3, 2), torch.zeros(2, 3).t())]
     taken = [[(*long, True, 0), (torch.zeros(0), torch.ones(0), False, 1)], [(*short, False, 0), (*long, False, 1)]]
     buffers = [taken[0], [*taken[1], *((*pair, i == 3, 2) for i, pair in enumerate(others))]]

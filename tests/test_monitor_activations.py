@@ -30,6 +30,11 @@ class Styled(nn.InstanceNorm2d):
     pass
 
 
+class ChannelsFirst(nn.Module):
+    def forward(self, x):
+        return x.movedim(-1, 1)
+
+
 # Modules whose output has 4 units, one of them dead, by the shape of their input, and the name that is watched.
 LAST = {
     "linear": (lambda: nn.Sequential(nn.Linear(3, 4)), (5, 3), "0"),
@@ -51,6 +56,7 @@ SECOND = {
     "styled": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), Styled(4, affine=True)), (2, 3, 9, 9), "1"),
     "batch_norm": (lambda: nn.Sequential(nn.BatchNorm1d(4)), (2, 4, 9), "0"),
     "pooled": (lambda: nn.Sequential(nn.Conv1d(3, 4, 3), nn.MaxPool1d(2)), (2, 3, 9), "1"),
+    "moved": (lambda: nn.Sequential(nn.Linear(3, 4), ChannelsFirst(), nn.ReLU()), (2, 6, 7, 3), "2"),
 }
 
 
@@ -145,13 +151,15 @@ def test_outputs_in_a_closure_are_those_of_its_step():
     assert [record.flat()["activation/numel/1"] for record in monitor.records] == [4, 12]
 
 
-def test_what_a_checkpoint_computes_again_is_not_looked_at_again():
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_what_a_checkpoint_computes_again_is_not_looked_at_again(use_reentrant):
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    monitor = Monitor(model, optimizer, activations="1")
-    torch.utils.checkpoint.checkpoint(model, torch.randn(5, 3), use_reentrant=False).sum().backward()
+    monitor = Monitor(model, optimizer, activations=["0", "1"])  # one computes no more than what backward needs: "0"
+    x = torch.randn(5, 3, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(model, x, use_reentrant=use_reentrant).sum().backward()
     optimizer.step()
-    assert monitor.flat()["activation/numel/1"] == 5 * 4
+    assert [monitor.flat()[f"activation/numel/{name}"] for name in "01"] == [5 * 4, 5 * 4]
 
 
 def test_what_was_watched_is_freed():

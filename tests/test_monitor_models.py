@@ -121,10 +121,22 @@ def test_a_modules_name_is_that_module_alone():
         monitor.remove()
 
 
+def counted(params):
+    return trainops.AdamW(params, skip_nonfinite=True)
+
+
+def uncounted(params):
+    """PyTorch's own, told by a GradScaler."""
+    optimizer = torch.optim.SGD(params, 0.1, fused=True)
+    optimizer.found_inf = torch.ones(())
+    return optimizer
+
+
+@pytest.mark.parametrize("make", [counted, uncounted])
 @pytest.mark.parametrize("bad", [0, slice(None)], ids=["one", "all"])
-def test_a_step_that_was_skipped_is_told_by_what_is_not_finite_alone(bad):
+def test_a_step_that_was_skipped_is_told_by_what_is_not_finite_alone(bad, make):
     model = network()
-    optimizer = trainops.AdamW(model.parameters(), skip_nonfinite=True)
+    optimizer = make(model.parameters())
     monitor = Monitor(model, optimizer, every=1)
     model(torch.randn(4, 6)).square().sum().backward()
     model[0].weight.grad.view(-1)[bad] = torch.inf

@@ -88,6 +88,19 @@ def test_every_backend_has_the_same_bits(target):
     assert all(map(same_bits, ours, theirs))
 
 
+@pytest.mark.parametrize("decay", [0.9, 0.0])
+def test_no_nan_becomes_a_number(target, decay):
+    """Random bits carry the largest mantissa into the sign; what is cut off the smallest one leaves infinity."""
+    bits = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7F800001 - (1 << 31), 0x7FC00000], dtype=torch.int32)
+    model = Model([torch.ones(5 * 13, device=target.device)])
+    ema = trainops.EMA(
+        model, decay, dtype=BFLOAT16, update_after_step=-1, stochastic_rounding=True, backend=target.backend
+    )
+    model.params[0].data.copy_(bits.repeat(13).view(FLOAT32))
+    ema.update()
+    assert ema.module.params[0].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32])
 def test_a_step_moves_it_as_an_update_after_it(target, dtype):
     """Buffers and parameters without a gradient included, whose averages no step moves."""
