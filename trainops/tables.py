@@ -97,7 +97,8 @@ def have_common_memory(params: Sequence[Tensor]) -> bool:
     """Whether a parameter is there twice, as PyTorch allows within a group, or shares elements with another one."""
     if len(set(map(id, params))) < len(params):
         return True
-    shards = [x for x in map(local, params) if type(x) in PLAIN and x.numel() > 0 and not x.is_meta]
+    shards = params if all_plain(params) else [x for x in map(local, params) if type(x) in PLAIN]
+    shards = [x for x in shards if x.numel() > 0 and not x.is_meta]
     begins = [x.data_ptr() for x in shards]
     sizes = [x.nbytes if x.is_contiguous() else _extent(x) for x in shards]
     spans = sorted(zip(begins, sizes, strict=True))
