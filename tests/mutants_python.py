@@ -54,8 +54,8 @@ PYTHON = [
             "foreach: eps is not put right": ('"eps": settings["eps"] * by', '"eps": settings["eps"]'),
             "foreach: all rows have the first one's count": ("if len(parts) > 1:", "if False:"),
             "foreach: the largest square is no NaN": (
-                'not all_finite(chunk["exp_avg_sq"])',
-                "False",
+                'if "max_exp_avg_sq" in chunk and not',
+                "if False and not",
             ),
             "foreach: averages of a chunk stay": (
                 "        for its, decay in averages:\n",
