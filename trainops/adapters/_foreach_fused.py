@@ -112,7 +112,9 @@ def _step(
                     move(chunk[name], chunk["param"], (dtype, dtype), decay, None)
         return
     limit = copied_numel(device, dtype)
-    plan = list(batches(columns, found or alike(columns["grad"]), limit))  # views are made faster all at once
+    plan = list(
+        batches(columns, found or alike(columns["grad"], of_one_type=True), limit)
+    )  # views are made faster all at once
     copies: list[Copy] = []
     if scale is not None:
         scale, memory = scale.to(dtype), torch.empty(limit, dtype=dtype, device=device)
@@ -172,9 +174,8 @@ def _adamw(chunk: Columns, grads: list[Tensor], settings: Mapping[str, Any]) -> 
         amsgrad="max_exp_avg_sq" in chunk,
         maximize=bool(settings["maximize"]),
     )
-    if "max_exp_avg_sq" in chunk and not all_finite(
-        chunk["exp_avg_sq"]
-    ):  # its larger of a NaN and a number may be either
+    # Of a NaN and a number, the fused step may take either for the larger one.
+    if "max_exp_avg_sq" in chunk and not all_finite(chunk["exp_avg_sq"]):
         torch._foreach_maximum_(chunk["max_exp_avg_sq"], chunk["exp_avg_sq"])
         for param, largest in zip(chunk["param"], chunk["max_exp_avg_sq"], strict=True):
             param.view(-1).masked_fill_(largest.view(-1).isnan(), math.nan)

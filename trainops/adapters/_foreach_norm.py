@@ -19,6 +19,9 @@ from ._foreach_rows import Alike, alike, copied_numel, flat, on_host
 ROW = 256
 LONG = 1024
 
+# Stacks of so many chunks' elements are kept for the step.
+KEPT = 4
+
 # Squares of a smaller norm's elements may vanish in float32.
 SMALLEST = 2.0**-30
 
@@ -80,7 +83,7 @@ def _values(tensors: Sequence[Tensor], norm_type: float, found: Alike) -> list[f
         stacked = found.stacked
         single = [i for i in found.single if tensors[i].numel() >= LONG]
         stacks = [torch.stack([tensors[i] for i in rows]) for rows in stacked]
-        if sum(map(Tensor.numel, stacks)) <= copied_numel(tensors[0].device, tensors[0].dtype):
+        if sum(map(Tensor.numel, stacks)) <= KEPT * copied_numel(tensors[0].device, tensors[0].dtype):
             found.stacks = stacks
         parts = [_norms_of_lines(x, x.numel() // len(x)) for x in stacks]
         rows = [_rows(x, x.numel()).view(-1) for x in map(tensors.__getitem__, single)]

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -121,17 +121,17 @@ class Alike:
     stacks: list[Tensor] = field(default_factory=list)  # those of ``stacked``, where somebody has left them
 
 
-def alike(tensors: Sequence[Tensor]) -> Alike:
-    """Find out which are."""
-    by_shape: dict[tuple[torch.dtype, torch.Size], list[int]] = {}
-    for i, kind in enumerate([(x.dtype, x.shape) for x in tensors]):
-        if kind in by_shape:
-            by_shape[kind].append(i)
+def alike(tensors: Sequence[Tensor], of_one_type: bool = False) -> Alike:
+    """Find out which are. ``of_one_type``: whether it is known that all have the same."""
+    by_kind: dict[Any, list[int]] = {}
+    for i, kind in enumerate([x.shape if of_one_type else (x.dtype, x.shape) for x in tensors]):
+        if kind in by_kind:
+            by_kind[kind].append(i)
         else:
-            by_shape[kind] = [i]
+            by_kind[kind] = [i]
     found = Alike([], [])
-    for (_, shape), rows in by_shape.items():
-        if len(rows) < FEW or shape.numel() >= LARGE:
+    for rows in by_kind.values():
+        if len(rows) < FEW or tensors[rows[0]].numel() >= LARGE:
             found.single.extend(rows)
         else:
             found.stacked.append(rows)
