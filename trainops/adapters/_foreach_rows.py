@@ -151,12 +151,12 @@ def batches(columns: Columns, found: Alike, limit: int) -> Iterator[tuple[Column
     runs: list[Run] = []
     order: list[int] = []
     single = list(found.single)
-    for rows, stack in zip(found.stacked, found.stacks or [None] * len(found.stacked), strict=True):
+    for i, rows in enumerate(found.stacked):
         if numels[rows[0]].numel() > limit:
             single += rows
             continue
         order += rows
-        runs.append(Run(len(rows), stack))
+        runs.append(Run(len(rows), found.stacks[i] if found.stacks else None))
     runs.reverse()
     for chunk in chunks(rows_of(columns, [*order, *single]), limit):
         own: list[Run] = []
@@ -253,4 +253,5 @@ def _sum_of_small(tensors: Sequence[Tensor], stacks: bool = False) -> float:
     if stacks:
         with suppress(RuntimeError):  # parameters need not have the shapes of gradients that do
             return torch.stack(list(tensors)).sum().item()
-    return torch._utils._flatten_dense_tensors(tensors).sum().item()  # type: ignore[no-untyped-call]
+    line: Tensor = torch._utils._flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
+    return line.sum().item()
