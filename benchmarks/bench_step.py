@@ -39,11 +39,12 @@ ELEMENTS = 1 + 7 + 2
 
 
 def provider(work: Work, optimizer: Optimizer, averages: list[Tensor], step: Step) -> Provider:
-    """One step, and what it moves."""
+    """One step, and what it moves. Others clip the gradients that all share: there are new ones before each."""
     return Provider(
         {"step": step},
         lambda: {"params": work.params, "averages": averages},
         lambda: {**moments_of(optimizer), "averages": averages},
+        before=lambda: work.prepare(0),
     )
 
 

@@ -144,7 +144,9 @@ GROUPS = st.fixed_dictionaries(
 OF_STEPS: dict[str, Any] = {
     "max_grad_norm": st.sampled_from([0.5, 0.0, 1e-3, 1e9, float("inf"), torch.tensor([0.25])]),
     "skip_nonfinite": st.booleans(),
-    "state_dtype": st.sampled_from([torch.float32, torch.bfloat16, (torch.bfloat16, torch.float32)]),
+    "state_dtype": st.sampled_from([torch.float32, torch.bfloat16, (torch.bfloat16, torch.float32)])
+    | st.sampled_from(["int8", (torch.float32, "int8"), ("int8", torch.bfloat16)]),
+    "stochastic_rounding": st.booleans(),
     "master": st.sampled_from(["split", "float32"]),
 }
 OF_AVERAGES: dict[str, Any] = {
@@ -154,22 +156,10 @@ OF_AVERAGES: dict[str, Any] = {
     "update_after_step": st.sampled_from([-2, 0, 1]),
     "update_every": st.sampled_from([1, 2]),
     "average_buffers": st.booleans(),
+    "stochastic_rounding": st.booleans(),
 }
-EIGHT_BITS = st.sampled_from(["int8", (torch.float32, "int8"), ("int8", torch.bfloat16)])
-STOCHASTIC = {"stochastic_rounding": st.booleans()}
-
-
-def settings_of_steps(may_be_random: bool = True) -> Any:
-    """Those of an optimizer; ``may_be_random``: 8-bit state and stochastic rounding among them."""
-    state_dtype = OF_STEPS["state_dtype"] | EIGHT_BITS
-    more = {"state_dtype": state_dtype, **STOCHASTIC} if may_be_random else {}
-    return st.fixed_dictionaries({}, optional=OF_STEPS | more)
-
-
-def averages(may_be_random: bool = True) -> Any:
-    """None, or the options of an average, which may be rounded stochastically."""
-    decay = {"decay": st.sampled_from([0.9, 0.0, 0.3, 0.5, 0.9999, 1.0])}
-    return st.none() | st.fixed_dictionaries(decay, optional=OF_AVERAGES | (STOCHASTIC if may_be_random else {}))
+SETTINGS = st.fixed_dictionaries({}, optional=OF_STEPS)
+AVERAGES = st.fixed_dictionaries({"decay": st.sampled_from([0.9, 0.0, 0.3, 0.5, 0.9999, 1.0])}, optional=OF_AVERAGES)
 
 
 NOTHING = ["nothing"] * 4
@@ -186,7 +176,7 @@ STEPS = st.builds(
 )
 
 
-def cases(shapes: Any, most_rows: int = 6, most_steps: int = 4, may_be_random: bool = True) -> Any:
+def cases(shapes: Any, most_rows: int = 6, most_steps: int = 4) -> Any:
     """Cases over parameters of some shapes: of one dtype, of several, or complex ones among them."""
     dtypes = [
         *(st.just(dtype) for dtype in FLOATS),
@@ -197,8 +187,8 @@ def cases(shapes: Any, most_rows: int = 6, most_steps: int = 4, may_be_random: b
         Case,
         rows=st.sampled_from(dtypes).flatmap(lambda dtype: lists_of_rows(shapes, dtype, most_rows)),
         groups=st.lists(GROUPS, min_size=1, max_size=3),
-        settings=settings_of_steps(may_be_random),
-        ema=averages(may_be_random),
+        settings=SETTINGS,
+        ema=st.none() | AVERAGES,
         fused=st.booleans(),
         steps=st.lists(STEPS, min_size=1, max_size=most_steps),
         seed=st.integers(0, 7),

@@ -44,8 +44,18 @@ PYTHON = [
         FOREACH,
         {
             "foreach: the coefficient is left out": (
-                "copies = None if scale is None else Copies(scale, dtype, limit)",
-                "copies = None",
+                'chunk["grad"] if scale is None else copies[i].scaled(scale)',
+                'chunk["grad"]',
+            ),
+            "foreach: what cancels in float64": (
+                "_step(part, with_exact_corrections(settings, count),",
+                "_step(part, settings,",
+            ),
+            "foreach: eps is not put right": ('"eps": settings["eps"] * by', '"eps": settings["eps"]'),
+            "foreach: all rows have the first one's count": ("if len(parts) > 1:", "if False:"),
+            "foreach: the largest square is no NaN": (
+                'if "max_exp_avg_sq" in chunk and not',
+                "if False and not",
             ),
             "foreach: averages of a chunk stay": (
                 "        for its, decay in averages:\n",
@@ -83,7 +93,12 @@ PYTHON = [
         tests_of("foreach"),
         {
             "foreach: chunks without a limit": ("if i > begin and size + numel > limit:", "if False:"),
-            "foreach: infinities in small tensors": ("    if small:", "    if False:"),
+            "foreach: infinities in small tensors": (
+                "_sum_of_small(small) if small else 0.0",
+                "0.0",
+            ),
+            "foreach: infinities in stacks": ("run.length], stacks=True)", "run.length][:0])"),
+            "foreach: a run goes on with its first stack": ("stack[taken:]", "stack[:taken]"),
             "foreach: a row's number for another": ("in zip(rows, self._sizes", "in zip(rows[::-1], self._sizes"),
         },
     ),

@@ -8,7 +8,8 @@ import math
 
 import pytest
 import torch
-from contract import DTYPES, same_bits
+from contract import DTYPES, assert_contract, exact, same_bits
+from exact import adamw_step, clip_coefficient, norm
 from targets import over
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -147,36 +148,89 @@ SHARED = [(3,), (40, 40), (70, 70), (3,), (5,), (40, 40), (3,), (0,), (40, 40), 
 @pytest.mark.parametrize("shapes", [SHAPES, SHARED, 5 * [()] + 4 * [(0,)]], ids=["different", "shared", "tiny"])
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 def test_a_fused_step_reads_gradients_and_copies_a_chunk_at_a_time(monkeypatch, dtype, shapes):
-    whole, plain = (
-        Step(backend, (dtype,) * 4, shapes=shapes, max_grad_norm=0.5) for backend in ("foreach", "reference")
+    step, whole, plain = (
+        Step(backend, (dtype,) * 4, shapes=shapes, max_grad_norm=0.5)
+        for backend in ("foreach", "foreach", "reference")
     )
+    for each in (step, whole, plain):
+        for state in each.optimizer.state.values():
+            state["step"].fill_(3.0)
     whole.optimizer.step()
     plain.optimizer.step()
-    step = Step("foreach", (dtype,) * 4, shapes=shapes, max_grad_norm=0.5)
-    grads, copied = copies(step.grads()), []
-    scaled = _foreach_fused.Copies.scaled
+    grads, sizes, memory = copies(step.grads()), [], {}
+    scaled = _foreach_fused.Copy.scaled
 
-    def noted(self, tensors, are_alike):
-        found = scaled(self, tensors, are_alike)
-        copied.append((sum(x.numel() for x in found), found[0].untyped_storage().data_ptr()))
+    def noted(self, coefficient):
+        found = scaled(self, coefficient)
+        sizes.append(sum(x.numel() for x in found))
+        memory.update({(its := x.untyped_storage()).data_ptr(): its.nbytes() for x in found if x.numel()})
         return found
 
-    monkeypatch.setattr(_foreach_fused, "chunk_numel", lambda device: 250)
-    monkeypatch.setattr(_foreach_fused.Copies, "scaled", noted)
+    limit = 500
+    for module in (_foreach_fused, _foreach_norm):
+        monkeypatch.setattr(module, "copied_numel", lambda device, dtype: limit)
+    monkeypatch.setattr(_foreach_fused.Copy, "scaled", noted)
     step.optimizer.step()
     assert all_same(step.grads(), grads)
-    sizes, memory = zip(*copied, strict=True)
-    assert max(sizes) <= 500
+    assert max(sizes) <= limit
     assert sum(sizes) == sum(x.numel() for x in grads)
-    assert len(set(memory)) == 1
+    assert sum(memory.values()) <= (_foreach_norm.KEPT + 1) * limit * dtype.itemsize
     for other in (whole, plain):
         for x, y in zip(step.tensors(), other.tensors(), strict=True):
             torch.testing.assert_close(x, y, rtol=4 * torch.finfo(dtype).eps, atol=1e-7)
 
 
+BETAS = [(0.9, 0.999), (0.0, 0.999), (0.9, 1 - 1e-7), (1 - 1e-9, 1 - 1e-12)]
+
+
+@pytest.mark.parametrize("betas", BETAS, ids=str)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_a_fused_step_in_float64_has_its_accuracy(betas, weight_decay):
+    """Of weights that are zero, the step is all that is left: it shows what cancels in ``1 - beta ** count``."""
+    step = Step("foreach", (F64,) * 4, betas=betas, weight_decay=weight_decay, eps=0.5, max_grad_norm=0.5)
+    for p in step.params:
+        p.data.masked_fill_(torch.rand(p.shape) < 0.5, 0.0)
+    before = copies(step.tensors())
+    rows = [
+        [exact(x) for x in (p, step.optimizer.state[p]["exp_avg"], step.optimizer.state[p]["exp_avg_sq"])]
+        for p in step.params
+    ]
+    step.optimizer.step()
+    assert not all_same(step.tensors(), before)
+    coefficient = clip_coefficient(norm(list(map(exact, step.grads()))), 0.5)
+    for i, (p, (param, *moments)) in enumerate(zip(step.params, rows, strict=True)):
+        options = {"lr": 0.1, "betas": betas, "eps": 0.5, "weight_decay": weight_decay, "coefficient": coefficient}
+        true = adamw_step(param, exact(p.grad), *moments, None, i + 1, **options)
+        assert_contract(p, true["param"], None, f"parameter {i}")
+
+
+def test_counts_that_no_steps_have_made():
+    """They are taken as the specification takes them."""
+    steps = [Step(backend, (F64,) * 4) for backend in ("foreach", "reference")]
+    for step in steps:
+        for p, count in zip(step.params, [-1.0, -5.0, NAN, -0.5, INF, 1e9, 0.5], strict=True):
+            step.optimizer.state[p]["step"].fill_(count)
+        step.optimizer.step()
+    for x, y in zip(*(step.tensors() for step in steps), strict=True):
+        torch.testing.assert_close(x, y, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_nan_is_the_largest_square_there_is(dtype):
+    """Of a NaN and a number, PyTorch's fused step may take the number."""
+    steps = [Step(backend, (dtype,) * 4, amsgrad=True, betas=(0.0, 0.0)) for backend in ("foreach", "reference")]
+    for step in steps:
+        for p in step.params[2:]:
+            p.grad.view(-1)[-1] = NAN
+            step.optimizer.state[p]["exp_avg_sq"].view(-1)[0] = INF  # which makes NaN of another kind: 0 * INF
+        step.optimizer.step()
+    for x, y in zip(*(step.tensors() for step in steps), strict=True):
+        assert torch.equal(x.isnan(), y.isnan())
+
+
 def test_gradients_that_are_not_clipped_are_not_copied(monkeypatch):
     step = Step("foreach", (F32,) * 4, max_grad_norm=1e9)
-    monkeypatch.setattr(_foreach_fused, "Copies", None)
+    monkeypatch.setattr(_foreach_fused, "Copy", None)
     step.optimizer.step()
     assert step.optimizer.grad_norm > 0
 
@@ -211,16 +265,21 @@ def test_norms_of_tensors_that_share_shapes(dtype):
     torch.testing.assert_close(norms, true, rtol=1e-12 if dtype == F64 else 1e-6, atol=0)
 
 
+def runs_of(*lengths):
+    return [_foreach_rows.Run(length, None) for length in lengths]
+
+
 @pytest.mark.parametrize("value", [INF, -INF, NAN])
 def test_what_is_not_finite_is_found(value):
     for i, shape in enumerate(SHARED):
         tensors = [torch.ones(shape) for shape in SHARED]
         assert _foreach_rows.all_finite(tensors)
-        assert _foreach_rows.all_finite([tensors[i]] * 3, are_alike=True)
+        assert _foreach_rows.all_finite([tensors[i]] * 3, runs_of(2, 1))
         tensors[i].view(-1)[-1:] = value
         assert _foreach_rows.all_finite(tensors) is (shape == (0,))
-        assert _foreach_rows.all_finite([torch.ones(shape), tensors[i]], are_alike=True) is (shape == (0,))
-        assert _foreach_rows.all_finite([tensors[i].view(-1), torch.ones(2, 2)], are_alike=True) is (shape == (0,))
+        for runs in (runs_of(), runs_of(1), runs_of(2), runs_of(1, 1)):
+            assert _foreach_rows.all_finite([torch.ones(shape), tensors[i]], runs) is (shape == (0,))
+            assert _foreach_rows.all_finite([tensors[i].view(-1), torch.ones(2, 2)], runs) is (shape == (0,))
 
 
 @pytest.mark.parametrize("limit", [1, 8, 11, 1000])

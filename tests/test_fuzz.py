@@ -78,8 +78,8 @@ def test_steps(target, case):
     go_through(case, target)
 
 
-@on("foreach")  # leaves what is random to the specification
-@given(case=fuzz.cases(st.sampled_from([*fuzz.SHAPES * 10, (65_537,)]), may_be_random=False))
+@on("foreach")
+@given(case=fuzz.cases(st.sampled_from([*fuzz.SHAPES * 10, (65_537,)])))
 @examples(60)
 def test_steps_of_foreach(target, case):
     go_through(case, target)
@@ -163,7 +163,7 @@ WRONG = st.builds(
     fuzz.Case,
     rows=REAL_ROWS,
     groups=st.lists(fuzz.GROUPS, min_size=1, max_size=2),
-    settings=fuzz.settings_of_steps(),
+    settings=fuzz.SETTINGS,
     ema=st.just({"decay": 0.5}),
     fused=st.just(True),
     steps=st.lists(PLAIN_STEP, min_size=1, max_size=1),

@@ -8,7 +8,7 @@ import importlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from operator import add, gt
 from typing import Any, cast
 
 import torch
@@ -97,11 +97,15 @@ def have_common_memory(params: Sequence[Tensor]) -> bool:
     """Whether a parameter is there twice, as PyTorch allows within a group, or shares elements with another one."""
     if len(set(map(id, params))) < len(params):
         return True
-    shards = [x for x in map(local, params) if type(x) in PLAIN and x.numel() > 0 and not x.is_meta]
-    begins = [x.data_ptr() for x in shards]
+    shards = params if all_plain(params) else [x for x in map(local, params) if type(x) in PLAIN]
     sizes = [x.nbytes if x.is_contiguous() else _extent(x) for x in shards]
-    spans = sorted(zip(begins, sizes, strict=True))
-    return any(begin + size > following for (begin, size), (following, _) in pairwise(spans))
+    spans = [
+        span for span in zip(map(Tensor.data_ptr, shards), sizes, strict=True) if all(span)
+    ]  # others lie nowhere
+    size_at = dict(spans)
+    begins = sorted(size_at)
+    ends = map(add, begins, map(size_at.__getitem__, begins))
+    return len(size_at) < len(spans) or any(map(gt, ends, begins[1:]))
 
 
 def _extent(x: Tensor) -> int:

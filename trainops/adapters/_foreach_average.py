@@ -63,8 +63,8 @@ def move(
     device, is_wide = averages[0].device, types[0] == types[1] and types[0] in WIDE
     columns, limit = {"average": averages, "tensor": tensors}, chunk_numel(device)
     if is_wide and skip is None and 0.0 < decay < 1.0 and on_host(device):
-        for chunk, are_alike in batches(columns, alike(tensors), limit):
-            move_chunk(chunk["average"], chunk["tensor"], decay, all_finite(chunk["tensor"], are_alike))
+        for chunk, runs in list(batches(columns, alike(tensors), limit)):
+            move_chunk(chunk["average"], chunk["tensor"], decay, all_finite(chunk["tensor"], runs))
         return
     for chunk in chunks(columns, limit):
         _compose(chunk["average"], chunk["tensor"], decay, skip)

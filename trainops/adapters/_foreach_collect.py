@@ -37,15 +37,18 @@ def collect(
     every: list[Tensor] = []
     averaged = [0] * len(averages)
     for group, names in zip(param_groups, states, strict=True):
-        params = [p for p in group["params"] if p.grad is not None]
+        params, grads = group["params"], [p.grad for p in group["params"]]
+        if None.__class__ in map(type, grads):
+            params = [p for p, grad in zip(params, grads, strict=True) if grad is not None]
+            grads = [grad for grad in grads if grad is not None]
         own = _states_of(params, state)
         if not all(own):
             return None
         try:
-            columns = {name: [its[name] for its in own if its] for name in ("step", *names)}
+            columns: Columns = {name: [its[name] for its in own] for name in ("step", *names)}
         except KeyError:
             return None
-        columns |= {"param": params, "grad": [p.grad for p in params if p.grad is not None]}
+        columns |= {"param": params, "grad": grads}
         for i, its in enumerate(averages):
             found = [x for x in map(its.get, map(id, params)) if x is not None]
             if len(found) not in (0, len(params)):

@@ -4,6 +4,7 @@ That would rewrite gradients that it scales. So it is given copies that are scal
 time, always in the same memory, which stays in the cache. Averages move while the weights of their chunk are there.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,14 +12,24 @@ import torch
 from torch import Tensor
 
 from ._foreach_average import move, move_chunk
-from ._foreach_rows import WIDE, Alike, Columns, alike, all_finite, batches, chunk_numel, chunks, on_host
+from ._foreach_rows import (
+    WIDE,
+    Alike,
+    Columns,
+    Run,
+    alike,
+    all_finite,
+    batches,
+    chunk_numel,
+    chunks,
+    copied_numel,
+    on_host,
+    rows_of,
+)
 from .interface import AVERAGES
 
 # The types of device that have PyTorch's fused step.
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
-
-# In 1 - beta ** step, as PyTorch's fused step has it, more than this cancels too many digits of float64.
-LARGEST_BETA = 0.9999
 
 
 def takes(rule: str, columns: Columns, types_of: Mapping[str, torch.dtype], settings: Mapping[str, Any]) -> bool:
@@ -28,10 +39,15 @@ def takes(rule: str, columns: Columns, types_of: Mapping[str, torch.dtype], sett
         rule == "adamw"
         and dtype in WIDE
         and all(its == (torch.float32 if name == "step" else dtype) for name, its in types_of.items())
-        and (dtype == torch.float32 or max(settings["beta1"], settings["beta2"]) <= LARGEST_BETA)
         and device.type in FUSED_DEVICES
-        and (on_host(device) or not isinstance(settings["lr"], Tensor))
+        and (on_host(device) or _is_exact_unseen(types_of, settings))
     )
+
+
+def _is_exact_unseen(types_of: Mapping[str, torch.dtype], settings: Mapping[str, Any]) -> bool:
+    """Whether the fused step is right without a look at numbers: step counts, the rate, NaN among squares."""
+    is_plain = types_of["param"] == torch.float32 and "max_exp_avg_sq" not in types_of
+    return is_plain and not isinstance(settings["lr"], Tensor)
 
 
 def step(
@@ -43,6 +59,44 @@ def step(
 ) -> None:
     """A step of rows in one piece each, and their averages. ``found``: which gradients are alike, if it is known."""
     torch._foreach_add_(columns["step"], torch.ones(()), alpha=1.0)
+    if columns["param"][0].dtype == torch.float32:
+        _step(columns, settings, coefficient, ema_decays, found)
+        return
+    parts: dict[float, list[int]] = {}
+    for i, count in enumerate(torch.stack(columns["step"]).tolist()):
+        parts.setdefault(count, []).append(i)
+    for count, rows in parts.items():
+        if len(parts) > 1:
+            part, found = rows_of(columns, rows), None
+        else:
+            part = columns
+        _step(part, with_exact_corrections(settings, count), coefficient, ema_decays, found)
+
+
+def with_exact_corrections(settings: Mapping[str, Any], count: float) -> Mapping[str, Any]:
+    """Settings with which PyTorch's fused step has the accuracy of float64, after so many steps with this one.
+
+    Its ``c = 1 - beta ** count`` cancels digits. It moves weights by ``lr / c1 * m / (sqrt(v) / sqrt(c2) + eps)``, so
+    that what its c1 and c2 are off can be put right in ``lr`` and ``eps``.
+    """
+    if not count >= 1.0:
+        return settings  # nobody's count
+    beta1, beta2 = settings["beta1"], settings["beta2"]
+    theirs1, theirs2 = 1.0 - beta1**count, 1.0 - beta2**count
+    exact1, exact2 = (-math.expm1(count * math.log(beta)) if beta > 0.0 else 1.0 for beta in (beta1, beta2))
+    by = math.sqrt(exact2) / math.sqrt(theirs2)
+    lr = by * theirs1 / exact1
+    own = {"lr": float(settings["lr"]) * lr, "eps": settings["eps"] * by}
+    return {**settings, **own, "weight_decay": settings["weight_decay"] / lr}  # which the step multiplies by lr
+
+
+def _step(
+    columns: Columns,
+    settings: Mapping[str, Any],
+    coefficient: Tensor | float,
+    ema_decays: Sequence[float],
+    found: Alike | None,
+) -> None:
     scale = coefficient if isinstance(coefficient, Tensor) else None
     decays = dict(zip(AVERAGES, ema_decays, strict=False))
     if scale is None and columns.keys().isdisjoint(AVERAGES):
@@ -57,36 +111,51 @@ def step(
                 if name in chunk:
                     move(chunk[name], chunk["param"], (dtype, dtype), decay, None)
         return
-    limit = 2 * chunk_numel(device)  # of the seven columns, few are read twice
-    copies = None if scale is None else Copies(scale, dtype, limit)
-    for chunk, are_alike in batches(columns, found or alike(columns["grad"]), limit):
-        grads = chunk["grad"] if copies is None else copies.scaled(chunk["grad"], are_alike)
-        _adamw(chunk, grads, settings)
+    limit = copied_numel(device, dtype)
+    plan = list(
+        batches(columns, found or alike(columns["grad"], of_one_type=True), limit)
+    )  # views are made faster all at once
+    copies: list[Copy] = []
+    if scale is not None:
+        scale, memory = scale.to(dtype), torch.empty(limit, dtype=dtype, device=device)
+        copies = [Copy(chunk["grad"], runs, memory) for chunk, runs in plan]
+    for i, (chunk, runs) in enumerate(plan):
+        _adamw(chunk, chunk["grad"] if scale is None else copies[i].scaled(scale), settings)
         averages = [(chunk[name], decay) for name, decay in decays.items() if name in chunk]
-        is_finite = bool(averages) and all_finite(chunk["param"], are_alike)
+        is_finite = bool(averages) and all_finite(chunk["param"], runs)
         for its, decay in averages:
             move_chunk(its, chunk["param"], decay, is_finite)
 
 
-class Copies:
-    """Gradients times a coefficient, in memory that each chunk uses again."""
+class Copy:
+    """The gradients of a chunk, times a coefficient, in memory that each chunk uses again; stacks where they are."""
 
-    def __init__(self, coefficient: Tensor, dtype: torch.dtype, limit: int) -> None:
-        self._coefficient = coefficient.to(dtype)
-        self._memory = torch.empty(limit, dtype=dtype, device=coefficient.device)
+    def __init__(self, grads: list[Tensor], runs: Sequence[Run], memory: Tensor) -> None:
+        self._tensors: list[Tensor] = []
+        self._whole: list[Tensor] = []  # stacks, and from what those are made that nobody has made yet
+        self._stacks: list[tuple[list[Tensor], Tensor]] = []
+        for length, stack in runs:
+            begin = len(self._tensors)
+            if stack is None:
+                numel = length * grads[begin].numel()
+                stack, memory = memory[:numel].view(length, *grads[begin].shape), memory[numel:]
+                self._stacks.append((grads[begin : begin + length], stack))
+            self._whole.append(stack)
+            self._tensors += stack.unbind()
+        self._lines = [x.view(-1) for x in grads[len(self._tensors) :]]
+        sizes = list(map(Tensor.numel, self._lines))
+        self._copies = torch.split_with_sizes(memory[: sum(sizes)], sizes)
+        self._tensors += self._copies
 
-    def scaled(self, grads: list[Tensor], are_alike: bool) -> list[Tensor]:
-        """Those of a chunk of at most ``limit`` elements; valid until the next."""
-        if are_alike:
-            first = grads[0]
-            stack = self._memory[: len(grads) * first.numel()].view(len(grads), *first.shape)
-            return list(torch.stack(grads, out=stack).mul_(self._coefficient).unbind())
-        lines = [x.view(-1) for x in grads]
-        sizes = list(map(Tensor.numel, lines))
-        copies = torch.split_with_sizes(self._memory[: sum(sizes)], sizes)
-        for line, copy in zip(lines, copies, strict=True):
-            torch.mul(line, self._coefficient, out=copy)
-        return list(copies)
+    def scaled(self, coefficient: Tensor) -> list[Tensor]:
+        """The copies, which are valid until another chunk's are made."""
+        for grads, stack in self._stacks:
+            torch.stack(grads, out=stack)
+        for stack in self._whole:
+            stack.mul_(coefficient)
+        for line, copy in zip(self._lines, self._copies, strict=True):
+            torch.mul(line, coefficient, out=copy)
+        return self._tensors
 
 
 def _adamw(chunk: Columns, grads: list[Tensor], settings: Mapping[str, Any]) -> None:
@@ -105,3 +174,8 @@ def _adamw(chunk: Columns, grads: list[Tensor], settings: Mapping[str, Any]) -> 
         amsgrad="max_exp_avg_sq" in chunk,
         maximize=bool(settings["maximize"]),
     )
+    # Of a NaN and a number, the fused step may take either for the larger one.
+    if "max_exp_avg_sq" in chunk and not all_finite(chunk["exp_avg_sq"]):
+        torch._foreach_maximum_(chunk["max_exp_avg_sq"], chunk["exp_avg_sq"])
+        for param, largest in zip(chunk["param"], chunk["max_exp_avg_sq"], strict=True):
+            param.view(-1).masked_fill_(largest.view(-1).isnan(), math.nan)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -10,13 +11,16 @@ from .. import reference
 from ..reference import scalar_dtype, vector_norm
 from ..reference_storage import wide
 from ..tables import as_real
-from ._foreach_rows import Alike, alike, flat, on_host
+from ._foreach_rows import Alike, alike, copied_numel, flat, on_host
 
 # On a CPU, PyTorch's float32 norm of a long tensor is off (by 6e-4 at 2**24 elements), and its float64 norm takes
 # three times as long. So a long tensor is taken as rows, whose norms are joined in float64. A row of equal elements
 # is off by 3e-7 of its norm; errors of random ones cancel, and 2**24 of them are off by 1e-10.
 ROW = 256
 LONG = 1024
+
+# Stacks of so many chunks' elements are kept for the step.
+KEPT = 4
 
 # Squares of a smaller norm's elements may vanish in float32.
 SMALLEST = 2.0**-30
@@ -78,12 +82,12 @@ def _values(tensors: Sequence[Tensor], norm_type: float, found: Alike) -> list[f
     if norm_type == 2.0:
         stacked = found.stacked
         single = [i for i in found.single if tensors[i].numel() >= LONG]
-        stacks = (torch.stack([tensors[i] for i in rows]) for rows in stacked)
-        parts = [_norms_of_lines(x.view(len(x), x[0].numel())) for x in stacks]
-        if single:
-            parts.append(
-                torch.stack(torch._foreach_norm([_rows(tensors[i].view(-1)) for i in single], 2.0, torch.float64))
-            )
+        stacks = [torch.stack([tensors[i] for i in rows]) for rows in stacked]
+        if sum(map(Tensor.numel, stacks)) <= KEPT * copied_numel(tensors[0].device, tensors[0].dtype):
+            found.stacks = stacks
+        parts = [_norms_of_lines(x, x.numel() // len(x)) for x in stacks]
+        rows = [_rows(x, x.numel()).view(-1) for x in map(tensors.__getitem__, single)]
+        parts += [_norms_of(torch.stack(list(its))) for _, its in groupby(rows, len)]
         order = [i for rows in (*stacked, single) for i in rows]
         for i, value in zip(order, torch.cat(parts).tolist() if parts else (), strict=True):
             values[i] = value
@@ -93,19 +97,20 @@ def _values(tensors: Sequence[Tensor], norm_type: float, found: Alike) -> list[f
     return values
 
 
-def _norms_of_lines(lines: Tensor) -> Tensor:
-    """Of each line, in float64."""
-    if lines.size(1) >= LONG:
-        lines = _rows(lines).view(len(lines), -1)
+def _norms_of_lines(x: Tensor, numel: int) -> Tensor:
+    """Of each ``numel`` elements, in float64."""
+    return _norms_of(_rows(x, numel).view(len(x), -1) if numel >= LONG else x.view(len(x), numel))
+
+
+def _norms_of(lines: Tensor) -> Tensor:
     return vector_norm(lines, 2.0, 1, dtype=torch.float64)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """The norms of rows of a tensor; or of the rows of each line of a stack, and of what is left of it."""
-    if x.numel() % ROW == 0 and (x.ndim == 1 or x.size(1) % ROW == 0):
+def _rows(x: Tensor, numel: int) -> Tensor:
+    """The norms of rows of each ``numel`` elements, and of what is left of them."""
+    if numel % ROW == 0:
         return vector_norm(wide(x).view(-1, ROW), 2.0, 1)
-    lines = x.view(1, -1) if x.ndim == 1 else x
-    whole = lines.size(1) // ROW * ROW
+    lines, whole = x.view(-1, numel), numel // ROW * ROW
     norms = vector_norm(wide(lines[:, :whole]).view(len(lines), -1, ROW), 2.0, 2)
     return torch.cat([norms, vector_norm(wide(lines[:, whole:]), 2.0, 1, keepdim=True)], 1)
 

@@ -7,7 +7,9 @@ small: they stay in a CPU's cache, and in the memory of a GPU they are few.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +35,11 @@ def on_host(device: torch.device) -> bool:
 def chunk_numel(device: torch.device) -> int:
     """Elements of a chunk: on a CPU as few as pay for the calls of its operations."""
     return (1 << 18) * torch.get_num_threads() if device.type == "cpu" else 1 << 22
+
+
+def copied_numel(device: torch.device, dtype: torch.dtype) -> int:
+    """Elements of gradients that are copied at a time, on a CPU: few of a step's seven columns are read twice."""
+    return chunk_numel(device) * 10 // dtype.itemsize
 
 
 def flat(x: Tensor) -> Tensor | None:
@@ -65,7 +72,7 @@ def kinds(columns: Columns) -> Iterator[tuple[tuple[torch.dtype, ...], Columns]]
     for i, row in enumerate(zip(*columns.values(), strict=True)):
         parts.setdefault(tuple(x.dtype for x in row), []).append(i)
     for types_of_part, rows in parts.items():
-        yield types_of_part, _rows_of(columns, rows)
+        yield types_of_part, rows_of(columns, rows)
 
 
 def chunks(columns: Columns, limit: int) -> Iterator[Columns]:
@@ -94,12 +101,16 @@ def _pieces(row: dict[str, Tensor], limit: int) -> Iterator[Columns]:
     if views is None:
         yield {name: [x] for name, x in row.items()}
         return
-    for pieces in zip(*(torch.split(x, limit) for x in views), strict=True):
+    numel, count = views[0].numel(), -(-views[0].numel() // limit)
+    ends = [numel * i // count for i in range(count + 1)]  # a small rest would cost as many calls
+    sizes = [end - begin for begin, end in pairwise(ends)]
+    for pieces in zip(*(torch.split_with_sizes(x, sizes) for x in views), strict=True):
         own = iter(pieces)
         yield {name: [x if name == "step" else next(own)] for name, x in row.items()}
 
 
-class Alike(NamedTuple):
+@dataclass
+class Alike:
     """The indices of small tensors that share their shape and type, together, and those of all others.
 
     One operation on a stack of alike tensors costs less than a call for each of them, and so does the copy.
@@ -107,42 +118,60 @@ class Alike(NamedTuple):
 
     stacked: list[list[int]]
     single: list[int]
+    stacks: list[Tensor] = field(default_factory=list)  # those of ``stacked``, where somebody has left them
 
 
-def alike(tensors: Sequence[Tensor]) -> Alike:
-    """Find out which are."""
-    by_shape: dict[tuple[torch.dtype, torch.Size], list[int]] = {}
-    for i, kind in enumerate([(x.dtype, x.shape) for x in tensors]):
-        if kind in by_shape:
-            by_shape[kind].append(i)
+def alike(tensors: Sequence[Tensor], of_one_type: bool = False) -> Alike:
+    """Find out which are. ``of_one_type``: whether it is known that all have the same."""
+    by_kind: dict[Any, list[int]] = {}
+    for i, kind in enumerate([x.shape if of_one_type else (x.dtype, x.shape) for x in tensors]):
+        if kind in by_kind:
+            by_kind[kind].append(i)
         else:
-            by_shape[kind] = [i]
+            by_kind[kind] = [i]
     found = Alike([], [])
-    for (_, shape), rows in by_shape.items():
-        if len(rows) < FEW or shape.numel() >= LARGE:
+    for rows in by_kind.values():
+        if len(rows) < FEW or tensors[rows[0]].numel() >= LARGE:
             found.single.extend(rows)
         else:
             found.stacked.append(rows)
     return found
 
 
-def batches(columns: Columns, found: Alike, limit: int) -> Iterator[tuple[Columns, bool]]:
-    """Like :func:`chunks`, but those that are alike come together, and are told from others."""
+class Run(NamedTuple):
+    """Rows that follow each other, and are alike; and the stack of them, if there is one."""
+
+    length: int
+    stack: Tensor | None
+
+
+def batches(columns: Columns, found: Alike, limit: int) -> Iterator[tuple[Columns, list[Run]]]:
+    """Like :func:`chunks`, but each begins with runs of alike rows, if there are any left."""
     numels = next(x for name, x in columns.items() if name != "step")
+    runs: list[Run] = []
+    order: list[int] = []
     single = list(found.single)
-    for rows in found.stacked:
-        numel = numels[rows[0]].numel()
-        if numel > limit:
+    for i, rows in enumerate(found.stacked):
+        if numels[rows[0]].numel() > limit:
             single += rows
             continue
-        count = limit // max(1, numel)
-        for begin in range(0, len(rows), count):
-            yield _rows_of(columns, rows[begin : begin + count]), True
-    for chunk in chunks(_rows_of(columns, single), limit):
-        yield chunk, False
+        order += rows
+        runs.append(Run(len(rows), found.stacks[i] if found.stacks else None))
+    runs.reverse()
+    for chunk in chunks(rows_of(columns, [*order, *single]), limit):
+        own: list[Run] = []
+        left = len(next(iter(chunk.values())))
+        while runs and left > 0:
+            length, stack = runs.pop()
+            taken = min(length, left)
+            own.append(Run(taken, None if stack is None else stack[:taken]))
+            left -= taken
+            if taken < length:
+                runs.append(Run(length - taken, None if stack is None else stack[taken:]))
+        yield chunk, own
 
 
-def _rows_of(columns: Columns, rows: Sequence[int]) -> Columns:
+def rows_of(columns: Columns, rows: Sequence[int]) -> Columns:
     return {name: [column[i] for i in rows] for name, column in columns.items()}
 
 
@@ -204,13 +233,25 @@ def is_odd(x: Tensor) -> bool:
     return x.is_conj() or x.is_neg() or shares_memory(x)
 
 
-def all_finite(tensors: Sequence[Tensor], are_alike: bool = False) -> bool:
-    """Whether no element is infinite or NaN. Also false where sums overflow. It reads the tensors once."""
-    if are_alike:
+def all_finite(tensors: Sequence[Tensor], runs: Sequence[Run] = ()) -> bool:
+    """Whether no element is infinite or NaN. Also false where sums overflow. It reads the tensors once.
+
+    ``runs``: of the first tensors, which are mostly alike.
+    """
+    total, begin = 0.0, 0
+    for run in runs:
+        total += _sum_of_small(tensors[begin : begin + run.length], stacks=True)
+        begin += run.length
+    rest = tensors[begin:]
+    small = [x for x in rest if x.numel() < LARGE]
+    total += _sum_of_small(small) if small else 0.0
+    return math.isfinite(total + sum([x.sum().item() for x in rest if x.numel() >= LARGE]))
+
+
+def _sum_of_small(tensors: Sequence[Tensor], stacks: bool = False) -> float:
+    """One copy costs less than a sum of each."""
+    if stacks:
         with suppress(RuntimeError):  # parameters need not have the shapes of gradients that do
-            return math.isfinite(torch.stack(list(tensors)).sum().item())
-    sums = [x.sum() for x in tensors if x.numel() >= LARGE]
-    small = [x for x in tensors if x.numel() < LARGE]
-    if small:  # one copy costs less than a sum of each
-        sums.append(torch._utils._flatten_dense_tensors(small).sum())  # type: ignore[no-untyped-call]
-    return math.isfinite(sum(x.item() for x in sums))
+            return torch.stack(list(tensors)).sum().item()
+    line: Tensor = torch._utils._flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
+    return line.sum().item()

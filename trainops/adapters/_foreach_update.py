@@ -35,7 +35,7 @@ def update(
         groups = [replace(group, columns=own) for group, own in zip(groups, collected.columns, strict=True)]
         grads = [grad for group in groups for grad in group.columns["grad"]]
         if control.measures or ema_decays:
-            alikes = [alike(group.columns["grad"]) for group in groups]
+            alikes = [alike(group.columns["grad"], of_one_type=True) for group in groups]
     device = grads[0].device
     decision = decide(grads, control, partial(sum_norms, found=alikes[0] if len(groups) == 1 else None))
     coefficient, skip = decision.coefficient, decision.skipped
