@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .report import load, milliseconds
-from .saved import OURS, Case, caption, fastest, medians, ratio, relative, verdict
+from .saved import AGAIN, OURS, Case, caption, fastest, medians, ratio, relative, verdict
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -141,15 +141,17 @@ def training_range(cases: list[Case]) -> list[str]:
 
 
 def low_precision(cases: list[Case]) -> list[str]:
-    """Where it was measured."""
+    """Every way to keep weights, with what it keeps, where it was measured."""
     rows = []
     for name, of in by_name(cases, "low_precision", "models").items():
-        for dtype, case in of.items():
-            best = fastest(case) or "-"
-            rows.append([f"{name}, {dtype}", best, milliseconds(medians(case)[OURS]), told(case)])
+        for case in of.values():
+            times = {way: seconds for way, seconds in medians(case).items() if way != AGAIN}
+            for way, seconds in sorted(times.items(), key=lambda item: item[1]):
+                kept = case["providers"][way].get("note", "").rpartition("= ")[2]
+                rows.append([name, way, kept, milliseconds(seconds), "1" if way == OURS else told(case, way)])
     if not rows:
         return ["The saved results have no figures of this yet: `python -m benchmarks run --ops low_precision`."]
-    return table(("work", "fastest alternative", "trainops", "ratio"), rows)
+    return table(("model", "way", "bytes per parameter", "time", "over trainops' split"), rows)
 
 
 TABLES: dict[str, Callable[[list[Case]], list[str]]] = {
@@ -163,6 +165,15 @@ TABLES: dict[str, Callable[[list[Case]], list[str]]] = {
     "training": training,
     "training_range": training_range,
     "low_precision": low_precision,
+}
+
+
+# The ops of tables that do not have their name.
+OPS = {
+    "step_short": ["step"],
+    "share": ["step"],
+    "training_range": ["training"],
+    "ops": ["adamw", "clip_grad_norm", "ema"],
 }
 
 
@@ -180,8 +191,8 @@ def written(text: str) -> str:
     def block(found: re.Match[str]) -> str:
         name = found[2]
         lines = [caption(first) + "."] if name == "hardware" else TABLES[name](cases)
-        if name in more:
-            lines += ["", f"Measured by itself: {more[name]}."]
+        for where in dict.fromkeys(more[op] for op in OPS.get(name, [name]) if op in more):
+            lines += ["", f"Measured by itself: {where}."]
         return found[1] + "\n" + "\n".join(lines) + "\n\n" + found[3]
 
     return BLOCK.sub(block, text)

@@ -59,6 +59,7 @@ class Provider:
     owned: Callable[[], dict[str, list[torch.Tensor]]] = dict
     before: Step = nothing
     note: str = ""  # for the report
+    inexact: float = 0.0  # what the storage of its state may be off by, as a share of what moves
 
     def step(self) -> None:
         """All of it, once."""

@@ -115,7 +115,8 @@ class Work:
             self.prepare(step)
             provider.step()
         provider.note = compiled_note(name)
-        error = max(worst(result, self.expected[role]) for role, result in provider.results().items())
+        allowed = 1 + provider.inexact / TOLERANCE[self.dtype]
+        error = max(worst(result, self.expected[role]) for role, result in provider.results().items()) / allowed
         for kind, tensors in provider.owned().items():
             for own, shared in zip(tensors, self.shared.setdefault((kind, tensors[0].dtype), tensors), strict=True):
                 own.data = shared.data

@@ -223,6 +223,9 @@ def test_low_precision_agrees_with_float64():
         assert error <= 0.5, name
         assert provider.note.endswith(f" = {count} B")
     assert provider.note.startswith("weights 4 + gradients 2 + state 4")  # and a little for the step counts
+    provider, error = made.admit("trainops split, 8-bit moments")
+    assert 0.08 < bench_low_precision.OFF_BY_8_BITS < 0.14
+    assert 0.05 < error < 0.5
 
 
 def test_wrong_steps_in_low_precision_are_found(monkeypatch):
