@@ -145,7 +145,7 @@ def test_a_step_that_is_skipped_elsewhere_keeps_every_bit(dtype):
 SHARED = [(3,), (40, 40), (70, 70), (3,), (5,), (40, 40), (3,), (0,), (40, 40), (3,), (40, 40), (40, 40), (70, 70)]
 
 
-@pytest.mark.parametrize("shapes", [SHAPES, SHARED, 5 * [()] + 4 * [(0,)]], ids=["different", "shared", "tiny"])
+@over("shapes", {"different": SHAPES, "shared": SHARED, "tiny": 5 * [()] + 4 * [(0,)], "alike": 20 * [(7, 9)]})
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 def test_a_fused_step_reads_gradients_and_copies_a_chunk_at_a_time(monkeypatch, dtype, shapes):
     step, whole, plain = (
