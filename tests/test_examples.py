@@ -65,7 +65,7 @@ def test_ways_to_train_in_low_precision_are_compared(monkeypatch, capsys, tmp_pa
     monkeypatch.setitem(example.WAYS, "of the far future", {"qubits": 2})
     threads, picture = torch.get_num_threads(), tmp_path / "made" / "picture.png"
     try:
-        example.main(["--steps", "24", "--seeds", "1", "--jobs", "1", "--output", str(picture)])
+        example.main(["--steps", "16", "--seeds", "1", "--jobs", "1", "--output", str(picture)])
     finally:
         torch.set_num_threads(threads)
     said = capsys.readouterr().out
