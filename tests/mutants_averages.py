@@ -62,8 +62,8 @@ AVERAGES = [
         tests_of("ema_several", k="foreach"),
         {
             "averages: foreach: all of a chunk have the first one's decay": (
-                "averages = [(chunk[name], decay) for",
-                "averages = [(chunk[name], ema_decays[0]) for",
+                "decay, is_finite)",
+                "next(iter(decays.values())), is_finite)",
             )
         },
     ),

@@ -48,18 +48,18 @@ PYTHON = [
                 'chunk["grad"]',
             ),
             "foreach: what cancels in float64": (
-                "_step(part, with_exact_corrections(settings, count),",
-                "_step(part, settings,",
+                "exact = with_exact_corrections(settings, count)",
+                "exact = settings",
             ),
             "foreach: eps is not put right": ('"eps": settings["eps"] * by', '"eps": settings["eps"]'),
-            "foreach: all rows have the first one's count": ("if len(parts) > 1:", "if False:"),
+            "foreach: all rows have the first one's count": ("if len(parts) == 1:", "if True:"),
             "foreach: the largest square is no NaN": (
                 'if "max_exp_avg_sq" in chunk and not',
                 "if False and not",
             ),
             "foreach: averages of a chunk stay": (
-                "        for its, decay in averages:\n",
-                "        for its, decay in ():\n",
+                "move_chunk(chunk[name], chunk",
+                "(chunk[name], chunk",
             ),
             "foreach: moments of any type are fused": (
                 'and all(its == (torch.float32 if name == "step" else dtype) for name, its',

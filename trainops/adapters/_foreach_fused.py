@@ -59,18 +59,21 @@ def step(
 ) -> None:
     """A step of rows in one piece each, and their averages. ``found``: which gradients are alike, if it is known."""
     torch._foreach_add_(columns["step"], torch.ones(()), alpha=1.0)
-    if columns["param"][0].dtype == torch.float32:
-        _step(columns, settings, coefficient, ema_decays, found)
+    dtype = columns["param"][0].dtype
+    scale = coefficient.to(dtype) if isinstance(coefficient, Tensor) else None
+    decays = {name: decay for name, decay in zip(AVERAGES, ema_decays, strict=False) if name in columns}
+    if dtype == torch.float32:
+        _step(columns, settings, scale, decays, found)
         return
     parts: dict[float, list[int]] = {}
     for i, count in enumerate(torch.stack(columns["step"]).tolist()):
         parts.setdefault(count, []).append(i)
     for count, rows in parts.items():
-        if len(parts) > 1:
-            part, found = rows_of(columns, rows), None
+        exact = with_exact_corrections(settings, count)
+        if len(parts) == 1:
+            _step(columns, exact, scale, decays, found)
         else:
-            part = columns
-        _step(part, with_exact_corrections(settings, count), coefficient, ema_decays, found)
+            _step(rows_of(columns, rows), exact, scale, decays, None)
 
 
 def with_exact_corrections(settings: Mapping[str, Any], count: float) -> Mapping[str, Any]:
@@ -93,38 +96,34 @@ def with_exact_corrections(settings: Mapping[str, Any], count: float) -> Mapping
 def _step(
     columns: Columns,
     settings: Mapping[str, Any],
-    coefficient: Tensor | float,
-    ema_decays: Sequence[float],
+    scale: Tensor | None,
+    decays: Mapping[str, float],
     found: Alike | None,
 ) -> None:
-    scale = coefficient if isinstance(coefficient, Tensor) else None
-    decays = dict(zip(AVERAGES, ema_decays, strict=False))
-    if scale is None and columns.keys().isdisjoint(AVERAGES):
+    """``scale``: of gradients, in their type. ``decays``: of the averages among the columns."""
+    if scale is None and not decays:
         _adamw(columns, columns["grad"], settings)
         return
     device, dtype = columns["param"][0].device, columns["param"][0].dtype
     if not on_host(device):
         for chunk in chunks(columns, chunk_numel(device)):
-            grads = chunk["grad"] if scale is None else torch._foreach_mul(chunk["grad"], scale.to(dtype))
+            grads = chunk["grad"] if scale is None else torch._foreach_mul(chunk["grad"], scale)
             _adamw(chunk, list(grads), settings)
             for name, decay in decays.items():
-                if name in chunk:
-                    move(chunk[name], chunk["param"], (dtype, dtype), decay, None)
+                move(chunk[name], chunk["param"], (dtype, dtype), decay, None)
         return
     limit = copied_numel(device, dtype)
-    plan = list(
-        batches(columns, found or alike(columns["grad"], of_one_type=True), limit)
-    )  # views are made faster all at once
+    alikes = found or alike(columns["grad"], of_one_type=True)
+    plan = list(batches(columns, alikes, limit))  # views are made faster all at once
     copies: list[Copy] = []
     if scale is not None:
-        scale, memory = scale.to(dtype), torch.empty(limit, dtype=dtype, device=device)
+        memory = torch.empty(limit, dtype=dtype, device=device)
         copies = [Copy(chunk["grad"], runs, memory) for chunk, runs in plan]
     for i, (chunk, runs) in enumerate(plan):
         _adamw(chunk, chunk["grad"] if scale is None else copies[i].scaled(scale), settings)
-        averages = [(chunk[name], decay) for name, decay in decays.items() if name in chunk]
-        is_finite = bool(averages) and all_finite(chunk["param"], runs)
-        for its, decay in averages:
-            move_chunk(its, chunk["param"], decay, is_finite)
+        is_finite = bool(decays) and all_finite(chunk["param"], runs)
+        for name, decay in decays.items():
+            move_chunk(chunk[name], chunk["param"], decay, is_finite)
 
 
 class Copy:
