@@ -21,6 +21,8 @@ ELEMENTS = 3
 class ClipWork(Work):
     """Before each call, gradients of more than the limit: those that were clipped already are left alone."""
 
+    clips = True
+
     def prepare(self, step: int = 0) -> None:
         """The first step's gradients, each time."""
         self.set_grads(self.tiles[0])
@@ -42,7 +44,7 @@ def clipping(clip: Callable[..., Tensor], **options: Any) -> Callable[[ClipWork]
         def step() -> None:
             norms[:] = [clip(work.params, work.max_norm, **options)]
 
-        return Provider({"step": step}, lambda: {"grads": work.grads(), "norm": norms[0]}, before=work.prepare)
+        return Provider({"step": step}, lambda: {"grads": work.grads(), "norm": norms[0]})
 
     return provider
 

@@ -39,12 +39,11 @@ ELEMENTS = 1 + 7 + 2
 
 
 def provider(work: Work, optimizer: Optimizer, averages: list[Tensor], step: Step) -> Provider:
-    """One step, and what it moves. Others clip the gradients that all share: there are new ones before each."""
+    """One step, and what it moves."""
     return Provider(
         {"step": step},
         lambda: {"params": work.params, "averages": averages},
         lambda: {**moments_of(optimizer), "averages": averages},
-        before=lambda: work.prepare(0),
     )
 
 
@@ -159,6 +158,7 @@ class StepWork(Work):
         OURS: fused(trainops.AdamW, **SETTINGS),
     }
 
+    clips = True
     formula = staticmethod(adamw_truth)
 
     def truth(self) -> dict[str, Expected]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .report import load, milliseconds
-from .saved import AGAIN, OURS, Case, caption, fastest, medians, ratio, relative, verdict
+from .saved import AGAIN, OURS, Case, caption, fastest, medians, ratio, relative, relative_of, verdict
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -148,7 +148,8 @@ def low_precision(cases: list[Case]) -> list[str]:
             times = {way: seconds for way, seconds in medians(case).items() if way != AGAIN}
             for way, seconds in sorted(times.items(), key=lambda item: item[1]):
                 kept = case["providers"][way].get("note", "").rpartition("= ")[2]
-                beside = told(case, way) if way in relative(case) else f"{seconds / times[OURS]:.2f}"  # or ours
+                own = relative_of(case, way)
+                beside = "1" if own is None else told(case, way) if way in relative(case) else f"{own.median:.2f}"
                 title = "trainops split, bfloat16 moments" if way == OURS else way
                 rows.append([name, title, kept, milliseconds(seconds), beside])
     if not rows:

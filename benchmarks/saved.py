@@ -27,10 +27,16 @@ class Interval(NamedTuple):
     high: float
 
 
+def relative_of(case: Case, name: str) -> Interval | None:
+    """The time of anybody over that of trainops."""
+    found = case.get("providers", {}).get(name, {})
+    return Interval(**found["relative"]) if "relative" in found else None
+
+
 def relative(case: Case) -> dict[str, Interval]:
     """The time of every opponent over that of trainops."""
-    found = case.get("providers", {})
-    return {name: Interval(**found[name]["relative"]) for name in opponents(case) if "relative" in found[name]}
+    found = {name: relative_of(case, name) for name in opponents(case)}
+    return {name: interval for name, interval in found.items() if interval is not None}
 
 
 def fastest(case: Case) -> str | None:
@@ -46,8 +52,7 @@ def ratio(case: Case) -> Interval | None:
 
 def noise(case: Case) -> Interval | None:
     """The time of trainops over its own."""
-    found = case.get("providers", {}).get(AGAIN, {})
-    return Interval(**found["relative"]) if "relative" in found else None
+    return relative_of(case, AGAIN)
 
 
 def verdict(case: Case, opponent: str | None = None) -> str:

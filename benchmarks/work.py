@@ -5,7 +5,7 @@ needs to be computed for the tile alone, and still every element of every provid
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -67,6 +67,7 @@ class Work:
     """
 
     makers: ClassVar[dict[str, Callable[[Any], Provider]]]
+    clips: ClassVar[bool] = False  # some rewrite the gradients that all share: there are new ones before each call
 
     def __init__(self, shapes: Shapes, options: Options, dtype: torch.dtype) -> None:
         self.device, self.dtype, self.compiles = options.device, dtype, options.compiles
@@ -114,6 +115,8 @@ class Work:
         for step in range(STEPS):
             self.prepare(step)
             provider.step()
+        if self.clips:
+            provider.before = partial(self.prepare, 0)
         provider.note = compiled_note(name)
         allowed = 1 + provider.inexact / TOLERANCE[self.dtype]
         error = max(worst(result, self.expected[role]) for role, result in provider.results().items()) / allowed

@@ -207,6 +207,27 @@ def test_every_timed_call_clips():
             torch.testing.assert_close(grad, work.CLIPPED * old, rtol=0.01, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (bench_step.StepWork, "torch foreach"),
+        (bench_sgd.SGDWork, "torch loop"),
+        (bench_low_precision.LowPrecisionWork, "composed"),
+        (bench_low_precision.LowPrecisionWork, "torch float32, autocast"),
+    ],
+)
+def test_every_timed_step_has_gradients_that_nobody_has_clipped(monkeypatch, kind, name):
+    """Also where the maker says nothing of it."""
+    monkeypatch.setitem(kind.makers, "composed", bench_low_precision.composed(peers.torch_adamw))
+    made = kind(SMALL, Options(), torch.bfloat16)
+    provider = made.admit(name)[0]
+    params = made.wide.weights if "autocast" in name else made.params
+    provider.step()
+    assert trainops.get_total_norm([p.grad for p in params]) < 1.01 * made.max_norm
+    provider.before()
+    assert trainops.get_total_norm([p.grad for p in params]) > 1.3 * made.max_norm
+
+
 def test_verified_providers_share_tensors():
     made = bench_step.StepWork(SMALL, Options(), torch.float32)
     right, again = (made.admit(name)[0].owned() for name in ("torch fused", "trainops"))
